@@ -1,0 +1,258 @@
+"""A stage's folder: plan first, shards committed by receipts, manifest last.
+
+    runs/generate-promptagator-3f9c1a2b7d04/
+      plan.json                                 written first: config, inputs, shard -> row range
+      generations/part-00000-1f0c9a3e.parquet   a part is named by its content
+      receipts/00000.json                       names the parts of one shard with their checksums: present == committed
+      attempts/001.jsonl                        what happened; a resume adds a file
+      manifest.json                             written last: its presence == complete
+
+A shard writes all its parts and then its receipt, so every table of a shard appears at once or not at all. Parts are
+named by content, and readers follow receipts and manifests only: two writers of one shard cannot mix their bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import time
+import uuid
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+from dagr_ray import tables as schemas
+
+Json = dict[str, Any]
+
+
+def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
+    """The pyarrow file system of a path or URI (``s3://``, ``gs://``, ``file://``) and the path inside it."""
+    if "://" in uri:
+        fs, path = pafs.FileSystem.from_uri(uri)
+        return fs, path.rstrip("/")
+    return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
+
+
+class Artifact:
+    """One folder below a runs folder. Cheap to make and to pickle: it holds two strings until it is used."""
+
+    def __init__(self, runs: str, name: str) -> None:
+        self.runs, self.name = str(runs), name
+        self.fs, root = filesystem(self.runs)
+        self.path = f"{root}/{name}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Artifact, (self.runs, self.name)
+
+    def __repr__(self) -> str:
+        return f"Artifact({self.path})"
+
+    @property
+    def local(self) -> bool:
+        return isinstance(self.fs, pafs.LocalFileSystem)
+
+    def local_path(self, *parts: str) -> str:
+        """A path on this machine's disk; files of a remote folder are copied to a cache named by the folder first."""
+        target = "/".join([self.path, *parts])
+        if self.local:
+            return target
+        cache = os.path.join(os.environ.get("DAGR_SCRATCH", "/tmp/dagr-scratch"), *self.path.split("/"), *parts)
+        if not os.path.exists(cache):
+            pafs.copy_files(target, cache + ".part", source_filesystem=self.fs, destination_filesystem=None)
+            os.replace(cache + ".part", cache)
+        return cache
+
+    # -- small files ------------------------------------------------------------------------------------------------
+
+    def write_bytes(self, relative: str, data: bytes | pa.Buffer) -> None:
+        """Writes a file that is whole whenever it is seen (renamed into place; one put on an object store)."""
+        target = f"{self.path}/{relative}"
+        self.fs.create_dir(target.rsplit("/", 1)[0], recursive=True)
+        written = f"{target}.{uuid.uuid4().hex[:8]}.tmp" if self.local else target
+        with self.fs.open_output_stream(written) as stream:
+            stream.write(data)
+        if written != target:
+            os.replace(written, target)
+
+    def read_bytes(self, relative: str) -> bytes | None:
+        """A file's content, or None where there is none."""
+        try:
+            with self.fs.open_input_stream(f"{self.path}/{relative}") as stream:
+                return stream.read()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def write_json(self, relative: str, value: Any) -> None:
+        self.write_bytes(relative, json.dumps(value, indent=1, ensure_ascii=False).encode())
+
+    def read_json(self, relative: str) -> Any:
+        """A JSON file's value, or None where there is no file or it is not whole."""
+        data = self.read_bytes(relative)
+        try:
+            return None if data is None else json.loads(data)
+        except ValueError:
+            return None
+
+    def listing(self, relative: str) -> dict[str, int]:
+        """Base name -> size of the finished files in a sub-folder: one listing call."""
+        selector = pafs.FileSelector(f"{self.path}/{relative}", allow_not_found=True)
+        found = self.fs.get_file_info(selector)
+        return {f.base_name: f.size for f in found if f.is_file and not f.base_name.endswith(".tmp")}
+
+    def remove(self, relative: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self.fs.delete_file(f"{self.path}/{relative}")
+
+    # -- shards -----------------------------------------------------------------------------------------------------
+
+    def commit(self, shard: int, rows: dict[str, pa.Table], more: Json, files: Iterable[str] = ()) -> Json:
+        """Writes every table of a shard, then its receipt. ``more`` (counts, cost) is kept in the receipt.
+
+        Files named in ``files`` (already in the folder, relative paths) are recorded with their checksums. If another
+        writer committed the shard meanwhile, its receipt stands and is returned.
+        """
+        parts = {name: self._write_part(name, shard, value) for name, value in rows.items()}
+        receipt = {"shard": shard, "tables": parts, "files": {f: self._checksum(f) for f in files}, **more}
+        name = f"receipts/{shard:05d}.json"
+        earlier = self.read_json(name)
+        if earlier is not None:
+            return earlier
+        self.write_json(name, receipt)
+        return receipt
+
+    def _write_part(self, name: str, shard: int, value: pa.Table) -> Json:
+        sink = io.BytesIO()
+        pq.write_table(schemas.check(name, value), sink, compression="zstd")
+        data = sink.getvalue()
+        sha = hashlib.sha256(data).hexdigest()
+        file = f"{name}/part-{shard:05d}-{sha[:8]}.parquet"
+        self.write_bytes(file, data)
+        return {"file": file, "rows": value.num_rows, "bytes": len(data), "sha256": sha}
+
+    def _checksum(self, relative: str) -> Json:
+        with self.fs.open_input_stream(f"{self.path}/{relative}") as stream:
+            sha, size = hashlib.sha256(), 0
+            while block := stream.read(1 << 20):
+                sha.update(block)
+                size += len(block)
+        return {"file": relative, "bytes": size, "sha256": sha.hexdigest()}
+
+    def receipts(self) -> dict[int, Json]:
+        """Shard -> receipt, for the shards that are committed."""
+        found = (self.read_json(f"receipts/{name}") for name in sorted(self.listing("receipts")))
+        return {receipt["shard"]: receipt for receipt in found if receipt is not None}
+
+    def damaged(self, deep: bool = False) -> dict[int, str]:
+        """Committed shards whose parts are missing or of another size (``deep``: or of another checksum) -> what is wrong."""
+        problems: dict[int, str] = {}
+        sizes: dict[str, dict[str, int]] = {}
+        for shard, receipt in self.receipts().items():
+            for part in [*receipt["tables"].values(), *receipt["files"].values()]:
+                folder, _, base = part["file"].rpartition("/")
+                size = sizes.setdefault(folder, self.listing(folder)).get(base)
+                if size is None:
+                    problems[shard] = f"{part['file']} is missing"
+                elif size != part["bytes"]:
+                    problems[shard] = f"{part['file']} has {size} bytes, not {part['bytes']}"
+                elif deep and self._checksum(part["file"])["sha256"] != part["sha256"]:
+                    problems[shard] = f"{part['file']} has another checksum"
+        return problems
+
+    def revoke(self, shards: Iterable[int]) -> None:
+        """Takes shards back (receipts and the manifest go, in that order of safety) so that they are built again."""
+        self.remove("manifest.json")
+        for shard in shards:
+            self.remove(f"receipts/{shard:05d}.json")
+
+    # -- the finished folder ----------------------------------------------------------------------------------------
+
+    @property
+    def manifest(self) -> Json | None:
+        """The manifest, or None while the folder is not complete."""
+        return self.read_json("manifest.json")
+
+    def table_names(self) -> list[str]:
+        return sorted(self._finished()["tables"])
+
+    def _finished(self) -> Json:
+        manifest = self.manifest
+        assert manifest is not None, f"{self.path} is not complete"
+        return manifest
+
+    def _parts(self, name: str) -> list[Json]:
+        entry = self._finished()["tables"].get(name)
+        assert entry is not None, f"{self.path} has no table {name!r}; it has {self.table_names()}"
+        return entry["parts"]
+
+    def count(self, name: str) -> int:
+        """Rows of a table, from the manifest."""
+        return sum(part["rows"] for part in self._parts(name))
+
+    def scan(self, name: str, columns: list[str] | None = None) -> Iterator[pa.Table]:
+        """A table part by part, in shard order."""
+        for part in self._parts(name):
+            yield self._read_part(part, columns)
+
+    def read(self, name: str, columns: list[str] | None = None) -> pa.Table:
+        """A whole table. Raises AssertionError where the folder is not complete or has no such table."""
+        found = list(self.scan(name, columns))
+        return pa.concat_tables(found) if found else schemas.empty(name)
+
+    def slice(self, name: str, start: int, stop: int) -> pa.Table:
+        """Rows ``start`` to ``stop`` of a table, reading only the parts that hold them."""
+        found, first = [schemas.empty(name)], 0
+        for part in self._parts(name):
+            last = first + part["rows"]
+            if first < stop and last > start:
+                rows = self._read_part(part, None)
+                found.append(rows.slice(max(start - first, 0), min(stop, last) - max(start, first)))
+            first = last
+        return pa.concat_tables(found)
+
+    def _read_part(self, part: Json, columns: list[str] | None) -> pa.Table:
+        return pq.read_table(f"{self.path}/{part['file']}", columns=columns, filesystem=self.fs, partitioning=None)
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """One builder at a time on a local disk: a second driver waits here and then finds the work done.
+
+        The kernel drops the lock of a killed process. Object stores have no locks; there the receipts alone keep two
+        builders from harming each other, at the price of doing some shards twice.
+        """
+        if not self.local:
+            yield
+            return
+        import fcntl
+
+        os.makedirs(self.path, exist_ok=True)
+        with open(f"{self.path}/.lock", "w") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+
+
+class Attempt:
+    """The event log of one try at a folder: ``attempts/001.jsonl``, whole lines, never overwritten by a later try."""
+
+    def __init__(self, folder: Artifact) -> None:
+        self.folder = folder
+        self.number = len(folder.listing("attempts")) + 1
+        self.lines: list[str] = []
+
+    def note(self, event: str, **detail: Any) -> None:
+        """Adds an event with the time and writes the log out."""
+        self.lines.append(json.dumps({"at": time.time(), "event": event, **detail}, ensure_ascii=False))
+        self.folder.write_bytes(f"attempts/{self.number:03d}.jsonl", ("\n".join(self.lines) + "\n").encode())
+
+
+def add_up(total: Json, more: Json) -> Json:
+    """Sums two trees of numbers key by key (counts, rejections by reason, cost)."""
+    for key, value in more.items():
+        total[key] = add_up(total.get(key, {}), value) if isinstance(value, dict) else total.get(key, 0) + value
+    return total

