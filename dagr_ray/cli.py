@@ -1,0 +1,175 @@
+"""The ``dagr`` command: its verbs and options, and how errors and interruptions reach a person.
+
+Nothing heavy is imported before a verb runs, so that help is at once there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+VERBS = {
+    "check": "validate a job before anything is spent: each stage cached, partial or to do, with an estimate",
+    "preview": "exact prompts and parsed outputs of a few rows; writes nothing",
+    "run": "build one recipe (parameters as NAME=VALUE)",
+    "study": "sweep axes (NAME=A,B,C), train and judge every combination, write the report",
+    "ls": "list the folders of a runs folder",
+    "show": "one folder: counts, cost, inputs, rows of a table",
+    "trace": "one row back to its passage, prompt, raw output, scores and price",
+    "report": "the table and the page of a study",
+    "export": "write a folder as a BEIR, sentence-transformers or TREC data set",
+    "plugins": "the strategies, engines, filters, miners and stages that are installed",
+    "doctor": "what is installed, and the command for what is missing",
+    "track": "log finished studies to MLflow",
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(prog="dagr", description="Turn a pile of documents into a better retriever.")
+    top.add_argument("--version", action="store_true", help="print the version and exit")
+    verbs = top.add_subparsers(dest="verb", metavar="VERB")
+    made = {name: verbs.add_parser(name, help=text, description=text.capitalize() + ".") for name, text in VERBS.items()}
+    for name in ("check", "preview", "run", "study"):
+        made[name].add_argument("job", help="a Python file with a recipe, such as jobs/quickstart.py")
+        made[name].add_argument("values", nargs="*", metavar="NAME=VALUE", help="the recipe's parameters")
+    for name in ("check", "run", "study"):
+        made[name].add_argument("--placement", default="local", help="local, or a TOML file such as cluster/one_gpu.toml")
+    for name in ("run", "study"):
+        made[name].add_argument("--address", help="a running Ray cluster (default: RAY_ADDRESS, else this machine)")
+        made[name].add_argument("--quiet", action="store_true", help="no progress")
+    for name in ("check", "run", "study", "ls", "show", "trace", "report", "export"):
+        default = os.environ.get("DAGR_RUNS", "runs")
+        made[name].add_argument("--runs", default=default, help="folder or URI of the results (default: %(default)s)")
+    for name in ("check", "ls", "show", "report", "trace", "doctor"):
+        made[name].add_argument("--json", action="store_true", help="print JSON")
+    made["check"].add_argument("--one", action="store_true", help="the single run of `dagr run`, not the job's sweep")
+    made["check"].add_argument("--deep", action="store_true", help="verify every checksum; damaged shards are built again")
+    made["preview"].add_argument("--rows", type=int, default=3, help="passages to show (default: 3)")
+    made["study"].add_argument("--no-track", action="store_true", help="do not log to MLflow")
+    made["show"].add_argument("folder", help="a folder's name, or a unique beginning or part of it")
+    made["show"].add_argument("--table", help="print rows of this table")
+    made["show"].add_argument("--rows", type=int, default=5, help="rows to print (default: 5)")
+    made["trace"].add_argument("id", help="a query_id or gen_id")
+    made["report"].add_argument("study", nargs="?", help="a study's folder (default: the newest)")
+    made["report"].add_argument("--markdown", action="store_true", help="print a Markdown table")
+    made["export"].add_argument("folder", help="a select, mine or take folder, or an evaluate folder for TREC")
+    made["export"].add_argument("target", help="folder (beir), JSONL file (sentence-transformers) or run file (trec)")
+    made["export"].add_argument("--format", choices=("beir", "sentence-transformers", "trec"), default="beir")
+    made["track"].add_argument("runs", nargs="?", default=os.environ.get("DAGR_RUNS", "runs"), help="runs folder")
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Runs a verb and exits: 0 done, 1 failed, 2 the user's mistake, 130 interrupted."""
+    args = parser().parse_args(argv)
+    if args.version:
+        from dagr_ray import __version__
+
+        print(__version__)
+        sys.exit(0)
+    if args.verb is None:
+        parser().print_help()
+        sys.exit(2)
+    _calm()
+    signal.signal(signal.SIGTERM, _interrupt)
+    code = 1
+    try:
+        from dagr_ray import commands
+
+        code = getattr(commands, args.verb)(args) or 0
+    except (KeyboardInterrupt, BrokenPipeError) as stop:
+        code = 130
+        if isinstance(stop, KeyboardInterrupt):
+            again = shlex.join(["dagr", *(sys.argv[1:] if argv is None else argv)])
+            print(f"\ninterrupted; what is finished is kept. Resume with: {again}", file=sys.stderr, flush=True)
+    except Exception as error:
+        code = _explain(error)
+    _leave(code)
+
+
+def _interrupt(number: int, frame: Any) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _calm() -> None:
+    """One line per message of ours, and quiet from the libraries; DAGR_DEBUG=1 shows all."""
+    debug = bool(os.environ.get("DAGR_DEBUG"))
+    logging.basicConfig(level=logging.INFO if debug else logging.ERROR, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("dagr").setLevel(logging.INFO if debug else logging.WARNING)
+    for name, value in {
+        "RAY_DEDUP_LOGS": "0",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "PYTHONWARNINGS": "ignore",
+    }.items():
+        os.environ.setdefault(name, value)
+    if not debug:
+        import warnings
+
+        warnings.simplefilter("ignore")
+
+
+def _explain(error: Exception) -> int:
+    """Prints one line for an error that a user can act on; a traceback for a defect. Returns the exit code."""
+    if os.environ.get("DAGR_DEBUG"):
+        raise error
+    from dagr_ray.config import ConfigError
+    from dagr_ray.stage import StageFailed
+
+    seen: set[int] = set()
+    link: BaseException | None = error
+    while link is not None and id(link) not in seen:
+        seen.add(id(link))
+        if isinstance(link, ConfigError):
+            print(f"dagr: error: {_one_line(link)}", file=sys.stderr)
+            return 2
+        if isinstance(link, StageFailed):
+            print(f"dagr: failed: {_one_line(link)}", file=sys.stderr)
+            return 1
+        link = getattr(link, "cause", None) or link.__cause__ or link.__context__
+    last = _one_line(error)
+    # An error that came out of a worker carries its own message in text; find ours in it.
+    for mark, code in (("ConfigError: ", 2), ("StageFailed: ", 1)):
+        if mark in str(error):
+            print(f"dagr: error: {str(error).rsplit(mark, 1)[1].splitlines()[0]}", file=sys.stderr)
+            return code
+    print(f"dagr: failed: {type(error).__name__}: {last}; set DAGR_DEBUG=1 to see where", file=sys.stderr)
+    return 1
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:1000]
+
+
+def _leave(code: int) -> NoReturn:
+    """Ends this process and every process that it started, within seconds: engines must not outlive their driver."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    ray = sys.modules.get("ray")
+    if ray is None:
+        sys.exit(code)
+    import threading
+
+    import psutil
+
+    children = psutil.Process().children(recursive=True)
+    closing = threading.Thread(target=ray.shutdown, daemon=True)
+    closing.start()
+    closing.join(timeout=4 if code == 130 else 20)
+    _, alive = psutil.wait_procs(children, timeout=2)
+    for process in alive:
+        process.kill()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main()

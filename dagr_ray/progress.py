@@ -1,0 +1,78 @@
+"""Progress for people: a live bar on a terminal, and elsewhere a line when something changes and every 30 s."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TextIO
+
+from dagr_ray.stage import Progress
+
+EVERY_S = 30.0
+
+
+def duration(seconds: float) -> str:
+    """``95`` -> ``1m35s``; under a minute with one digit."""
+    if seconds < 60:
+        return f"{seconds:.1f}s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s"
+
+
+def describe(progress: Progress) -> str:
+    """Shards, rows, rows/s, tokens/s, accepted share and time left, where they are known."""
+    counts, cost, seconds = progress.counts, progress.cost, max(progress.seconds, 1e-9)
+    words = [f"{progress.shards}/{progress.of} shards"]
+    if "in" in counts:
+        words.append(f"{counts['in']:,} rows")
+        words.append(f"{counts['in'] / seconds:,.0f} rows/s")
+    if tokens := cost.get("prompt_tokens", 0) + cost.get("completion_tokens", 0):
+        words.append(f"{tokens / seconds:,.0f} tokens/s")
+    refused = sum(counts.get("rejected", {}).values())
+    if refused and "out" in counts:
+        words.append(f"{counts['out'] / (counts['out'] + refused):.0%} accepted")
+    if 0 < progress.shards < progress.of:
+        words.append(f"{duration(seconds / progress.shards * (progress.of - progress.shards))} left")
+    return ", ".join(words)
+
+
+class Reporter:
+    """Prints the progress of ``materialize`` and of a study to ``stream``. Cached stages are only counted."""
+
+    def __init__(self, stream: TextIO | None = None, quiet: bool = False) -> None:
+        self.stream = stream or sys.stderr
+        self.live = self.stream.isatty()
+        self.quiet = quiet
+        self.last = 0.0
+        self.cached = 0
+        self.started = time.time()
+
+    def __call__(self, progress: Progress) -> None:
+        if self.quiet:
+            return
+        name = progress.stage.folder_name()
+        if progress.state == "cached":
+            self.cached += 1
+        elif progress.state == "trial":
+            self._line(f"trial {progress.shards}/{progress.of} done in {duration(progress.seconds)}  {name}")
+        elif progress.state == "start":
+            if progress.shards:
+                self._line(f"{name}: resuming, {progress.shards} of {progress.of} shards are there")
+            elif progress.of > 1:
+                self._update(f"{name}: {progress.of} shards")
+        elif progress.state == "done":
+            self._line(f"{name}: done in {duration(progress.seconds)}  {describe(progress)}")
+        elif self.live or time.time() - self.last >= EVERY_S:
+            self._update(f"{name}: {describe(progress)}")
+
+    def _line(self, text: str) -> None:
+        clear = "\r\x1b[2K" if self.live else ""
+        print(f"{clear}[{duration(time.time() - self.started)}] {text}", file=self.stream, flush=True)
+        self.last = time.time()
+
+    def _update(self, text: str) -> None:
+        if self.live:
+            print(f"\r\x1b[2K[{duration(time.time() - self.started)}] {text[:150]}", end="", file=self.stream, flush=True)
+        else:
+            self._line(text)

@@ -1,0 +1,147 @@
+"""Sources of passages and human judgements: PyDocs, BEIR folders, and samples of another corpus."""
+
+from __future__ import annotations
+
+import logging
+import platform
+from functools import lru_cache
+from importlib.metadata import version
+from typing import Annotated, Any, ClassVar, Literal
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import Field, model_validator
+
+from dagr_ray import beir, pydocs, tables
+from dagr_ray.artifact import Artifact
+from dagr_ray.cluster import Pool
+from dagr_ray.config import ConfigError, content_hash
+from dagr_ray.stage import Inputs, Output, Run, Stage
+
+log = logging.getLogger("dagr")
+
+
+class PyDocs(Stage):
+    """The documentation inside the running Python, with queries and judgements written for it.
+
+    ``stdlib`` is the standard library; ``numeric`` is numpy and pandas, for out-of-distribution tests.
+    """
+
+    abstract: ClassVar[bool] = False
+    outputs: ClassVar[tuple[str, ...]] = ("corpus", "queries", "rejected")
+    part: Literal["stdlib", "numeric"] = "stdlib"
+
+    def label(self) -> str:
+        return self.part
+
+    def identity(self) -> dict[str, Any]:
+        """The texts belong to the interpreter and the packages, so their versions stand for them."""
+        return super().identity() | {"texts": _documented(self.part), "judged": content_hash(pydocs.DATA / self.part)}
+
+    def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
+        def run(start: int, stop: int) -> Output:
+            passages = pydocs.stdlib_passages() if self.part == "stdlib" else pydocs.package_passages()
+            judged = pydocs.judgements(self.part, {p.doc_id for p in passages})
+            made = {
+                "corpus": tables.table("corpus", (p._asdict() for p in passages)),
+                "queries": tables.table("queries", ({"query_id": k, "text": v} for k, v in judged.queries.items())),
+                "rejected": tables.table("rejected", ({"by": "pydocs", **row} for row in judged.rejected)),
+            }
+            for split, rows in judged.qrels.items():
+                made[f"qrels.{split}"] = tables.table("qrels", rows)
+            if judged.rejected:
+                log.warning("pydocs-%s: %d judgements dropped: this Python lacks the passage", self.part, len(judged.rejected))
+            return Output(made, counts={"in": len(passages), "out": len(passages), "judgements_dropped": len(judged.rejected)})
+
+        return run
+
+
+@lru_cache(maxsize=2)
+def _documented(part: str) -> dict[str, str]:
+    names = ("numpy", "pandas") if part == "numeric" else ()
+    return {"python": platform.python_version()} | {name: version(name) for name in names}
+
+
+class Beir(Stage):
+    """Any BEIR folder: a path or a URI that pyarrow opens; plain or gzipped files.
+
+    Bad lines (broken JSON, wrong encoding, empty text, duplicate or unknown id) are left out, counted and listed in
+    ``rejected`` with file and line; over 1 % of them in one file raises ConfigError.
+    """
+
+    abstract: ClassVar[bool] = False
+    outputs: ClassVar[tuple[str, ...]] = ("corpus", "queries", "rejected")
+    path: Annotated[str, Field(min_length=1)]
+
+    def label(self) -> str:
+        name = self.path.rstrip("/").rsplit("/", 1)[-1].lower()
+        return "".join(c if c.isalnum() else "_" for c in name)[:40]
+
+    def identity(self) -> dict[str, Any]:
+        """The bytes of the folder's files stand for its path."""
+        return {"type": self.type, "version": self.version, "content": beir.content(self.path)}
+
+    def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
+        def run(start: int, stop: int) -> Output:
+            data = beir.read(self.path)
+            refused: dict[str, int] = {}
+            rows = []
+            for problem in data.problems:
+                where = f"{problem.file}:{problem.line}"
+                log.warning("%s/%s: %s %s", self.path, where, problem.reason, problem.detail)
+                refused[f"beir/{problem.reason}"] = refused.get(f"beir/{problem.reason}", 0) + 1
+                rows.append({"id": where, "by": "beir", "reason": problem.reason, "detail": problem.detail})
+            counts = {"in": sum(data.lines.values()), "out": sum(t.num_rows for t in data.tables.values())}
+            made = {**data.tables, "rejected": tables.table("rejected", rows)}
+            return Output(made, counts={**counts, "rejected": refused})
+
+        return run
+
+
+class Sample(Stage):
+    """A part of a corpus: ``n`` passages or a ``share`` of it, drawn by hash, so that smaller samples lie inside larger ones.
+
+    ``min_words`` leaves out passages too short to ask about. Passages of ``exclude`` (exemplars) are left out, counted.
+    """
+
+    abstract: ClassVar[bool] = False
+    outputs: ClassVar[tuple[str, ...]] = ("corpus", "rejected")
+    corpus: Stage
+    n: Annotated[int, Field(ge=1)] | None = None
+    share: Annotated[float, Field(gt=0, le=1)] | None = None
+    min_words: Annotated[int, Field(ge=0)] = 0
+    seed: int = 0
+    exclude: Stage | None = None
+
+    @model_validator(mode="after")
+    def _not_both(self) -> Sample:
+        if self.n is not None and self.share is not None:
+            raise ConfigError(f"sample: n = {self.n} and share = {self.share} are both set; give one")
+        return self
+
+    def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
+        def run(start: int, stop: int) -> Output:
+            corpus = inputs["corpus"].read("corpus")
+            held_out: pa.Array = pa.array([], tables.TEXT)
+            if "exclude" in inputs:
+                held_out = inputs["exclude"].read("exemplars", ["doc_id"])["doc_id"].unique()
+            is_out = pc.is_in(corpus["doc_id"], value_set=held_out)
+            rejected = [
+                {"id": doc_id, "by": "sample", "reason": "exemplar", "detail": None}
+                for doc_id in corpus.filter(is_out)["doc_id"].to_pylist()
+            ]
+            pool_of = corpus.filter(pc.invert(is_out))
+            if self.min_words:
+                words = pc.list_value_length(pc.utf8_split_whitespace(pool_of["text"]))
+                pool_of = pool_of.filter(pc.greater_equal(words, self.min_words))
+            drawn = [tables.unit_of(self.seed, doc_id) for doc_id in pool_of["doc_id"].to_pylist()]
+            order = sorted(range(len(drawn)), key=drawn.__getitem__)
+            if self.share is not None:
+                order = [i for i in order if drawn[i] < self.share]
+            if self.n is not None:
+                order = order[: self.n]
+            kept = pool_of.take(pa.array(sorted(order), pa.int64())).combine_chunks()
+            counts = {"in": corpus.num_rows, "out": kept.num_rows, "rejected": {"sample/exemplar": len(rejected)}}
+            return Output({"corpus": kept, "rejected": tables.table("rejected", rejected)}, counts=counts)
+
+        return run

@@ -1,0 +1,331 @@
+"""A study: axes -> one scorecard a combination -> shared stages first -> Ray Tune trials for what differs.
+
+Trials with equal fingerprints are one trial; BM25 and each frozen base join by themselves. Everything a trial makes is
+a stage's folder, so a study that was stopped goes on where it was, and a finished one costs nothing to run again.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import itertools
+import logging
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from dagr_ray.artifact import Artifact, Json
+from dagr_ray.cluster import Placement
+from dagr_ray.config import ConfigError, digest, explain, from_json
+from dagr_ray.miners.bm25 import BM25
+from dagr_ray.stage import Observer, Progress, Stage, materialize, walk
+from dagr_ray.stages.evaluate import Evaluate, Scorecard
+from dagr_ray.stages.retrieve import Index, Search
+
+log = logging.getLogger("dagr")
+Recipe = Callable[..., Stage]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe function from a file, with the types of its parameters and the axes that it sweeps by default."""
+
+    path: str
+    name: str
+    recipe: Recipe
+    defaults: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+
+    def parameters(self) -> dict[str, inspect.Parameter]:
+        return dict(inspect.signature(self.recipe).parameters)
+
+    def value(self, name: str, text: Any) -> Any:
+        """A parameter's value from the command line's text. Raises ConfigError naming the parameter and what is allowed."""
+        allowed = self.parameters()
+        if name not in allowed:
+            raise ConfigError(f"{self.path} has no parameter {name!r}; allowed: {', '.join(allowed)}")
+        if text in ("none", "None", ""):
+            text = None
+        hint = get_type_hints(self.recipe).get(name, Any)
+        try:
+            return TypeAdapter(hint, config=ConfigDict(coerce_numbers_to_str=True)).validate_python(text)
+        except ValidationError as error:
+            shown = explain(error).split(": ", 2)[-1]
+            raise ConfigError(f"{name} = {text!r}: {shown}; it must be {_spelled(hint)}") from None
+
+    def stage(self, **params: Any) -> Stage:
+        """The recipe's stage for these parameters; the others have their defaults."""
+        missing = [n for n, p in self.parameters().items() if p.default is p.empty and n not in params]
+        if missing:
+            raise ConfigError(f"{self.path} needs {missing[0]}=VALUE; add it to the command")
+        try:
+            return self.recipe(**params)
+        except ValidationError as error:
+            raise ConfigError(explain(error)) from None
+
+
+def _spelled(hint: Any) -> str:
+    return getattr(hint, "__name__", None) or str(hint).replace("typing.", "")
+
+
+def load_job(path: str) -> Job:
+    """The recipe in a Python file: the function with the file's name, or the only public one that the file defines."""
+    file = Path(path)
+    if not file.is_file():
+        raise ConfigError(f"no job file at {path!r}; give a Python file such as jobs/quickstart.py")
+    spec = importlib.util.spec_from_file_location(f"dagr_job_{file.stem}", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except (ImportError, SyntaxError) as error:
+        raise ConfigError(f"{path}: {type(error).__name__}: {error}; mend the job file or install what it imports") from None
+    found = {n: f for n, f in vars(module).items() if inspect.isfunction(f) and f.__module__ == module.__name__}
+    public = {name: function for name, function in found.items() if not name.startswith("_")}
+    recipe = public.get(file.stem) or (next(iter(public.values())) if len(public) == 1 else None)
+    if recipe is None:
+        raise ConfigError(f"{path} defines {sorted(public)}; it must define one function, called {file.stem!r}")
+    return Job(str(path), recipe.__name__, recipe, getattr(module, "STUDY", {}))
+
+
+def parse_axes(job: Job, words: Sequence[str], sweep: bool) -> dict[str, list[Any]]:
+    """``scale=1000,10000`` words as lists of checked values; the job's own axes fill in when ``sweep`` is set."""
+    axes: dict[str, list[Any]] = {k: list(v) for k, v in job.defaults.items()} if sweep else {}
+    for word in words:
+        name, sign, text = word.partition("=")
+        if not sign:
+            raise ConfigError(f"argument {word!r} is not NAME=VALUE; allowed names: {', '.join(job.parameters())}")
+        values = text.split(",") if sweep else [text]
+        axes[name] = [job.value(name, value) for value in values]
+    return axes
+
+
+@dataclass
+class Trial:
+    """One row of a study's table."""
+
+    name: str
+    params: Json
+    kind: str
+    card: Scorecard
+    state: str = "pending"
+    error: str | None = None
+    seconds: float = 0.0
+
+    def to_json(self) -> Json:
+        stages = {stage.folder_name(): stage.fingerprint() for stage in walk(self.card)}
+        shown = {"trial": self.name, "params": self.params, "kind": self.kind, "state": self.state, "error": self.error}
+        return {**shown, "folder": self.card.folder_name(), "stages": stages, "seconds": self.seconds}
+
+
+@dataclass
+class Study:
+    """Trials of one job over its axes."""
+
+    job: Job
+    axes: dict[str, list[Any]]
+    trials: list[Trial]
+
+    def folder(self, runs: str) -> Artifact:
+        key = digest([self.job.name, sorted(trial.card.fingerprint() for trial in self.trials)])
+        return Artifact(runs, f"study-{self.job.name}-{key}")
+
+    def stages(self) -> list[Stage]:
+        return walk(*(trial.card for trial in self.trials))
+
+    def shared(self) -> list[Stage]:
+        """What is built before the trials: all that two trials need, and all that a baseline needs."""
+        used = Counter(stage.fingerprint() for trial in self.trials for stage in walk(trial.card))
+        simple = {s.fingerprint() for t in self.trials if t.kind != "augmented" for s in walk(t.card)}
+        return [s for s in self.stages() if used[s.fingerprint()] > 1 or s.fingerprint() in simple]
+
+
+def plan_study(job: Job, axes: Mapping[str, Sequence[Any]]) -> Study:
+    """Every combination of the axes, without repeats, and the baselines that each of them is compared with."""
+    trials: dict[str, Trial] = {}
+
+    def add(params: Json, kind: str, card: Stage) -> None:
+        if not isinstance(card, Scorecard):
+            raise ConfigError(f"{job.path} returns a {card.type!r}; a study needs a recipe that returns a scorecard")
+        key = card.fingerprint()
+        if key not in trials:
+            trials[key] = Trial(f"t{len(trials):03d}-{key[:8]}", params, kind, card)
+
+    arms = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+    cards = [(arm, job.stage(**arm)) for arm in arms]
+    for arm, card in cards:
+        for kind, params, baseline in _baselines(arm, card):
+            add(params, kind, baseline)
+    for arm, card in cards:
+        add(arm, "augmented", card)
+    return Study(job, {k: list(v) for k, v in axes.items()}, list(trials.values()))
+
+
+def _baselines(arm: Json, card: Stage) -> Iterable[tuple[str, Json, Stage]]:
+    """BM25 and the frozen base, judged exactly as ``card`` judges its own retriever."""
+    if not isinstance(card, Scorecard):
+        return
+    yield "bm25", {}, _judged_by(card, miner=BM25(), trained=None)
+    frozen = {name: value for name, value in arm.items() if name == "base"}
+    yield "frozen", frozen, _judged_by(card, trained=None)
+
+
+def _judged_by(card: Scorecard, **change: Any) -> Scorecard:
+    def swap(evaluation: Stage) -> Stage:
+        assert isinstance(evaluation, Evaluate) and isinstance(evaluation.search, Search)
+        assert isinstance(evaluation.search.index, Index)
+        index = evaluation.search.index.model_copy(update=change)
+        return evaluation.model_copy(update={"search": evaluation.search.model_copy(update={"index": index})})
+
+    return card.model_copy(update={"evaluations": tuple(swap(e) for e in card.evaluations)})
+
+
+def run_study(
+    study: Study,
+    runs: str,
+    placement: Placement,
+    observe: Observer,
+    on_trial: Callable[[Artifact], None] = lambda folder: None,
+) -> Artifact:
+    """Runs what is not finished; returns the study's folder. A failed trial is recorded and does not stop the others."""
+    folder = study.folder(runs)
+    begun = time.time()
+    earlier = folder.read_json("study.json") or {}
+    spent = {t["trial"]: t["seconds"] for t in earlier.get("trials", [])}
+    for trial in study.trials:
+        trial.seconds = spent.get(trial.name, 0.0)
+        if trial.card.folder(runs).manifest is not None:
+            trial.state = "done"
+    worked = any(trial.state != "done" for trial in study.trials)
+
+    def save() -> None:
+        wall = earlier.get("wall_s", 0.0) + (time.time() - begun if worked else 0.0)
+        folder.write_json("study.json", _described(study, earlier, wall))
+        on_trial(folder)
+
+    save()
+    if worked:
+        for stage in study.shared():
+            materialize(stage, runs, placement, observe)
+        for trial in study.trials:
+            if trial.kind != "augmented" and trial.state != "done":
+                trial.state = "done"
+        save()
+        waiting = [trial for trial in study.trials if trial.state != "done"]
+        if waiting:
+            _tune(waiting, folder, placement, observe, save)
+    return folder
+
+
+def _described(study: Study, earlier: Json, wall: float) -> Json:
+    return {
+        "name": study.job.name,
+        "job": study.job.path,
+        "axes": study.axes,
+        "created": earlier.get("created", time.time()),
+        "machine": _machine(),
+        "wall_s": wall,
+        "trials": [trial.to_json() for trial in study.trials],
+    }
+
+
+def _machine() -> Json:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"cores": cores, "platform": platform.platform(), "python": platform.python_version()}
+
+
+def _tune(
+    trials: list[Trial], folder: Artifact, placement: Placement, observe: Observer, save: Callable[[], None]
+) -> None:
+    from ray import tune
+
+    cards = {trial.name: trial.card.to_json() for trial in trials}
+    by_name = {trial.name: trial for trial in trials}
+    root = str(Path(folder.path).parent) if folder.local else folder.runs
+    trainable = tune.with_resources(_Trainable(cards, root, placement, len(trials)), {"cpu": 0})
+    scratch = tempfile.mkdtemp(prefix="dagr-tune-")
+    tuner = tune.Tuner(
+        trainable,
+        param_space={"trial": tune.grid_search(list(cards))},
+        tune_config=tune.TuneConfig(max_concurrent_trials=placement.trials, reuse_actors=True),
+        run_config=tune.RunConfig(
+            name=folder.name, storage_path=scratch, verbose=0, callbacks=[_watcher(by_name, observe, save)]
+        ),
+    )
+    results = tuner.fit()
+    for result in results:
+        trial = by_name[result.config["trial"]] if result.config else None
+        if trial is not None and result.error is not None:
+            trial.state, trial.error = "failed", str(result.error).strip().splitlines()[-1][:500]
+            log.error("trial %s (%s) failed: %s", trial.name, trial.params, trial.error)
+    save()
+    import shutil
+
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
+class _Trainable:
+    """A trial: builds its scorecard, then reports the means. Only what the trial does not share is left to build."""
+
+    __name__ = "dagr_trial"
+
+    def __init__(self, cards: dict[str, Json], runs: str, placement: Placement, trials: int) -> None:
+        self.cards, self.runs, self.placement = cards, runs, placement
+        self.at_once = min(trials, placement.trials)
+
+    def __call__(self, config: Json) -> None:
+        from ray import tune
+
+        _use_share_of_cores(self.at_once)
+        started = time.time()
+        card = from_json(self.cards[config["trial"]], Stage)
+        folder = materialize(card, self.runs, self.placement)
+        means = {
+            f"{row['data']}/{row['measure']}": row["value"]
+            for row in folder.read("metrics").to_pylist()
+            if row["query_id"] is None
+        }
+        tune.report({**means, "seconds": time.time() - started})
+
+
+def _use_share_of_cores(at_once: int) -> None:
+    if "torch" in sys.modules or at_once > 1:
+        import torch
+
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // at_once))
+
+
+def _watcher(by_name: dict[str, Trial], observe: Observer, save: Callable[[], None]) -> Any:
+    from ray.tune import Callback
+
+    class Watcher(Callback):
+        """Keeps study.json up to date as trials end."""
+
+        def __init__(self) -> None:
+            self.ended = 0
+
+        def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Json, **info: Any) -> None:
+            mine = by_name[trial.config["trial"]]
+            if "seconds" in result:
+                mine.seconds, mine.state = result["seconds"], "done"
+
+        def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            self.ended += 1
+            mine = by_name[trial.config["trial"]]
+            observe(Progress(mine.card, "trial", self.ended, len(by_name), seconds=mine.seconds))
+            save()
+
+        def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            self.ended += 1
+
+    return Watcher()
+
+

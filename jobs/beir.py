@@ -1,0 +1,59 @@
+"""The same study on any BEIR folder: ``dagr study jobs/beir.py data=DIR``."""
+
+from typing import Literal
+
+from dagr_ray.miners.dense import Dense
+from dagr_ray.models import minilm
+from dagr_ray.recipes import augment, generator_named, judge
+from dagr_ray.retriever import Encoder
+from dagr_ray.stages.corpus import Beir, Sample
+from dagr_ray.stages.evaluate import Scorecard
+from dagr_ray.stages.generate import Exemplars
+from dagr_ray.stages.select import Take
+from dagr_ray.stages.train import Train
+
+STUDY = {"volume": (0, 256, 1024), "generator": ("smollm2", "crop")}
+
+
+def beir(
+    data: str,
+    ood: str | None = None,
+    volume: int = 1024,
+    generator: Literal["smollm2", "crop", "llm"] = "smollm2",
+    model: str | None = None,
+    base: str = "minilm",
+    density: int | None = None,
+    coverage: float | None = None,
+    passages: int = 1500,
+    samples: int = 2,
+    max_rank: int = 20,
+    negatives: int = 1,
+    epochs: int = 1,
+    lr: float = 2e-5,
+    seed: int = 0,
+) -> Scorecard:
+    """A retriever trained on ``volume`` queries generated for the passages of ``data``, judged on its test split.
+
+    ``ood`` is a second BEIR folder for the out-of-distribution row; ``base`` is ``minilm`` or the folder of an encoder.
+    """
+    corpus = Beir(path=data)
+    sets = {corpus.label(): corpus}
+    if ood:
+        other = Beir(path=ood)
+        sets[other.label()] = other
+    encoder = Encoder(model=str(minilm()) if base == "minilm" else base, max_length=256)
+    exemplars = Exemplars(corpus=corpus, split="dev", k=6)
+    if volume == 0:
+        return judge(sets, Dense(encoder=encoder), exclude=exemplars)
+
+    strategy, engine = generator_named(generator, model)
+    asked = Sample(corpus=corpus, n=passages, exclude=exemplars)
+    selected, mined = augment(
+        asked, corpus, strategy, engine, exemplars=exemplars, samples=samples, max_rank=max_rank, negatives=negatives
+    )
+    examples = Take(mined=mined, n=volume, density=density, coverage=coverage)
+    trained = Train(
+        examples=examples, queries=selected, corpus=corpus, base=encoder, batch_size=32, max_length=160, lr=lr,
+        epochs=epochs, seed=seed,
+    )  # fmt: skip
+    return judge(sets, Dense(encoder=encoder), trained=trained, exclude=exemplars)

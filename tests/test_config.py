@@ -1,0 +1,103 @@
+"""Configs: round trip, fingerprints that follow content, and errors that name the field, the value and what is allowed."""
+
+from typing import Annotated
+
+import pytest
+
+from dagr_ray.config import Config, ConfigError, Threshold, content_hash, digest, from_json, lookup
+
+
+class Inner(Config):
+    """A config with a threshold, for these tests."""
+
+    size: int = 1
+    limit: Annotated[float, Threshold()] = 0.5
+
+
+class Outer(Config):
+    """A config that holds others, for these tests."""
+
+    inner: Inner = Inner()
+    several: tuple[Inner, ...] = ()
+    name: str = "x"
+
+
+class Special(Inner):
+    """A subclass that stands in a field of its base, for these tests."""
+
+    extra: str = "e"
+
+
+def test_json_round_trip_keeps_subclasses() -> None:
+    value = Outer(inner=Special(extra="z"), several=(Inner(size=3), Special()))
+    assert from_json(value.to_json(), Outer) == value
+    assert isinstance(from_json(value.to_json(), Config), Outer)
+
+
+def test_fingerprint_follows_fields_version_and_type() -> None:
+    base = Outer()
+    assert base.fingerprint() == Outer().fingerprint()
+    assert base.fingerprint() != Outer(name="y").fingerprint()
+    assert Outer(inner=Special()).fingerprint() != base.fingerprint()
+    before = Inner().fingerprint()
+    Inner.version = 2
+    try:
+        assert Inner().fingerprint() != before
+    finally:
+        Inner.version = 1
+
+
+def test_thresholds_do_not_enter_the_scoring_identity() -> None:
+    assert Inner(limit=0.1).scoring_identity() == Inner(limit=0.9).scoring_identity()
+    assert Inner(limit=0.1).fingerprint() != Inner(limit=0.9).fingerprint()
+    assert Inner(size=2).scoring_identity() != Inner(size=3).scoring_identity()
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ({"type": "outer", "nmae": "x"}, ["nmae", "'x'"]),
+        ({"type": "outer", "inner": {"type": "special", "size": "big"}}, ["size", "'big'", "integer"]),
+        ({"type": "outer", "inner": {"type": "no-such"}}, ["'no-such'", "allowed"]),
+        ({"type": "outer", "inner": {"type": "outer"}}, ["'outer'", "allowed"]),
+    ],
+)
+def test_errors_name_field_value_and_allowed(value: dict, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        from_json(value, Outer)
+    text = str(caught.value)
+    assert "\n" not in text
+    for word in words:
+        assert word in text
+
+
+def test_configs_are_frozen() -> None:
+    with pytest.raises(Exception, match="frozen"):
+        Outer().name = "z"  # type: ignore[misc]
+
+
+def test_two_types_cannot_share_a_name() -> None:
+    with pytest.raises(TypeError, match="inner"):
+        type("Other", (Config,), {"type": "inner", "__module__": "elsewhere"})
+    assert lookup("inner", Config) is Inner
+
+
+def test_content_hash_sees_every_byte_and_name(tmp_path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "a.bin").write_bytes(b"abc")
+    first = content_hash(folder)
+    (folder / "a.bin").write_bytes(b"abd")
+    second = content_hash(folder)
+    (folder / "a.bin").rename(folder / "b.bin")
+    third = content_hash(folder)
+    (folder / ".hidden").write_bytes(b"x")
+    assert len({first, second, third}) == 3
+    assert content_hash(folder) == third
+    with pytest.raises(ConfigError, match="no file or folder"):
+        content_hash(tmp_path / "absent")
+
+
+def test_digest_is_canonical() -> None:
+    assert digest({"a": 1, "b": [1, "é"]}) == digest({"b": [1, "é"], "a": 1})
+    assert digest({"a": "1"}) != digest({"a": 1})
