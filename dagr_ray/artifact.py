@@ -18,6 +18,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import time
 import uuid
 from collections.abc import Iterable, Iterator
@@ -65,8 +66,15 @@ class Artifact:
             return target
         cache = os.path.join(os.environ.get("DAGR_SCRATCH", "/tmp/dagr-scratch"), *self.path.split("/"), *parts)
         if not os.path.exists(cache):
-            pafs.copy_files(target, cache + ".part", source_filesystem=self.fs, destination_filesystem=None)
-            os.replace(cache + ".part", cache)
+            part = f"{cache}.{uuid.uuid4().hex[:8]}.part"
+            # copy_files makes the folders inside a folder but not the folder itself
+            is_folder = self.fs.get_file_info(target).type == pafs.FileType.Directory
+            os.makedirs(part if is_folder else os.path.dirname(part), exist_ok=True)
+            pafs.copy_files(target, part, source_filesystem=self.fs, destination_filesystem=None)
+            try:
+                os.replace(part, cache)
+            except OSError:  # another process of this machine brought the same folder first
+                shutil.rmtree(part)
         return cache
 
     # -- small files ------------------------------------------------------------------------------------------------

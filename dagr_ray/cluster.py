@@ -45,7 +45,7 @@ class Placement(Config):
     generate: Pool = Pool(workers=1, cpus=1, shard_rows=128)
     retrieve: Pool = Pool()
     light: Pool = Pool()
-    train: Pool = Pool(workers=1, cpus=1)
+    train: Pool = Pool(workers=1, cpus=0.9)
     trials: Annotated[int, Field(ge=1)] = 2
     prices: Prices = Prices(cpu_hour=0.05)
 
@@ -70,7 +70,9 @@ def connect(address: str | None = None) -> None:
     """
     # The JVM (Lucene) and Ray both claim SIGSEGV; without this a harmless JVM signal ends the process.
     os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
-    os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
+    # Ray Train looks at its workers every 2 s by default: with a dozen short trainings that adds up.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.3")
+    os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import logging
 

@@ -54,6 +54,7 @@ class Stage(Config):
 
     abstract: ClassVar[bool] = True
     pool: ClassVar[str] = "light"
+    starts_workers: ClassVar[bool] = False  # opened in the calling process; the stage itself starts the pool's workers
     outputs: ClassVar[tuple[str, ...]] = ()
     max_error_rate: ClassVar[float] = 0.01
 
@@ -166,7 +167,8 @@ class _Builder:
         self.observe(progress)
         worker = _Opener(self.stage, self.inputs, self.folder, self.pool, attempt.number)
         try:
-            for receipt in cluster.map_shards(worker, pending, self.pool):
+            pool = self.pool.model_copy(update={"workers": 0}) if self.stage.starts_workers else self.pool
+            for receipt in cluster.map_shards(worker, pending, pool):
                 done[receipt["shard"]] = receipt
                 add_up(progress.counts, receipt["counts"])
                 add_up(progress.cost, receipt["cost"])

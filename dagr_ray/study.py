@@ -250,7 +250,8 @@ def _tune(
     cards = {trial.name: trial.card.to_json() for trial in trials}
     by_name = {trial.name: trial for trial in trials}
     root = str(Path(folder.path).parent) if folder.local else folder.runs
-    trainable = tune.with_resources(_Trainable(cards, root, placement, len(trials)), {"cpu": 0})
+    # Almost nothing: a trial mostly waits for its Ray Train workers, and Tune refuses a request of nothing.
+    trainable = tune.with_resources(_Trainable(cards, root, placement, len(trials)), {"cpu": 0.01})
     scratch = tempfile.mkdtemp(prefix="dagr-tune-")
     tuner = tune.Tuner(
         trainable,

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 TEXT = pa.large_string()
 _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
@@ -89,6 +90,16 @@ def check(name: str, value: pa.Table) -> pa.Table:
 def clean(text: str) -> str:
     """Text that UTF-8 and Arrow can hold: NUL and lone surrogates become U+FFFD; all else stays as it is."""
     return _UNSTORABLE.sub("\ufffd", text)
+
+
+def passage_text(title: str, text: str) -> str:
+    """What every retriever reads of a passage: title, a space, text (the field of Anserini's flat BEIR runs)."""
+    return f"{title} {text}" if title else text
+
+
+def folded(texts: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
+    """Texts without differences of case and spacing: two passages that are equal so are one passage under two ids."""
+    return pc.utf8_trim_whitespace(pc.replace_substring_regex(pc.utf8_lower(texts), r"[\s\pZ]+", " "))
 
 
 def mint(*parts: object) -> str:

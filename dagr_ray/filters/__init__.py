@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -9,6 +10,15 @@ from typing import ClassVar
 import pyarrow as pa
 
 from dagr_ray.config import Config
+
+
+_CJK = "\u3040-\u30ff\u3400-\u9fff"  # written without spaces: each character counts as a word
+_WORD = re.compile(rf"[{_CJK}]|[^\W{_CJK}]+")
+
+
+def words(text: str) -> list[str]:
+    """The words of a text, without signs and spaces: what the filters count and compare."""
+    return _WORD.findall(text)
 
 
 @dataclass(frozen=True)

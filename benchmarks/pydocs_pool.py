@@ -1,0 +1,52 @@
+"""Candidates to judge for the PyDocs queries: BM25 top 10 and dense top 10 of each, without repeats, shuffled.
+
+    python benchmarks/pydocs_pool.py stdlib queries.jsonl pool.jsonl
+
+``queries.jsonl`` holds lines {"_id", "text"}; ``pool.jsonl`` gets {"_id", "text", "pool": [{"doc_id", "text"}]}. The order says
+nothing of the rank or the system that found a passage.
+"""
+
+import argparse
+import json
+import random
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from dagr_ray import pydocs, tables
+from dagr_ray.miners.bm25 import BM25
+from dagr_ray.miners.dense import Dense
+from dagr_ray.models import minilm
+from dagr_ray.retriever import Encoder
+
+DEPTH = 10
+WORDS = 60
+
+
+def main() -> None:
+    """Writes the pools."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("part", choices=("stdlib", "numeric"))
+    parser.add_argument("queries", type=Path)
+    parser.add_argument("target", type=Path)
+    args = parser.parse_args()
+    passages = pydocs.stdlib_passages() if args.part == "stdlib" else pydocs.package_passages()
+    corpus = tables.table("corpus", (p._asdict() for p in passages))
+    queries = [json.loads(line) for line in args.queries.read_text().splitlines()]
+    text_of = {p.doc_id: p.text for p in passages}
+    pools: list[set[str]] = [set() for _ in queries]
+    for miner in (BM25(), Dense(encoder=Encoder(model=str(minilm())))):
+        with TemporaryDirectory() as folder:
+            miner.build([corpus], Path(folder))
+            found = miner.open(Path(folder)).search([q["text"] for q in queries], DEPTH)
+        for pool, hits in zip(pools, found, strict=True):
+            pool.update(doc_id for doc_id, _ in hits)
+    with open(args.target, "w") as out:
+        for query, pool in zip(queries, pools, strict=True):
+            order = sorted(pool)
+            random.Random(query["_id"]).shuffle(order)
+            shown = [{"doc_id": d, "text": " ".join(text_of[d].split()[:WORDS])} for d in order]
+            out.write(json.dumps({**query, "pool": shown}, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""Whether the text looks like a search query about this passage at all."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Annotated, ClassVar, Literal
+
+import pyarrow as pa
+
+from dagr_ray.config import Threshold
+from dagr_ray.filters import Candidate, Filter, words
+
+_TAGS = "a|b|br|code|div|em|h[1-6]|i|img|li|ol|p|pre|script|span|strong|table|td|th|tr|ul"
+_MARKUP = re.compile(
+    rf"</?(?:{_TAGS})(?:\s[^<>]*)?/?>"  # HTML by name: list<int> is a query about types
+    r"|<\|[^|<>]*\|>|\[/?INST\]|</?s>"  # chat tokens
+    r"|```|^\s*#{1,6}\s|\]\(https?:"  # Markdown
+    r"|\*\*\w[^*\n]*\w\*\*(?!\w)"  # bold, but not f(**a, b**2)
+    r"|\|[^|\n]*\|[^|\n]*\|",  # a row of a table
+    re.IGNORECASE | re.MULTILINE,
+)
+_LIST = re.compile(r"\n\s*\S|^\s*(?:[-*•–]|\(?\d{1,2}[.)]|\(?[a-d]\))\s+", re.IGNORECASE)
+_PLACEHOLDER = re.compile(
+    r"[\[<{(](?:insert|your|enter|fill|query|question|passage|document|topic|name)\b[^\]>})\n]*[\]>})]"
+    r"|_{3,}|\blorem ipsum\b|\bx{3,}\b"
+    r"|^\W*(?:n/?a|none|null|unknown|query|question|todo|tbd|example|title|text)\W*$",
+    re.IGNORECASE,
+)
+_LABEL = re.compile(r"(?:^|[.?!]\s+|\n)\s*(?:query|question|passage|document|answer|title|example)\s*\d*\s*:", re.IGNORECASE)
+_GENERIC = re.compile(
+    r"\b(?:which|what|all|one|any|some|each|none|two) (?:\w+ )?of the (?:following|above|below)\b"
+    r"|\b(?:the|these|this) (?:following|above|below) (?:\w+ )?(?:sentences?|statements?|passages?|texts?|paragraphs?|words?"
+    r"|phrases?|questions?|options?|answers?|queries|query|examples?)\b"
+    r"|\b(?:in|of|from|by|to|about|does|is|the) (?:the|this|that) (?:given )?(?:passage|paragraph|excerpt|article|text above"
+    r"|passage above|above text|above passage|snippet)\b"
+    r"|^\W*(?:this|the) (?:passage|paragraph|excerpt|article|text)\b"
+    r"|\baccording to (?:the|this) (?:passage|text|article|document|author|paragraph|above)\b"
+    r"|\b(?:main|central|primary) (?:idea|topic|theme|point|purpose|message) (?:of|in) (?:the|this) "
+    r"(?:passage|text|article|document|author|paragraph|story|sentence)\b"
+    r"|\bthe author(?:'s)?\b"
+    r"|\b(?:fill in the blanks?|true or false|choose the (?:best|correct|right)|best (?:describes|summari[sz]es) the)\b"
+    r"|\b(?:correct|right|best|relevant) (?:answer|option|choice|query|question) (?:to|for|of)\b"
+    r"|\bwhat (?:is|are|was) (?:the|a|your) (?:question|query|answer|title|passage|document|text|topic)s?\W*$",
+    re.IGNORECASE,
+)
+# Words that name nothing: a query made of these alone fits every passage as well.
+_EMPTY_WORDS = frozenset(
+    "a about an and any are as at be been being but by can could did do does doing done for from get give had has have he "
+    "her here him his how i if in into is it its know like made make many me mean means more most much my of on one or our "
+    "out over question query say says she should so some such tell than that the their them then there these they thing "
+    "things this those to up us use used using very was way we were what when where which who whom whose why will with "
+    "work works would you your explain describe example examples please".split()
+)
+
+
+def _repetitive(text: str) -> bool:
+    found = [word.casefold() for word in words(text)]
+    return len(found) >= 6 and len(set(found)) * 2 <= len(found)
+
+
+def _empty(text: str) -> bool:
+    return all(word.casefold() in _EMPTY_WORDS for word in words(text))
+
+
+Defect = Literal["no-letters", "markup", "list", "placeholder", "prompt-label", "generic", "repetitive"]
+# The order is part of the score: a defect's position is its bit. Add at the end, and raise the version.
+DEFECTS: dict[Defect, Callable[[str], object]] = {
+    "no-letters": lambda text: not any(c.isalpha() for c in text),
+    "markup": _MARKUP.search,
+    "list": lambda text: _LIST.search(text.strip()),
+    "placeholder": _PLACEHOLDER.search,
+    "prompt-label": _LABEL.search,
+    "generic": lambda text: _GENERIC.search(text) or _empty(text),
+    "repetitive": _repetitive,
+}
+
+
+class Format(Filter):
+    """Refuses what is no query: markup, lists, placeholders, parts of the prompt, loops, and questions that fit every passage.
+
+    The score holds one bit for each of ``DEFECTS``, so 0 is a good query, and ``allow`` tolerates some without scoring anew.
+    Small models answer many passages with an exam question such as "Which of the following sentences is nonsensical?"
+    (seen with SmolLM2-135M on SQuADShifts); it asks about no passage, so as a training query its positive is noise.
+    Consistency filters leave such queries out only by chance; that they hurt is the reason for the filter of Promptagator
+    (Dai et al. 2022, arXiv 2209.11755, section 3.2). The patterns are for English; other languages pass.
+
+    >>> texts = ["how to merge two dicts", "Which of the following sentences is nonsensical?", "<p>dict</p>", "1. dict"]
+    >>> scores = Format().score([Candidate(str(i), text, "d1", "") for i, text in enumerate(texts)], None)
+    >>> [Format().keep(score) for score in scores]
+    [None, 'generic', 'markup', 'list']
+    >>> Format(allow=("generic",)).keep(scores[1]) is None
+    True
+    """
+
+    abstract: ClassVar[bool] = False
+    allow: Annotated[tuple[Defect, ...], Threshold()] = ()
+
+    def score(self, rows: Sequence[Candidate], search: pa.Table | None) -> list[float]:
+        return [float(sum(1 << bit for bit, found in enumerate(DEFECTS.values()) if found(row.text))) for row in rows]
+
+    def keep(self, score: float) -> str | None:
+        found = (name for bit, name in enumerate(DEFECTS) if int(score) >> bit & 1)
+        return next((name for name in found if name not in self.allow), None)

@@ -1,0 +1,181 @@
+"""Judge a run: nDCG@10, R@100 and RR@10 by ir_measures, per query and as means, and a run file for trec_eval."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+from pydantic import model_validator
+
+from dagr_ray import tables
+from dagr_ray.artifact import Artifact
+from dagr_ray.cluster import Pool
+from dagr_ray.config import ConfigError
+from dagr_ray.index import Hits, best_first
+from dagr_ray.stage import Inputs, Output, Run, Stage
+
+MEASURES = ("nDCG@10", "R@100", "RR@10")
+TREC_RUN = "run.trec"
+
+Qrels = dict[str, dict[str, int]]
+Rankings = dict[str, Hits]
+
+
+def measure(qrels: Qrels, run: Rankings) -> dict[str, dict[str, float]]:
+    """Measure -> query -> value, for each query of ``qrels``; a query that ``run`` lacks has 0.
+
+    A run is ordered as trec_eval orders it: by score, ties by falling doc_id. The implementations behind ir_measures
+    break ties differently, so each gets the finished order as scores without ties.
+
+    >>> measure({"q": {"a": 1}}, {"q": [("b", 1.0), ("a", 1.0)]})["RR@10"]
+    {'q': 0.5}
+    """
+    import ir_measures
+
+    asked = {name: ir_measures.parse_measure(name) for name in MEASURES}
+    judged = [ir_measures.Qrel(q, d, relevance) for q, docs in qrels.items() for d, relevance in docs.items()]
+    ranked = [
+        ir_measures.ScoredDoc(q, doc_id, float(-rank))
+        for q, hits in run.items()
+        if q in qrels
+        for rank, (doc_id, _) in enumerate(best_first(hits))
+    ]
+    values: dict[str, dict[str, float]] = {name: dict.fromkeys(qrels, 0.0) for name in MEASURES}
+    if ranked:
+        spelled = {parsed: name for name, parsed in asked.items()}
+        for metric in ir_measures.iter_calc(list(spelled), judged, ranked):
+            values[spelled[metric.measure]][metric.query_id] = float(metric.value)
+    return values
+
+
+class Evaluate(Stage):
+    """The measures of a search on the judgements ``qrels.<split>`` of ``data``, under the name ``name``.
+
+    As in BEIR (Thakur et al., arXiv 2104.08663) a passage with the id of its query is no answer to it, unless it was
+    judged as one; a judged query without results scores 0. Queries of ``exclude`` (exemplars that stood in a prompt),
+    by id or by the same wording, are left out and counted: the model was made from them.
+    """
+
+    abstract: ClassVar[bool] = False
+    outputs: ClassVar[tuple[str, ...]] = ("metrics", "candidates")
+    search: Stage
+    data: Stage
+    split: str = "test"
+    exclude: Stage | None = None
+    name: str = "data"
+
+    def label(self) -> str:
+        return "".join(c if c.isalnum() else "_" for c in f"{self.name}_{self.split}".lower())[:40]
+
+    def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
+        def run(start: int, stop: int) -> Output:
+            judged = _qrels(inputs["data"], self.split)
+            excluded = _exemplars(inputs) & judged.keys()
+            qrels = {query_id: docs for query_id, docs in judged.items() if query_id not in excluded}
+            if not qrels:
+                raise ConfigError(f"evaluate: split = {self.split!r} of {inputs['data'].name} has no judged query left")
+            ranked, itself = _ranked(inputs["search"].read("candidates"), qrels)
+            candidates = _table(ranked)
+            folder.write_bytes(TREC_RUN, "".join(_trec(ranked, self.search.label() or "dagr")).encode())
+            counts = {
+                "in": len(judged),
+                "out": len(qrels),
+                "excluded": len(excluded),
+                "no_hits": sum(not ranked.get(query_id) for query_id in qrels),
+                "itself": itself,
+            }
+            metrics = self._metrics(measure(qrels, ranked))
+            return Output({"metrics": metrics, "candidates": candidates}, [TREC_RUN], counts)
+
+        return run
+
+    def _metrics(self, values: dict[str, dict[str, float]]) -> pa.Table:
+        rows: list[dict[str, Any]] = []
+        for name, by_query in values.items():
+            where = {"measure": name, "data": self.name, "split": self.split}
+            rows.append(where | {"query_id": None, "value": float(np.mean(list(by_query.values())))})
+            rows += [where | {"query_id": query_id, "value": value} for query_id, value in sorted(by_query.items())]
+        return tables.table("metrics", rows)
+
+
+def _qrels(data: Artifact, split: str) -> Qrels:
+    name = f"qrels.{split}"
+    if name not in data.table_names():
+        splits = [t.removeprefix("qrels.") for t in data.table_names() if t.startswith("qrels.")]
+        raise ConfigError(f"evaluate: split = {split!r} is not in {data.name}; allowed: {', '.join(splits) or 'none'}")
+    judged: Qrels = defaultdict(dict)
+    for row in data.read(name).to_pylist():
+        judged[row["query_id"]][row["doc_id"]] = row["relevance"]
+    return dict(judged)
+
+
+def _exemplars(inputs: Inputs) -> set[str]:
+    """Ids of the exemplars' queries, and of the queries of ``data`` that are worded like one."""
+    if "exclude" not in inputs:
+        return set()
+    shown = inputs["exclude"].read("exemplars", ["query_id", "query"]).to_pylist()
+    wordings = {_wording(row["query"]) for row in shown}
+    same = {row["query_id"] for row in inputs["data"].read("queries").to_pylist() if _wording(row["text"]) in wordings}
+    return same | {row["query_id"] for row in shown}
+
+
+def _wording(text: str) -> str:
+    return " ".join(text.casefold().split())
+
+
+def _ranked(candidates: pa.Table, qrels: Qrels) -> tuple[Rankings, int]:
+    """The judged queries' hits, best first, without the query itself; and how often that was taken out."""
+    hits: dict[str, Hits] = defaultdict(list)
+    itself = 0
+    columns = (candidates[name].to_pylist() for name in ("query_id", "doc_id", "score"))
+    for query_id, doc_id, score in zip(*columns, strict=True):
+        if query_id not in qrels:
+            continue
+        # numbered collections have queries and passages of one id that have nothing to do with each other
+        if query_id == doc_id and doc_id not in qrels[query_id]:
+            itself += 1
+        else:
+            hits[query_id].append((doc_id, score))
+    return {query_id: best_first(found) for query_id, found in hits.items()}, itself
+
+
+def _table(ranked: Rankings) -> pa.Table:
+    rows = [(q, doc_id, rank, score) for q, hits in ranked.items() for rank, (doc_id, score) in enumerate(hits, 1)]
+    columns = zip(*rows, strict=True) if rows else ([], [], [], [])
+    schema = tables.schema("candidates")
+    return pa.table([pa.array(c, f.type) for c, f in zip(columns, schema, strict=True)], schema=schema)
+
+
+def _trec(ranked: Rankings, tag: str) -> list[str]:
+    # nine digits give a float32 back exactly; white space would break the columns of the format
+    return [
+        f"{'_'.join(q.split())} Q0 {'_'.join(doc_id.split())} {rank} {score:.9g} {tag}\n"
+        for q, hits in ranked.items()
+        for rank, (doc_id, score) in enumerate(hits, 1)
+    ]
+
+
+class Scorecard(Stage):
+    """One retriever's metrics on several data sets or splits, means and single queries, in one table."""
+
+    abstract: ClassVar[bool] = False
+    outputs: ClassVar[tuple[str, ...]] = ("metrics",)
+    evaluations: tuple[Evaluate, ...]
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Scorecard:
+        names = [f"{each.name}/{each.split}" for each in self.evaluations]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice or not names:
+            raise ConfigError(f"scorecard: evaluations = {names}: give at least one, each with its own name and split")
+        return self
+
+    def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
+        def run(start: int, stop: int) -> Output:
+            found = [inputs[f"evaluations.{i}"].read("metrics") for i in range(len(self.evaluations))]
+            metrics = pa.concat_tables(found)
+            return Output({"metrics": metrics}, counts={"in": len(found), "out": metrics.num_rows})
+
+        return run

