@@ -7,6 +7,7 @@ dict of statistics for each. A worker reads its slice and commits its parts itse
 from __future__ import annotations
 
 import json
+import logging
 import os
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
@@ -73,9 +74,10 @@ def connect(address: str | None = None) -> None:
     # Ray Train looks at its workers every 2 s by default: with a dozen short trainings that adds up.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.3")
     os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
+    # Tune's own tables and logger files: the study prints and records its trials itself.
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    import logging
-
     import ray
 
     if ray.is_initialized():
@@ -88,14 +90,21 @@ def connect(address: str | None = None) -> None:
         ray.init(include_dashboard=False, **options)
 
 
-class _Actor:
-    """Opens a worker once and feeds it shards, one to a batch."""
+def _actor(factory: Callable[[], Worker]) -> type:
+    """An actor class that opens its worker once and feeds it shards.
 
-    def __init__(self, factory: Callable[[], Worker]) -> None:
-        self.worker = factory()
+    The factory travels inside the class: as a constructor argument it would live in the object store, where a restarted
+    actor may not find it again (ray#53727).
+    """
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        return {"result": [json.dumps(self.worker(json.loads(text))) for text in batch["shard"]]}
+    class ShardActor:
+        def __init__(self) -> None:
+            self.worker = factory()
+
+        def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+            return {"result": [json.dumps(self.worker(json.loads(text))) for text in batch["shard"]]}
+
+    return ShardActor
 
 
 def map_shards(factory: Callable[[], Worker], shards: Sequence[Shard], pool: Pool) -> Iterator[dict[str, Any]]:
@@ -113,13 +122,13 @@ def map_shards(factory: Callable[[], Worker], shards: Sequence[Shard], pool: Poo
         return
     import ray
 
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     rows = [{"shard": json.dumps(shard)} for shard in shards]
     mapped = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-        _Actor,
-        fn_constructor_args=(factory,),
+        _actor(factory),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=pool.workers, max_tasks_in_flight_per_actor=pool.in_flight),
         num_cpus=pool.cpus,

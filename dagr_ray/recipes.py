@@ -66,7 +66,7 @@ def augment(
     if strategy.type != "crop":
         cheap.append(Copied())
     scores = [Score(parsed=parsed, corpus=passages, filter=f, search=None) for f in [*cheap, *extra_filters]]
-    scores.append(Score(parsed=parsed, corpus=passages, filter=RoundTrip(max_rank=max_rank), search=search))
+    scores.append(Score(parsed=parsed, corpus=corpus, filter=RoundTrip(max_rank=max_rank), search=search))
     selected = Select(parsed=parsed, scores=tuple(scores))
     return selected, Mine(selected=selected, corpus=corpus, searches=(search,), negatives=negatives)
 

@@ -1,4 +1,4 @@
-"""Is it good: a filter scores generated queries once, and decides on the stored score as often as wanted. One file each."""
+"""Is it good: a filter scores generated queries once, and decides on the stored score at will. One file each."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import ClassVar
 import pyarrow as pa
 
 from dagr_ray.config import Config
-
 
 _CJK = "\u3040-\u30ff\u3400-\u9fff"  # written without spaces: each character counts as a word
 _WORD = re.compile(rf"[{_CJK}]|[^\W{_CJK}]+")

@@ -20,9 +20,9 @@ def _ngrams(text: str, n: int) -> list[tuple[str, ...]]:
 class Copied(Filter):
     """Refuses a query of whose word n-grams more than ``max_share`` stand in the passage; the score is that share.
 
-    A copied sentence teaches a retriever to match strings, which BM25 does already. The measure is one minus the share of
-    novel n-grams (See et al. 2017, arXiv 1704.04368, figure 6). A query of fewer than ``n`` words scores 0: "eiffel tower"
-    is a good query for a passage that says so. Leave this filter out for cropped queries, which are copies by design.
+    A copied sentence teaches a retriever to match strings, which BM25 does already. The measure is one minus the share
+    of novel n-grams (See et al. 2017, arXiv 1704.04368, figure 6). A query of fewer than ``n`` words scores 0: "eiffel
+    tower" is a good query for a passage about it. Leave this filter out for cropped queries, copies by design.
 
     >>> passage = "The Eiffel Tower is 330 metres tall, about the same height as an 81-storey building."
     >>> texts = ["the eiffel tower is 330 metres tall", "how tall is the eiffel tower", "eiffel tower"]

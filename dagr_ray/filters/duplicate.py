@@ -15,14 +15,15 @@ from dagr_ray.filters import Candidate, Filter, words
 
 
 class Duplicate(Filter):
-    """Keeps ``copies`` of the queries that are equal over the whole stage; the score is a query's place among its equals.
+    """Keeps ``copies`` of equal queries over the whole stage; the score is a query's place among its equals, from 0.
 
     Equal means the same words in the same order, whatever their case, spacing and punctuation; ``exact`` means the same
     characters. The place is drawn by the hash of the query's id, so it does not depend on the order of the rows.
     Duplicates of one text weigh it double and, with two positives, make each a false negative of the other; that
     deduplication pays is measured by Lee et al. 2021 (arXiv 2107.06499).
 
-    >>> rows = [Candidate(f"q{i}", text, f"d{i}", "") for i, text in enumerate(["Copy a dict?", "copy  a dict", "list"])]
+    >>> texts = ["Copy a dict?", "copy  a dict", "list"]
+    >>> rows = [Candidate(f"q{i}", text, f"d{i}", "") for i, text in enumerate(texts)]
     >>> scores = Duplicate().score(rows, None)
     >>> sorted(scores[:2]), scores[2], Duplicate(exact=True).score(rows, None)
     ([0.0, 1.0], 0.0, [0.0, 0.0, 0.0])

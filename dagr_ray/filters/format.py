@@ -27,30 +27,36 @@ _PLACEHOLDER = re.compile(
     r"|^\W*(?:n/?a|none|null|unknown|query|question|todo|tbd|example|title|text)\W*$",
     re.IGNORECASE,
 )
-_LABEL = re.compile(r"(?:^|[.?!]\s+|\n)\s*(?:query|question|passage|document|answer|title|example)\s*\d*\s*:", re.IGNORECASE)
+_LABEL = re.compile(
+    r"(?:^|[.?!]\s+|\n)\s*(?:query|question|passage|document|answer|title|example)\s*\d*\s*:", re.IGNORECASE
+)
 _GENERIC = re.compile(
     r"\b(?:which|what|all|one|any|some|each|none|two) (?:\w+ )?of the (?:following|above|below)\b"
-    r"|\b(?:the|these|this) (?:following|above|below) (?:\w+ )?(?:sentences?|statements?|passages?|texts?|paragraphs?|words?"
-    r"|phrases?|questions?|options?|answers?|queries|query|examples?)\b"
-    r"|\b(?:in|of|from|by|to|about|does|is|the) (?:the|this|that) (?:given )?(?:passage|paragraph|excerpt|article|text above"
-    r"|passage above|above text|above passage|snippet)\b"
+    r"|\b(?:the|these|this) (?:following|above|below) (?:\w+ )?(?:sentences?|statements?|passages?|texts?|paragraphs?"
+    r"|words?|phrases?|questions?|options?|answers?|queries|query|examples?)\b"
+    r"|\b(?:in|of|from|by|to|about|does|is|the) (?:the|this|that) (?:given )?(?:passage|paragraph|excerpt|snippet"
+    r"|text above|above text|above passage)\b"
+    r"|\b(?:in|from|of|by|about|does|is) (?:this|that) (?:article|text|document)\b"
     r"|^\W*(?:this|the) (?:passage|paragraph|excerpt|article|text)\b"
     r"|\baccording to (?:the|this) (?:passage|text|article|document|author|paragraph|above)\b"
     r"|\b(?:main|central|primary) (?:idea|topic|theme|point|purpose|message) (?:of|in) (?:the|this) "
     r"(?:passage|text|article|document|author|paragraph|story|sentence)\b"
     r"|\bthe author(?:'s)?\b"
     r"|\b(?:fill in the blanks?|true or false|choose the (?:best|correct|right)|best (?:describes|summari[sz]es) the)\b"
-    r"|\b(?:correct|right|best|relevant) (?:answer|option|choice|query|question) (?:to|for|of)\b"
+    r"|\b(?:correct|right|best|relevant) (?:answer|option|choice|query|question) (?:to|for|of) (?:the|this|these) "
+    r"(?:above|below|following|passage|query|questions?|text)\b"
     r"|\bwhat (?:is|are|was) (?:the|a|your) (?:question|query|answer|title|passage|document|text|topic)s?\W*$",
     re.IGNORECASE,
 )
 # Words that name nothing: a query made of these alone fits every passage as well.
 _EMPTY_WORDS = frozenset(
-    "a about an and any are as at be been being but by can could did do does doing done for from get give had has have he "
-    "her here him his how i if in into is it its know like made make many me mean means more most much my of on one or our "
-    "out over question query say says she should so some such tell than that the their them then there these they thing "
-    "things this those to up us use used using very was way we were what when where which who whom whose why will with "
-    "work works would you your explain describe example examples please".split()
+    """
+    a about an and any are as at be been being but by can could did do does doing done for from get give had has
+    have he her here him his how i if in into is it its know like made make many me mean means more most much my
+    of on one or our out over question query say says she should so some such tell than that the their them then
+    there these they thing things this those to up us use used using very was way we were what when where which
+    who whom whose why will with work works would you your explain describe example examples please
+    """.split()
 )
 
 
@@ -77,13 +83,13 @@ DEFECTS: dict[Defect, Callable[[str], object]] = {
 
 
 class Format(Filter):
-    """Refuses what is no query: markup, lists, placeholders, parts of the prompt, loops, and questions that fit every passage.
+    """Refuses what is no query: markup, lists, placeholders, parts of a prompt, loops, questions that fit any passage.
 
-    The score holds one bit for each of ``DEFECTS``, so 0 is a good query, and ``allow`` tolerates some without scoring anew.
-    Small models answer many passages with an exam question such as "Which of the following sentences is nonsensical?"
-    (seen with SmolLM2-135M on SQuADShifts); it asks about no passage, so as a training query its positive is noise.
-    Consistency filters leave such queries out only by chance; that they hurt is the reason for the filter of Promptagator
-    (Dai et al. 2022, arXiv 2209.11755, section 3.2). The patterns are for English; other languages pass.
+    The score has one bit for each of ``DEFECTS``, so 0 is a good query; ``allow`` tolerates some without scoring anew.
+    Heuristics on signs, lists and repeated words are those of Gopher (Rae et al. 2021, arXiv 2112.11446, appendix A.1)
+    for queries. ``generic`` is for an answer of small models to any passage, such as "Which of the following sentences
+    is nonsensical?" (SmolLM2-135M on SQuADShifts): as a training query, its positive is noise. Its patterns are for
+    English; in other languages such queries are left to the round trip.
 
     >>> texts = ["how to merge two dicts", "Which of the following sentences is nonsensical?", "<p>dict</p>", "1. dict"]
     >>> scores = Format().score([Candidate(str(i), text, "d1", "") for i, text in enumerate(texts)], None)

@@ -16,11 +16,11 @@ ABSENT = 1e6  # the score of a passage that the search did not return: larger th
 
 
 class RoundTrip(Filter):
-    """Refuses a query whose own passage is not among the first ``max_rank`` results; the score is the passage's rank from 1.
+    """Refuses a query whose own passage is not among the first ``max_rank`` results; the score is its rank from 1.
 
-    Promptagator (Dai et al. 2022, arXiv 2209.11755, section 3.2) keeps K = 1, which helps 8 of 11 BEIR sets and hurts the
-    small corpora NFCorpus and SciFact; so the default here is wider. A rank is never better than the search's depth
-    allows: a passage that is not among the results scores 1e6.
+    Promptagator (Dai et al. 2022, arXiv 2209.11755, section 3.2) keeps K = 1, which helps 8 of 11 BEIR sets and hurts
+    the small corpora NFCorpus and SciFact; so the default here is wider. A passage that is not among the results at all
+    scores 1e6, so ``max_rank`` over the depth of the search keeps no more than the depth does.
 
     >>> search = tables.table("candidates", [
     ...     {"query_id": "q1", "doc_id": "d7", "rank": 1, "score": 9.0},
@@ -47,7 +47,8 @@ class RoundTrip(Filter):
             }
         )
         results = search.select(["query_id", "doc_id", "rank"])
-        found = pairs.join(results, ["query_id", "doc_id"], join_type="inner").group_by("row").aggregate([("rank", "min")])
+        hits = pairs.join(results, ["query_id", "doc_id"], join_type="inner")
+        found = hits.group_by("row").aggregate([("rank", "min")])
         scores = [ABSENT] * len(rows)
         for row, rank in zip(found["row"].to_pylist(), found["rank_min"].to_pylist(), strict=True):
             scores[row] = float(rank)

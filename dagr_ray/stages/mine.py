@@ -18,15 +18,15 @@ from dagr_ray.stage import Inputs, Output, Run, Stage
 
 
 class Mine(Stage):
-    """One example for each selected query: its passage, and up to ``negatives`` passages that a search confuses with it.
+    """One example for each selected query: its passage, and up to ``negatives`` passages that searches confuse with it.
 
-    ``searches`` may hold more queries than are selected. Their results are taken in turn (the best of the first, the best
-    of the second, the second of the first, ...), each passage and each text once. Never a negative:
+    ``searches`` may hold more queries than are selected. Their results are taken in turn (the best of the first, the
+    best of the second, the second of the first, ...), each passage and each text once. Never a negative:
 
     * the positive, a passage with its text, and the positives of other queries that say the same;
     * a passage that any search scores over ``margin`` times the positive, where that search returned the positive: the
-      positive-aware rule TopK-PercPos of NV-Retriever (arXiv 2407.15831, section 4.2), which raised the mean nDCG@10 of
-      its three sets from 0.541 to 0.586 at 95 %. ``margin=None`` leaves the rule out.
+      positive-aware rule TopK-PercPos of NV-Retriever (arXiv 2407.15831), which raised nDCG@10 there from 0.541 to
+      0.586 at 95 %. ``margin=None`` leaves the rule out.
 
     A query left without any negative is rejected; one with fewer than ``negatives`` is kept and counted as ``short``.
     ``positive_score`` and ``negative_scores`` are those of the first search, null where it did not return the passage.

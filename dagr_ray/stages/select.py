@@ -38,7 +38,7 @@ class Score(Stage):
     @model_validator(mode="after")
     def _search_as_needed(self) -> Score:
         if self.filter.needs_search and self.search is None:
-            raise ConfigError(f"score: search is not set, and the filter {self.filter.type!r} ranks with it; give a search")
+            raise ConfigError(f"score: search is not set, and {self.filter.type!r} ranks with it; give a search")
         if not self.filter.needs_search and self.search is not None:
             raise ConfigError(f"score: the filter {self.filter.type!r} reads no search; leave search out")
         return self
@@ -95,7 +95,8 @@ class _Twins:
         self.firsts = firsts["doc_id_min"].take(place).combine_chunks()
 
     def first(self, ids: pa.ChunkedArray) -> pa.ChunkedArray:
-        return pc.coalesce(self.firsts.take(pc.index_in(ids, value_set=self.ids).combine_chunks()), ids.combine_chunks())
+        place = pc.index_in(ids, value_set=self.ids).combine_chunks()
+        return pc.coalesce(self.firsts.take(place), ids.combine_chunks())
 
 
 class Select(Stage):
@@ -133,8 +134,8 @@ class Select(Stage):
             pairs = list(zip(qrels["query_id"].to_pylist(), qrels["doc_id"].to_pylist(), strict=True))
             reasons: dict[tuple[str, str], dict[str, Any]] = {}
             for i, score in enumerate(self.scores):
-                stored = inputs[f"scores.{i}"].read("scores", ["query_id", "doc_id", "score"]).to_pydict()
-                value_of = dict(zip(zip(stored["query_id"], stored["doc_id"], strict=True), stored["score"], strict=True))
+                stored = inputs[f"scores.{i}"].read("scores").to_pylist()
+                value_of = {(row["query_id"], row["doc_id"]): row["score"] for row in stored}
                 for pair in pairs:
                     if pair not in reasons and (reason := score.filter.keep(value_of[pair])):
                         detail = f"score {value_of[pair]:g}"
@@ -157,8 +158,8 @@ class Select(Stage):
 class Take(Stage):
     """A subset of mined examples by volume, nested: a smaller one lies inside a larger one of the same seed.
 
-    ``coverage`` keeps that share of the positive passages, ``density`` that many queries for each of them, ``n`` that many
-    examples; in this order where several are set. Everything is drawn by hash, so neither the order of the rows nor the
+    ``coverage`` keeps that share of the positive passages, ``density`` that many queries for each of them, ``n`` that
+    many examples; in this order where several are set. All is drawn by hash, so neither the order of the rows nor the
     number of workers matters. Examples stand in the order drawn, so the first k rows are ``Take(n=k)``.
     """
 

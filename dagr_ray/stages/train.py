@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import shutil
 import signal
 import tempfile
@@ -16,8 +17,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.fs as pafs
-import ray.train
-import ray.train.torch
 from pydantic import Field
 
 from dagr_ray import __version__, retriever, tables
@@ -33,17 +32,19 @@ if TYPE_CHECKING:
 LOG_EVERY = 4
 # Rows sorted by length together, in batches: enough to save padding, few enough that batches stay mixed.
 SORTED_TOGETHER = 8
+CHUNK = 16  # passages of one forward
 
 
 class Train(Stage):
-    """``base`` fine-tuned on ``examples`` with MultipleNegativesRankingLoss: the InfoNCE of a query's passage against its
-    own negatives and all passages of the batch (van den Oord et al. 2018, arXiv 1807.03748; Henderson et al. 2017, arXiv
-    1705.00652), with cosines divided by ``temperature``.
+    """``base`` fine-tuned on ``examples`` with MultipleNegativesRankingLoss.
 
-    ``batch_size`` is that of the whole step. Workers share each batch and gather its passages, so their number changes
-    the sum's order of additions and nothing else; for that reason, and because a CPU is faster without it, there is no
-    dropout unless ``dropout`` is set. A passage is never in one batch twice while another order can avoid it: as its own
-    query's positive and another's negative it would be a false negative.
+    That is InfoNCE (van den Oord et al. 2018, arXiv 1807.03748) with in-batch negatives (Henderson et al. 2017, arXiv
+    1705.00652): a query's passage against its own negatives and all passages of the batch, by cosine / ``temperature``.
+
+    ``batch_size`` is that of a whole step: workers share each batch and gather its passages, so that their number
+    changes the order of additions and nothing else. For that, and because a CPU is faster without it, there is no
+    dropout unless ``dropout`` is set. While another order can avoid it, no passage is in a batch twice where it would
+    be one query's positive and another's negative; ``repeats`` in the counts says how often that could not be avoided.
 
     ``warmup`` is the share of the steps in which the rate rises; then it falls to zero in a line. Passages are cut to
     ``max_length`` tokens in training. The metrics hold the mean loss of every few steps as ``loss@<step>``.
@@ -82,8 +83,8 @@ class Train(Stage):
             fewest, most = pc.min_max(negatives).as_py().values()
             if most and not fewest:
                 raise ConfigError(
-                    f"train: examples = {inputs['examples'].name!r} has rows with up to {most} negatives and rows with none; "
-                    "the loss wants a negative in every row or in no row"
+                    f"train: examples = {inputs['examples'].name!r} has rows with negatives and rows without; "
+                    "the loss wants some in every row or in none: mine again, or with negatives=0"
                 )
             if self.batch_size % max(pool.workers, 1):
                 raise ConfigError(
@@ -91,9 +92,11 @@ class Train(Stage):
                 )
             started = time.time()
             settings = self.to_json() | {"sources": {k: v.folder_name() for k, v in self.inputs().items()}}
-            settings["fingerprint"] = self.fingerprint()
+            settings |= {"fingerprint": self.fingerprint(), "base_identity": self.base.identity()}
             result = _fit(settings, inputs, folder, pool)
-            made = tables.table("metrics", ({"measure": f"loss@{step}", "value": loss} for step, loss in result["losses"]))
+            made = tables.table(
+                "metrics", ({"measure": f"loss@{step}", "value": loss} for step, loss in result["losses"])
+            )
             counts = {"in": rows, "out": rows, **result["counts"]}
             cost = {"train_s": result["train_s"], "setup_s": time.time() - started - result["train_s"]}
             files = [f"model/{name}" for name in result["files"]]
@@ -103,7 +106,10 @@ class Train(Stage):
 
 
 def _fit(settings: dict[str, Any], inputs: Inputs, folder: Artifact, pool: Pool) -> dict[str, Any]:
-    """Runs the training on the pool's workers (0: in this process, Ray Train's local mode); returns rank 0's summary."""
+    """Runs the training on the pool's workers (0: here, by Ray Train's local mode); returns rank 0's summary."""
+    import ray.train.torch
+
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
     storage = f"{folder.path}/ray"
     trainer = ray.train.torch.TorchTrainer(
         _work,
@@ -155,6 +161,8 @@ class _Texts(NamedTuple):
 
 def _work(config: dict[str, Any]) -> dict[str, Any] | None:
     """One worker of a training: the whole of it, on its share of each batch."""
+    import ray.train.torch
+
     context = ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
     settings, folder = config["settings"], config["folder"]
@@ -170,7 +178,12 @@ def _work(config: dict[str, Any]) -> dict[str, Any] | None:
     if rank:
         return None
     negatives = sum(len(set(e.negatives)) for e in texts.examples) / len(texts.examples)
-    counts = {"steps": len(order) // size, "negatives": negatives, "repeats": _repeats(texts, order, size)}
+    counts = {
+        "examples": len(texts.examples),
+        "steps": len(order) // size,
+        "negatives": negatives,
+        "repeats": _repeats(texts, order, size),
+    }
     summary = {"losses": losses, "counts": counts, "samples": len(order), "train_s": train_s}
     summary["files"] = _save(model, _card(settings, summary), folder)
     return summary
@@ -186,7 +199,9 @@ def _join(inputs: Inputs, base: Encoder) -> _Texts:
     query_of = {q["query_id"]: i for i, q in enumerate(queries)}
     bodies = [tables.passage_text(p["title"], p["text"]) for p in passages]
     first: dict[str, int] = {}
-    passage_of = {p["doc_id"]: first.setdefault(body, i) for i, (p, body) in enumerate(zip(passages, bodies, strict=True))}
+    passage_of = {
+        p["doc_id"]: first.setdefault(body, i) for i, (p, body) in enumerate(zip(passages, bodies, strict=True))
+    }
     widest = pc.max(pc.list_value_length(examples["negative_ids"])).as_py()
     joined = []
     for row in examples.to_pylist():
@@ -205,7 +220,9 @@ def _rows(source: Artifact, name: str, ids: pa.Array) -> list[dict[str, Any]]:
     found = pa.concat_tables([tables.empty(name), *parts])
     row_of = {row[key]: row for row in found.to_pylist()}
     missing = [i for i in ids.to_pylist() if i not in row_of]
-    assert not missing, f"{len(missing)} rows of the examples are not in {name} of {source.path}, such as {missing[0]!r}"
+    assert not missing, (
+        f"{len(missing)} rows of the examples are not in {name} of {source.path}, such as {missing[0]!r}"
+    )
     return [row_of[i] for i in ids.to_pylist()]
 
 
@@ -230,7 +247,7 @@ def _plan(texts: _Texts, size: int, epochs: int, seed: int) -> list[int]:
 
 
 def _cut(examples: Sequence[_Example], rows: Sequence[int], size: int) -> list[list[int]]:
-    """Rows as batches of ``size``: each goes into the first with room and none of its texts, at the end to any with room."""
+    """Rows as full batches: each goes to the first with room and none of its texts, the last ones by an exchange."""
     batches: list[list[int]] = [[] for _ in range(len(rows) // size)]
     seen = [_Seen() for _ in batches]
     first, left = 0, []
@@ -244,10 +261,26 @@ def _cut(examples: Sequence[_Example], rows: Sequence[int], size: int) -> list[l
         else:
             seen[b].add(examples[row])
             batches[b].append(row)
-    rooms = (b for b in batches for _ in range(size - len(b)))
-    for row, room in zip(left, list(rooms), strict=True):
-        room.append(row)
+    for row in left:
+        b = next(b for b, batch in enumerate(batches) if len(batch) < size)
+        row = _exchange(examples, batches, row, seen[b]) if seen[b].clash(examples[row]) else row
+        seen[b].add(examples[row])
+        batches[b].append(row)
     return batches
+
+
+def _exchange(examples: Sequence[_Example], batches: list[list[int]], row: int, room: _Seen) -> int:
+    """Puts ``row`` in the place of one that fits the batch with room, and returns that; ``row`` if there is none."""
+    for batch in batches:
+        for place, other in enumerate(batch):
+            if not room.clash(examples[other]):
+                rest = _Seen()
+                for kept in batch[:place] + batch[place + 1 :]:
+                    rest.add(examples[kept])
+                if not rest.clash(examples[row]):
+                    batch[place] = row
+                    return other
+    return row
 
 
 class _Seen:
@@ -281,7 +314,13 @@ def _repeats(texts: _Texts, order: list[int], size: int) -> int:
 
 
 def _train(
-    model: SentenceTransformer, base: Encoder, texts: _Texts, order: list[int], share: int, workers: int, settings: dict[str, Any]
+    model: SentenceTransformer,
+    base: Encoder,
+    texts: _Texts,
+    order: list[int],
+    share: int,
+    workers: int,
+    settings: dict[str, Any],
 ) -> list[tuple[int, float]]:
     """Trains the model in place on ``share`` rows a step; returns (step, mean loss since the last one)."""
     import torch
@@ -289,10 +328,18 @@ def _train(
     from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
     from torch.utils.data import BatchSampler, SequentialSampler
+    from transformers import PrinterCallback
+
+    class Loss(MultipleNegativesRankingLoss):
+        def forward(self, sentence_features: Any, labels: Any) -> Any:
+            """The library pads all passages of a batch to the longest; in chunks of like length the sum is the same."""
+            queries, *columns = list(sentence_features)
+            passages = _embed(self.model, columns)
+            return self.compute_loss_from_embeddings([self.model(queries)["sentence_embedding"], *passages], labels)
 
     class Trainer(SentenceTransformerTrainer):
         def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
-            """The library's card counts tokens of the data and asks the hub about the base; ours is written by rank 0."""
+            """The library's card counts the data's tokens and asks the hub about the base; ours is `_card`."""
 
     disable_progress_bars()
     model.max_seq_length = settings["max_length"]
@@ -312,7 +359,9 @@ def _train(
                 num_train_epochs=1,  # the plan holds all epochs
                 per_device_train_batch_size=share,
                 # worker r takes the r-th share of each batch of the plan: accelerate deals batches out in turn
-                batch_sampler=lambda dataset, batch_size, **_: BatchSampler(SequentialSampler(dataset), batch_size, True),
+                batch_sampler=lambda dataset, batch_size, **_: BatchSampler(
+                    SequentialSampler(dataset), batch_size, True
+                ),
                 dataloader_num_workers=0,
                 dataloader_pin_memory=False,
                 learning_rate=settings["lr"],
@@ -333,11 +382,34 @@ def _train(
                 log_level="error",
             ),
             train_dataset=Dataset.from_dict(columns),
-            loss=MultipleNegativesRankingLoss(model, scale=1 / settings["temperature"], gather_across_devices=workers > 1),
+            loss=Loss(model, scale=1 / settings["temperature"], gather_across_devices=workers > 1),
         )
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
     model.max_seq_length = base.max_length
     return [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+
+
+def _embed(model: Any, columns: list[dict[str, Any]]) -> list[Any]:
+    """One tensor of embeddings for each column of passages, encoded together in chunks of like length on a CPU."""
+    import torch
+    from torch.nn.functional import pad
+
+    masks = [column["attention_mask"] for column in columns]
+    if masks[0].device.type != "cpu" or not all(bool(mask[:, 0].all()) for mask in masks):
+        # a GPU wants few large passes; what is padded at the start cannot be cut at the end
+        return [model(column)["sentence_embedding"] for column in columns]
+    width = max(mask.shape[1] for mask in masks)
+    names = [name for name, value in columns[0].items() if torch.is_tensor(value) and value.ndim == 2]
+    whole = {name: torch.cat([pad(c[name], (0, width - c[name].shape[1])) for c in columns]) for name in names}
+    lengths = whole["attention_mask"].sum(1)
+    order = lengths.argsort(stable=True)
+    vectors = []
+    for rows in order.split(CHUNK):
+        longest = int(lengths[rows].max())
+        vectors.append(model({name: value[rows, :longest] for name, value in whole.items()})["sentence_embedding"])
+    back = torch.cat(vectors)[order.argsort()]
+    return list(back.split([len(mask) for mask in masks]))
 
 
 def _set_dropout(model: SentenceTransformer, share: float) -> None:
@@ -376,7 +448,10 @@ def _save(model: SentenceTransformer, card: str, folder: Artifact) -> list[str]:
 def _card(settings: dict[str, Any], summary: dict[str, Any]) -> str:
     """The model card: what it was made from and how, with the front matter that hubs read."""
     base, counts = settings["base"], summary["counts"]
-    hyper = {name: settings[name] for name in Train.model_fields if name not in ("examples", "queries", "corpus", "base")}
+    hyper = {
+        name: settings[name] for name in Train.model_fields if name not in ("examples", "queries", "corpus", "base")
+    }
+    content = f"revision `{base['revision']}`" if base["revision"] else f"content {settings['base_identity']['model']}"
     found = sorted(set(_origins(settings)))
     last = f"{summary['losses'][-1][1]:.4f}" if summary["losses"] else "not logged"
     lines = [
@@ -390,16 +465,17 @@ def _card(settings: dict[str, Any], summary: dict[str, Any]) -> str:
         "",
         f"Made by dagr-ray {__version__}, stage `train` with fingerprint `{settings['fingerprint']}`.",
         "",
-        f"* base: `{base['model']}`" + (f" at `{base['revision']}`" if base["revision"] else ""),
+        f"* base: `{base['model']}`, {content}",
         *([f"* layers re-initialised with seed {base['reinitialise']}"] if base["reinitialise"] is not None else []),
         *[f"* {kind}: {text}" for kind, text in found],
         *[f"* {name}: `{source}`" for name, source in settings["sources"].items()],
-        f"* data: {summary['samples']} samples in {counts['steps']} steps, {counts['negatives']:.2f} negatives per query",
+        f"* examples: {counts['examples']}, with {counts['negatives']:.2f} negatives each on average",
+        f"* steps: {counts['steps']} of {summary['samples'] // counts['steps']} examples",
         f"* loss: in-batch InfoNCE, {last} at the end; {summary['train_s']:.0f} s of training",
         *[f"* {name}: {value}" for name, value in hyper.items()],
         "",
-        "Training queries are machine-written where a generator is named above. Check the licences of the corpus, the base",
-        "and the generator before you publish this model.",
+        "Training queries are machine-written where an engine is named above. Check the licences of the corpus, of the",
+        "base and of the engine's model before you publish this one.",
         "",
     ]
     return "\n".join(lines)
@@ -414,7 +490,7 @@ def _origins(value: Any) -> Iterator[tuple[str, str]]:
         for name, inner in value.items():
             if name in ("strategy", "engine") and isinstance(inner, dict):
                 model = f" with `{inner['model']}`" if inner.get("model") else ""
-                yield ("generator" if name == "engine" else name), f"{inner.get('type')}{model}"
+                yield name, f"{inner.get('type')}{model}"
             if name == "corpus" and isinstance(inner, dict) and not any(isinstance(v, dict) for v in inner.values()):
                 yield "passages", " ".join(f"{v}" for v in inner.values() if isinstance(v, str))
             yield from _origins(inner)

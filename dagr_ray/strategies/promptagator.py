@@ -1,0 +1,113 @@
+"""Few-shot prompts: a handful of passages with queries that people wrote for them, then the passage to ask about."""
+
+from __future__ import annotations
+
+import random
+import re
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+
+from dagr_ray import tables
+from dagr_ray.strategies import Exemplar, Parsed, Passage, Prompt, Strategy
+
+# Shown where a data set has no human queries to show. Four kinds of text and four ways to ask, none from a benchmark.
+GENERIC = (
+    Exemplar(
+        "os.replace Rename a file or directory. If the target exists and is a file, it is replaced silently. The "
+        "operation fails with an OSError when source and target are on different file systems.",
+        "overwrite existing file when renaming",
+    ),
+    Exemplar(
+        "I bought this kettle in March and it has already started to leak around the base. It boils a litre in under "
+        "three minutes and looks great on the counter, but I would not buy it again.",
+        "does the kettle leak after a few months",
+    ),
+    Exemplar(
+        "Lake Baikal in southern Siberia is the deepest lake in the world, reaching 1,642 metres. It holds about a "
+        "fifth of the unfrozen fresh water on the surface of the Earth.",
+        "how deep is lake baikal",
+    ),
+    Exemplar(
+        "Adults with a mild sprain should rest the ankle for two days and cool it for 15 minutes several times a day. "
+        "See a doctor if you cannot put weight on it or if the swelling does not go down within a week.",
+        "how long to rest a sprained ankle",
+    ),
+)
+_LABEL = re.compile(
+    r"^(?:(?:search |user |possible |good |generated |relevant |example )?(?:query|queries|question)|q)"
+    r"\s*\d{0,3}\s*[:.)\]-]\s*",
+    re.IGNORECASE,
+)
+_NUMBER = re.compile(r"^(?:\(?\d{1,3}[.):]|[-*•–—>#]+)\s+")
+_QUOTES = "\"'`“”‘’«»„* \t"
+_PREAMBLE = re.compile(
+    r"^(?:sure|certainly|of course|okay|ok|here(?:'s| is| are)|the (?:search )?quer(?:y|ies)\b).*:$", re.IGNORECASE
+)
+_TEMPLATE = re.compile(
+    r"<\|[^|<>]{1,40}\|>|^(?:passage|document|text|answer|options?|title)\s*\d*\s*:|\b(?:passage|query|question)\s*:",
+    re.IGNORECASE,
+)
+_SHOWN = {exemplar.query.casefold() for exemplar in GENERIC}
+
+
+class Promptagator(Strategy):
+    """Queries in the manner of a few examples (Dai et al. 2022, arXiv 2209.11755, section 3.1: at most 8 exemplars).
+
+    Instructions and exemplars come first and are the same for all passages, so that engines compute them once; they are
+    over 128 tokens long, the block of vLLM's prefix cache on a CPU. White space is folded, so a passage is one line
+    whatever it holds, and cannot look like the next part of the prompt.
+
+    >>> row = Passage("d1", "shutil.copytree", "Recursively copy a directory tree and return its destination.")
+    >>> prompt = Promptagator().prompt(row, (), random.Random(0))
+    >>> prompt.passage, prompt.after
+    ('shutil.copytree Recursively copy a directory tree and return its destination.', '\\nQuery:')
+    >>> Promptagator().parse(row, ' "how do I copy a folder with everything in it"\\nPassage: ...').kept
+    ['how do I copy a folder with everything in it']
+    >>> Promptagator().parse(row, "1. Query:").rejected
+    [('empty', '1. Query:')]
+    """
+
+    abstract: ClassVar[bool] = False
+    task: str = "Each passage is followed by a search query that someone typed to find it."
+    max_exemplars: Annotated[int, Field(ge=0, le=8)] = 8
+    exemplar_words: Annotated[int, Field(ge=8)] = 60
+
+    def prompt(self, row: Passage, exemplars: tuple[Exemplar, ...], rng: random.Random) -> Prompt:
+        """Task, exemplars (generic ones for want of better), passage. No use of ``rng``: the prefix is shared."""
+        shown = (exemplars or GENERIC)[: self.max_exemplars]
+        parts = [" ".join(self.task.split())]
+        for exemplar in shown:
+            words = exemplar.passage.split()[: self.exemplar_words]
+            parts.append(f"Passage:\n{' '.join(words)}\nQuery: {' '.join(exemplar.query.split())}")
+        passage = " ".join(tables.passage_text(row.title, row.text).split())
+        return Prompt("\n\n".join(parts) + "\n\nPassage:\n", passage, "\nQuery:", stop=("\n",))
+
+    def parse(self, row: Passage, raw: str) -> Parsed:
+        """The first line that says something, without label, number and quotes."""
+        lines = [line for line in raw.splitlines() if line.strip()]
+        text = next((found for line in lines if (found := _bare(line))), "")
+        shown = raw.strip()[:200]
+        if not text:
+            return Parsed(rejected=[("empty", shown)])
+        if not any(c.isalpha() for c in text):
+            return Parsed(rejected=[("no-text", shown)])
+        if _TEMPLATE.search(text):
+            return Parsed(rejected=[("template", shown)])
+        if text.casefold() in _SHOWN:
+            return Parsed(rejected=[("exemplar-copy", shown)])
+        if text.isascii() and len(text.split()) < 2:
+            return Parsed(rejected=[("too-short", shown)])
+        return Parsed(kept=[text])
+
+
+def _bare(line: str) -> str:
+    """A line without what models put around a query; empty for a line that only announces one."""
+    text = " ".join(line.split())
+    if _PREAMBLE.match(text):
+        return ""
+    before = None
+    while text != before:
+        before = text
+        text = _LABEL.sub("", _NUMBER.sub("", text.strip(_QUOTES)))
+    return text
