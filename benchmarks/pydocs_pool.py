@@ -2,8 +2,8 @@
 
     python benchmarks/pydocs_pool.py stdlib queries.jsonl pool.jsonl
 
-``queries.jsonl`` holds lines {"_id", "text"}; ``pool.jsonl`` gets {"_id", "text", "pool": [{"doc_id", "text"}]}. The order says
-nothing of the rank or the system that found a passage.
+``queries.jsonl`` holds lines {"_id", "text"}; ``pool.jsonl`` gets {"_id", "text", "pool": [{"doc_id", "text"}]}. The
+order says nothing of the rank or the system that found a passage.
 """
 
 import argparse

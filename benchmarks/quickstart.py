@@ -40,7 +40,10 @@ def main() -> int:
             manifest = Artifact(runs, path.name).manifest
             if manifest:
                 spent[manifest["stage"]["type"]].append(manifest["cost"]["wall_s"])
-    rows = [("whole study", 1, first, f"at most {BOUND_S}"), ("the same command again", 1, again, f"at most {AGAIN_BOUND_S}")]
+    rows = [
+        ("whole study", 1, first, f"at most {BOUND_S}"),
+        ("the same command again", 1, again, f"at most {AGAIN_BOUND_S}"),
+    ]
     rows += [(f"`{kind}` folders", len(found), sum(found), "") for kind, found in sorted(spent.items())]
     lines = ["| what | times | seconds in all | bound |", "|---|---:|---:|---|"]
     lines += [f"| {name} | {times} | {seconds:.1f} | {bound} |" for name, times, seconds, bound in rows]

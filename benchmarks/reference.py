@@ -38,7 +38,10 @@ def main() -> int:
                 rows = card.read("metrics").to_pylist()
                 found.append(next(r["value"] for r in rows if r["query_id"] is None and r["measure"] == "nDCG@10"))
             off += abs(found[0] - float(known)) > BOUND
-            print(f"| {data.label()} | {found[0]:.4f} | {known} | {found[0] - float(known):+.4f} | {found[1]:.4f} |", flush=True)
+            print(
+                f"| {data.label()} | {found[0]:.4f} | {known} | {found[0] - float(known):+.4f} | {found[1]:.4f} |",
+                flush=True,
+            )
     return int(off > 0)
 
 

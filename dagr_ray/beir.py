@@ -56,7 +56,9 @@ def _members(path: str) -> tuple[pafs.FileSystem, dict[str, pafs.FileInfo]]:
                 found[name] = info
     for name in ("corpus.jsonl", "queries.jsonl"):
         if name not in found:
-            raise ConfigError(f"no {name} in {path!r}; give a BEIR folder (corpus.jsonl, queries.jsonl, qrels/<split>.tsv)")
+            raise ConfigError(
+                f"no {name} in {path!r}; give a BEIR folder (corpus.jsonl, queries.jsonl, qrels/<split>.tsv)"
+            )
     return fs, {name: info for name, info in found.items() if not name.startswith("qrels/") or name.endswith(".tsv")}
 
 
@@ -72,7 +74,7 @@ def _stream_sha(uri: str, file: str, size: int, mtime_ns: int | None) -> str:
 
 def content(path: str) -> str:
     """Hash of the bytes of a BEIR folder's files; what lies beside them does not count."""
-    fs, members = _members(path)
+    _, members = _members(path)
     return digest([(name, _stream_sha(path, i.path, i.size, i.mtime_ns)) for name, i in sorted(members.items())], 16)
 
 
@@ -100,13 +102,15 @@ def read(path: str) -> BeirData:
     return data
 
 
-def _lines(fs: pafs.FileSystem, members: dict[str, pafs.FileInfo], name: str, data: BeirData) -> Iterator[tuple[int, str]]:
+def _lines(
+    fs: pafs.FileSystem, members: dict[str, pafs.FileInfo], name: str, data: BeirData
+) -> Iterator[tuple[int, str]]:
     info = members[name]
     data.lines[name] = 0
     with fs.open_input_stream(info.path, compression=None) as stream:
         binary = gzip.GzipFile(fileobj=stream) if info.path.endswith(".gz") else stream
         try:
-            for number, raw in enumerate(io.BufferedReader(binary), 1):  # type: ignore[type-var]
+            for number, raw in enumerate(io.BufferedReader(binary), 1):
                 if not raw.strip():
                     continue
                 data.lines[name] += 1

@@ -35,12 +35,16 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="dagr", description="Turn a pile of documents into a better retriever.")
     top.add_argument("--version", action="store_true", help="print the version and exit")
     verbs = top.add_subparsers(dest="verb", metavar="VERB")
-    made = {name: verbs.add_parser(name, help=text, description=text.capitalize() + ".") for name, text in VERBS.items()}
+    made = {
+        name: verbs.add_parser(name, help=text, description=text.capitalize() + ".") for name, text in VERBS.items()
+    }
     for name in ("check", "preview", "run", "study"):
         made[name].add_argument("job", help="a Python file with a recipe, such as jobs/quickstart.py")
         made[name].add_argument("values", nargs="*", metavar="NAME=VALUE", help="the recipe's parameters")
     for name in ("check", "run", "study"):
-        made[name].add_argument("--placement", default="local", help="local, or a TOML file such as cluster/one_gpu.toml")
+        made[name].add_argument(
+            "--placement", default="local", help="local, or a TOML file such as cluster/one_gpu.toml"
+        )
     for name in ("run", "study"):
         made[name].add_argument("--address", help="a running Ray cluster (default: RAY_ADDRESS, else this machine)")
         made[name].add_argument("--quiet", action="store_true", help="no progress")
@@ -50,7 +54,9 @@ def parser() -> argparse.ArgumentParser:
     for name in ("check", "ls", "show", "report", "trace", "doctor"):
         made[name].add_argument("--json", action="store_true", help="print JSON")
     made["check"].add_argument("--one", action="store_true", help="the single run of `dagr run`, not the job's sweep")
-    made["check"].add_argument("--deep", action="store_true", help="verify every checksum; damaged shards are built again")
+    made["check"].add_argument(
+        "--deep", action="store_true", help="verify every checksum; damaged shards are built again"
+    )
     made["preview"].add_argument("--rows", type=int, default=3, help="passages to show (default: 3)")
     made["study"].add_argument("--no-track", action="store_true", help="do not log to MLflow")
     made["show"].add_argument("folder", help="a folder's name, or a unique beginning or part of it")

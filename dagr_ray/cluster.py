@@ -57,7 +57,9 @@ def load_placement(name: str) -> Placement:
         return Placement()
     path = Path(name)
     if not path.is_file():
-        raise ConfigError(f"placement {name!r} is not a file; allowed: local, or a TOML file such as cluster/one_gpu.toml")
+        raise ConfigError(
+            f"placement {name!r} is not a file; allowed: local, or a TOML file such as cluster/one_gpu.toml"
+        )
     try:
         return from_json(tomllib.loads(path.read_text()), Placement)
     except tomllib.TOMLDecodeError as error:
@@ -71,6 +73,9 @@ def connect(address: str | None = None) -> None:
     """
     # The JVM (Lucene) and Ray both claim SIGSEGV; without this a harmless JVM signal ends the process.
     os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
+    if not (address or os.environ.get("RAY_ADDRESS")):
+        # Read by Ray at import: a head for this machine alone, whose every port is on 127.0.0.1.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     # Ray Train looks at its workers every 2 s by default: with a dozen short trainings that adds up.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.3")
     os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
@@ -126,6 +131,8 @@ def map_shards(factory: Callable[[], Worker], shards: Sequence[Shard], pool: Poo
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    # It warns every 30 s that an engine holds memory, which it does by design.
+    context.issue_detectors_config.detectors = []
     rows = [{"shard": json.dumps(shard)} for shard in shards]
     mapped = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         _actor(factory),
@@ -134,5 +141,7 @@ def map_shards(factory: Callable[[], Worker], shards: Sequence[Shard], pool: Poo
         num_cpus=pool.cpus,
         num_gpus=pool.gpus,
     )
-    for row in mapped.iter_rows():
-        yield json.loads(row["result"])
+    # without prefetching, so that a shard's statistics arrive when it ends
+    for batch in mapped.iter_batches(batch_size=None, prefetch_batches=0, batch_format="pyarrow"):
+        for text in batch["result"].to_pylist():
+            yield json.loads(text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import sys
 import tempfile
 import threading
 import time
@@ -114,7 +115,9 @@ def preview(args: Args) -> int | None:
     stages = walk(_one(args)[1])
     found = [stage for stage in stages if isinstance(stage, Generate)]
     if not found:
-        raise ConfigError(f"{args.job} generates nothing with these parameters; give volume and generator values that do")
+        raise ConfigError(
+            f"{args.job} generates nothing with these parameters; give volume and generator values that do"
+        )
     _validate(found)
     here = cluster.Placement(generate=cluster.Pool(workers=0))
     with tempfile.TemporaryDirectory(prefix="dagr-preview-") as runs:
@@ -127,7 +130,9 @@ def preview(args: Args) -> int | None:
         for row in folder.read("lineage").to_pylist():
             kept.setdefault(row["gen_id"], []).append(queries[row["id"]])
         refused = {row["id"]: row["reason"] for row in folder.read("rejected").to_pylist()}
-        prompts = few.prompts({name: stage.folder(runs) for name, stage in few.inputs().items()}, [r["source_id"] for r in raw])
+        prompts = few.prompts(
+            {name: stage.folder(runs) for name, stage in few.inputs().items()}, [r["source_id"] for r in raw]
+        )
     shown: set[str] = set()
     for row in raw:
         if row["source_id"] not in shown:
@@ -170,11 +175,12 @@ def study(args: Args) -> int | None:
     page = report.write_page(summary, args.runs, folder.name)
     print(report.terminal_table(summary))
     problem = mirror.finish(folder)
-    cached = len(planned.stages()) - len(todo)
-    print(f"{len(planned.trials)} rows, {cached} of {len(planned.stages())} stages were there already, {duration(time.time() - started)}")
+    of = len(planned.stages())
+    took = duration(time.time() - started)
+    print(f"{len(planned.trials)} rows; {of - len(todo)} of {of} stages were there already; {took}")
     print(f"page: {page}")
     if problem:
-        print(f"not tracked: {problem}; run `dagr track {args.runs}` later", file=__import__("sys").stderr)
+        print(f"not tracked: {problem}; run `dagr track {args.runs}` later", file=sys.stderr)
     elif not args.no_track:
         print(f"mlflow: {mirror.where}")
     failed = [trial for trial in planned.trials if trial.state == "failed"]
@@ -249,13 +255,15 @@ def find(runs: str, name: str) -> Artifact:
         if len(match) == 1:
             return Artifact(runs, match[0])
         if match:
-            raise ConfigError(f"{name!r} fits {len(match)} folders in {runs!r}: {', '.join(match[:4])}; give more of the name")
+            raise ConfigError(
+                f"{name!r} fits {len(match)} folders in {runs!r}: {', '.join(match[:4])}; give more of the name"
+            )
     raise ConfigError(f"no folder {name!r} in {runs!r}; `dagr ls --runs {runs}` lists them")
 
 
 def ls(args: Args) -> int | None:
     """``dagr ls``."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, changed in _folders(args.runs):
         folder = Artifact(args.runs, name)
         if name.startswith("study-"):
@@ -339,7 +347,9 @@ def report(args: Args) -> int | None:
     else:
         studies = [(changed, n) for n, changed in _folders(args.runs) if n.startswith("study-")]
         if not studies:
-            raise ConfigError(f"no study in {args.runs!r}; run `dagr study jobs/quickstart.py --runs {args.runs}` first")
+            raise ConfigError(
+                f"no study in {args.runs!r}; run `dagr study jobs/quickstart.py --runs {args.runs}` first"
+            )
         name = max(studies)[1]
     if Artifact(args.runs, name).read_json("study.json") is None:
         raise ConfigError(f"{name!r} is not a study; `dagr ls --runs {args.runs}` lists them (study-...)")
@@ -361,7 +371,11 @@ def export(args: Args) -> int | None:
     folder = find(args.runs, args.folder)
     if folder.manifest is None:
         raise ConfigError(f"{folder.name} is not complete; run its job again to finish it")
-    write = {"beir": exports.to_beir, "sentence-transformers": exports.to_sentence_transformers, "trec": exports.to_trec}
+    write = {
+        "beir": exports.to_beir,
+        "sentence-transformers": exports.to_sentence_transformers,
+        "trec": exports.to_trec,
+    }
     for name, lines in write[args.format](folder, args.runs, args.target).items():
         print(f"{Path(args.target) / name if args.format == 'beir' else args.target}: {lines:,} lines")
     return None
@@ -375,7 +389,13 @@ def plugins(args: Args) -> int | None:
     from dagr_ray.strategies import Strategy
 
     rows = []
-    for kind, base in (("strategy", Strategy), ("engine", Engine), ("filter", Filter), ("miner", Miner), ("stage", Stage)):
+    for kind, base in (
+        ("strategy", Strategy),
+        ("engine", Engine),
+        ("filter", Filter),
+        ("miner", Miner),
+        ("stage", Stage),
+    ):
         for name, found in registered(base).items():
             rows.append([kind, name, (found.__doc__ or "").strip().splitlines()[0]])
     _print_table(rows, ["kind", "name", "what it does"])
@@ -387,5 +407,3 @@ def doctor(args: Args) -> int | None:
     from dagr_ray.doctor import run as diagnose
 
     return diagnose(args.json)
-
-

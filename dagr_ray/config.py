@@ -5,6 +5,7 @@ A config describes *what* is computed. Two configs with the same fingerprint des
 
 from __future__ import annotations
 
+import builtins
 import hashlib
 import importlib
 import json
@@ -14,13 +15,16 @@ from collections.abc import Iterator
 from functools import lru_cache
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import (
+    Any,
+    ClassVar,
+    TypeVar,
+)
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 PLUGIN_PACKAGES = ("strategies", "engines", "filters", "miners", "stages")
-type_ = type  # inside Config the name `type` is the registered name of the class
 Self = TypeVar("Self", bound="Config")
 
 
@@ -45,7 +49,7 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False, validate_default=True, allow_inf_nan=False)
     type: ClassVar[str] = ""
     version: ClassVar[int] = 1
-    _registry: ClassVar[dict[str, type_[Config]]] = {}
+    _registry: ClassVar[dict[str, builtins.type[Config]]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -122,7 +126,7 @@ def _identity(value: Any) -> Any:
 
 
 @lru_cache(maxsize=1)
-def discover() -> dict[str, type_[Config]]:
+def discover() -> dict[str, type[Config]]:
     """Imports every plugin file of this package and every ``dagr_ray.plugins`` entry point; returns the registry."""
     for package in PLUGIN_PACKAGES:
         folder = importlib.import_module(f"dagr_ray.{package}")
@@ -133,13 +137,13 @@ def discover() -> dict[str, type_[Config]]:
     return Config._registry
 
 
-def plugins(base: type_[Self]) -> dict[str, type_[Self]]:
+def plugins(base: type[Self]) -> dict[str, type[Self]]:
     """The concrete registered types below ``base``, by name."""
     found = discover().items()
     return {n: c for n, c in sorted(found) if issubclass(c, base) and c is not base and not c.__dict__.get("abstract")}
 
 
-def lookup(name: Any, base: type_[Self]) -> type_[Self]:
+def lookup(name: Any, base: type[Self]) -> type[Self]:
     """The registered type called ``name``, which must be ``base`` or below it."""
     found = Config._registry.get(name) or discover().get(name)
     if found is None or not issubclass(found, base):
@@ -147,7 +151,7 @@ def lookup(name: Any, base: type_[Self]) -> type_[Self]:
     return found
 
 
-def from_json(value: dict[str, Any], base: type_[Self]) -> Self:
+def from_json(value: dict[str, Any], base: type[Self]) -> Self:
     """A config from ``to_json``'s form. Raises ConfigError naming the field, the value and what is allowed."""
     try:
         return base.model_validate(value)

@@ -81,5 +81,3 @@ def estimate(stages: list[Stage], runs: str, placement: Placement) -> dict[str, 
         guess["price"] = seconds / 3600 * max(pool.workers, 1) * hourly
         made[stage.fingerprint()] = guess
     return made
-
-

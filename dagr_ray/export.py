@@ -60,7 +60,9 @@ def to_beir(folder: Artifact, runs: str, target: str) -> dict[str, int]:
 def to_sentence_transformers(folder: Artifact, runs: str, target: str) -> dict[str, int]:
     """JSON lines with ``anchor``, ``positive``, ``negative_1``..: what SentenceTransformerTrainer takes."""
     examples = ancestor(folder, "examples").read("examples").to_pylist()
-    queries = dict(zip(*ancestor(folder, "queries").read("queries", ["query_id", "text"]).to_pydict().values(), strict=True))
+    queries = dict(
+        zip(*ancestor(folder, "queries").read("queries", ["query_id", "text"]).to_pydict().values(), strict=True)
+    )
     corpus = {
         row["doc_id"]: tables.passage_text(row["title"], row["text"])
         for part in _corpus(folder).scan("corpus")

@@ -48,7 +48,7 @@ class VectorWriter:
     def _write_header(self) -> None:
         # numpy leaves room in the header for the first dimension to grow, so this one is as long as the last
         header = {"descr": self.dtype.str, "fortran_order": False, "shape": (self.rows, self.dimension)}
-        np.lib.format.write_array_header_1_0(self._file, header)  # type: ignore[no-untyped-call]
+        np.lib.format.write_array_header_1_0(self._file, header)
 
     def add(self, ids: Sequence[str], vectors: np.ndarray) -> None:
         """Appends rows; ``vectors`` is [len(ids), dimension]."""

@@ -73,6 +73,8 @@ class Reporter:
 
     def _update(self, text: str) -> None:
         if self.live:
-            print(f"\r\x1b[2K[{duration(time.time() - self.started)}] {text[:150]}", end="", file=self.stream, flush=True)
+            print(
+                f"\r\x1b[2K[{duration(time.time() - self.started)}] {text[:150]}", end="", file=self.stream, flush=True
+            )
         else:
             self._line(text)

@@ -1,8 +1,8 @@
 """The documentation inside the user's own Python as a search corpus, and the queries and judgements written for it.
 
-Passages are the docstrings of the running interpreter's standard library and the chunked texts of ``pydoc_data.topics``;
-out of distribution, those of numpy and pandas. It is always there, real, and different enough from what language models
-were shown as search data.
+Passages are the docstrings of the running interpreter's standard library and the chunked texts of
+``pydoc_data.topics``; out of distribution, those of numpy and pandas. It is always there, real, and different enough
+from what language models were shown as search data.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import importlib
 import inspect
 import io
 import json
+import os
 import pkgutil
 import re
 import sys
@@ -28,8 +29,22 @@ MIN_WORDS = 12
 CHUNK_WORDS = 180
 # A docstring's first pieces say what a thing does and takes; the rest is examples and notes.
 CHUNKS = 1
-# Importing these opens a window, a browser or a server, prints, or is the interpreter's own business.
-SKIPPED = {"antigravity", "this", "idlelib", "turtle", "turtledemo", "tkinter", "test", "lib2to3", "__main__", "ensurepip", "pip", "distutils", "pydoc_data"}
+# Importing these opens a window, a browser or a server, prints, or is the interpreter's own business; the last two
+# lines are os and os.path under the names of their platforms, and what Python 3.12 no longer has.
+SKIPPED = {
+    *("antigravity", "this", "idlelib", "turtle", "turtledemo", "tkinter", "test", "lib2to3", "__main__"),
+    *("ensurepip", "pip", "pydoc_data"),
+    *("posix", "nt", "ntpath", "posixpath", "genericpath", "nturl2path"),
+    *("asynchat", "asyncore", "distutils", "imp", "smtpd"),
+}
+# numpy loads its parts when asked, so what a module happens to hold says nothing. Masked arrays, array types and typing
+# repeat the documentation of what stands here.
+PARTS = {
+    "numpy": ("exceptions", "fft", "lib.scimath", "lib.stride_tricks", "linalg", "polynomial", "random"),
+    "pandas": ("api.indexers", "api.types", "api.typing"),
+}
+# A text that several classes inherit goes to the ones that people look in first.
+KNOWN_FIRST = ("pandas.DataFrame.", "pandas.Series.")
 
 
 class Passage(NamedTuple):
@@ -53,19 +68,17 @@ class Judged:
 def stdlib_passages() -> list[Passage]:
     """Passages of the standard library and of the language's help topics, sorted by doc_id."""
     names = sorted(n for n in sys.stdlib_module_names if not n.startswith("_") and n not in SKIPPED)
-    modules = [m for name in names for m in _tree(name)]
-    import builtins
-
-    found = _documented([builtins, *modules], lambda module: module.split(".")[0] in sys.stdlib_module_names)
-    return sorted({**found, **_topics()}.values())
+    modules = [os.path, *(m for name in ("builtins", *names) for m in _tree(name))]
+    ours = sys.stdlib_module_names
+    return sorted({**_documented(modules, lambda module: module.split(".")[0] in ours), **_topics()}.values())
 
 
 @lru_cache(maxsize=4)
 def package_passages(names: tuple[str, ...] = ("numpy", "pandas")) -> list[Passage]:
     """Passages of installed packages: what their public top-level names and public sub-modules document."""
-    modules = [m for name in names for m in [_load(name)] if m is not None]
-    public = [m for module in modules for m in _public_modules(module)]
-    return sorted(_documented([*modules, *public], lambda module: module.split(".")[0] in names).values())
+    wanted = [".".join(part) for name in names for part in [(name,), *((name, inner) for inner in PARTS.get(name, ()))]]
+    modules = [m for m in map(_load, wanted) if m is not None]
+    return sorted(_documented(modules, lambda module: module.split(".")[0] in names).values())
 
 
 def judgements(part: str, doc_ids: Collection[str]) -> Judged:
@@ -106,61 +119,76 @@ def _tree(name: str) -> Iterator[ModuleType]:
             yield from _tree(f"{name}.{info.name}")
 
 
-def _public_modules(package: ModuleType) -> list[ModuleType]:
-    inside = (value for name, value in vars(package).items() if inspect.ismodule(value) and not name.startswith("_"))
-    wanted = {m.__name__: m for m in inside if m.__name__.startswith(package.__name__ + ".")}
-    # masked arrays and extension arrays repeat the documentation of plain ones
-    hidden = ("core", "compat", "util", "tests", "testing", "_", "f2py", "typing", "ma", "arrays", "errors", "tseries", "plotting")
-    return [m for name, m in sorted(wanted.items()) if not any(part.startswith(hidden) for part in name.split(".")[1:])]
-
-
 def _documented(modules: list[ModuleType], ours: Callable[[str], bool]) -> dict[str, Passage]:
-    """Every documented public object, once: under the shortest of the names that lead to it."""
-    best: dict[str, tuple[tuple[int, int, str], str]] = {}
+    """Every documented public object, once: under the best of the names that lead to it, which is the shortest."""
+    public = {kind for m in modules for name, kind in vars(m).items() if inspect.isclass(kind) and name[0] != "_"}
+    best: dict[str, tuple[tuple[Any, ...], str]] = {}
     for module in modules:
-        for name, text in _members(module, ours):
-            home = (name.count("."), len(name), name)
+        for name, value, guest in _members(module, ours, public):
+            doc = getattr(getattr(value, "__func__", value), "__doc__", None)
+            if not isinstance(doc, str) or len(doc.split()) < MIN_WORDS:
+                continue
+            text = inspect.cleandoc(doc)
+            alias = name.rsplit(".", 1)[-1] != getattr(value, "__name__", None)
+            known = next((n for n, kind in enumerate(KNOWN_FIRST) if name.startswith(kind)), len(KNOWN_FIRST))
+            home = (guest, name.count("."), alias, known, len(name), name)
             key = _norm(text)
             if key not in best or home < best[key][0]:
                 best[key] = (home, text)
     made: dict[str, Passage] = {}
-    for (_, _, name), text in best.values():
+    for (*_, name), text in best.values():
         for number, chunk in enumerate(_chunks(text)[:CHUNKS], 1):
             doc_id = name if number == 1 else f"{name}#{number}"
             made[doc_id] = Passage(doc_id, name, chunk)
     return made
 
 
-def _members(module: ModuleType, ours: Callable[[str], bool]) -> Iterator[tuple[str, str]]:
-    prefix = "" if module.__name__ == "builtins" else module.__name__ + "."
-    public = set(getattr(module, "__all__", None) or vars(module))
+def _members(module: ModuleType, ours: Callable[[str], bool], public: set[type]) -> Iterator[tuple[str, Any, bool]]:
+    """Name, object, and whether the module only imported it: few list in ``__all__`` what is their own."""
+    own = "os.path" if module is os.path else module.__name__
+    prefix = "" if own == "builtins" else own + "."
+    listed = set(getattr(module, "__all__", None) or vars(module))
     for name, value in sorted(vars(module).items()):
-        if name.startswith("_") or name not in public or inspect.ismodule(value):
+        if name.startswith("_") or name not in listed or inspect.ismodule(value):
             continue
-        if not ours(str(getattr(value, "__module__", None) or module.__name__)):
+        maker = str(getattr(value, "__module__", None) or own)
+        if not ours(maker) or not callable(value):
             continue
+        guest = prefix != "" and maker.split(".")[0].lstrip("_") != own.split(".")[0]
+        yield prefix + name, value, guest
         if inspect.isclass(value):
-            yield from _entry(prefix + name, value)
-            for member, inner in sorted(vars(value).items()):
-                if not member.startswith("_") and (callable(inner) or inspect.isdatadescriptor(inner) or isinstance(inner, classmethod | staticmethod)):
-                    yield from _entry(f"{prefix}{name}.{member}", inner)
-        elif callable(value):
-            yield from _entry(prefix + name, value)
+            yield from ((inner, member, guest) for inner, member in _attributes(prefix + name, value, public))
 
 
-def _entry(name: str, value: Any) -> Iterator[tuple[str, str]]:
-    doc = getattr(getattr(value, "__func__", value), "__doc__", None)
-    if isinstance(doc, str) and len(doc.split()) >= MIN_WORDS:
-        yield name, inspect.cleandoc(doc)
+def _attributes(name: str, kind: type, public: set[type]) -> Iterator[tuple[str, Any]]:
+    """What a class defines, and what it inherits from classes that no public module shows (pandas' ``NDFrame``)."""
+    root = name.split(".")[0]
+    for parent in kind.__mro__:
+        hidden = root in PARTS and parent.__module__.startswith(root) and parent not in public
+        if parent is not kind and not hidden:
+            continue
+        for member, inner in sorted(vars(parent).items()):
+            wrapped = isinstance(inner, classmethod | staticmethod)
+            if not member.startswith("_") and (wrapped or callable(inner) or inspect.isdatadescriptor(inner)):
+                yield f"{name}.{member}", inner
+    for accessor in sorted(getattr(kind, "_accessors", ())):
+        yield from _attributes(f"{name}.{accessor}", getattr(kind, accessor), public)
 
 
 def _topics() -> dict[str, Passage]:
+    """The help topics in pieces. Long topics contain short ones, so a piece that shorter topics said is left out."""
     from pydoc_data.topics import topics
 
-    made = {}
-    for name, text in sorted(topics.items()):
+    made: dict[str, Passage] = {}
+    said: set[str] = set()
+    for name, text in sorted(topics.items(), key=lambda item: (len(item[1]), item[0])):
+        new = set()
         for number, chunk in enumerate(_chunks(text), 1):
-            made[f"topic:{name}#{number}"] = Passage(f"topic:{name}#{number}", name, chunk)
+            paragraphs = [(_norm(p), len(p.split())) for p in re.split(r"\n\s*\n", chunk)]
+            if 2 * sum(words for p, words in paragraphs if p not in said) > sum(words for _, words in paragraphs):
+                made[f"topic:{name}#{number}"] = Passage(f"topic:{name}#{number}", name, chunk)
+            new |= {p for p, _ in paragraphs}
+        said |= new
     return made
 
 
@@ -169,7 +197,7 @@ def _norm(text: str) -> str:
 
 
 def _chunks(text: str) -> list[str]:
-    """Pieces of about ``CHUNK_WORDS`` words that end where paragraphs end; a piece too short to stand joins the last."""
+    """Pieces of about ``CHUNK_WORDS`` words that end where paragraphs end; one too short to stand joins the last."""
     made: list[list[str]] = [[]]
     size = 0
     for paragraph in re.split(r"\n\s*\n", text.strip()):
@@ -182,5 +210,6 @@ def _chunks(text: str) -> list[str]:
     joined = ["\n\n".join(piece) for piece in made]
     if len(joined) > 1 and len(joined[-1].split()) < MIN_WORDS:
         joined[-2:] = ["\n\n".join(joined[-2:])]
-    cut = [" ".join(piece.split()[: 2 * CHUNK_WORDS]) if len(piece.split()) > 2 * CHUNK_WORDS else piece for piece in joined]
+    most = 2 * CHUNK_WORDS
+    cut = [" ".join(piece.split()[:most]) if len(piece.split()) > most else piece for piece in joined]
     return [piece for piece in cut if len(piece.split()) >= MIN_WORDS]

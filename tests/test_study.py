@@ -58,7 +58,11 @@ def test_study_holds_baselines_and_arms(place) -> None:
 def test_smaller_volumes_lie_inside_larger_ones(place) -> None:
     taken = sorted(p.name for p in (place / "runs").iterdir() if p.name.startswith("take-"))
     small, large = (
-        set(Artifact(str(place / "runs"), next(n for n in taken if f"n{n_}-" in n)).read("examples")["query_id"].to_pylist())
+        set(
+            Artifact(str(place / "runs"), next(n for n in taken if f"n{n_}-" in n))
+            .read("examples")["query_id"]
+            .to_pylist()
+        )
         for n_ in (8, 16)
     )
     assert len(small) == 8
@@ -176,7 +180,17 @@ def test_job_submit_to_a_local_head(place, tmp_path) -> None:
         runs = tmp_path / "runs"
         job = [sys.executable, "-m", "dagr_ray.cli", "study", "jobs/beir.py", *_axes(place)[:1], "volume=0,8"]
         job += ["generator=crop", "passages=40", "max_rank=50", "--runs", str(runs)]
-        submit = [ray, "job", "submit", "--address", f"http://127.0.0.1:{dashboard}", "--working-dir", str(work), "--", *job]
+        submit = [
+            ray,
+            "job",
+            "submit",
+            "--address",
+            f"http://127.0.0.1:{dashboard}",
+            "--working-dir",
+            str(work),
+            "--",
+            *job,
+        ]
         done = subprocess.run(submit, env=env, capture_output=True, text=True, timeout=400, check=False)
         assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
         assert "succeeded" in done.stdout.lower() + done.stderr.lower()

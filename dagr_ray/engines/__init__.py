@@ -37,7 +37,9 @@ class Completion:
 class Session(Protocol):
     """An opened engine."""
 
-    def generate(self, prompts: Sequence[Prompt], seeds: Sequence[int], sampling: Sampling, n: int) -> list[list[Completion]]:
+    def generate(
+        self, prompts: Sequence[Prompt], seeds: Sequence[int], sampling: Sampling, n: int
+    ) -> list[list[Completion]]:
         """``n`` completions for each prompt, in order; sample ``i`` of a prompt is drawn with seed ``seeds[j] + i``."""
         ...
 

@@ -50,8 +50,12 @@ class PyDocs(Stage):
             for split, rows in judged.qrels.items():
                 made[f"qrels.{split}"] = tables.table("qrels", rows)
             if judged.rejected:
-                log.warning("pydocs-%s: %d judgements dropped: this Python lacks the passage", self.part, len(judged.rejected))
-            return Output(made, counts={"in": len(passages), "out": len(passages), "judgements_dropped": len(judged.rejected)})
+                log.warning(
+                    "pydocs-%s: %d judgements dropped: this Python lacks the passage", self.part, len(judged.rejected)
+                )
+            return Output(
+                made, counts={"in": len(passages), "out": len(passages), "judgements_dropped": len(judged.rejected)}
+            )
 
         return run
 

@@ -113,7 +113,7 @@ def _fit(settings: dict[str, Any], inputs: Inputs, folder: Artifact, pool: Pool)
     storage = f"{folder.path}/ray"
     trainer = ray.train.torch.TorchTrainer(
         _work,
-        train_loop_config={"settings": settings, "inputs": inputs, "folder": folder},
+        train_loop_config={"settings": settings, "inputs": inputs, "folder": folder, "workers": pool.workers},
         scaling_config=ray.train.ScalingConfig(
             num_workers=pool.workers,
             use_gpu=pool.gpus > 0,
@@ -163,14 +163,16 @@ def _work(config: dict[str, Any]) -> dict[str, Any] | None:
     """One worker of a training: the whole of it, on its share of each batch."""
     import ray.train.torch
 
-    context = ray.train.get_context()
-    rank, workers = context.get_world_rank(), context.get_world_size()
+    rank, workers, device = 0, 1, None
+    if config["workers"]:  # the local mode has no context inside a Tune trial
+        context = ray.train.get_context()
+        rank, workers = context.get_world_rank(), context.get_world_size()
+        device = str(ray.train.torch.get_device())
     settings, folder = config["settings"], config["folder"]
     base = Encoder.model_validate(settings["base"])
     texts = _join(config["inputs"], base)
     size = min(settings["batch_size"], len(texts.examples) // workers * workers) or workers
     order = _plan(texts, size, settings["epochs"], settings["seed"])
-    device = str(ray.train.torch.get_device())
     model = retriever.load(base, device=device)
     started = time.time()
     losses = _train(model, base, texts, order, size // workers, workers, settings)
@@ -237,7 +239,8 @@ def _plan(texts: _Texts, size: int, epochs: int, seed: int) -> list[int]:
     order: list[int] = []
     for _ in range(epochs):
         shuffled = rng.permutation(len(examples)).tolist()
-        shuffled += shuffled[: -len(examples) % size]
+        whole = -(-len(shuffled) // size) * size
+        shuffled = (shuffled * size)[:whole]
         batches: list[list[int]] = []
         for start in range(0, len(shuffled), size * SORTED_TOGETHER):
             group = sorted(shuffled[start : start + size * SORTED_TOGETHER], key=length.__getitem__)

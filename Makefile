@@ -1,0 +1,38 @@
+PROFILE ?= cpu
+VENV ?= .venv
+PYTHON ?= python3
+export VENV
+BIN := $(VENV)/bin
+
+.PHONY: help setup study test lint lock clean
+
+help:
+	@echo "make setup    the environment in $(VENV) (PROFILE=cpu or gpu); minutes once, then nothing"
+	@echo "make study    the quick start: does augmentation help, how much is enough, at what cost"
+	@echo "make test     lint and all tests"
+	@echo "make lint     ruff, mypy and the import contracts"
+	@echo "make lock     resolve requirements/PROFILE.in into its lock"
+	@echo "make clean    remove caches and build products; results and $(VENV) stay"
+
+setup:
+	@$(PYTHON) scripts/setup.py $(PROFILE)
+
+study: setup
+	$(BIN)/dagr study jobs/quickstart.py
+
+test: setup
+	$(MAKE) lint
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+lock:
+	$(BIN)/python scripts/lock.py $(PROFILE)
+
+clean:
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build dist *.egg-info
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
