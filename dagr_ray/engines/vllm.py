@@ -6,6 +6,7 @@ import contextlib
 import gc
 import json
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -122,9 +123,13 @@ class _Session:
         if local:
             os.environ.setdefault("HF_HUB_OFFLINE", "1")
         self.pieces: dict[str, list[int]] = {}
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        threads = max(cores // max(pool.workers, 1), 1)
         with _undone():
+            # Ray sets one thread for each CPU that a worker asks for; torch and vLLM's kernels read it when they are loaded
+            os.environ["OMP_NUM_THREADS"] = str(threads)
             try:
-                self.llm = self._start(pool, local)
+                self.llm = self._start(pool, local, threads)
                 self.tokenizer = self.llm.get_tokenizer()
             except Exception as error:
                 _release()
@@ -136,7 +141,7 @@ class _Session:
         self.start = with_bos[: with_bos.index(without[0])]
         assert len(self.start) <= 1, f"{config.model!r} starts a text with several special tokens: {self.start}"
 
-    def _start(self, pool: Pool, local: bool) -> Any:
+    def _start(self, pool: Pool, local: bool, threads: int) -> Any:
         import torch
         from vllm import LLM
         from vllm.platforms import current_platform
@@ -144,9 +149,7 @@ class _Session:
         config = self.config
         options: dict[str, Any] = {}
         if current_platform.is_cpu():
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            # Ray gives a worker one thread for each CPU that it asks for; the engine shares the machine with its like.
-            torch.set_num_threads(max(cores // max(pool.workers, 1), 1))
+            torch.set_num_threads(threads)
             # A prompt prefilled in chunks ends a seeded request on the CPU: "CPU Generator does not use offset".
             options |= {"enforce_eager": True, "enable_chunked_prefill": False}
             options["max_num_batched_tokens"] = max(4096, config.max_model_len)
@@ -280,17 +283,20 @@ def _failed(n: int, error: str) -> list[Completion]:
 
 @contextlib.contextmanager
 def _undone() -> Iterator[None]:
-    """Takes back what starting vLLM does to the process: libraries preloaded into children, a dead set_num_threads."""
-    import torch
-
-    preload, set_num_threads = os.environ.get("LD_PRELOAD"), torch.set_num_threads
+    """Takes back what starting vLLM does to the process: environment for children, a dead ``torch.set_num_threads``."""
+    before = {name: os.environ.get(name) for name in ("LD_PRELOAD", "OMP_NUM_THREADS")}
+    set_num_threads = None
+    if "torch" in sys.modules:
+        set_num_threads = sys.modules["torch"].set_num_threads
     try:
         yield
     finally:
-        torch.set_num_threads = set_num_threads
-        os.environ.pop("LD_PRELOAD", None)
-        if preload is not None:
-            os.environ["LD_PRELOAD"] = preload
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+        if set_num_threads is not None:
+            sys.modules["torch"].set_num_threads = set_num_threads
 
 
 def _release() -> None:
