@@ -14,6 +14,7 @@ import json
 import os
 import pkgutil
 import re
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Collection, Iterator
@@ -57,28 +58,49 @@ class Passage(NamedTuple):
 
 @dataclass
 class Judged:
-    """Queries by id, judgements by split, and what was dropped because this Python lacks the passage."""
+    """Queries by id, judgements by split, and what was dropped because this Python lacks the passage.
+
+    ``lost`` names the queries that no judgement is left of.
+    """
 
     queries: dict[str, str] = field(default_factory=dict)
     qrels: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     rejected: list[dict[str, str]] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
 
 
-@lru_cache(maxsize=1)
 def stdlib_passages() -> list[Passage]:
     """Passages of the standard library and of the language's help topics, sorted by doc_id."""
-    names = sorted(n for n in sys.stdlib_module_names if not n.startswith("_") and n not in SKIPPED)
-    modules = [os.path, *(m for name in ("builtins", *names) for m in _tree(name))]
-    ours = sys.stdlib_module_names
-    return sorted({**_documented(modules, lambda module: module.split(".")[0] in ours), **_topics()}.values())
+    return _passages(())
+
+
+def package_passages(names: tuple[str, ...] = ("numpy", "pandas")) -> list[Passage]:
+    """Passages of installed packages: what their public top-level names and public sub-modules document."""
+    return _passages(names)
 
 
 @lru_cache(maxsize=4)
-def package_passages(names: tuple[str, ...] = ("numpy", "pandas")) -> list[Passage]:
-    """Passages of installed packages: what their public top-level names and public sub-modules document."""
-    wanted = [".".join(part) for name in names for part in [(name,), *((name, inner) for inner in PARTS.get(name, ()))]]
-    modules = [m for m in map(_load, wanted) if m is not None]
-    return sorted(_documented(modules, lambda module: module.split(".")[0] in names).values())
+def _passages(names: tuple[str, ...]) -> list[Passage]:
+    """Collected by an interpreter of its own.
+
+    Packages replace functions of others when they are imported (torch does it to inspect, ray and vllm to more), so the
+    texts in this process depend on what it has done; and importing the whole standard library is not harmless here.
+    """
+    done = subprocess.run([sys.executable, "-P", __file__, *names], capture_output=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"cannot read the documentation of {names or 'Python'}: {done.stderr.decode()[-2000:]}")
+    return [Passage(*row) for row in json.loads(done.stdout)]
+
+
+def _collect(names: list[str]) -> list[Passage]:
+    if names:
+        wanted = [f"{name}.{part}".rstrip(".") for name in names for part in ("", *PARTS.get(name, ()))]
+        modules = [m for m in map(_load, wanted) if m is not None]
+        return sorted(_documented(modules, lambda module: module.split(".")[0] in names).values())
+    ours = sys.stdlib_module_names
+    tops = sorted(n for n in ours if not n.startswith("_") and n not in SKIPPED)
+    modules = [os.path, *(m for name in ("builtins", *tops) for m in _tree(name))]
+    return sorted({**_documented(modules, lambda module: module.split(".")[0] in ours), **_topics()}.values())
 
 
 def judgements(part: str, doc_ids: Collection[str]) -> Judged:
@@ -96,6 +118,7 @@ def judgements(part: str, doc_ids: Collection[str]) -> Judged:
                 judged.queries[query_id] = texts[query_id]
             else:
                 judged.rejected.append({"id": query_id, "reason": "passage-absent", "detail": doc_id})
+    judged.lost = sorted({row["id"] for row in judged.rejected} - judged.queries.keys())
     return judged
 
 
@@ -149,10 +172,10 @@ def _members(module: ModuleType, ours: Callable[[str], bool], public: set[type])
     prefix = "" if own == "builtins" else own + "."
     listed = set(getattr(module, "__all__", None) or vars(module))
     for name, value in sorted(vars(module).items()):
-        if name.startswith("_") or name not in listed or inspect.ismodule(value):
-            continue
         maker = str(getattr(value, "__module__", None) or own)
-        if not ours(maker) or not callable(value):
+        # asyncio forgets TaskGroup in its __all__
+        shown = name in listed or (inspect.isclass(value) and maker.startswith(own + "."))
+        if name.startswith("_") or not shown or not ours(maker) or not callable(value):
             continue
         guest = prefix != "" and maker.split(".")[0].lstrip("_") != own.split(".")[0]
         yield prefix + name, value, guest
@@ -213,3 +236,7 @@ def _chunks(text: str) -> list[str]:
     most = 2 * CHUNK_WORDS
     cut = [" ".join(piece.split()[:most]) if len(piece.split()) > most else piece for piece in joined]
     return [piece for piece in cut if len(piece.split()) >= MIN_WORDS]
+
+
+if __name__ == "__main__":
+    print(json.dumps(_collect(sys.argv[1:])))

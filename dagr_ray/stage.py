@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import pyarrow as pa
 
@@ -136,8 +136,13 @@ def materialize(
     placement, observe = placement or Placement(), observe or (lambda progress: None)
     made: dict[str, Artifact] = {}
     for each in walk(stage):
-        inputs = {name: made[inner.fingerprint()] for name, inner in each.inputs().items()}
-        made[each.fingerprint()] = _build(each, inputs, runs, placement, observe)
+        inputs = {name: made.get(inner.fingerprint()) for name, inner in each.inputs().items()}
+        changed = next((name for name, folder in inputs.items() if folder is None), None)
+        if changed is not None:
+            raise StageFailed(
+                f"{each.type}: what {changed!r} reads was changed during the run; run again, with the new content"
+            )
+        made[each.fingerprint()] = _build(each, cast(Inputs, inputs), runs, placement, observe)
     return made[stage.fingerprint()]
 
 

@@ -123,8 +123,9 @@ class _Session:
         if local:
             os.environ.setdefault("HF_HUB_OFFLINE", "1")
         self.pieces: dict[str, list[int]] = {}
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        threads = max(cores // max(pool.workers, 1), 1)
+        # As many as the placement gives a worker, no more: on 2 busy cores, 2 threads that wait for each other at every layer
+        # wrote 1.3 prompts/s and 1 thread 3.5.
+        threads = max(int(pool.cpus), 1)
         with _undone():
             # Ray sets one thread for each CPU that a worker asks for; torch and vLLM's kernels read it when they are loaded
             os.environ["OMP_NUM_THREADS"] = str(threads)
@@ -150,6 +151,9 @@ class _Session:
         options: dict[str, Any] = {}
         if current_platform.is_cpu():
             torch.set_num_threads(threads)
+            # Blocks of 32 tokens, not 128: less of a prompt lies behind the last full block, where nothing is reused. That
+            # took 25 % less time over 40 prompts with 2 samples.
+            options["block_size"] = 32
             # A prompt prefilled in chunks ends a seeded request on the CPU: "CPU Generator does not use offset".
             options |= {"enforce_eager": True, "enable_chunked_prefill": False}
             options["max_num_batched_tokens"] = max(4096, config.max_model_len)
@@ -166,7 +170,6 @@ class _Session:
             quantization=config.quantization,
             max_model_len=config.max_model_len,
             enable_prefix_caching=True,
-            **({"block_size": int(os.environ["BS"])} if os.environ.get("BS") else {}),
             trust_remote_code=False,
             generation_config="vllm",  # not the folder's own top_k and the like, which nobody asked for
             use_tqdm_on_load=False,
@@ -285,9 +288,6 @@ def _failed(n: int, error: str) -> list[Completion]:
 def _undone() -> Iterator[None]:
     """Takes back what starting vLLM does to the process: environment for children, a dead ``torch.set_num_threads``."""
     before = {name: os.environ.get(name) for name in ("LD_PRELOAD", "OMP_NUM_THREADS")}
-    set_num_threads = None
-    if "torch" in sys.modules:
-        set_num_threads = sys.modules["torch"].set_num_threads
     try:
         yield
     finally:
@@ -295,8 +295,9 @@ def _undone() -> Iterator[None]:
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
-        if set_num_threads is not None:
-            sys.modules["torch"].set_num_threads = set_num_threads
+        if "torch" in sys.modules:
+            torch = sys.modules["torch"]
+            torch.set_num_threads = torch._C.set_num_threads  # type: ignore[attr-defined]
 
 
 def _release() -> None:

@@ -1,0 +1,6 @@
+"""What a study found: tables, tests of significance, curves, the page, and the trace of a single training row."""
+
+from dagr_ray.report.summary import summarise
+from dagr_ray.report.text import markdown_table, terminal_table
+
+__all__ = ["markdown_table", "summarise", "terminal_table"]

@@ -1,0 +1,87 @@
+"""The table of a study for a terminal and as Markdown."""
+
+from __future__ import annotations
+
+from dagr_ray.artifact import Json
+from dagr_ray.report.verdict import dollars, duration, is_gain, is_loss, p_text, signed
+
+
+def terminal_table(summary: Json) -> str:
+    """One line a trial, then the verdict. A star marks gains and losses that stand after correction."""
+    measure, sets = summary["measure"], summary["sets"]
+    head = ["base", "generator", "rows"]
+    for data in sets:
+        head += [f"{data['name']} {measure}", "over frozen [95 % CI]"]
+    head += ["tokens", "time", "cost"]
+    lines = []
+    for trial in summary["trials"]:
+        cells = [trial["base"], trial["label"] or "-", f"{trial['used']:,}" if trial["used"] else "0"]
+        for data in sets:
+            cells += _quality(trial, data["name"], measure)
+        lines.append([*cells, *_spent(trial)])
+    left = {0, 1}
+    widths = [max(len(row[i]) for row in [head, *lines]) for i in range(len(head))]
+    shown = [
+        "  ".join(
+            cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in [head, *lines]
+    ]
+    shown.insert(1, "  ".join("-" * w for w in widths))
+    words = summary["verdict"]
+    notes = [f"note: {warning}" for warning in summary["warnings"]]
+    return "\n".join(
+        [*(line.rstrip() for line in shown), "", words["headline"], *(f"* {s}" for s in words["sentences"]), *notes]
+    )
+
+
+def _quality(trial: Json, name: str, measure: str) -> list[str]:
+    score = trial["scores"].get(name, {}).get(measure)
+    if score is None:
+        return [trial["state"], ""]
+    if "delta" not in score:
+        return [f"{score['mean']:.3f}", ""]
+    star = "*" if is_gain(score) or is_loss(score) else " "
+    return [
+        f"{score['mean']:.3f}",
+        f"{signed(score['delta'])} [{signed(score['delta_low'])}, {signed(score['delta_high'])}]{star}",
+    ]
+
+
+def _spent(trial: Json) -> list[str]:
+    cost = trial["cost"]
+    if not cost:
+        return ["", "", ""]
+    return [f"{cost['prompt_tokens'] + cost['completion_tokens']:,}", duration(cost["seconds"]), dollars(cost["price"])]
+
+
+def markdown_table(summary: Json) -> str:
+    """A table for each data set with all measures, and the verdict as a list."""
+    words = summary["verdict"]
+    lines = [f"**{words['headline']}**", "", *(f"- {sentence}" for sentence in words["sentences"])]
+    for data in summary["sets"]:
+        measures = data["measures"]
+        first = summary["measure"]
+        others = [m for m in measures if m != first]
+        where = {"in": "in distribution", "out": "out of distribution"}[data["role"]]
+        lines += ["", f"`{data['name']}`, {where}, {data['queries']:,} queries:", ""]
+        head = ["base", "generator", "rows", f"{first} [95 % CI]", "over frozen [95 % CI]", "p (Holm)", *others, "cost"]
+        lines += ["| " + " | ".join(head) + " |", "|" + "|".join(["---"] * 2 + ["---:"] * (len(head) - 2)) + "|"]
+        for trial in summary["trials"]:
+            scores = trial["scores"].get(data["name"])
+            cells = [trial["base"], trial["label"] or "–", f"{trial['used']:,}"]
+            if scores is None:
+                cells += [trial["state"], *[""] * (len(head) - 4)]
+            else:
+                s = scores[first]
+                cells.append(f"{s['mean']:.3f} [{s['low']:.3f}, {s['high']:.3f}]")
+                if "delta" in s:
+                    cells.append(f"{signed(s['delta'])} [{signed(s['delta_low'])}, {signed(s['delta_high'])}]")
+                    cells.append(p_text(s["p_holm"]).removeprefix("p = ").removeprefix("p "))
+                else:
+                    cells += ["", ""]
+                cells += [f"{scores[m]['mean']:.3f}" for m in others]
+                cells.append(dollars(trial["cost"]["price"]) if trial["cost"] else "")
+            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    lines += [f"\nNote: {warning}" for warning in summary["warnings"]]
+    return "\n".join(lines)

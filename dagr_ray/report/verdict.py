@@ -1,0 +1,253 @@
+"""The answers in plain words: did it help, how much is enough, what did it cost. "No" and "cannot tell" are answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from dagr_ray.artifact import Json
+
+ALPHA = 0.05
+# A gain whose interval ends below this is called "no": the data rule out what would be worth the trouble.
+WORTH = 0.01
+WHERE = {"in": "in distribution", "out": "out of distribution"}
+
+
+def verdict(summary: Json) -> Json:
+    """``headline``, ``sentences`` and ``answers`` (one for each data set and base) for a summary without them."""
+    answers = [_answer(summary, s, base, arms) for s in summary["sets"] for base, arms in _arms(summary, s["name"])]
+    sentences = [
+        *(answer["sentence"] for answer in answers),
+        *_enough(summary, answers),
+        *_generators(summary),
+        *_bm25(summary),
+        *_cost(summary),
+    ]
+    failed = [t for t in summary["trials"] if t["state"] != "done"]
+    if failed:
+        sentences.append(
+            f"{len(failed)} of {len(summary['trials'])} trials have no result, so the answers are partial."
+        )
+    return {"headline": _headline(answers), "sentences": sentences, "answers": answers}
+
+
+def _arms(summary: Json, name: str) -> list[tuple[str, list[Json]]]:
+    """The tested arms of a data set by base, in the order of the study."""
+    groups: dict[str, list[Json]] = {}
+    for trial in summary["trials"]:
+        if "delta" in trial["scores"].get(name, {}).get(summary["measure"], {}):
+            groups.setdefault(trial["base"], []).append(trial)
+    return list(groups.items())
+
+
+def is_gain(score: Json) -> bool:
+    """Better than the frozen base, by the interval and by the corrected test."""
+    return bool(score["delta_low"] > 0 and score["p_holm"] < ALPHA)
+
+
+def is_loss(score: Json) -> bool:
+    return bool(score["delta_high"] < 0 and score["p_holm"] < ALPHA)
+
+
+def _answer(summary: Json, data: Json, base: str, arms: list[Json]) -> Json:
+    measure, name = summary["measure"], data["name"]
+    scores = {arm["trial"]: arm["scores"][name][measure] for arm in arms}
+    gained = [arm for arm in arms if is_gain(scores[arm["trial"]])]
+    lost = [arm for arm in arms if is_loss(scores[arm["trial"]])]
+    best = max(gained or arms, key=lambda arm: scores[arm["trial"]]["mean"])
+    score = scores[best["trial"]]
+    what = f"{best['used']:,} {best['label']} queries"
+    change = f"{signed(score['delta'])}, 95 % CI {signed(score['delta_low'])} to {signed(score['delta_high'])}"
+    before = score["mean"] - score["delta"]
+    moved = f"{what} took {measure} from {before:.3f} to {score['mean']:.3f} ({change}"
+    if gained:
+        answer, why = "yes", f"{moved}; {p_text(score['p_holm'])})"
+        if len(arms) > 1:
+            why += f"; {len(gained)} of {len(arms)} arms gained"
+    elif len(lost) == len(arms):
+        answer, why = "worse", f"every arm lost; the best, {moved}; {p_text(score['p_holm'])})"
+    elif score["delta_high"] < WORTH:
+        answer, why = "no", f"of {len(arms)} arms the best, {moved}): a gain of {WORTH} or more is ruled out"
+    else:
+        includes = score["delta_low"] <= 0
+        reason = "the interval includes 0" if includes else f"not after correction for {len(arms)} arms or more"
+        answer, why = "cannot tell", f"of {len(arms)} arms the best, {moved}; {p_text(score['p_holm'])}): {reason}"
+    if lost and answer != "worse":
+        why += f"; {len(lost)} of {len(arms)} arms lost"
+    many = len({t["base"] for t in summary["trials"] if t["kind"] == "augmented"}) > 1
+    return {
+        "set": name,
+        "role": data["role"],
+        "base": base if many else "",
+        "answer": answer,
+        "trial": best["trial"],
+        "delta": score["delta"],
+        "sentence": f"{name} ({WHERE[data['role']]}){f', {base}' if many else ''}: {SAID[answer]}. {why[0].upper()}{why[1:]}.",
+    }
+
+
+SAID = {"yes": "yes, it helped", "no": "no", "worse": "no, it made things worse", "cannot tell": "cannot tell"}
+
+
+def _headline(answers: list[Json]) -> str:
+    if not answers:
+        return "No answer yet: no trained retriever can be compared with its frozen base."
+    parts = []
+    for role, where in WHERE.items():
+        mine = [answer for answer in answers if answer["role"] == role]
+        if not mine:
+            continue
+        words = {"yes": "yes", "no": "no", "worse": "it got worse", "cannot tell": "cannot tell"}
+        several = len({a["set"] for a in mine}) > 1
+        said: dict[str, list[str]] = {}
+        for a in mine:
+            whose = " on ".join(x for x in (a["base"], a["set"] if several else "") if x)
+            said.setdefault(words[a["answer"]], []).append(whose)
+        listed = [word + (f" for {_and(w for w in whose)}" if any(whose) else "") for word, whose in said.items()]
+        if len(said) == 1 and not several:
+            listed = [next(iter(said))]
+        parts.append(f"{where[0].upper()}{where[1:]}: {', '.join(listed)}.")
+    return "Did augmentation help? " + " ".join(parts)
+
+
+def _and(words: Iterable[str]) -> str:
+    *first, last = words
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def _enough(summary: Json, answers: list[Json]) -> list[str]:
+    """How much is enough, for each curve that gained on the in-distribution data."""
+    said = []
+    for curve in _in_curves(summary):
+        if not any("p_holm" in p and is_gain(p) for p in curve["points"]):
+            continue
+        who = _who(summary, curve)
+        largest, enough, best = curve["points"][-1]["used"], curve["enough"], curve["best"]
+        gap = curve["best_over_enough"]
+        steps = [s for s in curve["steps"] if s["per_100_rows"] is not None]
+        rates = ", ".join(f"{signed(s['per_100_rows'])} from {s['from']:,} to {s['to']:,}" for s in steps)
+        rate = f" Gain for each 100 queries more: {rates}." if len(steps) > 1 else ""
+        if enough == best == largest and len(curve["points"]) > 2:
+            said.append(
+                f"How much is enough, {who}: more than was tried may help; {largest:,} is clearly the best so far.{rate}"
+            )
+        elif enough == best:
+            said.append(f"How much is enough, {who}: {enough:,} queries, the best of what was tried.{rate}")
+        else:
+            said.append(
+                f"How much is enough, {who}: {enough:,} queries; {best:,} add {signed(gap['delta'])} "
+                f"({signed(gap['delta_low'])} to {signed(gap['delta_high'])}), which is not shown to be a gain.{rate}"
+            )
+    if not said and answers:
+        said.append("How much is enough: no volume that was tried is shown to beat the frozen base in distribution.")
+    return said
+
+
+def _in_curves(summary: Json) -> list[Json]:
+    inside = {s["name"] for s in summary["sets"] if s["role"] == "in"}
+    return [curve for curve in summary["curves"] if curve["set"] in inside]
+
+
+def _who(summary: Json, curve: Json) -> str:
+    many = len({c["base"] for c in summary["curves"]}) > 1
+    return f"{curve['label']} for {curve['base']}" if many else curve["label"]
+
+
+def _generators(summary: Json) -> list[str]:
+    """Generators against each other at the largest volume that both have: by intervals of the means, not by a test."""
+    said = []
+    for base in dict.fromkeys(c["base"] for c in _in_curves(summary)):
+        ends = [(c["points"][-1], c) for c in _in_curves(summary) if c["base"] == base]
+        if len({c["generator"] for _, c in ends}) < 2:
+            continue
+        ends.sort(key=lambda end: -max(p["mean"] for p in end[1]["points"][1:]))
+        shown = [
+            f"{c['label']} {max(p['mean'] for p in c['points'][1:]):.3f}"
+            f"{'' if (price := _rate(summary, c)) is None else f' at {dollars(price)} for an accepted query'}"
+            for _, c in ends
+        ]
+        many = len({c["base"] for c in summary["curves"]}) > 1
+        said.append(f"Generators{f' for {base}' if many else ''}, best {summary['measure']}: {', '.join(shown)}.")
+    return said
+
+
+def _rate(summary: Json, curve: Json) -> float | None:
+    mine = [g for g in summary["generators"] if g["generator"].split(" (")[0] == curve["generator"]]
+    return mine[0]["price_per_accepted"] if len(mine) == 1 else None
+
+
+def _bm25(summary: Json) -> list[str]:
+    said = []
+    for data in summary["sets"]:
+        scored = [t for t in summary["trials"] if data["name"] in t["scores"] and t["kind"] == "augmented"]
+        rows = [(t, t["scores"][data["name"]][summary["measure"]]) for t in scored]
+        rows = [(t, s) for t, s in rows if "over_bm25" in s]
+        if not rows:
+            continue
+        best, score = max(rows, key=lambda row: row[1]["mean"])
+        over = score["over_bm25"]
+        word = "above" if over["delta_low"] > 0 else "below" if over["delta_high"] < 0 else "level with"
+        which = f"{best['used']:,} {best['label']} queries, {best['base']}"
+        said.append(
+            f"Against BM25 on {data['name']}: the best arm ({which}) is {word} it "
+            f"({score['mean']:.3f} and {score['mean'] - over['delta']:.3f}; {signed(over['delta'])}, "
+            f"95 % CI {signed(over['delta_low'])} to {signed(over['delta_high'])})."
+        )
+    return said
+
+
+def _cost(summary: Json) -> list[str]:
+    total = summary["total"]
+    tokens = total["prompt_tokens"] + total["completion_tokens"]
+    said = [
+        f"Cost: {duration(summary['wall_s'])} on the clock, {duration(total['seconds'])} of stages, {tokens:,} tokens, "
+        f"{dollars(total['price'])}."
+    ]
+    for g in summary["generators"]:
+        if g["accepted"]:
+            said.append(
+                f"{g['generator']}: {g['accepted']:,} of {g['completions']:,} completions became training rows; an accepted "
+                f"query took {g['tokens_per_accepted']:,.0f} tokens, {g['seconds_per_accepted']:.2f} s and "
+                f"{dollars(g['price_per_accepted'])}."
+            )
+        else:
+            said.append(f"{g['generator']}: none of {g['completions']:,} completions was accepted.")
+    return said
+
+
+# -- numbers as text ----------------------------------------------------------------------------------------------------
+
+
+def signed(value: float) -> str:
+    return f"{value:+.3f}".replace("-", "−")
+
+
+def p_text(p: float) -> str:
+    """A corrected p value."""
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}"
+
+
+def dollars(value: float) -> str:
+    """Two significant digits below a dollar.
+
+    >>> dollars(12.345), dollars(0.0071234), dollars(0)
+    ('$12.35', '$0.0071', '$0')
+    """
+    if not value:
+        return "$0"
+    if value >= 1:
+        return f"${value:,.2f}"
+    digits = 1
+    while round(value, digits) < 10**-digits and digits < 12:
+        digits += 1
+    return f"${value:.{digits + 1}f}"
+
+
+def duration(seconds: float) -> str:
+    """
+    >>> duration(0.42), duration(75), duration(7300)
+    ('0.4 s', '1 min 15 s', '2 h 1 min')
+    """
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
