@@ -13,16 +13,16 @@ from dagr_ray.stages.select import Take
 from dagr_ray.stages.train import Train
 
 # What `dagr study` sweeps unless told otherwise. Sizes fit 12 minutes on two CPU cores.
-STUDY = {"volume": (0, 128, 384, 1024), "generator": ("smollm2", "crop"), "base": ("minilm", "scratch")}
+STUDY = {"volume": (0, 64, 192, 512), "generator": ("smollm2", "crop"), "base": ("minilm", "scratch")}
 
 
 def quickstart(
-    volume: int = 1024,
+    volume: int = 512,
     generator: Literal["smollm2", "crop"] = "smollm2",
     base: Literal["minilm", "scratch"] = "minilm",
     density: int | None = None,
     coverage: float | None = None,
-    passages: int = 1200,
+    passages: int = 640,
     samples: int = 2,
     max_rank: int = 20,
     seed: int = 0,
@@ -35,7 +35,7 @@ def quickstart(
     docs = PyDocs(part="stdlib")
     sets = {"pydocs-stdlib": docs, "pydocs-numeric": PyDocs(part="numeric")}
     encoder = Encoder(model=str(minilm()), max_length=128, reinitialise=None if base == "minilm" else 0)
-    exemplars = Exemplars(corpus=docs, split="dev", k=6)
+    exemplars = Exemplars(corpus=docs, split="dev", k=4)
     if volume == 0:
         return judge(sets, Dense(encoder=encoder), exclude=exemplars)
 
@@ -46,7 +46,7 @@ def quickstart(
     )
     examples = Take(mined=mined, n=volume, density=density, coverage=coverage)
     trained = Train(
-        examples=examples, queries=selected, corpus=docs, base=encoder, batch_size=32, max_length=96,
+        examples=examples, queries=selected, corpus=docs, base=encoder, batch_size=32, max_length=64,
         lr=3e-5 if base == "minilm" else 2e-4, epochs=1 if base == "minilm" else 2, seed=seed,
     )  # fmt: skip
     return judge(sets, Dense(encoder=encoder), trained=trained, exclude=exemplars)

@@ -123,9 +123,9 @@ class _Session:
         if local:
             os.environ.setdefault("HF_HUB_OFFLINE", "1")
         self.pieces: dict[str, list[int]] = {}
-        # As many as the placement gives a worker, no more: on 2 busy cores, 2 threads that wait for each other at every layer
-        # wrote 1.3 prompts/s and 1 thread 3.5.
-        threads = max(int(pool.cpus), 1)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        # what the placement gives a worker, or its share of a machine that has more
+        threads = max(int(pool.cpus), cores // max(pool.workers, 1), 1)
         with _undone():
             # Ray sets one thread for each CPU that a worker asks for; torch and vLLM's kernels read it when they are loaded
             os.environ["OMP_NUM_THREADS"] = str(threads)

@@ -1,0 +1,58 @@
+"""The page of a study: one file, no network, no scripts. Every text from corpora and models is escaped by the template."""
+
+from __future__ import annotations
+
+import json
+import time
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from dagr_ray.artifact import Artifact, Json
+from dagr_ray.report import verdict
+from dagr_ray.report.charts import curves_svg
+from dagr_ray.report.lineage import Folders
+from dagr_ray.report.rows import samples
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+PAGE = "report.html"
+
+
+def write_page(summary: Json, runs: str, study_folder: str) -> str:
+    """Writes ``report.html`` into the study's folder; returns its path."""
+    folder = Artifact(runs, study_folder)
+    folder.write_bytes(PAGE, render(summary, runs).encode())
+    return f"{folder.path}/{PAGE}"
+
+
+def render(summary: Json, runs: str) -> str:
+    """The page's HTML for a summary and the folders that it was made from."""
+    folders = Folders(runs)
+    shown = [(generator, samples(folders, generator)) for generator in summary["generators"]]
+    # what matplotlib wrote is markup, with its labels escaped; everything else on the page is text
+    template = _environment().get_template("page.html")
+    return template.render(s=summary, samples=shown, chart=curves_svg(summary))
+
+
+@lru_cache(maxsize=1)
+def _environment() -> Environment:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    made = Environment(
+        loader=PackageLoader("dagr_ray.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made.filters |= {
+        "dollars": verdict.dollars,
+        "duration": verdict.duration,
+        "signed": verdict.signed,
+        "p_text": verdict.p_text,
+        "day": lambda seconds: time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds)),
+        "pretty": lambda value: json.dumps(value, ensure_ascii=False),
+    }
+    made.tests |= {"gain": verdict.is_gain, "loss": verdict.is_loss}
+    return made

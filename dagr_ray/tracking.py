@@ -1,0 +1,257 @@
+"""MLflow as a mirror of finished folders: it may be down, slow or deleted, and nothing is lost.
+
+A pass reads a study's folder and logs what the store does not have: one parent run a study, one child a trial. Runs are
+found again by tags, so passes may be repeated, interrupted, and made from several machines one after another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from dagr_ray import __version__
+from dagr_ray.artifact import Artifact, Json
+from dagr_ray.report.lineage import Folders
+from dagr_ray.report.summary import summarise
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+# Seconds that a server may take to answer, and how often it is asked again.
+TIMEOUT_S, RETRIES = 10, 1
+LOCK_S = 30
+STUDY, TRIAL, COMPLETE = "dagr.study", "dagr.trial", "dagr.complete"
+
+
+@dataclass
+class Mirrored:
+    """What a pass did. ``problem`` is one line where the store could not be used, and the rest may be partial."""
+
+    uri: str
+    parents: int = 0
+    children: int = 0
+    skipped: int = 0
+    problem: str | None = None
+
+
+def store(runs: str) -> str | None:
+    """Where runs are logged: MLFLOW_TRACKING_URI, else a SQLite file in a runs folder on this machine's disk."""
+    folder = Artifact(runs, "mlflow.db")
+    return os.environ.get("MLFLOW_TRACKING_URI") or (f"sqlite:///{folder.path}" if folder.local else None)
+
+
+def mirror(runs: str, study_folder: str, uri: str | None = None) -> Mirrored:
+    """Logs the finished trials of a study that the store lacks. Never raises for what the store does."""
+    uri = uri or store(runs)
+    result = Mirrored(uri or "")
+    if uri is None:
+        result.problem = f"runs folder {runs!r} is not on this machine's disk; set MLFLOW_TRACKING_URI to a server"
+        return result
+    # one set by hand stands
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(TIMEOUT_S))
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", str(RETRIES))
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    try:
+        with _alone(runs, uri):
+            from mlflow import MlflowClient
+
+            logging.getLogger("alembic").setLevel(logging.WARNING)
+            logging.getLogger("mlflow").setLevel(logging.ERROR)
+            _Pass(MlflowClient(tracking_uri=uri), runs, study_folder, result).run()
+    except Exception as error:  # any failure of a mirror is a line of text: the work is in the folders
+        shown = " ".join(str(error).split())[:300]
+        result.problem = f"{type(error).__name__} at {_without_password(uri)}: {shown}"
+    return result
+
+
+def _without_password(uri: str) -> str:
+    return re.sub(r"//[^/@]*@", "//", uri)
+
+
+@contextlib.contextmanager
+def _alone(runs: str, uri: str) -> Iterator[None]:
+    """One writer at a time to a SQLite store: two that create its tables at once would break it."""
+    folder = Artifact(runs, "")
+    if not uri.startswith("sqlite:") or not folder.local:
+        yield
+        return
+    import fcntl
+
+    os.makedirs(folder.path, exist_ok=True)
+    with open(f"{folder.path}/.mlflow.lock", "w") as handle:
+        until = time.monotonic() + LOCK_S
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    raise TimeoutError(f"another process has been writing for {LOCK_S} s") from None
+                time.sleep(0.1)
+        yield
+
+
+class _Pass:
+    """One pass over one study."""
+
+    def __init__(self, client: MlflowClient, runs: str, study_folder: str, result: Mirrored) -> None:
+        self.client, self.result = client, result
+        self.folder = Artifact(runs, study_folder)
+        self.folders = Folders(runs)
+        self.study: Json = self.folder.read_json("study.json")
+        self.summary = summarise(runs, study_folder)
+
+    def run(self) -> None:
+        self.experiment = self._experiment()
+        known = self._known()
+        parent = known.pop("", None) or self._parent()
+        for trial in self.study["trials"]:
+            found = known.get(trial["trial"])
+            if found is not None and found.data.tags.get(COMPLETE):
+                self.result.skipped += 1
+            elif self.folders.manifest(trial["folder"]) is not None:
+                if found is not None:  # a pass ended in its middle
+                    self.client.delete_run(found.info.run_id)
+                self._child(trial, parent.info.run_id)
+                self.result.children += 1
+        self._finish(parent)
+
+    def _experiment(self) -> str:
+        name = f"dagr-{self.study['name']}"
+        found = self.client.get_experiment_by_name(name)
+        if found is not None:
+            if found.lifecycle_stage == "deleted":
+                self.client.restore_experiment(found.experiment_id)
+            return found.experiment_id
+        # a server has a place of its own for artifacts; beside a SQLite file they would land in the current folder
+        local = self.result.uri.startswith("sqlite:") and self.folder.local
+        place = Artifact(self.folder.runs, "mlflow-artifacts").path
+        return self.client.create_experiment(name, artifact_location=f"file://{place}" if local else None)
+
+    def _known(self) -> dict[str, Run]:
+        """Runs of this study by trial; the parent's is the empty name."""
+        found: dict[str, Run] = {}
+        token = None
+        while True:
+            page = self.client.search_runs(
+                [self.experiment], f"tags.`{STUDY}` = '{self.folder.name}'", max_results=500, page_token=token
+            )
+            found |= {run.data.tags.get(TRIAL, ""): run for run in page}
+            token = page.token
+            if not token:
+                return found
+
+    def _parent(self) -> Run:
+        study = self.study
+        tags = {STUDY: self.folder.name, "mlflow.runName": self.folder.name, "dagr.version": __version__}
+        made = self.client.create_run(self.experiment, start_time=int(study["created"] * 1000), tags=tags)
+        params = {"job": study["job"]} | {f"axis.{k}": ", ".join(map(str, v)) for k, v in study["axes"].items()}
+        self.client.log_batch(made.info.run_id, params=_params(params))
+        self.result.parents += 1
+        return made
+
+    def _child(self, trial: Json, parent: str) -> None:
+        from mlflow.entities import RunTag
+
+        row = next(t for t in self.summary["trials"] if t["trial"] == trial["trial"])
+        finished = self.folders.found(trial["folder"])["finished"]
+        name = " ".join(str(x) for x in (row["base"], row["label"], row["used"] or "") if x)
+        tags = {
+            STUDY: self.folder.name,
+            TRIAL: trial["trial"],
+            "mlflow.parentRunId": parent,
+            "mlflow.runName": name,
+            "dagr.kind": trial["kind"],
+            "dagr.folder": trial["folder"],
+        }
+        start = int((finished - trial["seconds"]) * 1000)
+        run_id = self.client.create_run(self.experiment, start_time=start, tags=tags).info.run_id
+        fingerprints = [RunTag(f"dagr.stage.{folder}", mark) for folder, mark in trial["stages"].items()]
+        params = {"kind": trial["kind"], "base": row["base"], "generator": row["label"], **trial["params"]}
+        metrics = _measured(row, int(finished * 1000))
+        self.client.log_batch(run_id, metrics=metrics, params=_params(params), tags=fingerprints)
+        self._inputs(run_id, row)
+        self.client.log_dict(run_id, trial, "trial.json")
+        for folder in self._evaluations(trial["folder"]):
+            artifact = self.folders.artifact(folder)
+            if "run.trec" in self.folders.found(folder).get("files", {}):
+                named = self.folders.found(folder)["stage"]["name"]
+                self.client.log_artifact(run_id, artifact.local_path("run.trec"), f"runs/{named}")
+        self.client.set_tag(run_id, COMPLETE, "1")
+        self.client.set_terminated(run_id, end_time=int(finished * 1000))
+
+    def _evaluations(self, card: str) -> list[str]:
+        return [f for n, f in self.folders.found(card)["inputs"].items() if n.startswith("evaluations")]
+
+    def _inputs(self, run_id: str, row: Json) -> None:
+        """The judged data sets, and the examples that the retriever was trained on."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        used = {
+            f: "evaluation"
+            for e in self._evaluations(row["folder"])
+            if (f := self.folders.found(e)["inputs"].get("data"))
+        }
+        for name in self.folders.ancestors(row["folder"]):
+            if examples := self.folders.found(name)["inputs"].get("examples"):
+                used[examples] = "training"
+        found = []
+        for name, context in used.items():
+            manifest = self.folders.found(name)
+            profile = {table: entry["rows"] for table, entry in manifest["tables"].items()}
+            source = str({"uri": self.folders.artifact(name).path})
+            dataset = Dataset(name, manifest["fingerprint"][:36], "local", source, profile=str(profile))
+            found.append(DatasetInput(dataset, [InputTag("mlflow.data.context", context)]))
+        self.client.log_inputs(run_id, datasets=found)
+
+    def _finish(self, parent: Run) -> None:
+        """Brings the parent up to date: the totals, the answers, the page; ended when every trial has ended."""
+        from mlflow.entities import Metric
+
+        run_id, total, now = parent.info.run_id, self.summary["total"], int(time.time() * 1000)
+        states = [trial["state"] for trial in self.study["trials"]]
+        page = self.folder.read_bytes("report.html")
+        mark = f"{states} {len(page or b'')} {self.summary['wall_s']:.3f}"
+        if parent.data.tags.get("dagr.seen") == mark[:4000]:
+            return
+        values = {**total, "wall_seconds": self.summary["wall_s"], "trials_done": states.count("done")}
+        self.client.log_batch(run_id, metrics=[Metric(k, float(v), now, 0) for k, v in values.items()])
+        self.client.set_tag(run_id, "mlflow.note.content", _note(self.summary))
+        if page is not None:
+            self.client.log_artifact(run_id, self.folder.local_path("report.html"))
+        self.client.set_tag(run_id, "dagr.seen", mark[:4000])
+        if all(state in ("done", "failed") for state in states):
+            self.client.set_terminated(run_id, "FAILED" if "failed" in states else "FINISHED")
+
+
+def _note(summary: Json) -> str:
+    return "\n".join([summary["verdict"]["headline"], *(f"* {s}" for s in summary["verdict"]["sentences"])])[:5000]
+
+
+def _params(values: dict[str, Any]) -> list[Any]:
+    from mlflow.entities import Param
+
+    return [Param(key, str(value)[:6000]) for key, value in values.items()]
+
+
+def _measured(row: Json, at: int) -> list[Any]:
+    """Means, intervals and gains for each data set, and what the arm cost. MLflow wants names without ``@``."""
+    from mlflow.entities import Metric
+
+    values: dict[str, float] = {"rows": row["used"], "trial_seconds": row["seconds"], **(row["cost"] or {})}
+    for data, measures in row["scores"].items():
+        for measure, score in measures.items():
+            stem = re.sub(r"[^\w\-. /]", "_", f"{data}/{measure}")
+            values[stem] = score["mean"]
+            for key in ("low", "high", "delta", "delta_low", "delta_high", "p_holm"):
+                if key in score:
+                    values[f"{stem}.{key}"] = score[key]
+    return [Metric(key, float(value), at, 0) for key, value in values.items()]
