@@ -6,12 +6,14 @@ A config describes *what* is computed. Two configs with the same fingerprint des
 from __future__ import annotations
 
 import builtins
+import contextlib
 import hashlib
 import importlib
 import json
 import pkgutil
 import re
 from collections.abc import Iterator
+from contextvars import ContextVar
 from functools import lru_cache
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -87,12 +89,38 @@ class Config(BaseModel):
         return {key: value for key, value in self.identity().items() if key not in marked}
 
     def fingerprint(self) -> str:
-        """12 hex digits of the SHA-256 of the identity."""
-        return digest(self.identity())
+        """12 hex digits of the SHA-256 of the identity, in which each inner config stands by its own fingerprint."""
+        with fingerprints_held() as held:
+            if id(self) not in held:
+                held[id(self)] = (self, digest(self.identity()))
+            return held[id(self)][1]
 
     def label(self) -> str:
         """A short word for people, used in folder names; never part of the fingerprint."""
         return ""
+
+
+# id of a config -> the config, which keeps the id from being used again, and its fingerprint
+_Held = dict[int, tuple["Config", str]]
+_held: ContextVar[_Held | None] = ContextVar("held", default=None)
+
+
+@contextlib.contextmanager
+def fingerprints_held() -> Iterator[_Held]:
+    """Inside, a config is fingerprinted once. Outside, each time anew: files that it stands for may have changed.
+
+    Without it, a graph of stages would be walked as a tree, which has thousands of times as many nodes.
+    """
+    outer = _held.get()
+    if outer is not None:
+        yield outer
+        return
+    held: _Held = {}
+    token = _held.set(held)
+    try:
+        yield held
+    finally:
+        _held.reset(token)
 
 
 def _is_threshold(field: FieldInfo) -> bool:
@@ -122,7 +150,7 @@ def _plain(value: Any) -> Any:
 
 
 def _identity(value: Any) -> Any:
-    return _walk(value, lambda c: c.identity())
+    return _walk(value, lambda c: c.fingerprint())
 
 
 @lru_cache(maxsize=1)

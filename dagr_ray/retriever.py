@@ -27,9 +27,10 @@ TOKENS = {"cpu": 4096, "cuda": 131072}
 class Encoder(Config):
     """A bi-encoder: a local model folder, or a hub id with the commit that pins it.
 
-    ``reinitialise`` is a seed: the same architecture and embeddings, with all other weights drawn anew, which makes a
-    retriever that is not pre-trained. ``dtype`` ``auto`` computes in bfloat16 where the processor has it (the weights
-    stay float32), and else in float32. Prefixes are put before the text, as E5 and others want.
+    ``layers`` keeps only the first of the transformer's layers. ``reinitialise`` is a seed: the same embeddings, with
+    all other weights drawn anew, which makes a retriever that is not pre-trained. ``dtype`` ``auto`` computes in
+    bfloat16 where the processor has it (the weights stay float32), and else in float32. Prefixes are put before the
+    text, as E5 and others want.
     """
 
     model: Annotated[str, Field(min_length=1)] = "sentence-transformers/all-MiniLM-L6-v2"
@@ -39,6 +40,7 @@ class Encoder(Config):
     max_length: Annotated[int, Field(ge=8)] = 256
     dtype: Dtype = "auto"
     reinitialise: Annotated[int, Field(ge=0)] | None = None
+    layers: Annotated[int, Field(ge=1)] | None = None
 
     @property
     def local(self) -> bool:
@@ -46,6 +48,7 @@ class Encoder(Config):
 
     def label(self) -> str:
         name = Path(self.model).name.lower()
+        name += "" if self.layers is None else f"-{self.layers}layers"
         return name + ("" if self.reinitialise is None else f"-reinit{self.reinitialise}")
 
     def identity(self) -> dict[str, Any]:
@@ -73,13 +76,14 @@ def load(encoder: Encoder, device: str | None = None, model: str | Path | None =
     """The encoder with float32 weights, on ``device`` (CUDA where there is one). Safetensors only, no remote code.
 
     ``model`` is a folder that ``save`` wrote, and takes the place of the encoder's own weights (then nothing is
-    re-initialised). Raises ConfigError where the model cannot be loaded.
+    re-initialised or cut). Raises ConfigError where the model cannot be loaded.
     """
     import torch
     from sentence_transformers import SentenceTransformer
     from transformers.utils import logging
 
-    encoder = encoder if model is None else encoder.model_copy(update={"model": str(model), "reinitialise": None})
+    if model is not None:
+        encoder = encoder.model_copy(update={"model": str(model), "reinitialise": None, "layers": None})
     encoder.check()
     logging.disable_progress_bar()
     try:
@@ -99,9 +103,21 @@ def load(encoder: Encoder, device: str | None = None, model: str | Path | None =
     if limit is not None and encoder.max_length > limit:
         raise ConfigError(f"encoder: max_length = {encoder.max_length}: {encoder.model!r} reads at most {limit} tokens")
     loaded.max_seq_length = encoder.max_length
+    if encoder.layers is not None:
+        _keep_layers(transformer, encoder.layers)
     if encoder.reinitialise is not None:
         _reinitialise(transformer, encoder.reinitialise)
     return loaded.eval()
+
+
+def _keep_layers(transformer: Any, layers: int) -> None:
+    import torch
+
+    stack = next((m for m in transformer.modules() if isinstance(m, torch.nn.ModuleList)), None)
+    if stack is None or len(stack) < layers:
+        raise ConfigError(f"encoder: layers = {layers}: the model has {len(stack or [])}; give no more than that")
+    del stack[layers:]
+    transformer.config.num_hidden_layers = layers
 
 
 def _reinitialise(transformer: Any, seed: int) -> None:

@@ -20,7 +20,7 @@ import pyarrow as pa
 from dagr_ray import __version__, cluster, tables
 from dagr_ray.artifact import Artifact, Attempt, Json, add_up
 from dagr_ray.cluster import Placement, Pool
-from dagr_ray.config import Config, ConfigError, from_json
+from dagr_ray.config import Config, ConfigError, fingerprints_held, from_json
 
 log = logging.getLogger("dagr")
 TRIES_PER_SHARD = 3
@@ -104,8 +104,9 @@ def walk(*stages: Stage) -> list[Stage]:
                 visit(each)
             seen[key] = stage
 
-    for stage in stages:
-        visit(stage)
+    with fingerprints_held():
+        for stage in stages:
+            visit(stage)
     return list(seen.values())
 
 

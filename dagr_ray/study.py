@@ -326,6 +326,10 @@ def _watcher(by_name: dict[str, Trial], observe: Observer, save: Callable[[], No
             observe(Progress(mine.card, "trial", self.ended, len(by_name), seconds=mine.seconds))
             save()
 
+        def __reduce__(self) -> tuple[Any, ...]:
+            # Tune saves its callbacks, for a resume that is not used here; what this one calls holds locks
+            return Callback, ()
+
         def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             self.ended += 1
 

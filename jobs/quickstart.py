@@ -30,11 +30,13 @@ def quickstart(
     """A retriever trained on ``volume`` generated queries about the standard library, judged there and on numpy and pandas.
 
     ``density`` (queries per passage) and ``coverage`` (share of the passages) are DAGR's axes of volume; ``scratch`` is
-    the same architecture with its layers re-initialised, a base that is not pre-trained.
+    MiniLM with two re-initialised layers, a base that is not pre-trained.
     """
     docs = PyDocs(part="stdlib")
     sets = {"pydocs-stdlib": docs, "pydocs-numeric": PyDocs(part="numeric")}
-    encoder = Encoder(model=str(minilm()), max_length=128, reinitialise=None if base == "minilm" else 0)
+    encoder = Encoder(model=str(minilm()), max_length=48)
+    if base == "scratch":
+        encoder = encoder.model_copy(update={"reinitialise": 0, "layers": 2})
     exemplars = Exemplars(corpus=docs, split="dev", k=4)
     if volume == 0:
         return judge(sets, Dense(encoder=encoder), exclude=exemplars)
@@ -46,7 +48,7 @@ def quickstart(
     )
     examples = Take(mined=mined, n=volume, density=density, coverage=coverage)
     trained = Train(
-        examples=examples, queries=selected, corpus=docs, base=encoder, batch_size=32, max_length=64,
-        lr=3e-5 if base == "minilm" else 2e-4, epochs=1 if base == "minilm" else 2, seed=seed,
+        examples=examples, queries=selected, corpus=docs, base=encoder, batch_size=32, max_length=48,
+        lr=3e-5 if base == "minilm" else 5e-4, epochs=1 if base == "minilm" else 2, seed=seed,
     )  # fmt: skip
     return judge(sets, Dense(encoder=encoder), trained=trained, exclude=exemplars)

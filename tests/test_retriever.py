@@ -168,3 +168,17 @@ def test_an_empty_index_finds_nothing(tmp_path):
         pass
     assert VectorIndex.open(tmp_path).search(np.ones((2, 4), np.float32), 3) == [[], []]
     assert VectorIndex(["a"], np.ones((1, 4), np.float32)).search(np.ones((0, 4), np.float32), 3) == []
+
+
+def test_a_retriever_can_keep_its_first_layers(tmp_path):
+    whole, cut = weights(model()), retriever.load(Encoder(model=MINILM, layers=2), device="cpu")
+    kept = weights(cut)
+    assert {name for name in whole if ".layer.1." in name} <= set(kept)
+    assert not any(".layer.2." in name for name in kept)
+    assert all(np.array_equal(value, whole[name]) for name, value in kept.items())
+    retriever.save(cut, tmp_path / "model")
+    again = retriever.load(Encoder(model=MINILM, layers=2), device="cpu", model=tmp_path / "model")
+    assert set(weights(again)) == set(kept)
+    np.testing.assert_allclose(retriever.encode(again, TEXTS), retriever.encode(cut, TEXTS), atol=1e-6)
+    with pytest.raises(ConfigError, match="layers = 7: the model has 6"):
+        retriever.load(Encoder(model=MINILM, layers=7), device="cpu")

@@ -19,10 +19,11 @@ import pyarrow.compute as pc
 import pyarrow.fs as pafs
 from pydantic import Field
 
-from dagr_ray import __version__, retriever, tables
+from dagr_ray import retriever, tables
 from dagr_ray.artifact import Artifact
 from dagr_ray.cluster import Pool
 from dagr_ray.config import ConfigError
+from dagr_ray.model_card import model_card
 from dagr_ray.retriever import Encoder
 from dagr_ray.stage import Inputs, Output, Run, Stage
 
@@ -187,7 +188,7 @@ def _work(config: dict[str, Any]) -> dict[str, Any] | None:
         "repeats": _repeats(texts, order, size),
     }
     summary = {"losses": losses, "counts": counts, "samples": len(order), "train_s": train_s}
-    summary["files"] = _save(model, _card(settings, summary), folder)
+    summary["files"] = _save(model, model_card(settings, summary), folder)
     return summary
 
 
@@ -342,7 +343,7 @@ def _train(
 
     class Trainer(SentenceTransformerTrainer):
         def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
-            """The library's card counts the data's tokens and asks the hub about the base; ours is `_card`."""
+            """The library's card counts the data's tokens and asks the hub about the base; ours is `model_card`."""
 
     disable_progress_bars()
     model.max_seq_length = settings["max_length"]
@@ -446,54 +447,3 @@ def _save(model: SentenceTransformer, card: str, folder: Artifact) -> list[str]:
         if not folder.local:
             pafs.copy_files(str(target), f"{folder.path}/model", destination_filesystem=folder.fs)
         return sorted(path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file())
-
-
-def _card(settings: dict[str, Any], summary: dict[str, Any]) -> str:
-    """The model card: what it was made from and how, with the front matter that hubs read."""
-    base, counts = settings["base"], summary["counts"]
-    hyper = {
-        name: settings[name] for name in Train.model_fields if name not in ("examples", "queries", "corpus", "base")
-    }
-    content = f"revision `{base['revision']}`" if base["revision"] else f"content {settings['base_identity']['model']}"
-    found = sorted(set(_origins(settings)))
-    last = f"{summary['losses'][-1][1]:.4f}" if summary["losses"] else "not logged"
-    lines = [
-        "---",
-        "library_name: sentence-transformers",
-        "pipeline_tag: sentence-similarity",
-        "tags: [sentence-transformers, feature-extraction, retrieval, synthetic-queries]",
-        "---",
-        "",
-        f"# {Path(base['model']).name} trained on generated queries",
-        "",
-        f"Made by dagr-ray {__version__}, stage `train` with fingerprint `{settings['fingerprint']}`.",
-        "",
-        f"* base: `{base['model']}`, {content}",
-        *([f"* layers re-initialised with seed {base['reinitialise']}"] if base["reinitialise"] is not None else []),
-        *[f"* {kind}: {text}" for kind, text in found],
-        *[f"* {name}: `{source}`" for name, source in settings["sources"].items()],
-        f"* examples: {counts['examples']}, with {counts['negatives']:.2f} negatives each on average",
-        f"* steps: {counts['steps']} of {summary['samples'] // counts['steps']} examples",
-        f"* loss: in-batch InfoNCE, {last} at the end; {summary['train_s']:.0f} s of training",
-        *[f"* {name}: {value}" for name, value in hyper.items()],
-        "",
-        "Training queries are machine-written where an engine is named above. Check the licences of the corpus, of the",
-        "base and of the engine's model before you publish this one.",
-        "",
-    ]
-    return "\n".join(lines)
-
-
-def _origins(value: Any) -> Iterator[tuple[str, str]]:
-    """(kind, description) of the corpora, strategies and engines inside a stage's JSON, wherever they stand."""
-    if isinstance(value, list):
-        for item in value:
-            yield from _origins(item)
-    elif isinstance(value, dict):
-        for name, inner in value.items():
-            if name in ("strategy", "engine") and isinstance(inner, dict):
-                model = f" with `{inner['model']}`" if inner.get("model") else ""
-                yield name, f"{inner.get('type')}{model}"
-            if name == "corpus" and isinstance(inner, dict) and not any(isinstance(v, dict) for v in inner.values()):
-                yield "passages", " ".join(f"{v}" for v in inner.values() if isinstance(v, str))
-            yield from _origins(inner)

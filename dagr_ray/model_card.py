@@ -1,0 +1,59 @@
+"""The model card of a trained retriever."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dagr_ray import __version__
+
+
+def model_card(settings: dict[str, Any], summary: dict[str, Any]) -> str:
+    """The model card: what it was made from and how, with the front matter that hubs read."""
+    base, counts = settings["base"], summary["counts"]
+    hyper = {k: v for k, v in settings.items() if k != "type" and not isinstance(v, dict) and k != "fingerprint"}
+    content = f"revision `{base['revision']}`" if base["revision"] else f"content {settings['base_identity']['model']}"
+    found = sorted(set(_origins(settings)))
+    last = f"{summary['losses'][-1][1]:.4f}" if summary["losses"] else "not logged"
+    lines = [
+        "---",
+        "library_name: sentence-transformers",
+        "pipeline_tag: sentence-similarity",
+        "tags: [sentence-transformers, feature-extraction, retrieval, synthetic-queries]",
+        "---",
+        "",
+        f"# {Path(base['model']).name} trained on generated queries",
+        "",
+        f"Made by dagr-ray {__version__}, stage `train` with fingerprint `{settings['fingerprint']}`.",
+        "",
+        f"* base: `{base['model']}`, {content}",
+        *([f"* the first {base['layers']} layers"] if base["layers"] is not None else []),
+        *([f"* layers re-initialised with seed {base['reinitialise']}"] if base["reinitialise"] is not None else []),
+        *[f"* {kind}: {text}" for kind, text in found],
+        *[f"* {name}: `{source}`" for name, source in settings["sources"].items()],
+        f"* examples: {counts['examples']}, with {counts['negatives']:.2f} negatives each on average",
+        f"* steps: {counts['steps']} of {summary['samples'] // counts['steps']} examples",
+        f"* loss: in-batch InfoNCE, {last} at the end; {summary['train_s']:.0f} s of training",
+        *[f"* {name}: {value}" for name, value in hyper.items()],
+        "",
+        "Training queries are machine-written where an engine is named above. Check the licences of the corpus, of the",
+        "base and of the engine's model before you publish this one.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _origins(value: Any) -> Iterator[tuple[str, str]]:
+    """(kind, description) of the corpora, strategies and engines inside a stage's JSON, wherever they stand."""
+    if isinstance(value, list):
+        for item in value:
+            yield from _origins(item)
+    elif isinstance(value, dict):
+        for name, inner in value.items():
+            if name in ("strategy", "engine") and isinstance(inner, dict):
+                model = f" with `{inner['model']}`" if inner.get("model") else ""
+                yield name, f"{inner.get('type')}{model}"
+            if name == "corpus" and isinstance(inner, dict) and not any(isinstance(v, dict) for v in inner.values()):
+                yield "passages", " ".join(f"{v}" for v in inner.values() if isinstance(v, str))
+            yield from _origins(inner)

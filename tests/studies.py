@@ -1,0 +1,74 @@
+"""A study's folders without its hours: the real chain from passages to examples, and retrievers that only have scores."""
+
+from pathlib import Path
+from typing import Any
+
+from dagr_ray import tables
+from dagr_ray.artifact import Artifact
+from dagr_ray.recipes import augment, generator_named
+from dagr_ray.stage import materialize
+from dagr_ray.stages.corpus import Beir, Sample
+from dagr_ray.stages.select import Take
+from tests.conftest import tiny_beir
+
+EVIL = '<script>alert("x")</script>'
+QUERIES = 60
+
+
+def put(runs: str, name: str, inputs: dict[str, str], made: dict[str, Any], stage: dict[str, Any], cost=None, price=0.0):
+    """A complete folder with these tables."""
+    folder = Artifact(runs, name)
+    receipt = folder.commit(0, made, {"counts": {}, "cost": {}})
+    entries = {
+        table: {"rows": part["rows"], "bytes": part["bytes"], "parts": [part]} for table, part in receipt["tables"].items()
+    }
+    manifest = {"stage": stage, "fingerprint": name[-12:], "inputs": inputs, "tables": entries, "files": {}}
+    manifest |= {"counts": {}, "cost": {"wall_s": 1.0, **(cost or {})}, "price": price, "attempts": 1, "finished": 1.8e9}
+    folder.write_json("manifest.json", manifest | {"code": "0", "packages": {"torch": "2"}})
+    return name
+
+
+def card(runs: str, name: str, scores: dict[str, list[float]], data: str, trained: str | None = None) -> str:
+    """A scorecard with these values of nDCG@10 for each data set's queries."""
+    evaluations, stages = {}, []
+    for i, (where, values) in enumerate(scores.items()):
+        rows = [{"measure": "nDCG@10", "value": v, "query_id": f"q{q}", "data": where, "split": "test"} for q, v in enumerate(values)]
+        rows.append({"measure": "nDCG@10", "value": sum(values) / len(values), "query_id": None, "data": where, "split": "test"})
+        inputs = {"data": data} | ({"trained": trained} if trained else {})
+        stage = {"name": where, "split": "test", "data": where, "search": {"index": {"miner": "m"}}}
+        evaluations[f"evaluations.{i}"] = put(runs, f"{name}-{i}-evaluate", inputs, {"metrics": tables.table("metrics", rows)}, stage)
+        stages.append(stage)
+    found = [Artifact(runs, e).read("metrics").to_pylist() for e in evaluations.values()]
+    every = tables.table("metrics", [row for rows in found for row in rows])
+    return put(runs, name, evaluations, {"metrics": every}, {"evaluations": stages})
+
+
+def made_study(root: Path, frozen: dict[str, list[float]], arms: dict[int, dict[str, list[float]]]) -> tuple[str, str]:
+    """(runs, study folder) of a study with a frozen base, BM25, and an arm for each number of rows trained on."""
+    runs = str(root / "runs")
+    tiny_beir(root / "set")
+    corpus = (root / "set" / "corpus.jsonl").read_text().replace("The amber", f"The {EVIL} amber")
+    (root / "set" / "corpus.jsonl").write_text(corpus)
+    docs = Beir(path=str(root / "set"))
+    strategy, engine = generator_named("crop")
+    asked = Sample(corpus=docs, n=60)
+    _, mined = augment(asked, docs, strategy, engine, exemplars=None, samples=2, max_rank=50)
+    data = docs.folder(runs).name
+    trials = []
+
+    def add(kind: str, params: dict[str, Any], folder: str) -> None:
+        trial = {"trial": f"t{len(trials):03d}", "params": params, "kind": kind, "state": "done", "error": None}
+        trials.append(trial | {"folder": folder, "stages": {folder: folder[-12:]}, "seconds": 2.0})
+
+    materialize(mined, runs)
+    add("bm25", {}, card(runs, "scorecard-bm25", {k: [0.3] * len(v) for k, v in frozen.items()}, data))
+    add("frozen", {"base": "minilm"}, card(runs, "scorecard-frozen", frozen, data))
+    for rows, scores in arms.items():
+        take = materialize(Take(mined=mined, n=rows), runs)
+        train = put(runs, f"train-{rows}", {"examples": take.name}, {}, {}, {"train_s": 1.0}, price=0.01 * rows)
+        made = card(runs, f"scorecard-{rows}", scores, data, train)
+        add("augmented", {"base": "minilm", "generator": "crop", "volume": rows}, made)
+    study = {"name": "made", "job": "jobs/made.py", "axes": {"volume": list(arms)}, "created": 1.8e9}
+    study |= {"machine": {"cores": 2}, "wall_s": 60.0, "trials": trials}
+    Artifact(runs, "study-made-1").write_json("study.json", study)
+    return runs, "study-made-1"

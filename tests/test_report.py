@@ -1,0 +1,193 @@
+"""Statistics beside SciPy's, the verdict on studies whose answer is known, the page's safety, and the trace."""
+
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from dagr_ray import report
+from dagr_ray.artifact import Artifact
+from dagr_ray.config import ConfigError
+from dagr_ray.report import stats
+from dagr_ray.report.charts import curves_svg
+from dagr_ray.report.lineage import Folders
+from tests.studies import EVIL, QUERIES, made_study
+
+RANDOM = np.random.default_rng(3)
+FROZEN = RANDOM.uniform(0.2, 0.8, QUERIES)
+NOISE = RANDOM.normal(0, 1, QUERIES)
+NOISE -= NOISE.mean()
+
+
+def arm(gain: float, spread: float) -> list[float]:
+    """Scores that are ``gain`` above the frozen base on average, with that standard deviation over queries."""
+    return (FROZEN + gain + spread * NOISE).tolist()
+
+
+@pytest.fixture(scope="module")
+def helped(tmp_path_factory):
+    """A study in which 8 rows did nothing, and 16 and 24 helped equally; it got worse out of distribution."""
+    both = {8: (0.0, 0.1), 16: (0.1, 0.1), 24: (0.1, 0.1)}
+    arms = {n: {"in": arm(*x), "out": arm(-0.1, 0.05)} for n, x in both.items()}
+    return made_study(tmp_path_factory.mktemp("helped"), {"in": FROZEN.tolist(), "out": FROZEN.tolist()}, arms)
+
+
+@pytest.fixture(scope="module")
+def page(helped) -> str:
+    runs, study = helped
+    with open(report.write_page(report.summarise(runs, study), runs, study)) as handle:
+        return handle.read()
+
+
+def test_bootstrap_interval_is_that_of_scipy() -> None:
+    values = RANDOM.gamma(2, 0.2, (200, 1))
+    ours = stats.interval(stats.resampled_means(values)[:, 0])
+    theirs = scipy.stats.bootstrap((values[:, 0],), np.mean, n_resamples=10_000, method="percentile").confidence_interval
+    assert ours == pytest.approx((theirs.low, theirs.high), abs=0.004)
+    assert ours == stats.interval(stats.resampled_means(values)[:, 0]), "another seed each time"
+
+
+def test_randomisation_p_is_that_of_scipy() -> None:
+    gains = np.stack([NOISE * 0.1 + shift for shift in (0.0, 0.01, 0.02, 0.03)], axis=1)
+    ours = stats.randomisation_p(gains)
+    theirs = [
+        scipy.stats.permutation_test((column,), np.mean, permutation_type="samples", n_resamples=10_000).pvalue
+        for column in gains.T
+    ]
+    np.testing.assert_allclose(ours, theirs, atol=0.02)
+    assert ours[0] > 0.9
+    assert stats.randomisation_p(np.full((60, 1), 0.1))[0] == pytest.approx(1 / 10_001)
+
+
+def test_holm_is_ordered_and_never_below_p() -> None:
+    p = RANDOM.uniform(0, 0.2, 9).tolist()
+    corrected = stats.holm(p)
+    assert all(c >= x for c, x in zip(corrected, p, strict=True))
+    assert sorted(range(9), key=p.__getitem__) == sorted(range(9), key=lambda i: (corrected[i], p[i]))
+
+
+@pytest.mark.parametrize(
+    ("gain", "spread", "answer"),
+    [(0.1, 0.1, "yes"), (0.0, 0.02, "no"), (0.01, 0.3, "cannot tell"), (-0.1, 0.1, "worse")],
+)
+def test_answers(tmp_path, gain, spread, answer) -> None:
+    runs, study = made_study(tmp_path, {"in": FROZEN.tolist()}, {8: {"in": arm(gain, spread)}})
+    found = report.summarise(runs, study)["verdict"]["answers"]
+    assert [a["answer"] for a in found] == [answer]
+    assert found[0]["delta"] == pytest.approx(gain, abs=1e-9)
+
+
+def test_enough_is_the_smallest_volume_not_shown_to_be_below_the_best(helped) -> None:
+    summary = report.summarise(*helped)
+    curve = next(c for c in summary["curves"] if c["set"] == "in")
+    assert [p["used"] for p in curve["points"]] == [0, 8, 16, 24]
+    assert curve["enough"] == 16
+    assert [s["per_100_rows"] for s in curve["steps"]] == pytest.approx([0, 1.25, 0], abs=1e-9)
+    assert [s["per_dollar"] for s in curve["steps"][1:2]] == pytest.approx([0.1 / 0.08], rel=0.01)
+    assert [a["answer"] for a in summary["verdict"]["answers"]] == ["yes", "worse"]
+    assert "In distribution: yes. Out of distribution: it got worse." in summary["verdict"]["headline"]
+
+
+def test_tables_hold_the_summary(helped) -> None:
+    summary = report.summarise(*helped)
+    text, markdown = report.terminal_table(summary), report.markdown_table(summary)
+    for trial in summary["trials"]:
+        mean = f"{trial['scores']['in']['nDCG@10']['mean']:.3f}"
+        assert mean in text
+        assert mean in markdown
+    assert summary["verdict"]["headline"] in text
+    assert {line.count(" | ") for line in markdown.splitlines() if line.startswith("| ")} == {7}
+
+
+def test_costs_are_shared_by_rows(helped) -> None:
+    runs, study = helped
+    summary = report.summarise(runs, study)
+    generator = summary["generators"][0]
+    folders = Folders(runs)
+    data = folders.sums(folders.ancestors(generator["mined"]))
+    arms = [t for t in summary["trials"] if t["kind"] == "augmented"]
+    for trial in arms:
+        share = trial["used"] / generator["accepted"]
+        assert trial["cost"]["price"] == pytest.approx(data["price"] * share + 0.01 * trial["used"])
+    refused = sum(row["rows"] for row in generator["rejected"])
+    assert generator["accepted"] + refused == generator["completions"]
+
+
+class Reader(HTMLParser):
+    """Tags, and what they point to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.links: list[str] = []
+
+    def handle_starttag(self, tag, attrs) -> None:
+        self.tags.append(tag)
+        self.links += [v for k, v in attrs if k in ("src", "href", "xlink:href", "action", "data") and v]
+        assert not any(k.startswith("on") for k, _ in attrs), (tag, attrs)
+
+
+def test_page_is_one_file_and_text_stays_text(page) -> None:
+    reader = Reader()
+    reader.feed(page)
+    assert "script" not in reader.tags
+    assert "svg" in reader.tags
+    assert all(link.startswith("#") for link in reader.links), reader.links
+    assert "&lt;script&gt;alert(&#34;x&#34;)&lt;/script&gt;" in page
+    assert EVIL not in page
+    assert not re.search(r"url\((?!#)", page)
+
+
+def test_page_answers_the_questions(page, helped) -> None:
+    summary = report.summarise(*helped)
+    for words in ("Did augmentation help?", "How much is enough", "What became of the completions", "Rows to read"):
+        assert words in page
+    assert page.count('class="tag gain"') >= 1
+    assert all(f"{x['folder']}</td>" in page for x in summary["stages"])
+    assert page.count('<tr class="base">') == 4
+
+
+def test_chart_is_the_same_each_time_and_names_every_generator(helped) -> None:
+    summary = report.summarise(*helped)
+    assert curves_svg(summary) == curves_svg(summary)
+    assert ">crop<" in curves_svg(summary)
+    assert curves_svg(summary | {"curves": []}) == ""
+
+
+def test_trace_of_an_accepted_and_of_a_refused_row(helped) -> None:
+    runs, _ = helped
+    folders = Folders(runs)
+    mined = report.summarise(*helped)["generators"][0]["mined"]
+    row = folders.artifact(mined).read("examples").to_pylist()[0]
+    found = report.trace(runs, row["query_id"])
+    assert found["passage"]["doc_id"] == row["positive_id"]
+    assert found["query"].split()[0] in found["passage"]["text"] + found["passage"]["title"]
+    assert found["raw"] and found["prompt"]
+    assert found["scores"]["round-trip"] <= 50
+    assert found["negatives"] == row["negative_ids"]
+    assert mined in found["used_by"]
+    assert found["price"]["completion"] > 0
+    assert report.trace(runs, found["generation"]["gen_id"])["id"] == found["id"]
+    selected = next(n for n in folders.ancestors(mined) if n.startswith("select-"))
+    refused = folders.artifact(selected).read("rejected").to_pylist()[0]
+    assert [r["reason"] for r in report.trace(runs, refused["id"])["rejected"]] == [refused["reason"]]
+    with pytest.raises(ConfigError, match="no generated row 'nothing'"):
+        report.trace(runs, "nothing")
+
+
+def test_a_study_that_has_not_ended_has_a_page(helped, tmp_path) -> None:
+    runs, study = helped
+    value = Artifact(runs, study).read_json("study.json")
+    value["trials"][-1] |= {"state": "failed", "error": "no <memory>", "folder": "scorecard-none"}
+    Artifact(runs, "study-made-2").write_json("study.json", value)
+    summary = report.summarise(runs, "study-made-2")
+    with open(report.write_page(summary, runs, "study-made-2")) as handle:
+        assert "failed: no &lt;memory&gt;" in handle.read()
+    assert "1 of 5 trials have no result" in report.terminal_table(summary)
+
+
+def test_no_study_is_a_user_error(tmp_path) -> None:
+    with pytest.raises(ConfigError, match="no study.json"):
+        report.summarise(str(tmp_path), "study-none")

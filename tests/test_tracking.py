@@ -1,0 +1,105 @@
+"""The mirror on a real MLflow store: complete, repeatable, interrupted, two at once, and a server that does not answer."""
+
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mlflow import MlflowClient
+
+from dagr_ray import report, tracking
+from dagr_ray.artifact import Artifact
+from tests.studies import made_study
+
+ROOT = Path(__file__).parent.parent
+SCORES = np.random.default_rng(3).uniform(0.2, 0.8, 40)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> tuple[str, str]:
+    """A study that was mirrored once."""
+    root = tmp_path_factory.mktemp("tracked")
+    arms = {n: {"in": (SCORES + 0.1).tolist()} for n in (8, 16)}
+    runs, study = made_study(root, {"in": SCORES.tolist()}, arms)
+    report.write_page(report.summarise(runs, study), runs, study)
+    result = tracking.mirror(runs, study)
+    assert result == tracking.Mirrored(f"sqlite:///{runs}/mlflow.db", parents=1, children=4)
+    return runs, study
+
+
+def logged(runs: str) -> list:
+    client = MlflowClient(f"sqlite:///{runs}/mlflow.db")
+    found = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    return sorted(found, key=lambda run: run.data.tags.get("dagr.trial", ""))
+
+
+def test_everything_is_logged(made) -> None:
+    runs, study = made
+    parent, *children = logged(runs)
+    assert parent.info.status == "FINISHED"
+    assert {r.data.tags["mlflow.parentRunId"] for r in children} == {parent.info.run_id}
+    largest = children[-1]
+    assert largest.data.params == {"kind": "augmented", "base": "minilm", "generator": "crop", "volume": "16"}
+    assert largest.data.metrics["in/nDCG_10"] == pytest.approx(SCORES.mean() + 0.1)
+    assert largest.data.metrics["in/nDCG_10.delta"] == pytest.approx(0.1)
+    assert {"price", "seconds", "prompt_tokens", "completion_tokens", "rows"} <= largest.data.metrics.keys()
+    assert largest.data.tags["dagr.stage.scorecard-16"] == "scorecard-16"[-12:]
+    used = {i.tags[0].value: i.dataset for i in largest.inputs.dataset_inputs}
+    assert used.keys() == {"training", "evaluation"}
+    assert all(len(dataset.digest) == 12 for dataset in used.values())
+    client = MlflowClient(f"sqlite:///{runs}/mlflow.db")
+    assert [f.path for f in client.list_artifacts(parent.info.run_id)] == ["report.html"]
+    assert Path(parent.info.artifact_uri.removeprefix("file://")).is_relative_to(runs)
+
+
+def test_a_second_pass_adds_nothing(made) -> None:
+    runs, study = made
+    before = [r.info.run_id for r in logged(runs)]
+    result = tracking.mirror(runs, study)
+    assert (result.parents, result.children, result.skipped, result.problem) == (0, 0, 4, None)
+    assert [r.info.run_id for r in logged(runs)] == before
+
+
+def test_a_run_that_was_cut_off_is_logged_anew(made) -> None:
+    runs, study = made
+    client = MlflowClient(f"sqlite:///{runs}/mlflow.db")
+    client.delete_tag(logged(runs)[2].info.run_id, tracking.COMPLETE)
+    result = tracking.mirror(runs, study)
+    assert (result.children, result.skipped) == (1, 3)
+    assert len(logged(runs)) == 5
+
+
+def test_two_processes_at_once_log_one_set(made) -> None:
+    runs, study = made
+    for path in Path(runs).glob("mlflow*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    code = "import sys; from dagr_ray import tracking; print(tracking.mirror(*sys.argv[1:]).problem)"
+    words = [sys.executable, "-c", code, runs, study]
+    both = [subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(2)]
+    assert [p.communicate(timeout=120)[0].strip() for p in both] == ["None", "None"]
+    assert len(logged(runs)) == 5
+
+
+def test_a_server_that_never_answers_costs_little_time_and_no_exception(made, monkeypatch) -> None:
+    monkeypatch.setattr(tracking, "TIMEOUT_S", 2)
+    for name in ("MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_HTTP_REQUEST_MAX_RETRIES"):
+        monkeypatch.setenv(name, "1")
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        started = time.time()
+        result = tracking.mirror(*made, uri=f"http://user:secret@127.0.0.1:{server.getsockname()[1]}")
+    assert time.time() - started < 60
+    assert result.problem and "127.0.0.1" in result.problem
+    assert "secret" not in result.problem
+    assert "\n" not in result.problem
+
+
+def test_runs_on_an_object_store_need_a_server(monkeypatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr(Artifact, "local", False)
+    assert "set MLFLOW_TRACKING_URI" in (tracking.mirror("/nowhere/runs", "study-x").problem or "")
