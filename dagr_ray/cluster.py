@@ -76,6 +76,8 @@ def connect(address: str | None = None) -> None:
     if not (address or os.environ.get("RAY_ADDRESS")):
         # Read by Ray at import: a head for this machine alone, whose every port is on 127.0.0.1.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        # One process less for each training: nobody takes this machine away with notice.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     # Ray Train looks at its workers every 2 s by default: with a dozen short trainings that adds up.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.3")
     os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")

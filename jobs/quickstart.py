@@ -13,11 +13,11 @@ from dagr_ray.stages.select import Take
 from dagr_ray.stages.train import Train
 
 # What `dagr study` sweeps unless told otherwise. Sizes fit 12 minutes on two CPU cores.
-STUDY = {"volume": (0, 64, 192, 512), "generator": ("smollm2", "crop"), "base": ("minilm", "scratch")}
+STUDY = {"volume": (0, 64, 192, 448), "generator": ("smollm2", "crop"), "base": ("minilm", "scratch")}
 
 
 def quickstart(
-    volume: int = 512,
+    volume: int = 448,
     generator: Literal["smollm2", "crop"] = "smollm2",
     base: Literal["minilm", "scratch"] = "minilm",
     density: int | None = None,

@@ -156,6 +156,23 @@ def test_interrupt_ends_within_ten_seconds_and_says_how_to_resume(place, tmp_pat
     assert "Resume with: dagr study jobs/beir.py" in errors
 
 
+def test_two_studies_at_once_on_one_runs_folder(place, tmp_path) -> None:
+    words = [*DAGR, "study", "jobs/beir.py", f"data={place / 'set'}", "volume=0", "--runs", str(tmp_path)]
+    both = [subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    for driver in both:
+        _, errors = driver.communicate(timeout=200)
+        assert driver.returncode == 0, errors[-2000:]
+        assert "not tracked" not in errors
+    plain = [*DAGR, "check", "jobs/beir.py", f"data={place / 'set'}", "volume=0", "--deep", "--runs", str(tmp_path)]
+    checked = subprocess.run(plain, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stdout
+    for path in tmp_path.glob("*/attempts"):
+        done = [line for f in path.iterdir() for line in f.read_text().splitlines() if '"event": "done"' in line]
+        assert len(done) == 1, f"{path} was built {len(done)} times"
+    for path in tmp_path.glob("scorecard-*"):
+        assert (path / "manifest.json").is_file()
+
+
 def test_axes_are_checked_and_repeats_are_one_trial(place) -> None:
     job = load_job(str(ROOT / "jobs/beir.py"))
     axes = parse_axes(job, [*_axes(place), "generator=crop", "volume=0,8,8"], sweep=True)

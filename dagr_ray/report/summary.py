@@ -36,7 +36,7 @@ def summarise(runs: str, study_folder: str) -> Json:
     for row in rows:
         row.name(rows)
     boards = _boards(rows, warnings)
-    trials = [row.described(rows) for row in rows]
+    trials = sorted((row.described(rows) for row in rows), key=_place)
     for trial in trials:
         trial["scores"] = {}
     by_name = {trial["trial"]: trial for trial in trials}
@@ -65,6 +65,12 @@ def summarise(runs: str, study_folder: str) -> Json:
     summary["total"] = folders.sums(stage["folder"] for stage in summary["stages"])
     summary["verdict"] = verdict(summary)
     return summary
+
+
+def _place(trial: Json) -> tuple[Any, ...]:
+    """The order of the tables: BM25, then each base, frozen first, and its arms by generator and size."""
+    kind = ("bm25", "frozen", "augmented").index(trial["kind"])
+    return kind > 0, trial["base"], kind, trial["label"], trial["used"], trial["trial"]
 
 
 @dataclass

@@ -39,6 +39,10 @@ def _arms(summary: Json, name: str) -> list[tuple[str, list[Json]]]:
     return list(groups.items())
 
 
+def _compared(summary: Json, name: str) -> int:
+    return sum(len(arms) for _, arms in _arms(summary, name))
+
+
 def is_gain(score: Json) -> bool:
     """Better than the frozen base, by the interval and by the corrected test."""
     return bool(score["delta_low"] > 0 and score["p_holm"] < ALPHA)
@@ -69,7 +73,7 @@ def _answer(summary: Json, data: Json, base: str, arms: list[Json]) -> Json:
         answer, why = "no", f"of {len(arms)} arms the best, {moved}): a gain of {WORTH} or more is ruled out"
     else:
         includes = score["delta_low"] <= 0
-        reason = "the interval includes 0" if includes else f"not after correction for {len(arms)} arms or more"
+        reason = "the interval includes 0" if includes else f"not after correction for {_compared(summary, name)} arms"
         answer, why = "cannot tell", f"of {len(arms)} arms the best, {moved}; {p_text(score['p_holm'])}): {reason}"
     if lost and answer != "worse":
         why += f"; {len(lost)} of {len(arms)} arms lost"

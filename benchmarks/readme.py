@@ -1,0 +1,74 @@
+"""Writes the README's figures from finished runs and from the other benchmarks' tables; nothing in them is typed by hand.
+
+    python benchmarks/readme.py --quickstart RUNS [--study RUNS ...]
+
+``--quickstart`` is the runs folder of `make study`, each ``--study`` one of `dagr study jobs/beir.py`. The curve goes to
+docs/quickstart.svg, and every benchmarks/*.md into the second block.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from dagr_ray import report
+from dagr_ray.report.charts import curves_svg
+
+ROOT = Path(__file__).parent.parent
+
+
+def studies(runs: str) -> list[dict]:
+    """Summaries of the studies in a runs folder, oldest first."""
+    found = [report.summarise(runs, p.name) for p in Path(runs).glob("study-*") if (p / "study.json").is_file()]
+    return sorted(found, key=lambda summary: summary["created"])
+
+
+def machine(summary: dict) -> str:
+    """Where a study ran, in words."""
+    where = summary["machine"]
+    return f"{where['cores']} cores, {where['platform'].split('-')[0]}, Python {where['python']}, no GPU"
+
+
+def quickstart(runs: str) -> str:
+    """The first screen's block."""
+    summary = studies(runs)[-1]
+    (ROOT / "docs").mkdir(exist_ok=True)
+    (ROOT / "docs" / "quickstart.svg").write_text(curves_svg(summary))
+    table = report.terminal_table(summary)
+    return f"![{summary['verdict']['headline']}](docs/quickstart.svg)\n\n```\n$ make study\n{table}\n```\n\nOn {machine(summary)}."
+
+
+def measured(runs: list[str]) -> str:
+    """The second block: the tables of the benchmarks, then each study."""
+    blocks = [f"`benchmarks/{p.stem}.py`\n\n{p.read_text().strip()}" for p in sorted((ROOT / "benchmarks").glob("*.md"))]
+    for summary in (s for each in runs for s in studies(each)):
+        sets = " and ".join(s["name"] for s in summary["sets"])
+        axes = {k: v for k, v in summary["axes"].items() if k not in ("data", "ood")}
+        words = " ".join(f"{k}={','.join(map(str, v))}" for k, v in axes.items())
+        blocks.append(f"`dagr study {summary['job']} {words}` on {sets}\n\n{report.markdown_table(summary)}")
+    return "\n\n".join(blocks)
+
+
+def put(text: str, name: str, block: str) -> str:
+    """The text with a new block between the markers called ``name``."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    before, _, rest = text.partition(begin)
+    assert end in rest, f"README.md has no {begin} ... {end}"
+    return f"{before}{begin}\n{block}\n{end}{rest.partition(end)[2]}"
+
+
+def main() -> int:
+    """Rewrites README.md in place."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quickstart", required=True, metavar="RUNS")
+    parser.add_argument("--study", action="append", default=[], metavar="RUNS")
+    args = parser.parse_args()
+    readme = ROOT / "README.md"
+    text = put(readme.read_text(), "quickstart", quickstart(args.quickstart))
+    readme.write_text(put(text, "measured", measured(args.study)))
+    print(json.dumps({"README.md": len(readme.read_text())}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
