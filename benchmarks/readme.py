@@ -40,7 +40,9 @@ def quickstart(runs: str) -> str:
 
 def measured(runs: list[str]) -> str:
     """The second block: the tables of the benchmarks, then each study."""
-    blocks = [f"`benchmarks/{p.stem}.py`\n\n{p.read_text().strip()}" for p in sorted((ROOT / "benchmarks").glob("*.md"))]
+    blocks = [
+        f"`benchmarks/{p.stem}.py`\n\n{p.read_text().strip()}" for p in sorted((ROOT / "benchmarks").glob("*.md"))
+    ]
     for summary in (s for each in runs for s in studies(each)):
         sets = " and ".join(s["name"] for s in summary["sets"])
         axes = {k: v for k, v in summary["axes"].items() if k not in ("data", "ood")}

@@ -74,7 +74,13 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Runs a verb and exits: 0 done, 1 failed, 2 the user's mistake, 130 interrupted."""
-    args = parser().parse_args(argv)
+    args, more = parser().parse_known_args(argv)
+    if more:
+        # argparse takes the list of values once; people write some of them after an option
+        late = [word for word in more if "=" in word and not word.startswith("-")]
+        if len(late) < len(more) or not hasattr(args, "values"):
+            parser().error(f"unrecognized arguments: {' '.join(w for w in more if w not in late) or more[0]}")
+        args.values = [*args.values, *late]
     if args.version:
         from dagr_ray import __version__
 

@@ -285,6 +285,7 @@ def ls(args: Args) -> int | None:
         return None
     if not rows:
         print(f"nothing in {args.runs}")
+        return None
     shown = sorted(rows, key=lambda row: row["changed"])
     table = []
     for row in shown:

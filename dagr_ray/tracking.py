@@ -67,13 +67,13 @@ def mirror(runs: str, study_folder: str, uri: str | None = None) -> Mirrored:
             logging.getLogger("mlflow").setLevel(logging.ERROR)
             _Pass(MlflowClient(tracking_uri=uri), runs, study_folder, result).run()
     except Exception as error:  # any failure of a mirror is a line of text: the work is in the folders
-        shown = " ".join(str(error).split())[:300]
-        result.problem = f"{type(error).__name__} at {_without_password(uri)}: {shown}"
+        shown = " ".join(f"{type(error).__name__} at {uri}: {error}".split())
+        result.problem = _without_password(shown)[:400]
     return result
 
 
-def _without_password(uri: str) -> str:
-    return re.sub(r"//[^/@]*@", "//", uri)
+def _without_password(text: str) -> str:
+    return re.sub(r"//[^/@\s]*@", "//", text)
 
 
 @contextlib.contextmanager

@@ -11,19 +11,28 @@ from dagr_ray.stages.corpus import Beir, Sample
 from dagr_ray.stages.select import Take
 from tests.conftest import tiny_beir
 
-EVIL = '<script>alert("x")</script>'
+EVIL = "<script>alert('x')</script>"
 QUERIES = 60
 
 
-def put(runs: str, name: str, inputs: dict[str, str], made: dict[str, Any], stage: dict[str, Any], cost=None, price=0.0):
+def put(
+    runs: str, name: str, inputs: dict[str, str], made: dict[str, Any], stage: dict[str, Any], cost=None, price=0.0
+):
     """A complete folder with these tables."""
     folder = Artifact(runs, name)
     receipt = folder.commit(0, made, {"counts": {}, "cost": {}})
     entries = {
-        table: {"rows": part["rows"], "bytes": part["bytes"], "parts": [part]} for table, part in receipt["tables"].items()
+        table: {"rows": part["rows"], "bytes": part["bytes"], "parts": [part]}
+        for table, part in receipt["tables"].items()
     }
     manifest = {"stage": stage, "fingerprint": name[-12:], "inputs": inputs, "tables": entries, "files": {}}
-    manifest |= {"counts": {}, "cost": {"wall_s": 1.0, **(cost or {})}, "price": price, "attempts": 1, "finished": 1.8e9}
+    manifest |= {
+        "counts": {},
+        "cost": {"wall_s": 1.0, **(cost or {})},
+        "price": price,
+        "attempts": 1,
+        "finished": 1.8e9,
+    }
     folder.write_json("manifest.json", manifest | {"code": "0", "packages": {"torch": "2"}})
     return name
 
@@ -32,11 +41,18 @@ def card(runs: str, name: str, scores: dict[str, list[float]], data: str, traine
     """A scorecard with these values of nDCG@10 for each data set's queries."""
     evaluations, stages = {}, []
     for i, (where, values) in enumerate(scores.items()):
-        rows = [{"measure": "nDCG@10", "value": v, "query_id": f"q{q}", "data": where, "split": "test"} for q, v in enumerate(values)]
-        rows.append({"measure": "nDCG@10", "value": sum(values) / len(values), "query_id": None, "data": where, "split": "test"})
+        rows = [
+            {"measure": "nDCG@10", "value": v, "query_id": f"q{q}", "data": where, "split": "test"}
+            for q, v in enumerate(values)
+        ]
+        rows.append(
+            {"measure": "nDCG@10", "value": sum(values) / len(values), "query_id": None, "data": where, "split": "test"}
+        )
         inputs = {"data": data} | ({"trained": trained} if trained else {})
         stage = {"name": where, "split": "test", "data": where, "search": {"index": {"miner": "m"}}}
-        evaluations[f"evaluations.{i}"] = put(runs, f"{name}-{i}-evaluate", inputs, {"metrics": tables.table("metrics", rows)}, stage)
+        evaluations[f"evaluations.{i}"] = put(
+            runs, f"{name}-{i}-evaluate", inputs, {"metrics": tables.table("metrics", rows)}, stage
+        )
         stages.append(stage)
     found = [Artifact(runs, e).read("metrics").to_pylist() for e in evaluations.values()]
     every = tables.table("metrics", [row for rows in found for row in rows])

@@ -132,3 +132,14 @@ def test_ls_of_an_empty_folder(tmp_path) -> None:
 def test_version_and_no_verb() -> None:
     assert dagr("--version").stdout.strip()
     assert dagr().returncode == 2
+
+
+def test_values_may_follow_options(tmp_path) -> None:
+    data = tiny_beir(tmp_path / "set")
+    words = ("jobs/beir.py", f"data={data}", "--one", "volume=4", "--runs", str(tmp_path), "generator=crop")
+    done = dagr("check", *words)
+    assert done.returncode == 0, done.stderr
+    assert "take-n4-" in done.stdout
+    assert "generate-crop-" in done.stdout
+    assert "unrecognized arguments: --wrong" in dagr("check", "jobs/beir.py", "--wrong", "volume=4").stderr
+    assert dagr("ls", "volume=4").returncode == 2

@@ -39,9 +39,12 @@ def test_every_verb_is_in_the_readme() -> None:
 def test_commands_are_understood(command: str, tmp_path: Path) -> None:
     """A command with a collection that is not there fails for that reason and no other."""
     words = shlex.split(command[command.index("dagr ") :])
-    swapped = [w.replace("my-collection", "no-such-folder").replace("s3://bucket/collection", "no-such-folder") for w in words]
+    swapped = [
+        w.replace("my-collection", "no-such-folder").replace("s3://bucket/collection", "no-such-folder") for w in words
+    ]
     swapped = [w.replace("s3://bucket/runs", "runs") for w in swapped]
-    done = _run([sys.executable, "-m", "dagr_ray.cli", *swapped[1:], *([] if "--runs" in swapped else ["--runs", str(tmp_path)])], ROOT)
+    place = [] if "--runs" in swapped or swapped[1] == "preview" else ["--runs", str(tmp_path)]
+    done = _run([sys.executable, "-m", "dagr_ray.cli", *swapped[1:], *place], ROOT)
     known = ("no-such-folder", "no study in", "no generated row", "no folder")
     assert done.returncode == 2, (command, done.stderr)
     assert any(reason in done.stderr for reason in known), done.stderr

@@ -158,7 +158,9 @@ def test_interrupt_ends_within_ten_seconds_and_says_how_to_resume(place, tmp_pat
 
 def test_two_studies_at_once_on_one_runs_folder(place, tmp_path) -> None:
     words = [*DAGR, "study", "jobs/beir.py", f"data={place / 'set'}", "volume=0", "--runs", str(tmp_path)]
-    both = [subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    both = [
+        subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)
+    ]
     for driver in both:
         _, errors = driver.communicate(timeout=200)
         assert driver.returncode == 0, errors[-2000:]

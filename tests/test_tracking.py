@@ -38,7 +38,7 @@ def logged(runs: str) -> list:
 
 
 def test_everything_is_logged(made) -> None:
-    runs, study = made
+    runs, _ = made
     parent, *children = logged(runs)
     assert parent.info.status == "FINISHED"
     assert {r.data.tags["mlflow.parentRunId"] for r in children} == {parent.info.run_id}

@@ -166,7 +166,7 @@ def _generators(summary: Json) -> list[str]:
         ends.sort(key=lambda end: -max(p["mean"] for p in end[1]["points"][1:]))
         shown = [
             f"{c['label']} {max(p['mean'] for p in c['points'][1:]):.3f}"
-            f"{'' if (price := _rate(summary, c)) is None else f' at {dollars(price)} for an accepted query'}"
+            f"{'' if (price := _rate(summary, c)) is None else f' at {dollars(1000 * price)} for 1,000 accepted queries'}"
             for _, c in ends
         ]
         many = len({c["base"] for c in summary["curves"]}) > 1
@@ -210,8 +210,8 @@ def _cost(summary: Json) -> list[str]:
         if g["accepted"]:
             said.append(
                 f"{g['generator']}: {g['accepted']:,} of {g['completions']:,} completions became training rows; an accepted "
-                f"query took {g['tokens_per_accepted']:,.0f} tokens, {g['seconds_per_accepted']:.2f} s and "
-                f"{dollars(g['price_per_accepted'])}."
+                f"query took {g['tokens_per_accepted']:,.0f} tokens and {g['seconds_per_accepted']:.2f} s; 1,000 of them cost "
+                f"{dollars(1000 * g['price_per_accepted'])}."
             )
         else:
             said.append(f"{g['generator']}: none of {g['completions']:,} completions was accepted.")
