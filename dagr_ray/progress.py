@@ -26,15 +26,22 @@ def describe(progress: Progress) -> str:
     words = [f"{progress.shards}/{progress.of} shards"]
     if "in" in counts:
         words.append(f"{counts['in']:,} rows")
-        words.append(f"{counts['in'] / seconds:,.0f} rows/s")
+        words.append(f"{(counts['in'] - progress.resumed_rows) / seconds:,.0f} rows/s")
     if tokens := cost.get("prompt_tokens", 0) + cost.get("completion_tokens", 0):
         words.append(f"{tokens / seconds:,.0f} tokens/s")
     refused = sum(counts.get("rejected", {}).values())
     if refused and "out" in counts:
         words.append(f"{counts['out'] / (counts['out'] + refused):.0%} accepted")
-    if 0 < progress.shards < progress.of:
-        words.append(f"{duration(seconds / progress.shards * (progress.of - progress.shards))} left")
+    if progress.resumed < progress.shards < progress.of:
+        each = seconds / (progress.shards - progress.resumed)
+        words.append(f"{duration(each * (progress.of - progress.shards))} left")
     return ", ".join(words)
+
+
+def _left(progress: Progress) -> str:
+    if not progress.shards:
+        return ""
+    return f", {duration(progress.seconds / progress.shards * (progress.of - progress.shards))} left"
 
 
 class Reporter:
@@ -56,6 +63,9 @@ class Reporter:
             self.cached += 1
         elif progress.state == "trial":
             self._line(f"trial {progress.shards}/{progress.of} done in {duration(progress.seconds)}  {name}")
+        elif progress.state == "trials":
+            if self.live or time.time() - self.last >= EVERY_S:
+                self._update(f"trials: {progress.shards} of {progress.of} done{_left(progress)}")
         elif progress.state == "start":
             if progress.shards:
                 self._line(f"{name}: resuming, {progress.shards} of {progress.of} shards are there")

@@ -122,6 +122,8 @@ class Progress:
     counts: Json = field(default_factory=dict)
     cost: Json = field(default_factory=dict)
     seconds: float = 0.0
+    resumed: int = 0  # shards, and rows read, that were there at the start: no part of the speed
+    resumed_rows: int = 0
 
 
 Observer = Callable[[Progress], None]
@@ -184,6 +186,7 @@ class _Builder:
         progress = Progress(self.stage, "start", len(done), len(plan["shards"]), plan["rows"])
         for receipt in done.values():
             add_up(progress.counts, receipt["counts"])
+        progress.resumed, progress.resumed_rows = len(done), progress.counts.get("in", 0)
         self.observe(progress)
         worker = _Opener(self.stage, self.inputs, self.folder, self.pool, attempt.number)
         try:

@@ -314,6 +314,12 @@ def _watcher(by_name: dict[str, Trial], observe: Observer, save: Callable[[], No
 
         def __init__(self) -> None:
             self.ended = 0
+            self.began = time.time()
+
+        def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+            if trials:
+                card = next(iter(by_name.values())).card
+                observe(Progress(card, "trials", self.ended, len(by_name), seconds=time.time() - self.began))
 
         def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Json, **info: Any) -> None:
             mine = by_name[trial.config["trial"]]

