@@ -9,16 +9,19 @@ import pyarrow.fs as pafs
 from dagr_ray.artifact import Artifact, Json, filesystem
 from dagr_ray.cluster import Placement
 from dagr_ray.engines import Engine
+from dagr_ray.engines.crop import CropEngine
 from dagr_ray.stage import Stage
 from dagr_ray.stages.corpus import Beir, PyDocs, Sample
 from dagr_ray.stages.generate import Generate
 from dagr_ray.stages.select import Take
 
-PYDOCS_ROWS = {"stdlib": 2700, "numeric": 1500}
-PROMPT_TOKENS = 420  # six exemplars of up to 60 words, a passage of about 120 words, both at 1.4 tokens a word
-# Seconds per row (fixed seconds for those without rows) on two CPU cores, used until a runs folder has its own.
-DEFAULT_ROW_S = {"generate": 0.12, "train": 0.06, "index": 0.01, "search": 0.005}
-DEFAULT_FIXED_S = 3.0
+PYDOCS_ROWS = {"stdlib": 3400, "numeric": 2100}
+PROMPT_TOKENS = 600  # six exemplars of up to 60 words, a passage of about 120 words, both at 1.4 tokens a word
+# Seconds per row, and before the first, on two CPU cores with the quick start's models: used until a runs folder has
+# its own. Rows of a completion are few tokens; of an index, passages to encode.
+DEFAULT_ROW_S = {"generate": 0.07, "train": 0.08, "index": 0.007, "search": 0.0003}
+DEFAULT_START_S = {"generate": 15.0, "train": 15.0, "search": 0.5}
+DEFAULT_FIXED_S = 0.3
 
 
 def rows_of(stage: Stage) -> int | None:
@@ -70,10 +73,13 @@ def estimate(stages: list[Stage], runs: str, placement: Placement) -> dict[str, 
     made: dict[str, Json] = {}
     for stage in stages:
         kind, rows = _kind(stage), rows_of(stage)
-        free = kind == "generate/crop"
-        per_row = rates.get(kind, 0.0002 if free else DEFAULT_ROW_S.get(stage.type))
+        free = isinstance(stage, Generate) and isinstance(stage.engine, CropEngine)
+        per_row, start = rates.get(kind), 0.0
+        if per_row is None:
+            per_row = 0.0005 if free else DEFAULT_ROW_S.get(stage.type)
+            start = DEFAULT_FIXED_S if free else DEFAULT_START_S.get(stage.type, DEFAULT_FIXED_S)
         pool = getattr(placement, stage.pool)
-        seconds = rows * per_row / max(pool.workers, 1) if rows and per_row else DEFAULT_FIXED_S
+        seconds = start + (rows or 0) * (per_row or 0.0) / max(pool.workers, 1)
         guess: Json = {"seconds": seconds, "tokens": None}
         if isinstance(stage, Generate) and rows and not free:
             guess["tokens"] = rows // stage.samples * PROMPT_TOKENS + rows * stage.sampling.max_tokens
