@@ -1,6 +1,6 @@
 """Configs: round trip, fingerprints that follow content, and errors that name the field, the value and what is allowed."""
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import pytest
 
@@ -101,3 +101,27 @@ def test_content_hash_sees_every_byte_and_name(tmp_path) -> None:
 def test_digest_is_canonical() -> None:
     assert digest({"a": 1, "b": [1, "é"]}) == digest({"b": [1, "é"], "a": 1})
     assert digest({"a": "1"}) != digest({"a": 1})
+
+
+class Link(Config):
+    """A node that two others share."""
+
+    asked: ClassVar[list[int]] = []
+    depth: int = 0
+    left: Config | None = None
+    right: Config | None = None
+
+    def identity(self) -> dict:
+        self.asked.append(self.depth)
+        return super().identity()
+
+
+def test_a_graph_is_fingerprinted_node_by_node_and_not_path_by_path() -> None:
+    top = Link()
+    for depth in range(1, 31):
+        top = Link(depth=depth, left=top, right=top)
+    Link.asked.clear()
+    first = top.fingerprint()
+    assert sorted(Link.asked) == list(range(31))
+    assert top.fingerprint() == first
+    assert len(Link.asked) == 62, "a fingerprint must not be kept: files that it stands for may change"

@@ -28,8 +28,8 @@ def arm(gain: float, spread: float) -> list[float]:
 
 @pytest.fixture(scope="module")
 def helped(tmp_path_factory):
-    """A study in which 8 rows did nothing, and 16 and 24 helped equally; it got worse out of distribution."""
-    both = {8: (0.0, 0.1), 16: (0.1, 0.1), 24: (0.1, 0.1)}
+    """A study in which 8 rows did nothing, 16 helped, and 24 a little more; it got worse out of distribution."""
+    both = {8: (0.0, 0.1), 16: (0.1, 0.1), 24: (0.104, 0.15)}
     arms = {n: {"in": arm(*x), "out": arm(-0.1, 0.05)} for n, x in both.items()}
     return made_study(tmp_path_factory.mktemp("helped"), {"in": FROZEN.tolist(), "out": FROZEN.tolist()}, arms)
 
@@ -85,8 +85,8 @@ def test_enough_is_the_smallest_volume_not_shown_to_be_below_the_best(helped) ->
     summary = report.summarise(*helped)
     curve = next(c for c in summary["curves"] if c["set"] == "in")
     assert [p["used"] for p in curve["points"]] == [0, 8, 16, 24]
-    assert curve["enough"] == 16
-    assert [s["per_100_rows"] for s in curve["steps"]] == pytest.approx([0, 1.25, 0], abs=1e-9)
+    assert (curve["best"], curve["enough"]) == (24, 16)
+    assert [s["per_100_rows"] for s in curve["steps"]] == pytest.approx([0, 1.25, 0.05], abs=1e-9)
     assert [s["per_dollar"] for s in curve["steps"][1:2]] == pytest.approx([0.1 / 0.08], rel=0.01)
     assert [a["answer"] for a in summary["verdict"]["answers"]] == ["yes", "worse"]
     assert "In distribution: yes. Out of distribution: it got worse." in summary["verdict"]["headline"]
@@ -166,7 +166,8 @@ def test_trace_of_an_accepted_and_of_a_refused_row(helped) -> None:
     found = report.trace(runs, row["query_id"])
     assert found["passage"]["doc_id"] == row["positive_id"]
     assert found["query"].split()[0] in found["passage"]["text"] + found["passage"]["title"]
-    assert found["raw"] and found["prompt"]
+    assert found["raw"] in found["passage"]["text"] + found["passage"]["title"]
+    assert found["passage"]["text"] in found["prompt"]
     assert found["scores"]["round-trip"] <= 50
     assert found["negatives"] == row["negative_ids"]
     assert mined in found["used_by"]
