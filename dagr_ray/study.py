@@ -47,6 +47,10 @@ class Job:
     def parameters(self) -> dict[str, inspect.Parameter]:
         return dict(inspect.signature(self.recipe).parameters)
 
+    def values_by_default(self) -> Json:
+        """What a parameter that is not set on the command line has."""
+        return {name: p.default for name, p in self.parameters().items() if p.default is not p.empty}
+
     def value(self, name: str, text: Any) -> Any:
         """A parameter's value from the command line's text. Raises ConfigError naming the parameter and what is allowed."""
         allowed = self.parameters()
@@ -232,6 +236,7 @@ def _described(study: Study, earlier: Json, wall: float) -> Json:
         "name": study.job.name,
         "job": study.job.path,
         "axes": study.axes,
+        "defaults": study.job.values_by_default(),
         "created": earlier.get("created", time.time()),
         "machine": _machine(),
         "wall_s": wall,

@@ -14,7 +14,6 @@ from dagr_ray.models import smollm2
 from dagr_ray.strategies import Passage, Prompt
 from dagr_ray.strategies.promptagator import Promptagator
 
-pytest.importorskip("vllm")
 SHORT = Sampling(max_tokens=12)
 ODD = {
     "empty": "",

@@ -32,7 +32,7 @@ def summarise(runs: str, study_folder: str) -> Json:
         raise ConfigError(f"no study.json in {study_folder!r} below {runs!r}; give a folder that starts with study-")
     folders = Folders(runs)
     warnings: list[str] = []
-    rows = [Row(folders, trial) for trial in study["trials"]]
+    rows = [Row(folders, trial, study.get("defaults", {})) for trial in study["trials"]]
     for row in rows:
         row.name(rows)
     boards = _boards(rows, warnings)
@@ -79,6 +79,7 @@ class Row:
 
     folders: Folders
     trial: Json
+    defaults: Json = field(default_factory=dict)
     label: str = ""
 
     @property
@@ -146,7 +147,7 @@ class Row:
         """What people call the retriever that was trained."""
         if self.kind == "bm25":
             return "BM25"
-        base = str(self.params.get("base") or "base")
+        base = str(self.params.get("base") or self.defaults.get("base") or "base")
         return base.rstrip("/").rsplit("/", 1)[-1]
 
     @property
