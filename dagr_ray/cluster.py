@@ -84,6 +84,8 @@ def connect(address: str | None = None) -> None:
     # Tune's own tables and logger files: the study prints and records its trials itself.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    # Its handler of Ctrl-C waits 10 s for trials to save what a stage's folder has anyway, and then goes on.
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # Notes about the runs of a pool, and about arguments of actors in the object store, that nobody can act on.
     os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")

@@ -183,9 +183,9 @@ def study(args: Args) -> int | None:
         print(f"not tracked: {problem}; run `dagr track {args.runs}` later", file=sys.stderr)
     elif not args.no_track:
         print(f"mlflow: {mirror.where}")
-    failed = [trial for trial in planned.trials if trial.state == "failed"]
+    failed = [trial for trial in planned.trials if trial.state != "done"]
     for trial in failed:
-        print(f"failed: {trial.name} {trial.params}: {trial.error}")
+        print(f"{trial.state}: {trial.name} {trial.params}: {trial.error or 'not run'}")
     return 1 if failed else None
 
 

@@ -27,7 +27,7 @@ from dagr_ray.artifact import Artifact, Json
 from dagr_ray.cluster import Placement
 from dagr_ray.config import ConfigError, digest, explain, from_json
 from dagr_ray.miners.bm25 import BM25
-from dagr_ray.stage import Observer, Progress, Stage, materialize, walk
+from dagr_ray.stage import Observer, Progress, Stage, materialize, survey, walk
 from dagr_ray.stages.evaluate import Evaluate, Scorecard
 from dagr_ray.stages.retrieve import Index, Search
 
@@ -206,9 +206,11 @@ def run_study(
     begun = time.time()
     earlier = folder.read_json("study.json") or {}
     spent = {t["trial"]: t["seconds"] for t in earlier.get("trials", [])}
+    missing = {line.stage.fingerprint() for line in survey(study.stages(), runs) if line.state != "cached"}
     for trial in study.trials:
         trial.seconds = spent.get(trial.name, 0.0)
-        if trial.card.folder(runs).manifest is not None:
+        # the scorecard alone does not say it: a folder behind it may have been damaged or deleted since
+        if missing.isdisjoint(stage.fingerprint() for stage in walk(trial.card)):
             trial.state = "done"
     worked = any(trial.state != "done" for trial in study.trials)
 
