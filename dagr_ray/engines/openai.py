@@ -12,14 +12,13 @@ import threading
 import time
 import urllib.request
 from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass
 from datetime import UTC
 from email.utils import parsedate_to_datetime
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from dagr_ray import tables
 from dagr_ray.cluster import Pool
@@ -31,6 +30,8 @@ if TYPE_CHECKING:
     import aiohttp
 
 Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+Price = Annotated[float, Field(ge=0)]
 Result = TypeVar("Result")
 
 BACKOFF_S = 0.5  # before the second attempt; doubled for each one after it
@@ -39,24 +40,19 @@ RETRY_AFTER_MAX_S = 600.0  # a server that asks for more (a daily quota) is not 
 AGAIN = frozenset({408, 409, 429})  # and 5xx
 HIDDEN = "(hidden)"
 LOCAL = ("localhost", "127.0.0.1", "::1")
-# What says where, how fast and for how much; none of it changes a completion.
-NOT_HASHED = frozenset(
-    "base_url api_key_env allow_plain_http requests_per_minute tokens_per_minute in_flight timeout_s max_attempts "
-    "budget_usd usd_per_million_prompt_tokens usd_per_million_completion_tokens".split()
-)
+# All other fields say where, how fast and for how much; none of them changes a completion.
+HASHED = ("type", "version", "model", "revision", "passage_characters")
 
 
 class OpenAIServer(Engine):
-    """A model behind ``base_url``/completions (OpenAI's API reference, "Completions"): raw prompts, one request a sample.
+    """A model behind ``base_url``/completions (OpenAI API reference, "Completions"): raw prompts, one request a sample.
 
-    ``base_url`` mostly ends in /v1. What is computed is named by ``model`` and ``revision``, a label of the user's: no
-    server proves which weights it has, and not every server heeds seeds. ``api_key_env`` names the environment variable
-    with the key (of every worker; None sends none); the key itself is no field. A passage is cut at its end to
-    ``passage_characters``; what is still too long for the server is an error of its row.
-
-    The limits hold for a whole stage: each of the pool's workers gets an equal share. ``tokens_per_minute`` counts
-    prompt and completion. ``budget_usd`` holds for one run; each request is first counted at the most that it can cost,
-    and one whose answer was lost stays so counted. No request is begun that could go over it.
+    The result is named by ``model`` and ``revision``, a label of the user's: no server proves which weights it has, and
+    not every one heeds seeds. ``api_key_env`` names the environment variable that holds the key in every worker (None
+    sends no key); the key itself is no field. A passage is cut at its end to ``passage_characters``; a prompt that is
+    still too long is an error of its row. The limits hold for a stage: each of the pool's workers has an equal share.
+    ``budget_usd`` holds for one run: a request counts as the most that it can cost until its answer says how much it
+    did, and none is begun that could go over.
 
     >>> OpenAIServer(model="org/name", revision="2025-01", base_url="https://llm.example/v1").model_name()
     'org/name@2025-01'
@@ -66,31 +62,30 @@ class OpenAIServer(Engine):
     type: ClassVar[str] = "openai"
     model: Annotated[str, Field(min_length=1)]
     revision: str | None = None
+    allow_plain_http: bool = False
     base_url: str
     api_key_env: str | None = None
-    allow_plain_http: bool = False
-    passage_characters: Annotated[int, Field(ge=1)] | None = None
+    passage_characters: Count | None = None
     requests_per_minute: Positive | None = None
     tokens_per_minute: Positive | None = None
-    in_flight: Annotated[int, Field(ge=1)] = 16
+    in_flight: Count = 16
     timeout_s: Positive = 120.0
-    max_attempts: Annotated[int, Field(ge=1)] = 8
+    max_attempts: Count = 8
     budget_usd: Positive | None = None
-    usd_per_million_prompt_tokens: Annotated[float, Field(ge=0)] = 0.0
-    usd_per_million_completion_tokens: Annotated[float, Field(ge=0)] = 0.0
+    usd_per_million_prompt_tokens: Price = 0.0
+    usd_per_million_completion_tokens: Price = 0.0
 
     @model_validator(mode="before")
     @classmethod
     def _hide_keys(cls, value: Any) -> Any:
-        # pydantic's errors quote what was given: a key in a wrong place is to be refused without being shown
+        # pydantic's errors quote what was given: a key in a wrong place must be refused without being shown
         if not isinstance(value, dict):
             return value
         hidden = {k: v if k in cls.model_fields or k == "type" else HIDDEN for k, v in value.items()}
-        if isinstance(name := value.get("api_key_env"), str) and not re.fullmatch("[A-Z_][A-Z0-9_]*", name):
+        if (name := value.get("api_key_env")) is not None and not re.fullmatch("[A-Z_][A-Z0-9_]*", str(name)):
             hidden["api_key_env"] = HIDDEN
         if isinstance(url := value.get("base_url"), str):
-            url = re.sub(r"//.*@", f"//{HIDDEN}@", url.strip(), flags=re.DOTALL)
-            hidden["base_url"] = re.sub(r"[?#].*", f"?{HIDDEN}", url, flags=re.DOTALL).rstrip("/")
+            hidden["base_url"] = re.sub(r"(?s)(?<=//).*@|[?#].*", HIDDEN, url).rstrip("/")
         return hidden
 
     @field_validator("api_key_env")
@@ -98,33 +93,26 @@ class OpenAIServer(Engine):
     def _is_a_name(cls, value: str | None) -> str | None:
         if value == HIDDEN:
             raise ConfigError(
-                "it must be the name of an environment variable in capital letters, never the key; "
+                "allowed is the name of an environment variable in capital letters, never the key; "
                 "put the key into a variable and give its name, such as 'OPENAI_API_KEY'"
             )
         return value
 
     @field_validator("base_url")
     @classmethod
-    def _is_an_address(cls, value: str) -> str:
-        try:
-            parts = urlsplit(value)
-            plain = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
-        except ValueError:
-            plain = False
-        if not plain or HIDDEN in value or re.search(r"\s", value):
+    def _is_safe(cls, value: str, info: ValidationInfo) -> str:
+        url = urlsplit(value)  # ValueError where host or port are none
+        plain_http = url.hostname in LOCAL or info.data.get("allow_plain_http")
+        safe = url.scheme == "https" or (url.scheme == "http" and plain_http)
+        if not (safe and url.hostname and url.port != 0) or HIDDEN in value or re.search(r"\s", value):
             raise ConfigError(
-                "it must be an address without user, password and query; give one such as 'https://host/v1'"
+                "allowed are https://host/v1 without user, password and query, and http:// to localhost or 127.0.0.1; "
+                "give one of these, or allow_plain_http=True for http:// in a network that you trust"
             )
         return value
 
     @model_validator(mode="after")
-    def _is_safe(self) -> OpenAIServer:
-        parts = urlsplit(self.base_url)
-        if parts.scheme == "http" and parts.hostname not in LOCAL and not self.allow_plain_http:
-            raise ConfigError(
-                f"openai: base_url = {self.base_url!r} would send prompts and key in the clear; allowed: https://, and "
-                "http:// to localhost; in a network that you trust set allow_plain_http=True"
-            )
+    def _has_prices(self) -> OpenAIServer:
         if self.budget_usd and not (self.usd_per_million_prompt_tokens or self.usd_per_million_completion_tokens):
             raise ConfigError(
                 f"openai: budget_usd = {self.budget_usd} means nothing without prices; "
@@ -133,7 +121,7 @@ class OpenAIServer(Engine):
         return self
 
     def identity(self) -> dict[str, Any]:
-        return {name: value for name, value in super().identity().items() if name not in NOT_HASHED}
+        return {name: value for name, value in super().identity().items() if name in HASHED}
 
     def model_name(self) -> str:
         return f"{self.model}@{self.revision}" if self.revision else self.model
@@ -144,7 +132,7 @@ class OpenAIServer(Engine):
         _key(self.api_key_env)
 
     def usd(self, prompt_tokens: int, completion_tokens: int) -> float:
-        """What so many tokens cost, in dollars. Cached tokens count in full."""
+        """What so many tokens cost, in dollars; cached ones in full."""
         prompt = prompt_tokens * self.usd_per_million_prompt_tokens
         return (prompt + completion_tokens * self.usd_per_million_completion_tokens) / 1e6
 
@@ -155,14 +143,12 @@ class OpenAIServer(Engine):
 
 def _key(name: str | None) -> str | None:
     """The key in the environment variable ``name``. Raises ConfigError, which never shows it."""
-    if name is None:
-        return None
-    key = os.environ.get(name, "").strip()
-    if not key:
+    key = os.environ.get(name, "").strip() if name else None
+    if key == "":
         raise ConfigError(
             f"openai: the environment variable {name} (api_key_env) is not set; export it before the run, on every node"
         )
-    if not re.fullmatch("[!-~]+", key):
+    if key and not re.fullmatch("[!-~]+", key):
         raise ConfigError(f"openai: the key in {name} has spaces or letters that no header can hold; set it again")
     return key
 
@@ -177,10 +163,9 @@ def retry_after_s(value: str | None, now: float) -> float:
     if re.fullmatch(r"[0-9]+(\.[0-9]+)?", text):
         return float(text)
     try:
-        date = parsedate_to_datetime(text)
+        return max(0.0, parsedate_to_datetime(text).replace(tzinfo=UTC).timestamp() - now)
     except ValueError:
         return 0.0
-    return max(0.0, (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp() - now)
 
 
 class _Bucket:
@@ -190,18 +175,11 @@ class _Bucket:
         self.rate, self.burst, self.level, self.at = (per_minute or math.inf) / 60, burst, burst, time.monotonic()
 
     async def take(self, amount: float) -> None:
-        """Waits until ``amount`` has flowed in."""
-        if self.rate == math.inf:
-            return
-        now = time.monotonic()
-        self.level = min(self.burst, self.level + (now - self.at) * self.rate) - amount
-        self.at = now
-        if self.level < 0:
-            await asyncio.sleep(-self.level / self.rate)
-
-    def give_back(self, amount: float) -> None:
-        """Returns what was taken and not used; where more was used than taken, ``amount`` is negative."""
-        self.level += amount
+        """Waits until ``amount`` has flowed in; what is used of it in the end may be corrected in ``level``."""
+        if self.rate < math.inf:
+            now = time.monotonic()
+            self.level, self.at = min(self.burst, self.level + (now - self.at) * self.rate) - amount, now
+            await asyncio.sleep(max(0.0, -self.level / self.rate))
 
 
 class _Budget:
@@ -212,25 +190,23 @@ class _Budget:
         self.changed = asyncio.Event()
 
     async def hold(self, most: float) -> None:
-        """Sets ``most`` dollars aside; waits for requests under way, which mostly cost less. Raises ConfigError."""
+        """Sets ``most`` aside; first waits for requests under way, as they mostly cost less. Raises ConfigError."""
         while self.spent + self.held + most > self.limit:
             if not self.under_way:
                 raise ConfigError(
-                    f"openai: budget_usd: ${self.spent:.6f} of this worker's ${self.limit:.6f} are spent, and the next "
+                    f"openai: ${self.spent:.6f} of this worker's ${self.limit:.6f} of budget_usd are spent, the next "
                     f"request could cost ${most:.6f}; raise budget_usd and run again: finished shards are kept"
                 )
             self.changed.clear()
             await self.changed.wait()
-        self.held += most
-        self.under_way += 1
+        self.held, self.under_way = self.held + most, self.under_way + 1
 
     def settle(self, most: float, cost: float) -> None:
-        self.held, self.spent, self.under_way = self.held - most, self.spent + cost, self.under_way - 1
+        self.held, self.under_way, self.spent = self.held - most, self.under_way - 1, self.spent + cost
         self.changed.set()
 
 
-@dataclass
-class _Failure:
+class _Failure(NamedTuple):
     """Why an attempt gave no completion; ``billed`` where it may have cost something all the same."""
 
     cause: str
@@ -244,16 +220,19 @@ class _Session:
 
     def __init__(self, config: OpenAIServer, pool: Pool) -> None:
         self.config, self._key, share = config, _key(config.api_key_env), max(pool.workers, 1)
-        self.in_flight = max(config.in_flight // share, 1)
         requests, tokens = ((x and x / share) for x in (config.requests_per_minute, config.tokens_per_minute))
-        # bursts of one request and of a second's tokens: servers count by the minute, and by the second too
+        # bursts of one request, and of a second's tokens: servers count by the second, too
         self.requests, self.tokens = _Bucket(requests, 1), _Bucket(tokens, (tokens or 0) / 60)
         self.budget = _Budget(config.budget_usd and config.budget_usd / share)
-        self.gate, self.closed_until = asyncio.Lock(), 0.0
-        self.seen_bytes, self.seen_tokens = 3000, 1000  # of prompts, for guessing; a guess to begin with
-        parts = urlsplit(config.base_url)
-        direct = parts.hostname in LOCAL or urllib.request.proxy_bypass(str(parts.hostname))
-        self.proxy = None if direct else urllib.request.getproxies().get(parts.scheme)
+        self.slots, self.gate, self.shut_until = (
+            asyncio.Semaphore(max(config.in_flight // share, 1)),
+            asyncio.Lock(),
+            0.0,
+        )
+        # asked here, as aiohttp's own way would also send what it finds in a .netrc
+        url = urlsplit(config.base_url)
+        direct = url.hostname in LOCAL or urllib.request.proxy_bypass(str(url.hostname))
+        self.proxy = None if direct else urllib.request.getproxies().get(url.scheme)
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self.loop.run_forever, name="dagr-openai", daemon=True)
         self.thread.start()
@@ -269,13 +248,11 @@ class _Session:
     async def _connect(self) -> aiohttp.ClientSession:
         import aiohttp
 
-        headers = {"Content-Type": "application/json", "User-Agent": "dagr-ray"}
-        if self._key:
-            headers["Authorization"] = f"Bearer {self._key}"
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
         return aiohttp.ClientSession(
             headers=headers,
             timeout=aiohttp.ClientTimeout(total=self.config.timeout_s),
-            connector=aiohttp.TCPConnector(limit=self.in_flight),
+            connector=aiohttp.TCPConnector(limit=0),
         )
 
     def generate(
@@ -285,13 +262,8 @@ class _Session:
         asked = []
         for prompt, seed in zip(prompts, seeds, strict=True):
             passage = prompt.passage[: self.config.passage_characters]
-            request: dict[str, Any] = {
-                "model": self.config.model,
-                "prompt": tables.clean(prompt.before + passage + prompt.after),
-                "max_tokens": sampling.max_tokens,
-                "temperature": sampling.temperature,
-                "top_p": sampling.top_p,
-            }
+            text = tables.clean(prompt.before + passage + prompt.after)
+            request = {"model": self.config.model, "prompt": text, **sampling.model_dump()}
             if prompt.stop:
                 request["stop"] = list(prompt.stop)
             asked += [(request | {"seed": seed + i}, len(passage) < len(prompt.passage)) for i in range(n)]
@@ -299,106 +271,84 @@ class _Session:
         return [made[i : i + n] for i in range(0, len(made), n)]
 
     async def _all(self, asked: list[tuple[dict[str, Any], bool]]) -> list[Completion]:
-        made: dict[int, Completion] = {}
-        rest = iter(enumerate(asked))
-
-        async def work() -> None:
-            for i, (request, truncated) in rest:
-                made[i] = await self._complete(request)
-                made[i].truncated = truncated
-
-        workers = [asyncio.ensure_future(work()) for _ in range(min(self.in_flight, len(asked)))]
+        tasks = [asyncio.ensure_future(self._complete(request, truncated)) for request, truncated in asked]
         try:
-            await asyncio.gather(*workers)
-        finally:
-            for worker in workers:
-                worker.cancel()
-            await asyncio.gather(*workers, return_exceptions=True)
-        return [made[i] for i in range(len(asked))]
+            return await asyncio.gather(*tasks)
+        finally:  # an error of one ends all
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _complete(self, request: dict[str, Any]) -> Completion:
-        for attempt in range(1, self.config.max_attempts + 1):
-            answer = await self._attempt(request)
-            if isinstance(answer, Completion):
-                return answer
-            if not answer.again or answer.wait_s > RETRY_AFTER_MAX_S or attempt == self.config.max_attempts:
-                break
-            self.closed_until = max(self.closed_until, time.monotonic() + answer.wait_s)
-            # half of it at random, so that what failed together does not come back together
-            await asyncio.sleep(min(BACKOFF_MAX_S, BACKOFF_S * 2 ** min(attempt - 1, 30)) * random.uniform(0.5, 1))
-        return Completion(None, None, 0, 0, 0, error=f"{answer.cause} (attempt {attempt})")
+    async def _complete(self, request: dict[str, Any], truncated: bool) -> Completion:
+        cause = ""
+        async with self.slots:
+            for attempt in range(self.config.max_attempts):
+                if attempt:  # half of it by chance, so that what failed together does not come back together
+                    delay = min(BACKOFF_MAX_S, BACKOFF_S * 2 ** min(attempt - 1, 30))
+                    await asyncio.sleep(delay * random.uniform(0.5, 1))
+                answer = await self._attempt(request)
+                if isinstance(answer, Completion):
+                    answer.truncated = truncated
+                    return answer
+                cause = f"{answer.cause} (attempt {attempt + 1})"
+                if not answer.again or answer.wait_s > RETRY_AFTER_MAX_S:
+                    break
+                self.shut_until = max(self.shut_until, time.monotonic() + answer.wait_s)
+        return Completion(None, None, 0, 0, 0, truncated, cause)
 
     async def _attempt(self, request: dict[str, Any]) -> Completion | _Failure:
-        """One request, within the budget and the limits."""
-        size = len(request["prompt"].encode())
-        # no token is less than a byte; a start token and the like come on top
-        most = self.config.usd(size + 16, request["max_tokens"])
-        guess = math.ceil(size * self.seen_tokens / self.seen_bytes) + request["max_tokens"]
+        """One request within the budget and the limits."""
+        size, longest = len(request["prompt"].encode()), request["max_tokens"]
+        # no token is less than a byte, and a start token may come on top; for the pace, three bytes are a fair guess
+        most, guess = self.config.usd(size + 16, longest), size // 3 + longest
         cost, used = 0.0, guess
         await self.budget.hold(most)
         try:
             async with self.gate:  # one after the other, so that a wait which the server asks for holds all of them
                 await self.requests.take(1)
                 await self.tokens.take(guess)
-                while (left := self.closed_until - time.monotonic()) > 0:
+                while (left := self.shut_until - time.monotonic()) > 0:
                     await asyncio.sleep(left)
             cost = most
             answer = await self._post(request)
-            if isinstance(answer, Completion):
-                if answer.prompt_tokens:
-                    cost = self.config.usd(answer.prompt_tokens, answer.completion_tokens)
-                    used = answer.prompt_tokens + answer.completion_tokens
-                    self.seen_bytes, self.seen_tokens = self.seen_bytes + size, self.seen_tokens + answer.prompt_tokens
-            elif not answer.billed:
-                cost = 0.0
+            if isinstance(answer, _Failure):
+                cost = most if answer.billed else 0.0
+            elif answer.prompt_tokens:
+                cost = self.config.usd(answer.prompt_tokens, answer.completion_tokens)
+                used = answer.prompt_tokens + answer.completion_tokens
             return answer
         finally:
             self.budget.settle(most, cost)
-            self.tokens.give_back(guess - used)
+            self.tokens.level += guess - used
 
     async def _post(self, request: dict[str, Any]) -> Completion | _Failure:
         import aiohttp
 
-        # Nothing of aiohttp's gets out: its exceptions hold the request's headers, and with them the key.
+        url, body = f"{self.config.base_url}/completions", json.dumps(request, ensure_ascii=False).encode()
+        # Nothing of aiohttp's gets out of here: some of its exceptions hold the request's headers, and so the key.
         try:
-            url, body = f"{self.config.base_url}/completions", json.dumps(request, ensure_ascii=False).encode()
             async with self.http.post(url, data=body, proxy=self.proxy, allow_redirects=False) as response:
-                status, after, text = response.status, response.headers.get("Retry-After"), await response.read()
-        except aiohttp.ClientConnectorCertificateError:
-            status = 0
+                status, headers, raw = response.status, response.headers, await response.read()
         except aiohttp.ClientConnectorError as error:
             return _Failure(self._line(f"no connection: {error}"))
         except TimeoutError:
             return _Failure(f"no answer within timeout_s = {self.config.timeout_s:g}", billed=True)
         except (aiohttp.ClientError, OSError) as error:
             return _Failure(f"the connection broke: {type(error).__name__}", billed=True)
-        if status == 0:
-            raise ConfigError(
-                f"openai: the certificate of {self.config.base_url!r} is not trusted; mend base_url or it"
-            )
-        value = _json(text)
         if 200 <= status < 300:
-            return _completion(value) or _Failure("the answer is no completion in JSON", billed=True)
-        cause = self._line(f"HTTP {status}: {_message(value) or text[:2000].decode(errors='replace')}")
-        if remedy := self._remedy(status, value):
-            raise ConfigError(f"openai: {self.config.base_url!r} answers {cause}; {remedy}")
-        return _Failure(cause, status in AGAIN or status >= 500, wait_s=retry_after_s(after, time.time()))
-
-    def _remedy(self, status: int, value: Any) -> str | None:
-        """What to do about an answer that every request would get."""
-        config = self.config
+            return _completion(raw) or _Failure("the answer is no completion in JSON", billed=True)
+        cause, name = self._line(f"HTTP {status}: {raw[:9999].decode(errors='replace')}"), self.config.api_key_env
+        remedy = None
         if status in (401, 403):
-            held = f"the key in {config.api_key_env}" if config.api_key_env else "no key is sent: set api_key_env"
-            return f"{held} must be one that may use model = {config.model!r}"
-        if status == 404:
-            return (
-                f"set model = {config.model!r} to one that it serves, and base_url to what stands before /completions"
-            )
-        if 300 <= status < 400:
-            return "it sends elsewhere; set base_url to the address that it sends to"
-        if status == 429 and "insufficient_quota" in (_error(value).get("code"), _error(value).get("type")):
-            return "add credit to the account and run again: finished shards are kept"
-        return None
+            remedy = f"put a key into {name} that may use model = {self.config.model!r}" if name else "set api_key_env"
+        elif status == 404 or 300 <= status < 400:
+            remedy = f"set base_url to what stands before /completions, model = {self.config.model!r} to one it serves"
+        elif status == 429 and b"insufficient_quota" in raw:
+            remedy = "add credit to the account and run again: finished shards are kept"
+        if remedy:
+            raise ConfigError(f"openai: {self.config.base_url!r} answers {cause}; {remedy}")
+        wait_s = retry_after_s(headers.get("Retry-After"), time.time())
+        return _Failure(cause, status in AGAIN or status >= 500, wait_s=wait_s)
 
     def _line(self, text: str) -> str:
         """One line of at most 300 characters without the key, which some servers quote."""
@@ -406,43 +356,23 @@ class _Session:
 
     def close(self) -> None:
         """Closes the connections and ends the thread. A second call does nothing."""
-        if self.loop.is_closed():
-            return
-        self._wait(self.http.close())
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self.thread.join()
-        self.loop.close()
+        if not self.loop.is_closed():
+            self._wait(self.http.close())
+            self.loop.call_soon_threadsafe(self.loop.stop)
+            self.thread.join()
+            self.loop.close()
 
 
-def _json(text: bytes) -> Any:
+def _completion(raw: bytes) -> Completion | None:
+    """The completion in an answer; None where there is none. A count that is missing or no number is 0."""
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-
-
-def _error(value: Any) -> dict[str, Any]:
-    found = value.get("error") if isinstance(value, dict) else None
-    return found if isinstance(found, dict) else {}
-
-
-def _message(value: Any) -> str | None:
-    """What a server's error says, in the forms of OpenAI, FastAPI and older vLLM."""
-    if not isinstance(value, dict):
-        return None
-    found = _error(value).get("message") or value.get("message") or value.get("detail") or value.get("error")
-    return str(found) if found else None
-
-
-def _completion(value: Any) -> Completion | None:
-    try:
+        value = json.loads(raw)
         choice, usage = value["choices"][0], value.get("usage") or {}
         text, reason, details = choice["text"], choice.get("finish_reason"), usage.get("prompt_tokens_details") or {}
-        if not isinstance(text, str):
-            return None
         counts = usage.get("prompt_tokens"), details.get("cached_tokens"), usage.get("completion_tokens")
-    except (AttributeError, IndexError, KeyError, TypeError):
+    except (ValueError, RecursionError, AttributeError, LookupError, TypeError):
         return None
-    # a count that is missing, or no number, is 0
     prompt, cached, written = (c if isinstance(c, int) and 0 <= c < 2**31 else 0 for c in counts)
+    if not isinstance(text, str):
+        return None
     return Completion(tables.clean(text), str(reason) if reason else None, prompt, cached, written)
