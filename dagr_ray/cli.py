@@ -173,10 +173,11 @@ def _leave(code: int) -> NoReturn:
 
     import psutil
 
-    children = psutil.Process().children(recursive=True)
+    children = set(psutil.Process().children(recursive=True))
     closing = threading.Thread(target=ray.shutdown, daemon=True)
     closing.start()
     closing.join(timeout=4 if code == 130 else 20)
+    children |= set(psutil.Process().children(recursive=True))  # workers may have been starting
     _, alive = psutil.wait_procs(children, timeout=2)
     for process in alive:
         process.kill()

@@ -190,6 +190,9 @@ def from_json(value: dict[str, Any], base: type[Self]) -> Self:
 def explain(error: ValidationError) -> str:
     """One line for a failed validation: the field, the bad value and what is allowed."""
     first = error.errors(include_url=False)[0]
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, ConfigError) and not first["loc"]:
+        return str(cause)  # raised about the whole config: it says all itself
     field = ".".join(str(part) for part in first["loc"]) or "value"
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":

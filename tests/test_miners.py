@@ -113,10 +113,10 @@ def test_lucene_says_nothing(tmp_path):
     assert (done.stdout, done.stderr) == ("2\n", "")
 
 
-def test_a_missing_package_is_named_with_its_pip_line(monkeypatch):
+def test_a_missing_package_is_named_with_what_to_run(monkeypatch):
     monkeypatch.setattr(bm25, "NEEDS", {"no_such_module": "no-such-package"})
     bm25.start_java.cache_clear()
-    with pytest.raises(ConfigError, match="pip install no-such-package"):
+    with pytest.raises(ConfigError, match="bm25 needs no-such-package; run `make setup`"):
         bm25.start_java()
 
 

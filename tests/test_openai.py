@@ -35,7 +35,7 @@ from dagr_ray.strategies.crop import Crop
 from dagr_ray.strategies.promptagator import Promptagator
 from tests.conftest import tiny_beir
 
-KEY = "sk-Swordfish.4711"
+KEY = "sk-/Swordfish+4711="
 SHORT = Sampling(max_tokens=12)
 USAGE = {"prompt_tokens": 30, "completion_tokens": 5, "prompt_tokens_details": {"cached_tokens": 16}}
 
@@ -252,7 +252,7 @@ def test_a_wrong_key_model_or_address_ends_the_run_in_one_line(monkeypatch, answ
     began = time.monotonic()
     with served(lambda body, nth: answer if body["seed"] == 100 else hang) as server:
         with pytest.raises(ConfigError) as caught:
-            ask(server, ["a", "b", "c"] * 20, api_key_env="LLM_KEY", in_flight=4)
+            ask(server, ["a", "b", "c"] * 20, api_key_env="LLM_KEY", in_flight=4, max_attempts=1, timeout_s=15)
         assert len(server.seen) <= 5
     assert time.monotonic() - began < 10, "requests under way are not waited for"
     assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in [*words, server.url])
@@ -416,10 +416,13 @@ def test_the_key_is_sent_and_is_nowhere_else(tmp_path, monkeypatch, caplog):
 
 def test_a_quoted_key_is_hidden_in_the_error_of_a_row(monkeypatch):
     monkeypatch.setenv("LLM_KEY", KEY)
-    quoted = status(400, "x" * 250 + KEY * 3)
-    with served(lambda body, nth: quoted) as server:
-        [[one]] = ask(server, ["a"], api_key_env="LLM_KEY")
-    assert "(hidden)" in one.error and "Sword" not in one.error and len(one.error) < 400
+    escaped = "".join(f"\\u{ord(letter):04x}" for letter in KEY)
+    slashed = KEY.replace("/", "\\/")
+    raws = ["x" * 240 + KEY * 3, f'{{"error": "{escaped}"}}', f'{{"error": "{slashed}"}}', f"<p>{KEY}"]
+    with served(lambda body, nth: lambda h, b: reply(h, 400, raws[b["seed"] // 100].encode())) as server:
+        found = ask(server, ["a"] * 4, api_key_env="LLM_KEY")
+    for [one] in found:
+        assert "(hidden)" in one.error and "Sword" not in one.error and "0053" not in one.error and len(one.error) < 400
 
 
 WRONG = {

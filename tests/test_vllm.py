@@ -35,8 +35,13 @@ def model():
     return str(smollm2())
 
 
+# processes that other tests of the run started, such as Ray's
+OTHERS: set[psutil.Process] = set()
+
+
 @pytest.fixture(scope="module")
 def session(model):
+    OTHERS.update(psutil.Process().children(recursive=True))
     opened = VLLM(model=model).open(Pool(workers=1))
     yield opened
     opened.close()
@@ -146,7 +151,7 @@ def test_close_frees_the_engine_and_leaves_no_process(session, answers):
 
     session.close()
     session.close()
-    assert psutil.Process().children(recursive=True) == []
+    assert set(psutil.Process().children(recursive=True)) <= OTHERS
     assert not torch.distributed.is_initialized() and not hasattr(session, "llm")
     assert torch.set_num_threads is torch._C.set_num_threads
     assert "tcmalloc" not in os.environ.get("LD_PRELOAD", "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import math
 import os
@@ -148,8 +149,8 @@ def _key(name: str | None) -> str | None:
         raise ConfigError(
             f"openai: the environment variable {name} (api_key_env) is not set; export it before the run, on every node"
         )
-    if key and not re.fullmatch("[!-~]+", key):
-        raise ConfigError(f"openai: the key in {name} has spaces or letters that no header can hold; set it again")
+    if key and not re.fullmatch(r"[!#-\[\]-~]+", key):
+        raise ConfigError(f"openai: the key in {name} has spaces, quotes or letters that no key has; set it again")
     return key
 
 
@@ -224,11 +225,8 @@ class _Session:
         # bursts of one request, and of a second's tokens: servers count by the second, too
         self.requests, self.tokens = _Bucket(requests, 1), _Bucket(tokens, (tokens or 0) / 60)
         self.budget = _Budget(config.budget_usd and config.budget_usd / share)
-        self.slots, self.gate, self.shut_until = (
-            asyncio.Semaphore(max(config.in_flight // share, 1)),
-            asyncio.Lock(),
-            0.0,
-        )
+        self.slots = asyncio.Semaphore(max(config.in_flight // share, 1))
+        self.gate, self.shut_until = asyncio.Lock(), 0.0
         # asked here, as aiohttp's own way would also send what it finds in a .netrc
         url = urlsplit(config.base_url)
         direct = url.hostname in LOCAL or urllib.request.proxy_bypass(str(url.hostname))
@@ -337,8 +335,12 @@ class _Session:
             return _Failure(f"the connection broke: {type(error).__name__}", billed=True)
         if 200 <= status < 300:
             return _completion(raw) or _Failure("the answer is no completion in JSON", billed=True)
-        cause, name = self._line(f"HTTP {status}: {raw[:9999].decode(errors='replace')}"), self.config.api_key_env
-        remedy = None
+        said = raw.decode(errors="replace")
+        with contextlib.suppress(ValueError, RecursionError):
+            said = json.dumps(
+                json.loads(raw), ensure_ascii=False
+            )  # without escapes, which a quoted key could hide behind
+        cause, remedy, name = self._line(f"HTTP {status}: {said}"), None, self.config.api_key_env
         if status in (401, 403):
             remedy = f"put a key into {name} that may use model = {self.config.model!r}" if name else "set api_key_env"
         elif status == 404 or 300 <= status < 400:
