@@ -4,7 +4,7 @@
       plan.json                                 written first: config, inputs, shard -> row range
       generations/part-00000-1f0c9a3e.parquet   a part is named by its content
       receipts/00000.json                       names the parts of one shard with their checksums: present == committed
-      attempts/001.jsonl                        what happened; a resume adds a file
+      attempts/001-9c1f.jsonl                   what happened; a resume adds a file
       manifest.json                             written last: its presence == complete
 
 A shard writes all its parts and then its receipt, so every table of a shard appears at once or not at all. Parts are
@@ -29,13 +29,28 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from dagr_ray import tables as schemas
+from dagr_ray.config import ConfigError
 
 Json = dict[str, Any]
 
 
 def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
-    """The pyarrow file system of a path or URI (``s3://``, ``gs://``, ``file://``) and the path inside it."""
+    """The pyarrow file system of a path or URI (``s3://``, ``gs://``, ``file://``) and the path inside it.
+
+    Options follow a question mark (``s3://bucket/path?endpoint_override=host:port&scheme=http&region=...``). Credentials
+    come from the environment alone: a URI is written into plans and manifests. Raises ConfigError.
+    """
     if "://" in uri:
+        scheme, _, rest = uri.partition("://")
+        user, at, _ = rest.partition("/")[0].rpartition("@")
+        if at and (scheme == "s3" or ":" in user):
+            raise ConfigError(
+                f"an address ({scheme}://) holds credentials; leave them out and set them in the environment "
+                "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or what else the store's own tools read)"
+            )
+        if scheme == "s3" and "allow_delayed_open" not in uri:
+            # a small file is one request instead of three
+            uri += ("&" if "?" in uri else "?") + "allow_delayed_open=true"
         fs, path = pafs.FileSystem.from_uri(uri)
         return fs, path.rstrip("/")
     return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
@@ -79,23 +94,47 @@ class Artifact:
 
     # -- small files ------------------------------------------------------------------------------------------------
 
-    def write_bytes(self, relative: str, data: bytes | pa.Buffer) -> None:
-        """Writes a file that is whole whenever it is seen (renamed into place; one put on an object store)."""
+    def write_bytes(self, relative: str, data: bytes | pa.Buffer, once: bool = False) -> None:
+        """Writes a file that is whole whenever it is seen (renamed into place; one put on an object store).
+
+        ``once``: raises FileExistsError where the file is there already. An object store cannot tell: there the last
+        writer stands.
+        """
         target = f"{self.path}/{relative}"
-        self.fs.create_dir(target.rsplit("/", 1)[0], recursive=True)
+        if self.local:  # an object store has no folders; to make them is a request for each level
+            os.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
         written = f"{target}.{uuid.uuid4().hex[:8]}.tmp" if self.local else target
         with self.fs.open_output_stream(written) as stream:
             stream.write(data)
-        if written != target:
+        if written == target:
+            return
+        if once:
+            try:
+                os.link(written, target)
+                return
+            except FileExistsError:
+                raise
+            except OSError:  # a file system without hard links: there, too, the last writer stands
+                os.replace(written, target)
+            finally:
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(written)
+        else:
             os.replace(written, target)
 
     def read_bytes(self, relative: str) -> bytes | None:
         """A file's content, or None where there is none."""
-        try:
-            with self.fs.open_input_stream(f"{self.path}/{relative}") as stream:
-                return stream.read()
-        except (FileNotFoundError, NotADirectoryError):
-            return None
+        for more_tries in (True, True, False):
+            try:
+                with self.fs.open_input_stream(f"{self.path}/{relative}") as stream:
+                    return stream.read()
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+            except OSError:
+                # an object store opens and reads in two requests: another driver may remove the file between them
+                if self.local or not more_tries:
+                    raise
+        return None
 
     def write_json(self, relative: str, value: Any) -> None:
         self.write_bytes(relative, json.dumps(value, indent=1, ensure_ascii=False).encode())
@@ -132,7 +171,10 @@ class Artifact:
         earlier = self.read_json(name)
         if earlier is not None:
             return earlier
-        self.write_json(name, receipt)
+        try:
+            self.write_bytes(name, json.dumps(receipt, indent=1, ensure_ascii=False).encode(), once=True)
+        except FileExistsError:
+            return self.read_json(name)
         return receipt
 
     def _write_part(self, name: str, shard: int, value: pa.Table) -> Json:
@@ -174,10 +216,19 @@ class Artifact:
         return problems
 
     def revoke(self, shards: Iterable[int]) -> None:
-        """Takes shards back (receipts and the manifest go, in that order of safety) so that they are built again."""
+        """Takes shards back, so that they are built again. What they cost stays in the bill: see ``revoked``."""
         self.remove("manifest.json")
         for shard in shards:
-            self.remove(f"receipts/{shard:05d}.json")
+            name = f"{shard:05d}.json"
+            receipt = self.read_bytes(f"receipts/{name}")
+            if receipt is not None:
+                self.write_bytes(f"revoked/{shard:05d}-{uuid.uuid4().hex[:4]}.json", receipt)
+                self.remove(f"receipts/{name}")
+
+    def revoked(self) -> list[Json]:
+        """The receipts of shards that were taken back: work that was paid for and is not in the tables."""
+        found = (self.read_json(f"revoked/{name}") for name in sorted(self.listing("revoked")))
+        return [receipt for receipt in found if receipt is not None]
 
     # -- the finished folder ----------------------------------------------------------------------------------------
 
@@ -246,17 +297,19 @@ class Artifact:
 
 
 class Attempt:
-    """The event log of one try at a folder: ``attempts/001.jsonl``, whole lines, never overwritten by a later try."""
+    """The event log of one try at a folder: ``attempts/001-9c1f.jsonl``, whole lines, never overwritten by a later try."""
 
     def __init__(self, folder: Artifact) -> None:
         self.folder = folder
         self.number = len(folder.listing("attempts")) + 1
+        # two drivers on an object store, which has no locks, may count the same
+        self.name = f"{self.number:03d}-{uuid.uuid4().hex[:4]}"
         self.lines: list[str] = []
 
     def note(self, event: str, **detail: Any) -> None:
         """Adds an event with the time and writes the log out."""
         self.lines.append(json.dumps({"at": time.time(), "event": event, **detail}, ensure_ascii=False))
-        self.folder.write_bytes(f"attempts/{self.number:03d}.jsonl", ("\n".join(self.lines) + "\n").encode())
+        self.folder.write_bytes(f"attempts/{self.name}.jsonl", ("\n".join(self.lines) + "\n").encode())
 
 
 def add_up(total: Json, more: Json) -> Json:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import platform
+import sys
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -23,13 +25,18 @@ Worker = Callable[[Shard], dict[str, Any]]
 
 
 class Pool(Config):
-    """A fixed-size pool of workers. ``workers=0`` runs the work in the calling process, without Ray."""
+    """A fixed-size pool of workers. ``workers=0`` runs the work in the calling process, without Ray.
+
+    ``in_flight`` shards are at work in one worker at once, where its stage can. A range of rows that takes longer than
+    ``deadline_s`` has hung: its worker is ended, and the row at fault looked for.
+    """
 
     workers: Annotated[int, Field(ge=0)] = 0
     cpus: Annotated[float, Field(ge=0)] = 1
     gpus: Annotated[float, Field(ge=0)] = 0
     shard_rows: Annotated[int, Field(ge=1)] = 256
     in_flight: Annotated[int, Field(ge=1)] = 2
+    deadline_s: Annotated[float, Field(gt=0)] = 1800.0
 
 
 class Prices(Config):
@@ -119,11 +126,21 @@ def _actor(factory: Callable[[], Worker]) -> type:
     return ShardActor
 
 
-def map_shards(factory: Callable[[], Worker], shards: Sequence[Shard], pool: Pool) -> Iterator[dict[str, Any]]:
+def where() -> str:
+    """The node that this process works on: Ray's id of it inside a worker, else the machine's name."""
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        return ray.get_runtime_context().get_node_id()
+    return platform.node()
+
+
+def map_shards(
+    factory: Callable[[], Worker], shards: Sequence[Shard], pool: Pool, threads: int = 1
+) -> Iterator[dict[str, Any]]:
     """Runs every shard on the pool; yields each worker's statistics as shards end, in any order.
 
-    ``factory`` is called once in each worker and returns the callable that does a shard. An exception of the user's
-    code ends the run; a dead worker is replaced by Ray and its shard done again.
+    ``factory`` is called once in each worker and returns the callable that does a shard, in ``threads`` threads at
+    once. An exception of the user's code ends the run; a dead worker is replaced by Ray and its shards done again.
     """
     if not shards:
         return
@@ -143,7 +160,12 @@ def map_shards(factory: Callable[[], Worker], shards: Sequence[Shard], pool: Poo
     mapped = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         _actor(factory),
         batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=pool.workers, max_tasks_in_flight_per_actor=pool.in_flight),
+        compute=ray.data.ActorPoolStrategy(
+            size=pool.workers,
+            max_tasks_in_flight_per_actor=max(threads, 2),  # one waits where one is at work
+            enable_true_multi_threading=threads > 1,
+            max_concurrent_calls_per_actor=threads if threads > 1 else None,
+        ),
         num_cpus=pool.cpus,
         num_gpus=pool.gpus,
     )

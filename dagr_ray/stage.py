@@ -15,15 +15,14 @@ from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import ClassVar, cast
 
-import pyarrow as pa
-
 from dagr_ray import __version__, cluster, tables
 from dagr_ray.artifact import Artifact, Attempt, Json, add_up
 from dagr_ray.cluster import Placement, Pool
 from dagr_ray.config import Config, ConfigError, fingerprints_held, from_json
+from dagr_ray.worker import Inputs, Opener, Output, Run, StageFailed
 
+__all__ = ["Inputs", "Output", "Run", "Stage", "StageFailed", "materialize", "survey", "walk"]
 log = logging.getLogger("dagr")
-TRIES_PER_SHARD = 3
 PACKAGES = (
     "torch",
     "transformers",
@@ -37,24 +36,6 @@ PACKAGES = (
 )
 
 
-class StageFailed(RuntimeError):
-    """A stage that ended without a result. Its finished shards are kept; the message says how to go on."""
-
-
-@dataclass
-class Output:
-    """What one shard made: its tables, files written into the folder (relative), counts, and cost (numbers to add up)."""
-
-    tables: dict[str, pa.Table] = field(default_factory=dict)
-    files: list[str] = field(default_factory=list)
-    counts: Json = field(default_factory=dict)
-    cost: Json = field(default_factory=dict)
-
-
-Inputs = dict[str, Artifact]
-Run = Callable[[int, int], Output]
-
-
 class Stage(Config):
     """A step of a recipe. Its fields decide the result; fields that are stages are its inputs.
 
@@ -65,6 +46,8 @@ class Stage(Config):
     abstract: ClassVar[bool] = True
     pool: ClassVar[str] = "light"
     starts_workers: ClassVar[bool] = False  # opened in the calling process; the stage itself starts the pool's workers
+    concurrent: ClassVar[bool] = False  # one worker runs several shards at once, in threads
+    rescues: ClassVar[bool] = False  # has `refuse`: a row that ends its worker is given up, the others are kept
     outputs: ClassVar[tuple[str, ...]] = ()
     max_error_rate: ClassVar[float] = 0.01
 
@@ -85,6 +68,10 @@ class Stage(Config):
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
         """Loads what is heavy and returns the function for one shard. Called in the worker's process."""
         raise NotImplementedError(f"{type(self).__name__} does not say how it is built")
+
+    def refuse(self, inputs: Inputs, row: int, reason: str, detail: str) -> Output:
+        """What rows ``row`` to ``row + 1`` make where that row is given up: it ended or hung its worker, or raised."""
+        raise NotImplementedError(f"{type(self).__name__} cannot give up a row")
 
     def folder_name(self) -> str:
         return "-".join(part for part in (self.type, self.label(), self.fingerprint()) if part)
@@ -180,7 +167,7 @@ class _Builder:
         started = time.time()
         plan = self.folder.read_json("plan.json") or self._write_plan()
         attempt = Attempt(self.folder)
-        done = self.folder.receipts()
+        done = self._without_errors(plan, self.folder.receipts())
         pending = [shard for shard in plan["shards"] if shard["shard"] not in done]
         attempt.note("start", pending=len(pending), of=len(plan["shards"]), placement=self.placement.to_json())
         progress = Progress(self.stage, "start", len(done), len(plan["shards"]), plan["rows"])
@@ -188,10 +175,10 @@ class _Builder:
             add_up(progress.counts, receipt["counts"])
         progress.resumed, progress.resumed_rows = len(done), progress.counts.get("in", 0)
         self.observe(progress)
-        worker = _Opener(self.stage, self.inputs, self.folder, self.pool, attempt.number)
+        worker = Opener(self.stage, self.inputs, self.folder, self.pool, attempt.name)
         try:
             pool = self.pool.model_copy(update={"workers": 0}) if self.stage.starts_workers else self.pool
-            for receipt in cluster.map_shards(worker, pending, pool):
+            for receipt in cluster.map_shards(worker, pending, pool, threads=self._threads()):
                 done[receipt["shard"]] = receipt
                 add_up(progress.counts, receipt["counts"])
                 add_up(progress.cost, receipt["cost"])
@@ -205,6 +192,22 @@ class _Builder:
         self._finish(plan, self.folder.receipts(), wall, attempt.number)
         progress.state, progress.seconds = "done", wall
         self.observe(progress)
+
+    def _without_errors(self, plan: Json, done: dict[int, Json]) -> dict[int, Json]:
+        """The receipts that stand. A stage that ended with too many errors does the shards again that have them."""
+        rows = sum(receipt["counts"].get("in", 0) for receipt in done.values())
+        if len(done) < len(plan["shards"]) or not self._too_many(_errors(done), rows):
+            return done
+        again = [shard for shard, receipt in done.items() if receipt["counts"].get("errors")]
+        log.warning("%s: doing %d shard(s) again that had errors", self.folder.name, len(again))
+        self.folder.revoke(again)
+        return {shard: receipt for shard, receipt in done.items() if shard not in set(again)}
+
+    def _too_many(self, errors: int, rows: int) -> bool:
+        return errors / max(rows, 1) > self.stage.max_error_rate
+
+    def _threads(self) -> int:
+        return self.pool.in_flight if self.stage.concurrent else 1
 
     def _write_plan(self) -> Json:
         rows = self.stage.size(self.inputs)
@@ -235,12 +238,15 @@ class _Builder:
                 entry["parts"].append(part)
                 entry["rows"] += part["rows"]
                 entry["bytes"] += part["bytes"]
-        errors, total = counts.get("errors", 0), max(counts.get("in", 0), 1)
-        if errors / total > self.stage.max_error_rate:
+        errors, total = _errors(receipts), counts.get("in", 0)
+        if self._too_many(errors, total):
             raise StageFailed(
                 f"{self.folder.name}: {errors} of {total} rows failed, over the limit of {self.stage.max_error_rate:.0%}; "
-                f"the shards are kept in {self.folder.path}"
+                "run again to do the shards with errors again"
             )
+        waste: Json = {}
+        for receipt in self.folder.revoked():
+            add_up(waste, receipt["cost"])
         for name, entry in made.items():
             entry["schema"] = tables.schema(name).to_string()
         self.folder.write_json(
@@ -253,6 +259,7 @@ class _Builder:
                 "files": files,
                 "counts": counts,
                 "cost": {"wall_s": wall, **cost},
+                "waste": waste,
                 "price": _price(cost | {"wall_s": wall}, self.pool, self.placement),
                 "placement": self.placement.to_json(),
                 "attempts": attempts,
@@ -264,43 +271,15 @@ class _Builder:
         )
 
 
+def _errors(receipts: dict[int, Json]) -> int:
+    return sum(receipt["counts"].get("errors", 0) for receipt in receipts.values())
+
+
 def _price(cost: Json, pool: Pool, placement: Placement) -> float:
     """Dollars of a stage: wall hours x what its pool occupies x the price of that."""
     workers = max(pool.workers, 1)
     hourly = pool.gpus * placement.prices.gpu_hour + max(pool.cpus, 1) * placement.prices.cpu_hour
     return cost["wall_s"] / 3600 * workers * hourly
-
-
-class _Opener:
-    """Picklable recipe for a worker: opens the stage there, and runs, commits and accounts for each shard."""
-
-    def __init__(self, stage: Stage, inputs: Inputs, folder: Artifact, pool: Pool, attempt: int) -> None:
-        self.stage, self.inputs, self.folder, self.pool, self.attempt = stage, inputs, folder, pool, attempt
-
-    def __call__(self) -> Callable[[cluster.Shard], Json]:
-        run = self.stage.open(self.inputs, self.folder, self.pool)
-
-        def do(shard: cluster.Shard) -> Json:
-            number = shard["shard"]
-            self._count_try(number)
-            started, cpu = time.time(), time.process_time()
-            output = run(shard["start"], shard["stop"])
-            spent = {"busy_s": time.time() - started, "cpu_s": time.process_time() - cpu, **output.cost}
-            more = {"counts": output.counts, "cost": spent, "attempt": self.attempt}
-            return self.folder.commit(number, output.tables, more, output.files)
-
-        return do
-
-    def _count_try(self, shard: int) -> None:
-        # Ray replaces a dead worker without end: a shard that always kills its worker must end the run instead.
-        prefix = f"{self.attempt:03d}-{shard:05d}-"
-        tries = sum(name.startswith(prefix) for name in self.folder.listing("tries"))
-        if tries >= TRIES_PER_SHARD:
-            raise StageFailed(
-                f"{self.folder.name}: shard {shard} ended its worker {tries} times; "
-                f"look at its rows with `dagr show {self.folder.name}` and at the worker's log, then run again"
-            )
-        self.folder.write_bytes(f"tries/{prefix}{tries + 1}", b"")
 
 
 @dataclass

@@ -34,8 +34,12 @@ class Completion:
     error: str | None = None
 
 
+class EngineDied(RuntimeError):
+    """The engine is gone and answers nothing any more: it has to be opened again. Says what it died of."""
+
+
 class Session(Protocol):
-    """An opened engine."""
+    """An opened engine. ``generate`` is called by several threads at once, each with the prompts of its own shard."""
 
     def generate(
         self, prompts: Sequence[Prompt], seeds: Sequence[int], sampling: Sampling, n: int

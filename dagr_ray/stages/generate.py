@@ -107,6 +107,8 @@ class Generate(Stage):
 
     abstract: ClassVar[bool] = False
     pool: ClassVar[str] = "generate"
+    concurrent: ClassVar[bool] = True
+    rescues: ClassVar[bool] = True
     outputs: ClassVar[tuple[str, ...]] = ("generations", "rejected")
     corpus: Stage
     strategy: Strategy
@@ -134,6 +136,13 @@ class Generate(Stage):
 
     def size(self, inputs: Inputs) -> int:
         return inputs["corpus"].count("corpus")
+
+    def refuse(self, inputs: Inputs, row: int, reason: str, detail: str) -> Output:
+        """A passage that is given up: no completions, and a row in ``rejected``."""
+        [doc_id] = inputs["corpus"].slice("corpus", row, row + 1)["doc_id"].to_pylist()
+        refused = {"id": doc_id, "by": "generate", "reason": reason, "detail": tables.clean(detail)}
+        made = {"generations": tables.empty("generations"), "rejected": tables.table("rejected", [refused])}
+        return Output(made, counts={"in": 1, "out": 0, "errors": 0, "rejected": {f"generate/{reason}": 1}})
 
     def prompts(self, inputs: Inputs, ids: Iterable[str]) -> dict[str, str]:
         """The exact prompts of some passages, by doc_id, before an engine cuts long ones: for ``dagr preview``."""

@@ -1,0 +1,234 @@
+"""A worker of a stage: opens it once, runs its shards, several at once where it can, and accounts for each.
+
+A stage that can give a row up (``refuse``) survives rows that end or hang its engine: see ``tries``. Any other has three
+tries for a shard.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+
+from dagr_ray import cluster
+from dagr_ray.artifact import Artifact, Json, add_up
+from dagr_ray.cluster import Pool
+from dagr_ray.config import ConfigError
+from dagr_ray.engines import EngineDied
+from dagr_ray.tries import DIED, STOPPED, Given, Mark, Range, Tries, Turns, Watchdog, narrow
+
+if TYPE_CHECKING:
+    from dagr_ray.stage import Stage
+
+TRIES_PER_SHARD = 3
+HUNG, RAISED = "engine_hang", "engine_error"
+
+
+class StageFailed(RuntimeError):
+    """A stage that ended without a result. Its finished shards are kept; the message says how to go on."""
+
+
+@dataclass
+class Output:
+    """What one shard made: its tables, files written into the folder (relative), counts, and cost (numbers to add up)."""
+
+    tables: dict[str, pa.Table] = field(default_factory=dict)
+    files: list[str] = field(default_factory=list)
+    counts: Json = field(default_factory=dict)
+    cost: Json = field(default_factory=dict)
+
+
+Inputs = dict[str, Artifact]
+Run = Callable[[int, int], Output]
+
+
+def joined(outputs: list[Output]) -> Output:
+    """The output of rows that were done in several ranges, in order."""
+    if len(outputs) == 1:
+        return outputs[0]
+    whole = Output()
+    for each in outputs:
+        for name, rows in each.tables.items():
+            whole.tables[name] = pa.concat_tables([whole.tables[name], rows]) if name in whole.tables else rows
+        whole.files += each.files
+        add_up(whole.counts, each.counts)
+        add_up(whole.cost, each.cost)
+    return whole
+
+
+class Opener:
+    """Picklable recipe for a worker; called in the worker's process."""
+
+    def __init__(self, stage: Stage, inputs: Inputs, folder: Artifact, pool: Pool, attempt: str) -> None:
+        self.stage, self.inputs, self.folder, self.pool, self.attempt = stage, inputs, folder, pool, attempt
+
+    def __call__(self) -> Callable[[cluster.Shard], Json]:
+        return _Worker(self)
+
+
+class _Clock:
+    """Seconds of a worker since the last receipt, so that receipts add up to the whole whatever overlaps.
+
+    ``busy_s`` is the time with at least one shard at work, ``idle_s`` the rest, ``cpu_s`` that of the process.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._active = 0
+        self._at, self._cpu = time.monotonic(), time.process_time()
+        self._spent = {"busy_s": 0.0, "idle_s": 0.0}
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        self._spent["busy_s" if self._active else "idle_s"] += now - self._at
+        self._at = now
+
+    @contextmanager
+    def busy(self) -> Iterator[None]:
+        with self._lock:
+            self._tick()
+            self._active += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._tick()
+                self._active -= 1
+
+    def charge(self) -> Json:
+        """What has been spent since the last call."""
+        with self._lock:
+            self._tick()
+            cpu = time.process_time()
+            spent = {**self._spent, "cpu_s": cpu - self._cpu}
+            self._spent, self._cpu = {"busy_s": 0.0, "idle_s": 0.0}, cpu
+            return spent
+
+
+class _Worker:
+    """An opened stage. Called with shards, from several threads where the stage is ``concurrent``."""
+
+    def __init__(self, opener: Opener) -> None:
+        self.stage, self.inputs, self.folder = opener.stage, opener.inputs, opener.folder
+        self.pool, self.attempt = opener.pool, opener.attempt
+        self.inline = self.pool.workers == 0 or self.stage.starts_workers
+        self.tries, self.turns = Tries(self.folder, self.attempt, self.inline), Turns()
+        began = time.monotonic()
+        self.run = self._open()
+        self.started = [{"start_s": time.monotonic() - began}]
+        self.clock = _Clock()
+        self.watchdog: Watchdog | None = None
+        # a thread that is not the main one cannot be interrupted
+        if self.stage.rescues and (not self.inline or threading.current_thread() is threading.main_thread()):
+            self.watchdog = Watchdog(self.pool.deadline_s, self._late)
+
+    def _open(self) -> Run:
+        return self.stage.open(self.inputs, self.folder, self.pool)
+
+    def __call__(self, shard: cluster.Shard) -> Json:
+        left = self.tries.left(shard["shard"])
+        doubted = self.tries.doubted(left) if self.stage.rescues else []
+        with self.turns.alone() if doubted else self.turns.shared(), self.clock.busy():
+            if not self.stage.rescues:
+                return self._commit(shard, self._simply(shard, left), left)
+            output, failed = self._rescue(shard, doubted)
+            return self._commit(shard, output, left + failed)
+
+    def _commit(self, shard: cluster.Shard, output: Output, lost: list[Mark]) -> Json:
+        spent = self.clock.charge() | (self.started.pop() if self.started else {}) | output.cost
+        if lost:
+            share = sum(mark.stop - mark.start for mark in lost) / max(shard["stop"] - shard["start"], 1)
+            spent["lost_tries"] = len(lost)
+            spent["lost_tokens"] = round((spent.get("prompt_tokens", 0) + spent.get("completion_tokens", 0)) * share)
+        more = {
+            "counts": output.counts,
+            "cost": spent,
+            "attempt": int(self.attempt.split("-")[0]),
+            "at": time.time(),
+            "on": cluster.where(),
+        }
+        receipt = self.folder.commit(shard["shard"], output.tables, more, output.files)
+        self.tries.forget(lost)
+        return receipt
+
+    def _simply(self, shard: cluster.Shard, left: list[Mark]) -> Output:
+        number = shard["shard"]
+        tries = sum(mark.attempt == self.attempt for mark in left)
+        if tries >= TRIES_PER_SHARD:
+            raise StageFailed(
+                f"{self.folder.name}: shard {number} ended its worker {tries} times; "
+                f"look at its rows with `dagr show {self.folder.name}` and at the worker's log, then run again"
+            )
+        mark = self.tries.begin(number, shard["start"], shard["stop"])
+        output = self.run(shard["start"], shard["stop"])
+        self.tries.forget([mark])
+        return output
+
+    def _rescue(self, shard: cluster.Shard, doubted: list[Mark]) -> tuple[Output, list[Mark]]:
+        """The shard's output without the rows that had to be given up, and the marks of tries that failed here."""
+        start, stop = shard["start"], shard["stop"]
+        failed: list[Mark] = []
+        done: dict[Range, Output] = {}
+        while True:
+            ranges, given_up = narrow(start, stop, [*doubted, *failed])
+            self._check_engine(shard, given_up)
+            pending = [each for each in ranges if each not in done]
+            if not pending:
+                break
+            result = self._range(shard["shard"], *pending[0])
+            if isinstance(result, Mark):
+                failed.append(result)
+            else:
+                done[pending[0]] = result
+        for row, why in given_up.items():
+            done[row, row + 1] = self.stage.refuse(self.inputs, row, why.reason, why.detail)
+        return joined([done[each] for each in sorted(done)]), failed
+
+    def _range(self, number: int, start: int, stop: int) -> Output | Mark:
+        """A range's output, or its mark where it failed and this process can go on."""
+        mark = self.tries.begin(number, start, stop)
+        try:
+            with self.watchdog.over(mark) if self.watchdog else nullcontext():
+                output = self.run(start, stop)
+            self.tries.forget([mark])
+            return output
+        except (ConfigError, StageFailed, KeyboardInterrupt) as stop:
+            if not (isinstance(stop, KeyboardInterrupt) and mark.cause == HUNG):
+                self.tries.ended(mark, STOPPED, str(stop))
+                raise
+        except EngineDied as error:
+            if self.turns.is_alone or self.inline:
+                self.tries.ended(mark, DIED, str(error))
+            if not self.inline:
+                os._exit(70)  # all of the engine goes with the process; Ray starts another
+            self.run = self._open()
+        except Exception as error:
+            self.tries.ended(mark, RAISED, f"{type(error).__name__}: {error}")
+        return mark
+
+    def _check_engine(self, shard: cluster.Shard, given_up: dict[int, Given]) -> None:
+        limit = max(TRIES_PER_SHARD, (shard["stop"] - shard["start"]) // 20)
+        if len(given_up) > limit:
+            why = next(iter(given_up.values()))
+            raise StageFailed(
+                f"{self.folder.name}: {len(given_up)} rows of shard {shard['shard']} failed alone, the first with "
+                f"{why.reason}: {why.detail}; the fault is not in the rows: mend the engine and run again"
+            )
+
+    def _late(self, mark: Mark) -> None:
+        if self.turns.is_alone or self.inline:
+            self.tries.ended(mark, HUNG, f"no answer within {self.pool.deadline_s:g} s")
+        if self.inline:
+            # unlike _thread.interrupt_main, a real signal also ends a wait inside a system call
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+            return
+        print(f"rows {mark.start} to {mark.stop}: no answer in {self.pool.deadline_s:g} s", file=sys.stderr, flush=True)
+        os._exit(75)
