@@ -163,19 +163,26 @@ class Artifact:
         """Writes every table of a shard, then its receipt. ``more`` (counts, cost) is kept in the receipt.
 
         Files named in ``files`` (already in the folder, relative paths) are recorded with their checksums. If another
-        writer committed the shard meanwhile, its receipt stands and is returned.
+        writer committed the same rows (``more["rows"]``) meanwhile, its receipt stands and is returned.
         """
         parts = {name: self._write_part(name, shard, value) for name, value in rows.items()}
         receipt = {"shard": shard, "tables": parts, "files": {f: self._checksum(f) for f in files}, **more}
         name = f"receipts/{shard:05d}.json"
         earlier = self.read_json(name)
         if earlier is not None:
-            return earlier
+            if earlier.get("rows") == receipt.get("rows"):
+                return self._too_late(receipt, earlier)
+            self._too_late(earlier, receipt)
+            self.remove(name)
         try:
             self.write_bytes(name, json.dumps(receipt, indent=1, ensure_ascii=False).encode(), once=True)
         except FileExistsError:
-            return self.read_json(name)
+            return self._too_late(receipt, self.read_json(name))
         return receipt
+
+    def _too_late(self, receipt: Json, stands: Json) -> Json:
+        self.write_json(f"revoked/{receipt['shard']:05d}-{uuid.uuid4().hex[:4]}.json", receipt)  # it was paid for
+        return stands
 
     def _write_part(self, name: str, shard: int, value: pa.Table) -> Json:
         sink = io.BytesIO()

@@ -244,7 +244,12 @@ def _folders(runs: str) -> list[tuple[str, float]]:
     fs, root = filesystem(runs)
     found = fs.get_file_info(pafs.FileSelector(root, allow_not_found=True))
     dirs = [f for f in found if f.type == pafs.FileType.Directory and not f.base_name.startswith((".", "mlflow"))]
-    return sorted((f.base_name, f.mtime.timestamp() if f.mtime else 0.0) for f in dirs)
+    if dirs and dirs[0].mtime is None:  # folders of an object store have no times; their first file has
+        names = [[f"{d.path}/plan.json", f"{d.path}/study.json"] for d in dirs]
+        times = [max((f.mtime.timestamp() for f in fs.get_file_info(two) if f.mtime), default=0.0) for two in names]
+    else:
+        times = [f.mtime.timestamp() for f in dirs]
+    return sorted((f.base_name, changed) for f, changed in zip(dirs, times, strict=True))
 
 
 def find(runs: str, name: str) -> Artifact:

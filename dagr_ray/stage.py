@@ -167,7 +167,7 @@ class _Builder:
         started = time.time()
         plan = self.folder.read_json("plan.json") or self._write_plan()
         attempt = Attempt(self.folder)
-        done = self._without_errors(plan, self.folder.receipts())
+        done = self._without_errors(plan, self._receipts(plan))
         pending = [shard for shard in plan["shards"] if shard["shard"] not in done]
         attempt.note("start", pending=len(pending), of=len(plan["shards"]), placement=self.placement.to_json())
         progress = Progress(self.stage, "start", len(done), len(plan["shards"]), plan["rows"])
@@ -189,9 +189,19 @@ class _Builder:
             raise
         wall = time.time() - started
         attempt.note("done", wall_s=wall)
-        self._finish(plan, self.folder.receipts(), wall, attempt.number)
+        receipts = self._receipts(plan)
+        # an object store has no locks: another driver may have put its plan over this one, or have ended before
+        if self.folder.manifest is None:
+            if len(receipts) < len(plan["shards"]) or self.folder.read_json("plan.json") != plan:
+                return self.run()
+            self._finish(plan, receipts, wall, attempt.number)
         progress.state, progress.seconds = "done", wall
         self.observe(progress)
+
+    def _receipts(self, plan: Json) -> dict[int, Json]:
+        """The receipts of this plan: a driver with another plan may have left some, for other rows."""
+        rows = {shard["shard"]: [shard["start"], shard["stop"]] for shard in plan["shards"]}
+        return {n: r for n, r in self.folder.receipts().items() if n in rows and r.get("rows", rows[n]) == rows[n]}
 
     def _without_errors(self, plan: Json, done: dict[int, Json]) -> dict[int, Json]:
         """The receipts that stand. A stage that ended with too many errors does the shards again that have them."""

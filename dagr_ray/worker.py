@@ -149,6 +149,7 @@ class _Worker:
             spent["lost_tries"] = len(lost)
             spent["lost_tokens"] = round((spent.get("prompt_tokens", 0) + spent.get("completion_tokens", 0)) * share)
         more = {
+            "rows": [shard["start"], shard["stop"]],
             "counts": output.counts,
             "cost": spent,
             "attempt": int(self.attempt.split("-")[0]),

@@ -78,7 +78,7 @@ class Beir(Stage):
     path: Annotated[str, Field(min_length=1)]
 
     def label(self) -> str:
-        name = self.path.rstrip("/").rsplit("/", 1)[-1].lower()
+        name = self.path.partition("?")[0].rstrip("/").rsplit("/", 1)[-1].lower()
         return "".join(c if c.isalnum() else "_" for c in name)[:40]
 
     def identity(self) -> dict[str, Any]:
