@@ -39,11 +39,32 @@ class Pool(Config):
     deadline_s: Annotated[float, Field(gt=0)] = 1800.0
 
 
+class TokenPrices(Config):
+    """Dollars for a million tokens of somebody else's model. ``cached`` is that of ``prompt`` unless it is given."""
+
+    prompt: Annotated[float, Field(ge=0)] = 0.0
+    cached: Annotated[float, Field(ge=0)] | None = None
+    completion: Annotated[float, Field(ge=0)] = 0.0
+
+    def usd(self, prompt: int = 0, cached: int = 0, completion: int = 0) -> float:
+        """Dollars for so many tokens; ``cached`` are those of ``prompt`` that were not computed again.
+
+        >>> TokenPrices(prompt=1, cached=0.5, completion=4).usd(prompt=3_000_000, cached=2_000_000, completion=500_000)
+        4.0
+        """
+        hit = self.prompt if self.cached is None else self.cached
+        return ((prompt - cached) * self.prompt + cached * hit + completion * self.completion) / 1e6
+
+
 class Prices(Config):
-    """What a second costs: the bill is seconds x share of the machine x price. Zero where it is not known."""
+    """What an hour of a machine costs, and ``tokens`` of an endpoint by the model's name (``default`` for any other).
+
+    Zero where it is not known. A stage whose tokens have a price is billed by them, any other by the time of its pool.
+    """
 
     cpu_hour: Annotated[float, Field(ge=0)] = 0.0
     gpu_hour: Annotated[float, Field(ge=0)] = 0.0
+    tokens: dict[str, TokenPrices] = {}
 
 
 class Placement(Config):

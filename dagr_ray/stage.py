@@ -15,8 +15,9 @@ from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import ClassVar, cast
 
-from dagr_ray import __version__, cluster, tables
+from dagr_ray import __version__, bill, cluster, tables
 from dagr_ray.artifact import Artifact, Attempt, Json, add_up
+from dagr_ray.bill import Rates
 from dagr_ray.cluster import Placement, Pool
 from dagr_ray.config import Config, ConfigError, fingerprints_held, from_json
 from dagr_ray.worker import Inputs, Opener, Output, Run, StageFailed
@@ -169,7 +170,13 @@ class _Builder:
         attempt = Attempt(self.folder)
         done = self._without_errors(plan, self._receipts(plan))
         pending = [shard for shard in plan["shards"] if shard["shard"] not in done]
-        attempt.note("start", pending=len(pending), of=len(plan["shards"]), placement=self.placement.to_json())
+        attempt.note(
+            "start",
+            pending=len(pending),
+            of=len(plan["shards"]),
+            placement=self.placement.to_json(),
+            holds=bill.holds(self.pool, self.stage.starts_workers),
+        )
         progress = Progress(self.stage, "start", len(done), len(plan["shards"]), plan["rows"])
         for receipt in done.values():
             add_up(progress.counts, receipt["counts"])
@@ -257,6 +264,7 @@ class _Builder:
         waste: Json = {}
         for receipt in self.folder.revoked():
             add_up(waste, receipt["cost"])
+        spent = _bill(self.stage, self.folder, receipts, self.placement)
         for name, entry in made.items():
             entry["schema"] = tables.schema(name).to_string()
         self.folder.write_json(
@@ -268,9 +276,10 @@ class _Builder:
                 "tables": made,
                 "files": files,
                 "counts": counts,
-                "cost": {"wall_s": wall, **cost},
+                "cost": {"wall_s": spent["seconds"]["wall"], **cost},
                 "waste": waste,
-                "price": _price(cost | {"wall_s": wall}, self.pool, self.placement),
+                "bill": spent,
+                "price": spent["usd"]["total"],
                 "placement": self.placement.to_json(),
                 "attempts": attempts,
                 "finished": time.time(),
@@ -285,11 +294,8 @@ def _errors(receipts: dict[int, Json]) -> int:
     return sum(receipt["counts"].get("errors", 0) for receipt in receipts.values())
 
 
-def _price(cost: Json, pool: Pool, placement: Placement) -> float:
-    """Dollars of a stage: wall hours x what its pool occupies x the price of that."""
-    workers = max(pool.workers, 1)
-    hourly = pool.gpus * placement.prices.gpu_hour + max(pool.cpus, 1) * placement.prices.cpu_hour
-    return cost["wall_s"] / 3600 * workers * hourly
+def _bill(stage: Stage, folder: Artifact, receipts: dict[int, Json], placement: Placement) -> Json:
+    return bill.stage_bill(folder, receipts.values(), Rates.of(placement.prices, getattr(stage, "engine", None)))
 
 
 @dataclass

@@ -453,11 +453,11 @@ def test_a_key_in_a_wrong_place_is_refused_without_being_shown(name):
 
 def test_only_what_changes_the_text_is_identity():
     one = OpenAIServer(model="m", base_url="https://host/v1/")
-    changed = {"model": "n", "revision": "r", "passage_characters": 9}
+    changed = {"model": "n", "revision": "r", "passage_characters": 9, "one_request": True}
     same = {
         "base_url": "http://127.0.0.1:8000/v1", "api_key_env": "A", "allow_plain_http": True, "in_flight": 2,
         "requests_per_minute": 5, "tokens_per_minute": 5, "timeout_s": 5, "max_attempts": 2, "budget_usd": 5,
-        "usd_per_million_prompt_tokens": 5, "usd_per_million_completion_tokens": 5,
+        "usd_per_million_prompt_tokens": 5, "usd_per_million_completion_tokens": 5, "usd_per_million_cached_tokens": 1,
     }  # fmt: skip
     assert set(changed) | set(same) == set(OpenAIServer.model_fields), "say of a new field which of the two it is"
     assert OpenAIServer(**{"model": "m"} | same).fingerprint() == one.fingerprint()

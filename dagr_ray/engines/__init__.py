@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Protocol
 
 from pydantic import Field
 
-from dagr_ray.cluster import Pool
+from dagr_ray.cluster import Pool, Prices, TokenPrices
 from dagr_ray.config import Config
 from dagr_ray.strategies import Prompt
 
@@ -32,6 +32,30 @@ class Completion:
     completion_tokens: int
     truncated: bool = False
     error: str | None = None
+    own_prompt: bool = False  # asked in a request for this sample alone: its prompt was paid for again
+    retries: int = 0
+    failed_prompt_tokens: int = 0  # at most so many were paid for attempts without an answer
+    failed_completion_tokens: int = 0
+
+
+def paid(answers: Sequence[Sequence[Completion]]) -> dict[str, int]:
+    """The tokens that answers cost, each a prompt's samples. A prompt counts once for each request that held it.
+
+    >>> one = Completion("a", "stop", prompt_tokens=10, cached_tokens=0, completion_tokens=2)
+    >>> paid([[one, one]])["prompt_tokens"]
+    10
+    >>> other = Completion("a", "stop", 10, 8, 2, own_prompt=True, retries=1)
+    >>> paid([[other, other]])
+    {'prompt_tokens': 20, 'cached_tokens': 16, 'completion_tokens': 4, 'retries': 2}
+    """
+    prompts = [c for answer in answers for i, c in enumerate(answer) if i == 0 or c.own_prompt]
+    samples = [c for answer in answers for c in answer]
+    found = {name: sum(getattr(c, name) for c in prompts) for name in ("prompt_tokens", "cached_tokens")}
+    found["completion_tokens"] = sum(c.completion_tokens for c in samples)
+    rest = {
+        n: sum(getattr(c, n) for c in samples) for n in ("retries", "failed_prompt_tokens", "failed_completion_tokens")
+    }
+    return found | {name: value for name, value in rest.items() if value}
 
 
 class EngineDied(RuntimeError):
@@ -64,6 +88,10 @@ class Engine(Config):
     def model_name(self) -> str:
         """What ``lineage`` calls the model."""
         return self.type
+
+    def token_prices(self, prices: Prices) -> TokenPrices | None:
+        """What tokens cost where they are all that is paid for; None where it is the time of machines."""
+        return None
 
     def check(self) -> None:
         """Raises ConfigError, before anything starts, where the engine could not open (package or model missing)."""

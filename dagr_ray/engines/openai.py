@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from dagr_ray import tables
-from dagr_ray.cluster import Pool
+from dagr_ray.cluster import Pool, Prices, TokenPrices
 from dagr_ray.config import ConfigError
 from dagr_ray.engines import Completion, Engine, Sampling
 from dagr_ray.strategies import Prompt
@@ -41,19 +41,24 @@ RETRY_AFTER_MAX_S = 600.0  # a server that asks for more (a daily quota) is not 
 AGAIN = frozenset({408, 409, 429})  # and 5xx
 HIDDEN = "(hidden)"
 LOCAL = ("localhost", "127.0.0.1", "::1")
-# All other fields say where, how fast and for how much; none of them changes a completion.
+# All other fields but `one_request` say where, how fast and for how much; none of them changes a completion.
 HASHED = ("type", "version", "model", "revision", "passage_characters")
 
 
 class OpenAIServer(Engine):
-    """A model behind ``base_url``/completions (OpenAI API reference, "Completions"): raw prompts, one request a sample.
+    """A model behind ``base_url``/completions (OpenAI API reference, "Completions"): raw prompts.
 
     The result is named by ``model`` and ``revision``, a label of the user's: no server proves which weights it has, and
     not every one heeds seeds. ``api_key_env`` names the environment variable that holds the key in every worker (None
     sends no key); the key itself is no field. A passage is cut at its end to ``passage_characters``; a prompt that is
     still too long is an error of its row. The limits hold for a stage: each of the pool's workers has an equal share.
-    ``budget_usd`` holds for one run: a request counts as the most that it can cost until its answer says how much it
-    did, and none is begun that could go over.
+
+    Every sample is a request with a seed of its own. ``one_request`` asks for all samples of a prompt at once, with the
+    seed of the first: their prompt is paid for once, and it is the server's affair how they differ.
+
+    ``budget_usd`` holds for a stage, whatever the number of runs: a request counts as the most that it can cost until
+    its answer says how much it did, and none is begun that could go over. What was under way when a run was killed is
+    taken for as dear as the same rows elsewhere. Cached tokens cost as much as others unless a price is given for them.
 
     >>> OpenAIServer(model="org/name", revision="2025-01", base_url="https://llm.example/v1").model_name()
     'org/name@2025-01'
@@ -74,7 +79,9 @@ class OpenAIServer(Engine):
     max_attempts: Count = 8
     budget_usd: Positive | None = None
     usd_per_million_prompt_tokens: Price = 0.0
+    usd_per_million_cached_tokens: Price | None = None
     usd_per_million_completion_tokens: Price = 0.0
+    one_request: bool = False
 
     @model_validator(mode="before")
     @classmethod
@@ -122,7 +129,8 @@ class OpenAIServer(Engine):
         return self
 
     def identity(self) -> dict[str, Any]:
-        return {name: value for name, value in super().identity().items() if name in HASHED}
+        fields = {name: value for name, value in super().identity().items() if name in HASHED}
+        return fields | ({"one_request": True} if self.one_request else {})
 
     def model_name(self) -> str:
         return f"{self.model}@{self.revision}" if self.revision else self.model
@@ -132,10 +140,22 @@ class OpenAIServer(Engine):
             raise ConfigError("engine openai: aiohttp is not installed; run `make setup`, or: pip install aiohttp")
         _key(self.api_key_env)
 
-    def usd(self, prompt_tokens: int, completion_tokens: int) -> float:
-        """What so many tokens cost, in dollars; cached ones in full."""
-        prompt = prompt_tokens * self.usd_per_million_prompt_tokens
-        return (prompt + completion_tokens * self.usd_per_million_completion_tokens) / 1e6
+    def token_prices(self, prices: Prices) -> TokenPrices | None:
+        """The engine's own prices, else those of the placement for the model's name."""
+        own = self._own_prices()
+        table = prices.tokens
+        return own or table.get(self.model_name()) or table.get(self.model) or table.get("default")
+
+    def _own_prices(self) -> TokenPrices | None:
+        per_million = self.usd_per_million_prompt_tokens, self.usd_per_million_completion_tokens
+        if not any(per_million):
+            return None
+        return TokenPrices(prompt=per_million[0], cached=self.usd_per_million_cached_tokens, completion=per_million[1])
+
+    def usd(self, prompt_tokens: int, completion_tokens: int, cached_tokens: int = 0) -> float:
+        """What so many tokens cost at the engine's own prices, in dollars."""
+        own = self._own_prices()
+        return own.usd(prompt_tokens, cached_tokens, completion_tokens) if own else 0.0
 
     def open(self, pool: Pool) -> _Session:
         self.check()
@@ -256,19 +276,23 @@ class _Session:
     def generate(
         self, prompts: Sequence[Prompt], seeds: Sequence[int], sampling: Sampling, n: int
     ) -> list[list[Completion]]:
-        """One request for each sample. Raises ConfigError for a wrong key, model or address, and at the budget's end."""
-        asked = []
+        """Raises ConfigError for a wrong key, model or address, and at the budget's end."""
+        asked: list[tuple[dict[str, Any], bool]] = []
         for prompt, seed in zip(prompts, seeds, strict=True):
             passage = prompt.passage[: self.config.passage_characters]
             text = tables.clean(prompt.before + passage + prompt.after)
             request = {"model": self.config.model, "prompt": text, **sampling.model_dump()}
             if prompt.stop:
                 request["stop"] = list(prompt.stop)
-            asked += [(request | {"seed": seed + i}, len(passage) < len(prompt.passage)) for i in range(n)]
-        made = self._wait(self._all(asked))
+            cut = len(passage) < len(prompt.passage)
+            if self.config.one_request and n > 1:
+                asked.append((request | {"seed": seed, "n": n}, cut))
+            else:
+                asked += [(request | {"seed": seed + i}, cut) for i in range(n)]
+        made = [completion for answer in self._wait(self._all(asked)) for completion in answer]
         return [made[i : i + n] for i in range(0, len(made), n)]
 
-    async def _all(self, asked: list[tuple[dict[str, Any], bool]]) -> list[Completion]:
+    async def _all(self, asked: list[tuple[dict[str, Any], bool]]) -> list[list[Completion]]:
         tasks = [asyncio.ensure_future(self._complete(request, truncated)) for request, truncated in asked]
         try:
             return await asyncio.gather(*tasks)
@@ -277,28 +301,40 @@ class _Session:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _complete(self, request: dict[str, Any], truncated: bool) -> Completion:
-        cause = ""
+    async def _complete(self, request: dict[str, Any], truncated: bool) -> list[Completion]:
+        """The samples of a request. What its failed attempts may have cost stands with the first."""
+        cause, samples = "", request.get("n", 1)
+        retries = billed = 0
         async with self.slots:
             for attempt in range(self.config.max_attempts):
                 if attempt:  # half of it by chance, so that what failed together does not come back together
                     delay = min(BACKOFF_MAX_S, BACKOFF_S * 2 ** min(attempt - 1, 30))
                     await asyncio.sleep(delay * random.uniform(0.5, 1))
                 answer = await self._attempt(request)
-                if isinstance(answer, Completion):
-                    answer.truncated = truncated
-                    return answer
+                if isinstance(answer, list):
+                    break
+                retries, billed = retries + 1, billed + answer.billed
                 cause = f"{answer.cause} (attempt {attempt + 1})"
                 if not answer.again or answer.wait_s > RETRY_AFTER_MAX_S:
                     break
                 self.shut_until = max(self.shut_until, time.monotonic() + answer.wait_s)
-        return Completion(None, None, 0, 0, 0, truncated, cause)
+        if isinstance(answer, _Failure):
+            answer = [Completion(None, None, 0, 0, 0, error=cause) for _ in range(samples)]
+        for completion in answer:
+            completion.truncated, completion.own_prompt = truncated, samples == 1
+        answer[0].retries = retries
+        answer[0].failed_prompt_tokens = billed * (answer[0].prompt_tokens or _most_tokens(request["prompt"]))
+        answer[0].failed_completion_tokens = billed * request["max_tokens"] * samples
+        return answer
 
-    async def _attempt(self, request: dict[str, Any]) -> Completion | _Failure:
+    async def _attempt(self, request: dict[str, Any]) -> list[Completion] | _Failure:
         """One request within the budget and the limits."""
-        size, longest = len(request["prompt"].encode()), request["max_tokens"]
-        # no token is less than a byte, and a start token may come on top; for the pace, three bytes are a fair guess
-        most, guess = self.config.usd(size + 16, longest), size // 3 + longest
+        longest = request["max_tokens"] * request.get("n", 1)
+        # for the pace, three bytes to a token are a fair guess
+        most, guess = (
+            self.config.usd(_most_tokens(request["prompt"]), longest),
+            len(request["prompt"].encode()) // 3 + longest,
+        )
         cost, used = 0.0, guess
         await self.budget.hold(most)
         try:
@@ -311,15 +347,15 @@ class _Session:
             answer = await self._post(request)
             if isinstance(answer, _Failure):
                 cost = most if answer.billed else 0.0
-            elif answer.prompt_tokens:
-                cost = self.config.usd(answer.prompt_tokens, answer.completion_tokens)
-                used = answer.prompt_tokens + answer.completion_tokens
+            elif answer[0].prompt_tokens:
+                prompt, written = answer[0].prompt_tokens, sum(c.completion_tokens for c in answer)
+                cost, used = self.config.usd(prompt, written, answer[0].cached_tokens), prompt + written
             return answer
         finally:
             self.budget.settle(most, cost)
             self.tokens.level += guess - used
 
-    async def _post(self, request: dict[str, Any]) -> Completion | _Failure:
+    async def _post(self, request: dict[str, Any]) -> list[Completion] | _Failure:
         import aiohttp
 
         url, body = f"{self.config.base_url}/completions", json.dumps(request, ensure_ascii=False).encode()
@@ -334,7 +370,8 @@ class _Session:
         except (aiohttp.ClientError, OSError) as error:
             return _Failure(f"the connection broke: {type(error).__name__}", billed=True)
         if 200 <= status < 300:
-            return _completion(raw) or _Failure("the answer is no completion in JSON", billed=True)
+            found = _completions(raw, request.get("n", 1))
+            return found or _Failure("the answer is no completion in JSON", billed=True)
         said = raw.decode(errors="replace")
         with contextlib.suppress(ValueError, RecursionError):
             said = json.dumps(
@@ -365,16 +402,31 @@ class _Session:
             self.loop.close()
 
 
-def _completion(raw: bytes) -> Completion | None:
-    """The completion in an answer; None where there is none. A count that is missing or no number is 0."""
+def _most_tokens(prompt: str) -> int:
+    """No token is less than a byte, and a start token may come on top."""
+    return len(prompt.encode()) + 16
+
+
+def _completions(raw: bytes, samples: int) -> list[Completion] | None:
+    """The completions in an answer; None where there are not as many. A count that is missing or no number is 0.
+
+    Servers count what they wrote in all: it is shared out among several samples.
+    """
     try:
         value = json.loads(raw)
-        choice, usage = value["choices"][0], value.get("usage") or {}
-        text, reason, details = choice["text"], choice.get("finish_reason"), usage.get("prompt_tokens_details") or {}
+        usage = value.get("usage") or {}
+        details = usage.get("prompt_tokens_details") or {}
+        choices = sorted(value["choices"], key=lambda choice: choice.get("index") or 0)[:samples]
+        texts = [(choice["text"], choice.get("finish_reason")) for choice in choices]
         counts = usage.get("prompt_tokens"), details.get("cached_tokens"), usage.get("completion_tokens")
     except (ValueError, RecursionError, AttributeError, LookupError, TypeError):
         return None
-    prompt, cached, written = (c if isinstance(c, int) and 0 <= c < 2**31 else 0 for c in counts)
-    if not isinstance(text, str):
+    if len(texts) < samples or not all(isinstance(text, str) for text, _ in texts):
         return None
-    return Completion(tables.clean(text), str(reason) if reason else None, prompt, cached, written)
+    prompt, cached, written = (c if isinstance(c, int) and 0 <= c < 2**31 else 0 for c in counts)
+    return [
+        Completion(
+            tables.clean(text), str(reason) if reason else None, prompt, min(cached, prompt), (written + i) // samples
+        )
+        for i, (text, reason) in enumerate(texts)
+    ]

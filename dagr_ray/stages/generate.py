@@ -12,11 +12,11 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, model_validator
 
-from dagr_ray import tables
+from dagr_ray import bill, tables
 from dagr_ray.artifact import Artifact
 from dagr_ray.cluster import Pool
 from dagr_ray.config import ConfigError
-from dagr_ray.engines import Engine, Sampling
+from dagr_ray.engines import Engine, Sampling, paid
 from dagr_ray.filters import words
 from dagr_ray.stage import Inputs, Output, Run, Stage
 from dagr_ray.strategies import Exemplar, Passage, Prompt, Strategy
@@ -102,7 +102,7 @@ class Generate(Stage):
 
     A completion's id and seed come from this stage's fingerprint, its passage and its number, so they are the same on
     any number of workers and after any number of restarts. ``errors`` and ``truncated`` count passages. The cost counts
-    a prompt's tokens once, whatever the number of samples drawn from it.
+    a prompt's tokens once for all samples that one request drew.
     """
 
     abstract: ClassVar[bool] = False
@@ -161,7 +161,7 @@ class Generate(Stage):
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
         fingerprint, (shown, held_out) = self.fingerprint(), _exemplars(inputs)
         began = time.time()
-        session = self.engine.open(pool)
+        session = bill.within_budget(self.engine, folder, pool.workers).open(pool)
         atexit.register(session.close)
         start_s = [time.time() - began]
 
@@ -206,12 +206,7 @@ class Generate(Stage):
                 "truncated": sum(any(c.truncated for c in answer) for answer in answers),
                 "rejected": dict(Counter(f"{row['by']}/{row['reason']}" for row in rejected)),
             }
-            cost = {
-                "prompt_tokens": sum(answer[0].prompt_tokens for answer in answers),
-                "cached_tokens": sum(answer[0].cached_tokens for answer in answers),
-                "completion_tokens": sum(c.completion_tokens for answer in answers for c in answer),
-                **spent,
-            }
+            cost = {**paid(answers), **spent}
             made = {"generations": tables.table("generations", rows), "rejected": tables.table("rejected", rejected)}
             return Output(made, counts=counts, cost=cost)
 
