@@ -73,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Runs a verb and exits: 0 done, 1 failed, 2 the user's mistake, 130 interrupted."""
+    """Runs a verb and exits: 0 done or told to stop (SIGTERM), 1 failed, 2 the user's mistake, 130 interrupted."""
     args, more = parser().parse_known_args(argv)
     if more:
         # argparse takes the list of values once; people write some of them after an option
@@ -90,24 +90,31 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         parser().print_help()
         sys.exit(2)
     _calm()
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, _stop)
     code = 1
     try:
         from dagr_ray import commands
 
         code = getattr(commands, args.verb)(args) or 0
     except (KeyboardInterrupt, BrokenPipeError) as stop:
-        code = 130
+        told = isinstance(stop, _Stopped)
+        code = 0 if told else 130
         if isinstance(stop, KeyboardInterrupt):
             again = shlex.join(["dagr", *(sys.argv[1:] if argv is None else argv)])
-            print(f"\ninterrupted; what is finished is kept. Resume with: {again}", file=sys.stderr, flush=True)
+            what = "told to stop" if told else "interrupted"
+            print(f"\n{what}; what is finished is kept. Resume with: {again}", file=sys.stderr, flush=True)
+        _leave(code, grace_s=4)
     except Exception as error:
         code = _explain(error)
-    _leave(code)
+    _leave(code, grace_s=20)
 
 
-def _interrupt(number: int, frame: Any) -> NoReturn:
-    raise KeyboardInterrupt
+class _Stopped(KeyboardInterrupt):
+    """SIGTERM: a cluster takes the machine back, which is no failure of the job."""
+
+
+def _stop(number: int, frame: Any) -> NoReturn:
+    raise _Stopped
 
 
 def _calm() -> None:
@@ -162,7 +169,7 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:1000]
 
 
-def _leave(code: int) -> NoReturn:
+def _leave(code: int, grace_s: float) -> NoReturn:
     """Ends this process and every process that it started, within seconds: engines must not outlive their driver."""
     sys.stdout.flush()
     sys.stderr.flush()
@@ -176,7 +183,7 @@ def _leave(code: int) -> NoReturn:
     children = set(psutil.Process().children(recursive=True))
     closing = threading.Thread(target=ray.shutdown, daemon=True)
     closing.start()
-    closing.join(timeout=4 if code == 130 else 20)
+    closing.join(timeout=grace_s)
     children |= set(psutil.Process().children(recursive=True))  # workers may have been starting
     _, alive = psutil.wait_procs(children, timeout=2)
     for process in alive:

@@ -10,7 +10,9 @@ import json
 import logging
 import os
 import platform
+import signal
 import sys
+import threading
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,7 +20,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from dagr_ray.config import Config, ConfigError, from_json
+from dagr_ray.config import Config, ConfigError, JsonObject, from_json
 
 Shard = dict[str, Any]
 Worker = Callable[[Shard], dict[str, Any]]
@@ -28,7 +30,8 @@ class Pool(Config):
     """A fixed-size pool of workers. ``workers=0`` runs the work in the calling process, without Ray.
 
     ``in_flight`` shards are at work in one worker at once, where its stage can. A range of rows that takes longer than
-    ``deadline_s`` has hung: its worker is ended, and the row at fault looked for.
+    ``deadline_s`` has hung: its worker is ended, and the row at fault looked for. ``engine_args`` are options of the
+    engine under its own names that only change its speed.
     """
 
     workers: Annotated[int, Field(ge=0)] = 0
@@ -37,6 +40,7 @@ class Pool(Config):
     shard_rows: Annotated[int, Field(ge=1)] = 256
     in_flight: Annotated[int, Field(ge=1)] = 2
     deadline_s: Annotated[float, Field(gt=0)] = 1800.0
+    engine_args: JsonObject = {}
 
 
 class TokenPrices(Config):
@@ -124,10 +128,14 @@ def connect(address: str | None = None) -> None:
         return
     address = address or os.environ.get("RAY_ADDRESS")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    before = signal.getsignal(signal.SIGTERM)
     if address:
         ray.init(address=address, **options)
     else:
-        ray.init(include_dashboard=False, **options)
+        # "local": without it, Ray would try for minutes to join a cluster that was killed and left its address behind
+        ray.init(address="local", include_dashboard=False, **options)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)  # Ray's own would end the program without a word
 
 
 def _actor(factory: Callable[[], Worker]) -> type:

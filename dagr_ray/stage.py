@@ -133,8 +133,28 @@ def materialize(
             raise StageFailed(
                 f"{each.type}: what {changed!r} reads was changed during the run; run again, with the new content"
             )
-        made[each.fingerprint()] = _build(each, cast(Inputs, inputs), runs, placement, observe)
+        made[each.fingerprint()] = _build_on_sound_inputs(each, cast(Inputs, inputs), runs, placement, observe)
     return made[stage.fingerprint()]
+
+
+def _build_on_sound_inputs(
+    stage: Stage, inputs: Inputs, runs: str, placement: Placement, observe: Observer, tries: int = 3
+) -> Artifact:
+    """Builds a stage. Where that fails for the damaged part of an input, the input is rebuilt first, then all is tried again."""
+    try:
+        return _build(stage, inputs, runs, placement, observe)
+    except (ConfigError, StageFailed):
+        raise
+    except Exception:
+        damaged = {name: folder.damaged(deep=True) for name, folder in inputs.items()}
+        if tries == 0 or not any(damaged.values()):
+            raise
+    for name, shards in damaged.items():
+        if shards:
+            log.warning("%s: rebuilding %d damaged shard(s): %s", name, len(shards), next(iter(shards.values())))
+            inputs[name].revoke(shards)
+            materialize(stage.inputs()[name], runs, placement, observe)
+    return _build_on_sound_inputs(stage, inputs, runs, placement, observe, tries - 1)
 
 
 def _build(stage: Stage, inputs: Inputs, runs: str, placement: Placement, observe: Observer) -> Artifact:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from dagr_ray import cluster
-from dagr_ray.artifact import Artifact, Json, add_up
+from dagr_ray.artifact import Artifact, Damaged, Json, add_up
 from dagr_ray.cluster import Pool
 from dagr_ray.config import ConfigError
 from dagr_ray.engines import EngineDied
@@ -201,7 +201,7 @@ class _Worker:
                 output = self.run(start, stop)
             self.tries.forget([mark])
             return output
-        except (ConfigError, StageFailed, KeyboardInterrupt) as stop:
+        except (ConfigError, StageFailed, Damaged, KeyboardInterrupt) as stop:
             if not (isinstance(stop, KeyboardInterrupt) and mark.cause == HUNG):
                 self.tries.ended(mark, STOPPED, str(stop))
                 raise

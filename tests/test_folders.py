@@ -14,9 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from dagr_ray import tables
-from dagr_ray.artifact import Artifact, add_up
+from dagr_ray.artifact import Artifact, Damaged, add_up
 from dagr_ray.cluster import Placement, Pool
 from dagr_ray.stage import Output, Stage, StageFailed, load_stage, materialize, survey, walk
+from dagr_ray.stages.corpus import Beir, Sample
+from tests.conftest import tiny_beir
 
 LIGHT = Placement(light=Pool(workers=0, shard_rows=10))
 
@@ -189,3 +191,20 @@ def test_two_drivers_at_once_share_the_work(tmp_path) -> None:
     assert len(set(ids(folder))) == 100
     assert not folder.damaged(deep=True)
     assert json.loads((Path(folder.path) / "manifest.json").read_text())["tables"]["queries"]["rows"] == 100
+
+
+def test_a_flipped_bit_in_an_input_is_found_when_it_is_read_and_rebuilt(tmp_path):
+
+    corpus = Beir(path=str(tiny_beir(tmp_path / "set")))
+    folder = materialize(corpus, str(tmp_path / "runs"))
+    [part] = folder.manifest["tables"]["corpus"]["parts"]
+    file, rows = Path(folder.path, part["file"]), folder.read("corpus")
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 4
+    file.write_bytes(data)
+    assert folder.damaged() == {}, "of the same size: only its bytes tell"
+    with pytest.raises(Damaged, match="not as it was written"):
+        folder.read("corpus")
+    made = materialize(Sample(corpus=corpus, n=20), str(tmp_path / "runs"))
+    assert made.count("corpus") == 20
+    assert folder.read("corpus").equals(rows) and len(folder.revoked()) == 1
