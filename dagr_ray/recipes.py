@@ -14,6 +14,7 @@ from dagr_ray.filters.duplicate import Duplicate
 from dagr_ray.filters.format import Format
 from dagr_ray.filters.length import Length
 from dagr_ray.filters.round_trip import RoundTrip
+from dagr_ray.goal import Reach
 from dagr_ray.miners import Miner
 from dagr_ray.miners.bm25 import BM25
 from dagr_ray.stage import Stage
@@ -52,9 +53,13 @@ def augment(
     negatives: int = 1,
     max_tokens: int = 32,
     extra_filters: Sequence[Filter] = (),
-) -> tuple[Select, Mine]:
+    accepted: int | None = None,
+    max_candidates: int | None = None,
+    max_cost: float | None = None,
+) -> tuple[Select | Reach, Mine]:
     """Queries for ``passages``, filtered and with BM25 negatives from ``corpus``: the selected queries and the examples.
 
+    With ``accepted``, passages are asked only until so many queries are accepted or a limit is reached: see ``Reach``.
     A cropped query is a copy of its passage by design, so the filter against copies is left out for it.
     """
     sampling = Sampling(max_tokens=max_tokens)
@@ -69,7 +74,11 @@ def augment(
         cheap.append(Copied())
     scores = [Score(parsed=parsed, corpus=passages, filter=f, search=None) for f in [*cheap, *extra_filters]]
     scores.append(Score(parsed=parsed, corpus=corpus, filter=RoundTrip(max_rank=max_rank), search=search))
-    selected = Select(parsed=parsed, scores=tuple(scores))
+    every = Select(parsed=parsed, scores=tuple(scores))
+    selected: Select | Reach = every
+    if accepted is not None:
+        selected = Reach(selected=every, accepted=accepted, max_candidates=max_candidates, max_cost=max_cost)
+        search = Search(index=Index(corpus=corpus, miner=BM25()), queries=selected, depth=100)
     return selected, Mine(selected=selected, corpus=corpus, searches=(search,), negatives=negatives)
 
 

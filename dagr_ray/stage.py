@@ -48,6 +48,7 @@ class Stage(Config):
     pool: ClassVar[str] = "light"
     starts_workers: ClassVar[bool] = False  # opened in the calling process; the stage itself starts the pool's workers
     concurrent: ClassVar[bool] = False  # one worker runs several shards at once, in threads
+    grows: ClassVar[bool] = False  # has `grow`: finds some of its inputs by building them
     rescues: ClassVar[bool] = False  # has `refuse`: a row that ends its worker is given up, the others are kept
     outputs: ClassVar[tuple[str, ...]] = ()
     max_error_rate: ClassVar[float] = 0.01
@@ -66,9 +67,18 @@ class Stage(Config):
         """Rows to shard over; None for a stage that is done in one piece."""
         return None
 
+    def ranges(self, inputs: Inputs, step: int) -> list[tuple[int, int]]:
+        """The rows of each shard, about ``step`` of them; (0, 0) for a stage that is done in one piece."""
+        rows = self.size(inputs)
+        return [(0, 0)] if rows is None else [(i, min(i + step, rows)) for i in range(0, rows, step)]
+
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
         """Loads what is heavy and returns the function for one shard. Called in the worker's process."""
         raise NotImplementedError(f"{type(self).__name__} does not say how it is built")
+
+    def grow(self, inputs: Inputs, build: Callable[[Stage], Artifact]) -> Inputs:
+        """Builds stages with ``build``, one after the other, and returns the folders that are inputs too, by name."""
+        raise NotImplementedError(f"{type(self).__name__} knows all its inputs beforehand")
 
     def refuse(self, inputs: Inputs, row: int, reason: str, detail: str) -> Output:
         """What rows ``row`` to ``row + 1`` make where that row is given up: it ended or hung its worker, or raised."""
@@ -133,6 +143,8 @@ def materialize(
             raise StageFailed(
                 f"{each.type}: what {changed!r} reads was changed during the run; run again, with the new content"
             )
+        if each.grows and each.folder(runs).manifest is None:
+            inputs |= each.grow(cast(Inputs, inputs), lambda step: materialize(step, runs, placement, observe))
         made[each.fingerprint()] = _build_on_sound_inputs(each, cast(Inputs, inputs), runs, placement, observe)
     return made[stage.fingerprint()]
 
@@ -248,8 +260,7 @@ class _Builder:
 
     def _write_plan(self) -> Json:
         rows = self.stage.size(self.inputs)
-        step = self.pool.shard_rows
-        ranges = [(0, 0)] if rows is None else [(i, min(i + step, rows)) for i in range(0, rows, step)]
+        ranges = self.stage.ranges(self.inputs, self.pool.shard_rows)
         plan = {
             "stage": self.stage.to_json(),
             "fingerprint": self.stage.fingerprint(),

@@ -105,7 +105,8 @@ class Beir(Stage):
 class Sample(Stage):
     """A part of a corpus: ``n`` passages or a ``share`` of it, drawn by hash, so that smaller samples lie inside larger ones.
 
-    ``min_words`` leaves out passages too short to ask about. Passages of ``exclude`` (exemplars) are left out, counted.
+    ``skip`` leaves out that many of the first drawn, for samples that share nothing, ``min_words`` passages too short
+    to ask about. Passages of ``exclude`` (exemplars) are left out, counted.
     """
 
     abstract: ClassVar[bool] = False
@@ -113,6 +114,7 @@ class Sample(Stage):
     corpus: Stage
     n: Annotated[int, Field(ge=1)] | None = None
     share: Annotated[float, Field(gt=0, le=1)] | None = None
+    skip: Annotated[int, Field(ge=0)] = 0
     min_words: Annotated[int, Field(ge=0)] = 0
     seed: int = 0
     exclude: Stage | None = None
@@ -142,8 +144,7 @@ class Sample(Stage):
             order = sorted(range(len(drawn)), key=drawn.__getitem__)
             if self.share is not None:
                 order = [i for i in order if drawn[i] < self.share]
-            if self.n is not None:
-                order = order[: self.n]
+            order = order[self.skip : None if self.n is None else self.skip + self.n]
             kept = pool_of.take(pa.array(sorted(order), pa.int64())).combine_chunks()
             counts = {"in": corpus.num_rows, "out": kept.num_rows, "rejected": {"sample/exemplar": len(rejected)}}
             return Output({"corpus": kept, "rejected": tables.table("rejected", rejected)}, counts=counts)
