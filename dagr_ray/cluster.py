@@ -77,7 +77,7 @@ class Placement(Config):
     name: str = "local"
     generate: Pool = Pool(workers=1, cpus=1, shard_rows=128)
     retrieve: Pool = Pool()
-    light: Pool = Pool()
+    light: Pool = Pool(shard_rows=16384)
     train: Pool = Pool(workers=1, cpus=0.9)
     trials: Annotated[int, Field(ge=1)] = 2
     prices: Prices = Prices(cpu_hour=0.05)
@@ -138,7 +138,7 @@ def connect(address: str | None = None) -> None:
         signal.signal(signal.SIGTERM, before)  # Ray's own would end the program without a word
 
 
-def _actor(factory: Callable[[], Worker]) -> type:
+def _actor(factory: Callable[[], Worker], name: str) -> type:
     """An actor class that opens its worker once and feeds it shards.
 
     The factory travels inside the class: as a constructor argument it would live in the object store, where a restarted
@@ -147,12 +147,59 @@ def _actor(factory: Callable[[], Worker]) -> type:
 
     class ShardActor:
         def __init__(self) -> None:
+            from ray.util.metrics import Gauge
+
+            self.in_flight = Gauge("dagr_shards_in_flight", "Shards at work in a worker", ("stage", "pid"))
+            self.in_flight.set_default_tags({"stage": name, "pid": str(os.getpid())})
+            self.busy, self.lock = 0, threading.Lock()
             self.worker = factory()
 
+        def _count(self, more: int) -> None:
+            with self.lock:
+                self.busy += more
+                self.in_flight.set(self.busy)
+
         def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-            return {"result": [json.dumps(self.worker(json.loads(text))) for text in batch["shard"]]}
+            self._count(1)
+            try:
+                return {"result": [json.dumps(self.worker(json.loads(text))) for text in batch["shard"]]}
+            finally:
+                self._count(-1)
 
     return ShardActor
+
+
+class _Meter:
+    """What the receipts of a run say, in Ray's metrics: a cluster's Prometheus sees them on every node's metrics port."""
+
+    def __init__(self, name: str, shards: int) -> None:
+        from ray.util.metrics import Counter, Gauge
+
+        self.tags, self.left = {"stage": name}, shards
+        self.rows = Counter("dagr_rows", "Rows read by finished shards", ("stage",))
+        self.accepted = Counter("dagr_rows_accepted", "Rows that finished shards wrote", ("stage",))
+        self.rejected = Counter("dagr_rows_rejected", "Rows refused by finished shards", ("stage", "reason"))
+        self.tokens = Counter("dagr_tokens", "Tokens of finished shards", ("stage", "kind"))
+        self.queued = Gauge("dagr_shards_queued", "Shards that have no receipt yet", ("stage",))
+        self.share = Gauge("dagr_busy_share", "Share of their time that workers were at work on shards", ("stage",))
+        self.seconds = {"busy_s": 0.0, "idle_s": 0.0}
+        self.queued.set(self.left, self.tags)
+
+    def add(self, receipt: dict[str, Any]) -> None:
+        """Counts a finished shard."""
+        counts, cost = receipt.get("counts", {}), receipt.get("cost", {})
+        self.left -= 1
+        self.queued.set(self.left, self.tags)
+        found: list[tuple[Any, int, dict[str, str]]] = [(self.rows, counts.get("in", 0), {})]
+        found += [(self.accepted, counts.get("out", 0), {})]
+        found += [(self.rejected, n, {"reason": reason}) for reason, n in counts.get("rejected", {}).items()]
+        kinds = {"prompt": "prompt_tokens", "cached": "cached_tokens", "completion": "completion_tokens"}
+        found += [(self.tokens, cost.get(key, 0), {"kind": kind}) for kind, key in kinds.items()]
+        for counter, more, tags in found:
+            if more > 0:  # Ray's counters refuse to grow by nothing
+                counter.inc(more, self.tags | tags)
+        self.seconds = {key: spent + cost.get(key, 0.0) for key, spent in self.seconds.items()}
+        self.share.set(self.seconds["busy_s"] / max(sum(self.seconds.values()), 1e-9), self.tags)
 
 
 def where() -> str:
@@ -164,12 +211,13 @@ def where() -> str:
 
 
 def map_shards(
-    factory: Callable[[], Worker], shards: Sequence[Shard], pool: Pool, threads: int = 1
+    factory: Callable[[], Worker], shards: Sequence[Shard], pool: Pool, threads: int = 1, name: str = ""
 ) -> Iterator[dict[str, Any]]:
     """Runs every shard on the pool; yields each worker's statistics as shards end, in any order.
 
     ``factory`` is called once in each worker and returns the callable that does a shard, in ``threads`` threads at
     once. An exception of the user's code ends the run; a dead worker is replaced by Ray and its shards done again.
+    ``name`` is the tag ``stage`` in Ray's metrics.
     """
     if not shards:
         return
@@ -187,7 +235,7 @@ def map_shards(
     context.issue_detectors_config.detectors = []
     rows = [{"shard": json.dumps(shard)} for shard in shards]
     mapped = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-        _actor(factory),
+        _actor(factory, name),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(
             size=pool.workers,
@@ -198,7 +246,10 @@ def map_shards(
         num_cpus=pool.cpus,
         num_gpus=pool.gpus,
     )
+    meter = _Meter(name, len(shards))
     # without prefetching, so that a shard's statistics arrive when it ends
     for batch in mapped.iter_batches(batch_size=None, prefetch_batches=0, batch_format="pyarrow"):
         for text in batch["result"].to_pylist():
-            yield json.loads(text)
+            receipt = json.loads(text)
+            meter.add(receipt)
+            yield receipt

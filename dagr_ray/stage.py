@@ -217,7 +217,7 @@ class _Builder:
         worker = Opener(self.stage, self.inputs, self.folder, self.pool, attempt.name)
         try:
             pool = self.pool.model_copy(update={"workers": 0}) if self.stage.starts_workers else self.pool
-            for receipt in cluster.map_shards(worker, pending, pool, threads=self._threads()):
+            for receipt in cluster.map_shards(worker, pending, pool, self._threads(), self.folder.name):
                 done[receipt["shard"]] = receipt
                 add_up(progress.counts, receipt["counts"])
                 add_up(progress.cost, receipt["cost"])

@@ -1,6 +1,9 @@
 """Generation from end to end without a model: ids, resume, bytes, in one process and through Ray."""
 
+import random
+import re
 import time
+from pathlib import Path
 
 import pytest
 
@@ -57,6 +60,26 @@ def test_long_sentences_become_spans():
     assert [len(s.split()) for s in sentences("word " * 70)] == [32, 32, 6]
 
 
+def test_sentences_end_where_they_always_did():
+    # the definition, slower than what the engine does
+    end = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?![a-z])|(?<=[。!?])|\n\s*\n")
+    signs = [*" \n\t.!?\"')]aAb。\u00a01,", "ab ", "The "]
+    dice = random.Random(3)
+    for _ in range(5000):
+        text = "".join(dice.choices(signs, k=dice.randrange(30)))
+        spans = [" ".join(words) for piece in end.split(text) if (words := piece.split())]
+        assert sentences(text, min_words=1) == spans, repr(text)
+
+
+def test_the_order_of_sentences_is_drawn_with_the_seed_alone():
+    text = " ".join(f"Sentence number {i} is here." for i in range(9))
+    prompts = [Prompt("", text, "")] * 20
+    for seed, answer in enumerate(CropEngine().open(Pool()).generate(prompts, range(20), Sampling(), 11)):
+        order = sentences(text)
+        random.Random(seed).shuffle(order)
+        assert [completion.raw for completion in answer] == [*order, *order[:2]]
+
+
 def test_crop_engine_is_fast_enough_for_millions_of_passages():
     prompts = [
         Prompt("", f"The first sentence has number {i}. The second one is here. A third.", "") for i in range(5000)
@@ -88,6 +111,47 @@ def test_ids_seeds_counts_and_lineage(data, tmp_path):
         assert query["query_id"] == judged["query_id"] == origin["id"] == tables.mint(origin["gen_id"], 0)
         assert judged["doc_id"] == origin["source_id"] == gen[origin["gen_id"]]["source_id"]
         assert query["text"] == gen[origin["gen_id"]]["raw"] and judged["relevance"] == 1
+
+
+def test_parse_gives_the_same_rows_in_any_number_of_shards(data, tmp_path):
+    runs = str(tmp_path)
+    stage = Parse(generations=crops(data), corpus=data)
+    folder = materialize(stage, runs, HERE)
+    made = {name: folder.read(name).combine_chunks() for name in stage.outputs}
+    shards = {}
+    # 40 rows are more than a shard of the completions (32), 100 are three of them, 1 is less than one
+    for step in (1, 40, 100, 1000):
+        other = Path(runs, f"of-{step}")
+        (other / crops(data).folder_name()).parent.mkdir()
+        for inner in (data, crops(data)):
+            (other / inner.folder_name()).symlink_to(Path(runs, inner.folder_name()))
+        again = materialize(stage, str(other), Placement(light=Pool(shard_rows=step)))
+        assert {name: again.read(name).combine_chunks() for name in stage.outputs} == made
+        assert again.manifest["counts"] == folder.manifest["counts"]
+        shards[step] = [shard["stop"] for shard in again.read_json("plan.json")["shards"]]
+    assert shards == {1: [32, 64, 96, 120], 40: [32, 64, 96, 120], 100: [96, 120], 1000: [120]}
+
+
+def test_parse_reads_only_the_passages_of_its_shard(data, tmp_path):
+    source, answers = Artifact(str(tmp_path), "source"), Artifact(str(tmp_path), "answers")
+    stage = crops(data)
+    run, made = stage.open({"corpus": source}, answers, Pool()), {"corpus": [], "generations": []}
+    for shard in range(3):
+        rows = [
+            {"doc_id": f"d{i}", "title": "", "text": f"This is number {i}."} for i in range(shard * 4, shard * 4 + 4)
+        ]
+        made["corpus"].append(source.commit(shard, {"corpus": tables.table("corpus", rows)}, {})["tables"]["corpus"])
+        source.write_json("manifest.json", {"tables": {"corpus": {"parts": made["corpus"]}}})
+        output = run(shard * 4, shard * 4 + 4)
+        made["generations"].append(answers.commit(shard, output.tables, {})["tables"]["generations"])
+    answers.write_json("plan.json", {"shards": [{"start": i, "stop": i + 4} for i in (0, 4, 8)]})
+    answers.write_json("manifest.json", {"tables": {"generations": {"parts": made["generations"]}}})
+    for other in (0, 2):
+        source.remove(made["corpus"][other]["file"])
+        answers.remove(made["generations"][other]["file"])
+    inputs = {"corpus": source, "generations": answers}
+    output = Parse(generations=stage, corpus=data).open(inputs, Artifact(str(tmp_path), "made"), Pool())(8, 16)
+    assert output.tables["qrels"]["doc_id"].to_pylist() == [f"d{i}" for i in range(4, 8) for _ in range(2)]
 
 
 def test_ray_gives_the_same_bytes_as_one_process(data, tmp_path):

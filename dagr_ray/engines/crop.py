@@ -13,8 +13,9 @@ from dagr_ray.cluster import Pool
 from dagr_ray.engines import Completion, Engine, Sampling
 from dagr_ray.strategies import Prompt
 
-# A sentence ends at . ! ? with space and no lower-case letter behind it, at CJK stops, and at the end of a paragraph.
-_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?![a-z])|(?<=[。!?])|\n\s*\n")
+# A sentence ends at . ! ? with space and no lower-case letter behind it, at CJK stops, and at the end of a paragraph. The
+# signs come first, because the search for a set of characters is quick and one for what follows a position is not.
+_END = re.compile(r"[.!?。\n](?:(?<=[.!?])[\"')\]]*\s+(?![a-z])|(?<=[。!?])|(?<=\n)\s*\n)")
 
 
 def sentences(text: str, min_words: int = 4, max_words: int = 32) -> list[str]:
@@ -25,14 +26,32 @@ def sentences(text: str, min_words: int = 4, max_words: int = 32) -> list[str]:
     >>> sentences("Copy a file.")
     ['Copy a file.']
     """
-    found: list[str] = []
-    short: list[str] = []
-    for piece in _END.split(text):
+    return [" ".join(span) for span in _spans(text, min_words, max_words)]
+
+
+def _spans(text: str, min_words: int, max_words: int) -> list[list[str]]:
+    found: list[list[str]] = []
+    short: list[list[str]] = []
+    for piece in _pieces(text):
         words = piece.split()
+        if len(words) <= max_words:
+            if words:
+                (found if len(words) >= min_words else short).append(words)
+            continue
         for i in range(0, len(words), max_words):
             span = words[i : i + max_words]
-            (found if len(span) >= min_words else short).append(" ".join(span))
+            (found if len(span) >= min_words else short).append(span)
     return found or short
+
+
+def _pieces(text: str) -> list[str]:
+    made, start = [], 0
+    for end in _END.finditer(text):
+        first = end.start()
+        made.append(text[start : first if text[first] == "\n" else first + 1])
+        start = end.end()
+    made.append(text[start:])
+    return made
 
 
 class CropEngine(Engine):
@@ -61,10 +80,14 @@ class _Session:
     ) -> list[list[Completion]]:
         """Sample ``i`` is sentence ``i`` of an order drawn with the seed; after the last comes the first again."""
         made = []
+        dice = random.Random()
         for prompt, seed in zip(prompts, seeds, strict=True):
-            found = sentences(prompt.passage, self.config.min_words, self.config.max_words) or [""]
-            random.Random(seed).shuffle(found)
-            made.append([Completion(found[i % len(found)], "stop", 0, 0, 0) for i in range(n)])
+            found = _spans(prompt.passage, self.config.min_words, self.config.max_words) or [[]]
+            if len(found) > 1:
+                dice.seed(seed)
+                dice.shuffle(found)
+            drawn = [" ".join(span) for span in found[:n]]
+            made.append([Completion(drawn[i % len(drawn)], "stop", 0, 0, 0) for i in range(n)])
         return made
 
     def close(self) -> None:

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import atexit
-import hashlib
-import random
 import time
-from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass, field
+from hashlib import sha256 as _sha256
 from typing import Annotated, Any, ClassVar
 
+import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import Field, model_validator
 
 from dagr_ray import bill, tables
 from dagr_ray.artifact import Artifact
 from dagr_ray.cluster import Pool
 from dagr_ray.config import ConfigError
-from dagr_ray.engines import Engine, Sampling, paid
+from dagr_ray.engines import Completion, Engine, Sampling, paid
 from dagr_ray.filters import words
 from dagr_ray.stage import Inputs, Output, Run, Stage
-from dagr_ray.strategies import Exemplar, Passage, Prompt, Strategy
+from dagr_ray.strategies import Dice, Exemplar, Passage, Prompt, Strategy
 
 
 class Exemplars(Stage):
@@ -146,71 +147,98 @@ class Generate(Stage):
 
     def prompts(self, inputs: Inputs, ids: Iterable[str]) -> dict[str, str]:
         """The exact prompts of some passages, by doc_id, before an engine cuts long ones: for ``dagr preview``."""
-        wanted, fingerprint, (shown, _) = set(ids), self.fingerprint(), _exemplars(inputs)
-        return {
-            row["doc_id"]: self._prompt(row, shown, tables.seed_of(fingerprint, row["doc_id"])).text
-            for part in inputs["corpus"].scan("corpus")
-            for row in part.to_pylist()
-            if row["doc_id"] in wanted
-        }
-
-    def _prompt(self, row: dict[str, Any], shown: tuple[Exemplar, ...], seed: int) -> Prompt:
-        passage = Passage(row["doc_id"], row["title"] or "", row["text"])
-        return self.strategy.prompt(passage, shown, random.Random(seed))
+        wanted, fingerprint, (shown, _) = list(ids), self.fingerprint(), _exemplars(inputs)
+        found: dict[str, str] = {}
+        for part in inputs["corpus"].scan("corpus"):
+            rows = part.filter(pc.is_in(part["doc_id"], value_set=pa.array(wanted, tables.TEXT)))
+            asked, _ = self._asked(rows, tables.part(fingerprint), shown, set())
+            found |= {doc_id: prompt.text for doc_id, prompt in zip(asked.ids, asked.prompts, strict=True)}
+        return found
 
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
-        fingerprint, (shown, held_out) = self.fingerprint(), _exemplars(inputs)
+        # not hashed anew: on a worker that would read all of a corpus again, which may have changed meanwhile
+        plan = folder.read_json("plan.json") or {"fingerprint": self.fingerprint()}
+        ids, (shown, held_out) = tables.part(plan["fingerprint"]), _exemplars(inputs)
         began = time.time()
         session = bill.within_budget(self.engine, folder, pool.workers).open(pool)
         atexit.register(session.close)
         start_s = [time.time() - began]
 
         def run(start: int, stop: int) -> Output:
-            rejected, asked = [], []
-            for row in inputs["corpus"].slice("corpus", start, stop).to_pylist():
-                if row["doc_id"] in held_out:
-                    rejected.append({"id": row["doc_id"], "by": "exemplar", "reason": "held-out", "detail": None})
-                elif not tables.passage_text(row["title"] or "", row["text"]).strip():
-                    rejected.append({"id": row["doc_id"], "by": "generate", "reason": "empty-passage", "detail": None})
-                else:
-                    asked.append((row["doc_id"], tables.seed_of(fingerprint, row["doc_id"]), row))
-            prompts = [self._prompt(row, shown, seed) for _, seed, row in asked]
+            asked, rejected = self._asked(inputs["corpus"].slice("corpus", start, stop), ids, shown, held_out)
             before = time.time()
-            answers = session.generate(prompts, [seed for _, seed, _ in asked], self.sampling, self.samples)
+            answers = session.generate(asked.prompts, asked.seeds, self.sampling, self.samples)
             spent = {"generate_s": time.time() - before, "engine_start_s": start_s.pop() if start_s else 0.0}
-            rows = []
-            for (source_id, seed, _), prompt, answer in zip(asked, prompts, answers, strict=True):
-                assert len(answer) == self.samples, f"{self.engine.type} gave {len(answer)} samples of {self.samples}"
-                sha = hashlib.sha256(prompt.text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
-                for i, completion in enumerate(answer):
-                    rows.append(
-                        {
-                            "gen_id": tables.mint(fingerprint, source_id, i),
-                            "source_id": source_id,
-                            "sample": i,
-                            "seed": seed + i,
-                            "prompt_sha": sha,
-                            "truncated": completion.truncated,
-                            "raw": None if completion.raw is None else tables.clean(completion.raw),
-                            "finish_reason": completion.finish_reason,
-                            "prompt_tokens": completion.prompt_tokens,
-                            "cached_tokens": completion.cached_tokens,
-                            "completion_tokens": completion.completion_tokens,
-                            "error": None if completion.error is None else tables.clean(completion.error),
-                        }
-                    )
+            generations = self._generations(asked, answers)
+            samples = [completion for answer in answers for completion in answer]
             counts = {
                 "in": stop - start,
-                "out": sum(row["error"] is None for row in rows),
-                "errors": sum(any(c.error for c in answer) for answer in answers),
+                "out": generations["error"].null_count,
+                "errors": sum(any(c.error for c in a) for a in answers) if any(c.error for c in samples) else 0,
                 "truncated": sum(any(c.truncated for c in answer) for answer in answers),
-                "rejected": dict(Counter(f"{row['by']}/{row['reason']}" for row in rejected)),
+                "rejected": rejected.counted(),
             }
-            cost = {**paid(answers), **spent}
-            made = {"generations": tables.table("generations", rows), "rejected": tables.table("rejected", rejected)}
-            return Output(made, counts=counts, cost=cost)
+            made = {"generations": generations, "rejected": rejected.table()}
+            return Output(made, counts=counts, cost={**paid(answers), **spent})
 
         return run
+
+    def _asked(
+        self, corpus: pa.Table, start: bytes, shown: tuple[Exemplar, ...], held_out: set[str]
+    ) -> tuple[_Asked, tables.Rejected]:
+        """What to ask of the passages, and those that nothing is asked of. ``start`` is the first part of all ids."""
+        asked, rejected, dice = _Asked(), tables.Rejected(), Dice()
+        for doc_id, title, text in zip(*map(tables.texts, corpus.columns), strict=True):
+            if doc_id in held_out:
+                rejected.add(doc_id, "exemplar", "held-out")
+                continue
+            if not (text.strip() or (title and title.strip())):
+                rejected.add(doc_id, "generate", "empty-passage")
+                continue
+            content = start + tables.part(doc_id)
+            seed = tables.seeded(content)
+            asked.ids.append(doc_id)
+            asked.contents.append(content)
+            asked.seeds.append(seed)
+            asked.prompts.append(self.strategy.prompt(Passage(doc_id, title or "", text), shown, dice.thrown(seed)))
+        return asked, rejected
+
+    def _generations(self, asked: _Asked, answers: list[list[Completion]]) -> pa.Table:
+        """The rows of the table, samples of one passage in a row. Columns, because a dict for each row takes 8 times as long."""
+        assert len(answers) == len(asked.ids), f"{self.engine.type} answered {len(answers)} of {len(asked.ids)} prompts"
+        each = range(self.samples)
+        for answer in answers:
+            assert len(answer) == self.samples, f"{self.engine.type} gave {len(answer)} samples of {self.samples}"
+        numbers = [tables.part(i) for i in each]
+        shas = [_sha256(prompt.text.encode("utf-8", "surrogatepass")).hexdigest()[:16] for prompt in asked.prompts]
+        made = [completion for answer in answers for completion in answer]
+        clean = tables.clean
+        return tables.columns(
+            "generations",
+            len(made),
+            gen_id=[tables.minted(content + number) for content in asked.contents for number in numbers],
+            source_id=[doc_id for doc_id in asked.ids for _ in each],
+            sample=[i for _ in asked.ids for i in each],
+            seed=[seed + i for seed in asked.seeds for i in each],
+            prompt_sha=[sha for sha in shas for _ in each],
+            truncated=[c.truncated for c in made],
+            raw=[None if c.raw is None else clean(c.raw) for c in made],
+            finish_reason=[c.finish_reason for c in made],
+            prompt_tokens=[c.prompt_tokens for c in made],
+            cached_tokens=[c.cached_tokens for c in made],
+            completion_tokens=[c.completion_tokens for c in made],
+            error=[None if c.error is None else clean(c.error) for c in made],
+        )
+
+
+@dataclass
+class _Asked:
+    """The passages of a shard that something is asked of: column by column, in order."""
+
+    ids: list[str] = field(default_factory=list)
+    contents: list[bytes] = field(default_factory=list)  # what their generations' ids begin with
+    seeds: list[int] = field(default_factory=list)
+    prompts: list[Prompt] = field(default_factory=list)
 
 
 def _exemplars(inputs: Inputs) -> tuple[tuple[Exemplar, ...], set[str]]:
@@ -249,38 +277,47 @@ class Parse(Stage):
     def identity(self) -> dict[str, Any]:
         return super().identity() | {"parse_version": self.generations.strategy.parse_version}
 
+    def size(self, inputs: Inputs) -> int:
+        return inputs["generations"].count("generations")
+
+    def ranges(self, inputs: Inputs, step: int) -> list[tuple[int, int]]:
+        """Whole shards of the completions, several where they are small: each is read once, with its own passages."""
+        return inputs["generations"].ranges("generations", step)
+
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
         strategy, engine = self.generations.strategy, self.generations.engine
         made_by = {"strategy": strategy.type, "engine": engine.type, "model": engine.model_name()}
 
         def run(start: int, stop: int) -> Output:
-            passage_of = {
-                row["doc_id"]: Passage(row["doc_id"], row["title"] or "", row["text"])
-                for part in inputs["corpus"].scan("corpus")
-                for row in part.to_pylist()
+            rows = inputs["generations"].slice("generations", start, stop, ["gen_id", "source_id", "raw", "error"])
+            passages = inputs["corpus"].slice("corpus", *inputs["generations"].source_rows("generations", start, stop))
+            ids, titles, texts = map(tables.texts, passages.columns)
+            place = dict(zip(ids, range(len(ids)), strict=True))
+            rejected = tables.Rejected()
+            query_ids: list[str] = []
+            queries: list[str] = []
+            gen_ids: list[str] = []
+            source_ids: list[str] = []
+            for gen_id, source_id, raw, error in zip(*map(tables.texts, rows.columns), strict=True):
+                if error is not None or raw is None:
+                    rejected.add(gen_id, "generate", "error", error)
+                    continue
+                at = place[source_id]
+                parsed = strategy.parse(Passage(source_id, titles[at] or "", texts[at]), raw)
+                for i, text in enumerate(parsed.kept):
+                    query_ids.append(tables.mint(gen_id, i))
+                    queries.append(tables.clean(text))
+                    gen_ids.append(gen_id)
+                    source_ids.append(source_id)
+                for reason, detail in parsed.rejected:
+                    rejected.add(gen_id, "parse", reason, tables.clean(detail))
+            size, minted, sources = len(queries), *(pa.array(each, tables.TEXT) for each in (query_ids, source_ids))
+            made = {
+                "queries": tables.columns("queries", size, query_id=minted, text=queries),
+                "qrels": tables.columns("qrels", size, query_id=minted, doc_id=sources, relevance=1),
+                "lineage": tables.columns("lineage", size, id=minted, gen_id=gen_ids, source_id=sources, **made_by),
+                "rejected": rejected.table(),
             }
-            queries, qrels, lineage, rejected, read = [], [], [], [], 0
-            for part in inputs["generations"].scan("generations", ["gen_id", "source_id", "raw", "error"]):
-                read += part.num_rows
-                for row in part.to_pylist():
-                    gen_id, source_id = row["gen_id"], row["source_id"]
-                    if row["error"] is not None or row["raw"] is None:
-                        rejected.append({"id": gen_id, "by": "generate", "reason": "error", "detail": row["error"]})
-                        continue
-                    parsed = strategy.parse(passage_of[source_id], row["raw"])
-                    for i, text in enumerate(parsed.kept):
-                        query_id = tables.mint(gen_id, i)
-                        queries.append({"query_id": query_id, "text": tables.clean(text)})
-                        qrels.append({"query_id": query_id, "doc_id": source_id, "relevance": 1})
-                        lineage.append({"id": query_id, "gen_id": gen_id, "source_id": source_id, **made_by})
-                    for reason, detail in parsed.rejected:
-                        rejected.append({"id": gen_id, "by": "parse", "reason": reason, "detail": tables.clean(detail)})
-            rows = {"queries": queries, "qrels": qrels, "lineage": lineage, "rejected": rejected}
-            counts = {
-                "in": read,
-                "out": len(queries),
-                "rejected": dict(Counter(f"{row['by']}/{row['reason']}" for row in rejected)),
-            }
-            return Output({name: tables.table(name, values) for name, values in rows.items()}, counts=counts)
+            return Output(made, counts={"in": rows.num_rows, "out": size, "rejected": rejected.counted()})
 
         return run

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from dagr_ray.config import Config
 
 
-@dataclass(frozen=True)
-class Passage:
+class Passage(NamedTuple):
     """One row of the ``corpus`` table."""
 
     doc_id: str
@@ -18,16 +17,14 @@ class Passage:
     text: str
 
 
-@dataclass(frozen=True)
-class Exemplar:
+class Exemplar(NamedTuple):
     """A passage and a query that a person wrote for it."""
 
     passage: str
     query: str
 
 
-@dataclass(frozen=True)
-class Prompt:
+class Prompt(NamedTuple):
     """A prompt in three pieces, so that an engine can cut the passage, and nothing else, to its token budget.
 
     ``before`` is the same for every row of a stage (instructions and exemplars first), so that its prefill is shared.
@@ -43,7 +40,40 @@ class Prompt:
         return self.before + self.passage + self.after
 
 
-@dataclass
+class Dice(random.Random):
+    """``random.Random(seed)`` that is seeded at its first number: most prompts need none, and seeding is slow.
+
+    One object serves many rows in turn:
+
+    >>> dice = Dice()
+    >>> dice.thrown(7).sample(range(100), 3) == random.Random(7).sample(range(100), 3)
+    True
+    """
+
+    _next: int | None = None
+
+    def thrown(self, seed: int) -> Dice:
+        """This object, in the state of ``random.Random(seed)``."""
+        self._next = seed
+        return self
+
+    def _settle(self) -> None:
+        if self._next is not None:
+            self.seed(self._next)
+            self._next = None
+
+    def random(self) -> float:
+        """A number in [0, 1)."""
+        self._settle()
+        return super().random()
+
+    def getrandbits(self, k: int) -> int:
+        """A number of ``k`` bits."""
+        self._settle()
+        return super().getrandbits(k)
+
+
+@dataclass(slots=True)
 class Parsed:
     """What a completion yields: texts that go on, and (reason, detail) for what does not."""
 
