@@ -41,6 +41,7 @@ class ObjectStore:
     def __enter__(self) -> ObjectStore:
         logging.getLogger("werkzeug").setLevel(logging.ERROR)
         self._app = DomainDispatcherApplication(create_backend_app)
+        self._one = threading.Lock()
         self._server = make_server("127.0.0.1", 0, self._answer, threaded=True)
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
         self.host = f"127.0.0.1:{self._server.server_port}"
@@ -78,4 +79,5 @@ class ObjectStore:
         if refused:
             start(f"{refused} refused", [("Content-Length", "0")])
             return [b""]
-        return self._app(environ, start)
+        with self._one:  # moto's objects do not stand two threads; a hook may wait outside
+            return list(self._app(environ, start))
