@@ -141,6 +141,7 @@ class Arm:
 
     def start(self, nodes: Nodes) -> subprocess.Popen[str]:
         env = os.environ | {"RAY_ADDRESS": nodes.cluster.address, "PYTHONPATH": str(ROOT), "RAY_DEDUP_LOGS": "0"}
+        env["RAY_gcs_rpc_server_reconnect_timeout_s"] = "15"  # how long a driver waits for a head that is gone
         with open(self.home.parent / f"{self.home.name}.err", "a") as errors:
             return subprocess.Popen(
                 self.words(), cwd=ROOT, env=env, stdout=errors, stderr=errors, text=True, start_new_session=True
@@ -335,7 +336,10 @@ class Chaos:
         return None
 
     def _signalled(self, text: str, number: int) -> psutil.Process | None:
-        found = self.nodes.processes(text)
+        found, until = self.nodes.processes(text), time.time() + 20
+        while not found and time.time() < until and self.driver.poll() is None:
+            time.sleep(0.3)
+            found = self.nodes.processes(text)
         if not found:
             return None
         victim = self.rng.choice(found)
@@ -372,7 +376,7 @@ class Chaos:
     def _head_killed(self) -> None:
         self.nodes.kill_head()
         try:
-            self.driver.wait(timeout=60)
+            self.driver.wait(timeout=100)  # Ray waits a minute for its head to come back
         except subprocess.TimeoutExpired:
             self.arm.ends["no end after its head"] += 1
             self._kill(self.driver.pid)
@@ -415,9 +419,11 @@ class Chaos:
         return self._damage(flip)
 
     def _damage(self, change: Callable[[bytes], bytes]) -> bool | None:
-        parts = self.arm.parts()
-        if not parts:
-            return False
+        until = time.time() + 20
+        while not (parts := self.arm.parts()):
+            if time.time() > until:
+                return False
+            time.sleep(0.3)
         victim = self.rng.choice(parts)
         victim.write_bytes(change(victim.read_bytes()))
         return None

@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -61,6 +62,8 @@ def joined(outputs: list[Output]) -> Output:
         whole.files += each.files
         add_up(whole.counts, each.counts)
         add_up(whole.cost, each.cost)
+    # in one piece, so that the bytes of a part do not tell in how many ranges it was made
+    whole.tables = {name: rows.combine_chunks() for name, rows in whole.tables.items()}
     return whole
 
 
@@ -122,13 +125,32 @@ class _Worker:
         self.inline = self.pool.workers == 0 or self.stage.starts_workers
         self.tries, self.turns = Tries(self.folder, self.attempt, self.inline), Turns()
         began = time.monotonic()
-        self.run = self._open()
+        self.run = self._open() if self.inline else self._open_marked()
         self.started = [{"start_s": time.monotonic() - began}]
         self.clock = _Clock()
         self.watchdog: Watchdog | None = None
         # a thread that is not the main one cannot be interrupted
         if self.stage.rescues and (not self.inline or threading.current_thread() is threading.main_thread()):
             self.watchdog = Watchdog(self.pool.deadline_s, self._late)
+
+    def _open_marked(self) -> Run:
+        """Opens the stage. Raises StageFailed where workers keep dying of it: Ray would replace them for ever."""
+        began = [name for name in self.folder.listing("starts") if name.startswith(f"{self.attempt}-")]
+        if len(began) > self.pool.workers:  # at most so many more are being opened right now
+            raise StageFailed(
+                f"{self.folder.name}: {len(began)} workers died while they opened the stage, most often for want of memory; "
+                "free some, give the placement fewer workers or take a smaller model, and look at the worker's log"
+            )
+        mark = f"starts/{self.attempt}-{uuid.uuid4().hex[:12]}"
+        self.folder.write_bytes(mark, b"")
+        try:
+            run = self._open()
+        except BaseException:
+            self.folder.remove(mark)
+            raise
+        for each in (*(f"starts/{name}" for name in began), mark):
+            self.folder.remove(each)
+        return run
 
     def _open(self) -> Run:
         return self.stage.open(self.inputs, self.folder, self.pool)

@@ -1,0 +1,76 @@
+"""Ray's metrics while a stage runs, read from a node's metrics port as Prometheus would."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import tiny_beir
+
+ROOT = Path(__file__).parent.parent
+CODE = """
+import sys, time
+import ray
+from dagr_ray.cluster import Placement, Pool
+from dagr_ray.engines.crop import CropEngine
+from dagr_ray.stage import materialize
+from dagr_ray.stages.corpus import Beir
+from dagr_ray.stages.generate import Generate
+from dagr_ray.strategies.crop import Crop
+
+home, port = sys.argv[1:]
+ray.init(
+    address="local", include_dashboard=False, num_cpus=2, _metrics_export_port=int(port), log_to_driver=False,
+    _system_config={"metrics_report_interval_ms": 500},
+)
+stage = Generate(corpus=Beir(path=f"{home}/set"), strategy=Crop(), engine=CropEngine(), samples=2)
+pool = Pool(workers=1, cpus=1, shard_rows=5)
+folder = materialize(stage, f"{home}/runs", Placement(generate=pool))
+print(folder.name, flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def metrics(tmp_path):
+    """The page of metrics once it holds the last shard, and the stage's name."""
+    tiny_beir(tmp_path / "set", docs=60)
+    from tests.test_study import _free_ports
+
+    [port] = _free_ports(1)
+    env = os.environ | {"RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "1"}
+    words = [sys.executable, "-c", CODE, str(tmp_path), str(port)]
+    driver = subprocess.Popen(words, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    try:
+        assert driver.stdout is not None
+        name = driver.stdout.readline().strip()
+        assert name.startswith("generate-"), "the stage did not end"
+        page, until = "", time.time() + 50
+        while time.time() < until and not re.search(r"dagr_rows_accepted\S*\{[^}]*\} 120", page):
+            time.sleep(0.5)
+            page = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10).read().decode()
+        yield page, name
+    finally:
+        driver.terminate()
+        driver.wait(timeout=20)
+
+
+def test_metrics_of_a_stage_are_on_the_port_of_its_node(metrics):
+    page, name = metrics
+
+    def value(metric: str, **tags: str) -> list[float]:
+        lines = [line for line in page.splitlines() if re.match(rf"ray_{metric}(_total)?\{{", line)]
+        wanted = [f'{key}="{tag}"' for key, tag in {"stage": name, **tags}.items()]
+        return [float(line.rsplit(" ", 1)[1]) for line in lines if all(tag in line for tag in wanted)]
+
+    assert value("dagr_rows") == [60.0]
+    assert value("dagr_rows_accepted") == [120.0]
+    assert value("dagr_shards_queued") == [0.0]
+    assert value("dagr_shards_in_flight") == [0.0]
+    [share] = value("dagr_busy_share")
+    assert 0 < share <= 1
