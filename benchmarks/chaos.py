@@ -271,10 +271,10 @@ class Chaos:
 
     def _wait(self) -> None:
         """Until there is something to disturb: mostly into the middle of the work, at times while it starts."""
-        before, until = len(self.arm.parts()), time.time() + 30
-        while self.rng.random() < 0.9 and time.time() < until and self.driver.poll() is None:
+        before, until = self.arm.log.stat().st_size, time.time() + 60
+        while self.rng.random() < 0.95 and time.time() < until and self.driver.poll() is None:
             time.sleep(0.2)
-            if len(self.arm.parts()) > before:
+            if self.arm.log.stat().st_size > before:
                 break
         time.sleep(self.rng.uniform(0, 1.5))
 
