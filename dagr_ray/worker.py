@@ -177,6 +177,7 @@ class _Worker:
             "attempt": int(self.attempt.split("-")[0]),
             "at": time.time(),
             "on": cluster.where(),
+            "pid": os.getpid(),
         }
         receipt = self.folder.commit(shard["shard"], output.tables, more, output.files)
         self.tries.forget(lost)

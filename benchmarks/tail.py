@@ -1,0 +1,66 @@
+"""How long engines stand idle at the end of a run: four workers, an engine that takes its time, shards of one size.
+
+    python benchmarks/tail.py [--workers 4] [--shards 60] [--json FILE]
+
+The bound: the last worker finishes at most one shard after the first (a shard takes a worker ``shard_rows`` x
+``pause_s``; with two in flight, each takes twice that and they overlap). Exits 1 where it does not.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.chaos import write_set
+from benchmarks.slow_engine import SlowCrop
+from dagr_ray.cluster import Placement, Pool, connect
+from dagr_ray.stage import materialize
+from dagr_ray.stages.corpus import Beir
+from dagr_ray.stages.generate import Generate
+from dagr_ray.strategies.crop import Crop
+
+SHARD_ROWS, PAUSE_S = 20, 0.05
+
+
+def main() -> int:
+    """Runs the stage and prints when each worker finished."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--shards", type=int, default=60)
+    parser.add_argument("--json", metavar="FILE")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as home:
+        write_set(Path(home, "set"), args.shards * SHARD_ROWS)
+        engine = SlowCrop(pause_s=PAUSE_S, log=f"{home}/log")
+        stage = Generate(corpus=Beir(path=f"{home}/set"), strategy=Crop(), engine=engine)
+        connect()
+        pool = Pool(workers=args.workers, cpus=0.4, shard_rows=SHARD_ROWS)
+        folder = materialize(stage, f"{home}/runs", Placement(generate=pool))
+        last: dict[str, float] = {}
+        done: dict[str, int] = {}
+        for receipt in folder.receipts().values():
+            worker = f"{receipt['on']}/{receipt['pid']}"
+            last[worker] = max(last.get(worker, 0.0), receipt["at"])
+            done[worker] = done.get(worker, 0) + 1
+    ends = sorted(last.values())
+    shard_s = SHARD_ROWS * PAUSE_S * pool.in_flight
+    spread = ends[-1] - ends[0]
+    report = {"workers": len(ends), "shards": sorted(done.values()), "spread_s": spread, "shard_s": shard_s}
+    lines = [
+        "| workers | shards of each | last end after the first | one shard takes | bound |",
+        "|---:|---|---:|---:|---:|",
+        f"| {len(ends)} | {', '.join(map(str, sorted(done.values())))} | {spread:.2f} s | {shard_s:.2f} s | 1 shard |",
+    ]
+    print("\n".join(lines))
+    if args.json:
+        Path(args.json).write_text(json.dumps(report | {"at": time.time()}, indent=1))
+    Path(__file__).with_suffix(".md").write_text("\n".join(lines) + "\n")
+    return int(len(ends) != args.workers or spread > shard_s)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
