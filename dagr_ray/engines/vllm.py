@@ -7,6 +7,7 @@ import copy
 import gc
 import json
 import os
+import re
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -353,13 +354,32 @@ def _end(llm: Any) -> None:
     llm.llm_engine.engine_core.shutdown()
 
 
+# What vLLM's errors at the start say, and what helps.
+REMEDIES = (
+    (r"safetensor|deserializ|unpickl", "the weights are damaged: copy the model again"),
+    (
+        r"out of memory|free memory|available memory|cannot allocate|memoryerror",
+        "free some memory, or take a smaller model",
+    ),
+    (r"architecture|model type|not supported for now", "vLLM does not know this model: take one that it lists"),
+    (r"bfloat16|float16|dtype", "this device cannot compute so: set another dtype"),
+    (
+        r"quantiz|config file for",
+        "the weights were not quantised so: set quantization to what they are, or leave it out",
+    ),
+    (r"tokenizer|sentencepiece", "copy tokenizer.json into the model's folder"),
+    (r"size|shape|weights|parameter", "config.json and the weights do not fit: copy both from one model"),
+    (r"lora", "the adapter does not fit the model: give one that was trained on it"),
+    (r"cuda|nccl|driver|device", "look at nvidia-smi: a GPU with a driver for this build must be free"),
+)
+
+
 def _cause(error: BaseException) -> str:
-    """One line of what vLLM raised."""
-    if isinstance(error, ValidationError):
-        text = error.errors(include_url=False)[0]["msg"]
-    else:
-        text = next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), "")
-    return f"{type(error).__name__}: {text}"[:500]
+    """One line of what vLLM raised, and what to do."""
+    text = error.errors(include_url=False)[0]["msg"] if isinstance(error, ValidationError) else str(error)
+    text = f"{type(error).__name__}: {' '.join(text.split())}"
+    remedy = next((say for pattern, say in REMEDIES if re.search(pattern, text, re.IGNORECASE)), None)
+    return f"{text[:300]}; {remedy or 'set VLLM_LOGGING_LEVEL=INFO and read the log of its worker'}"
 
 
 def _failed(n: int, error: str) -> list[Completion]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ def weights_of(folder: Path, dtype: str, quantised: bool) -> int:
 
 
 def _elements(file: Path) -> Iterator[int]:
-    # the header of a safetensors file: 8 bytes of length, then JSON with the shape of each tensor
+    # a safetensors file: 8 bytes of length, JSON with the shape of each tensor and where it lies, the tensors
     with file.open("rb") as handle:
         length = int.from_bytes(handle.read(8), "little")
         try:
@@ -72,12 +73,12 @@ def _elements(file: Path) -> Iterator[int]:
         raise ConfigError(
             f"vllm: {str(file)!r} is no safetensors file (its header cannot be read); copy the model again"
         )
-    for name, tensor in header.items():
-        if name != "__metadata__":
-            count = 1
-            for size in tensor["shape"]:
-                count *= size
-            yield count
+    tensors = [tensor for name, tensor in header.items() if name != "__metadata__"]
+    size = 8 + length + max((tensor["data_offsets"][1] for tensor in tensors), default=0)
+    if size != file.stat().st_size:
+        raise ConfigError(f"vllm: {str(file)!r} has {file.stat().st_size} bytes, not {size}; copy the model again")
+    for tensor in tensors:
+        yield math.prod(tensor["shape"])
 
 
 def cache_of_one(config: Mapping[str, Any], tokens: int, dtype: str) -> int:
