@@ -96,13 +96,13 @@ def attempts(folder: Artifact, receipts: Iterable[Json]) -> dict[str, Attempt]:
             held = next((event["holds"] for event in events if "holds" in event), holds(Pool()))
             found[name] = Attempt(name, events[0]["at"], events[-1]["at"], held)
     for receipt in receipts:
-        attempt = _of(receipt, found)
+        attempt = attempt_of(receipt, found)
         if attempt is not None:
             attempt.ended = max(attempt.ended, receipt["at"])
     return found
 
 
-def _of(receipt: Json, tries: dict[str, Attempt]) -> Attempt | None:
+def attempt_of(receipt: Json, tries: dict[str, Attempt]) -> Attempt | None:
     """The attempt that wrote a receipt. Two drivers of an object store may share a number: the later one then."""
     mine = [a for name, a in tries.items() if int(name.split("-")[0]) == receipt.get("attempt")]
     return max((a for a in mine if a.began <= receipt["at"]), key=lambda a: a.began, default=None)
@@ -145,12 +145,12 @@ def stage_bill(folder: Artifact, receipts: Iterable[Json], rates: Rates) -> Json
     tries = attempts(folder, [*standing, *back])
     total: Json = {}
     for receipt in standing:
-        add_up(total, shard_bill(receipt, _of(receipt, tries), rates))
+        add_up(total, shard_bill(receipt, attempt_of(receipt, tries), rates))
     if not standing:
         add_up(total, shard_bill({"cost": {}, "counts": {}}, None, rates))
     waste: Json = {"shards": len(back), "seconds": 0.0}
     for receipt in back:
-        line = shard_bill(receipt, _of(receipt, tries), rates)
+        line = shard_bill(receipt, attempt_of(receipt, tries), rates)
         both = line["tokens"]["prompt"] + line["tokens"]["completion"]
         line["waste"]["tokens"] += both
         add_up(waste, line["waste"])
@@ -196,7 +196,7 @@ def within_budget(engine: Engine, folder: Artifact, workers: int) -> Engine:
     """The engine with what earlier runs left of its ``budget_usd``; as it is where it has none. For each worker to call.
 
     A worker that takes the place of a dead one cannot know what that one had spent of its share: all that this run has
-    spent so far is taken off its own. Raises ConfigError where nothing is left.
+    spent so far is taken off its own. Raises ConfigError where less is left than a row has cost.
     """
     budget: float | None = getattr(engine, "budget_usd", None)
     if not budget:
@@ -204,17 +204,18 @@ def within_budget(engine: Engine, folder: Artifact, workers: int) -> Engine:
     receipts = [*folder.receipts().values(), *folder.revoked()]
     now = max((int(name.split("-")[0]) for name in folder.listing("attempts")), default=0)
     rates, workers = Rates.of(Prices(), engine), max(workers, 1)
-    usd, tokens, before, during = 0.0, 0, 0.0, 0.0
+    usd, tokens, rows, before, during = 0.0, 0, 0, 0.0, 0.0
     for receipt in receipts:
         line = shard_bill(receipt, None, rates)
         spent = sum(line["usd"].values())
-        usd, tokens = usd + line["usd"]["work"], tokens + line["tokens"]["prompt"] + line["tokens"]["completion"]
+        usd, rows = usd + line["usd"]["work"], rows + line["rows"]["in"]
+        tokens += line["tokens"]["prompt"] + line["tokens"]["completion"]
         before, during = (before, during + spent) if receipt["attempt"] == now else (before + spent, during)
     for mark in lost(folder, receipts):
         spent = mark["tokens"] * usd / max(tokens, 1)
         before, during = (before, during + spent) if mark["attempt"] == now else (before + spent, during)
     left = budget - before - during * workers
-    if left <= 0:
+    if left <= usd / max(rows, 1):
         raise ConfigError(
             f"{engine.type}: ${before + during:.6f} of budget_usd = {budget:g} are spent on {folder.name}; "
             "raise budget_usd and run again: finished shards are kept"

@@ -21,6 +21,7 @@ VERBS = {
     "study": "sweep axes (NAME=A,B,C), train and judge every combination, write the report",
     "ls": "list the folders of a runs folder",
     "show": "one folder: counts, cost, inputs, rows of a table",
+    "bill": "what a stage, a study or a whole runs folder cost, and where that went",
     "trace": "one row back to its passage, prompt, raw output, scores and price",
     "report": "the table and the page of a study",
     "export": "write a folder as a BEIR, sentence-transformers or TREC data set",
@@ -48,10 +49,10 @@ def parser() -> argparse.ArgumentParser:
     for name in ("run", "study"):
         made[name].add_argument("--address", help="a running Ray cluster (default: RAY_ADDRESS, else this machine)")
         made[name].add_argument("--quiet", action="store_true", help="no progress")
-    for name in ("check", "run", "study", "ls", "show", "trace", "report", "export"):
+    for name in ("check", "run", "study", "ls", "show", "bill", "trace", "report", "export"):
         default = os.environ.get("DAGR_RUNS", "runs")
         made[name].add_argument("--runs", default=default, help="folder or URI of the results (default: %(default)s)")
-    for name in ("check", "ls", "show", "report", "trace", "doctor"):
+    for name in ("check", "ls", "show", "bill", "report", "trace", "doctor"):
         made[name].add_argument("--json", action="store_true", help="print JSON")
     made["check"].add_argument("--one", action="store_true", help="the single run of `dagr run`, not the job's sweep")
     made["check"].add_argument(
@@ -62,6 +63,9 @@ def parser() -> argparse.ArgumentParser:
     made["show"].add_argument("folder", help="a folder's name, or a unique beginning or part of it")
     made["show"].add_argument("--table", help="print rows of this table")
     made["show"].add_argument("--rows", type=int, default=5, help="rows to print (default: 5)")
+    made["bill"].add_argument(
+        "folder", nargs="?", help="a stage's or a study's folder (default: all of the runs folder)"
+    )
     made["trace"].add_argument("id", help="a query_id or gen_id")
     made["report"].add_argument("study", nargs="?", help="a study's folder (default: the newest)")
     made["report"].add_argument("--markdown", action="store_true", help="print a Markdown table")

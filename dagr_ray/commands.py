@@ -330,6 +330,22 @@ def show(args: Args) -> int | None:
     return None
 
 
+def bill(args: Args) -> int | None:
+    """``dagr bill``."""
+    from dagr_ray.report import bills
+
+    if args.folder is None:
+        found = bills.everything(args.runs)
+    else:
+        name = find(args.runs, args.folder).name
+        found = (bills.study if name.startswith("study-") else bills.stage)(args.runs, name)
+    if args.json:
+        _print_json(found)
+    else:
+        print(bills.text(found))
+    return None
+
+
 def trace(args: Args) -> int | None:
     """``dagr trace``."""
     from dagr_ray import report

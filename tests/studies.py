@@ -5,6 +5,7 @@ from typing import Any
 
 from dagr_ray import tables
 from dagr_ray.artifact import Artifact
+from dagr_ray.engines import Engine
 from dagr_ray.recipes import augment, generator_named
 from dagr_ray.stage import materialize
 from dagr_ray.stages.corpus import Beir, Sample
@@ -59,16 +60,21 @@ def card(runs: str, name: str, scores: dict[str, list[float]], data: str, traine
     return put(runs, name, evaluations, {"metrics": every}, {"evaluations": stages})
 
 
-def made_study(root: Path, frozen: dict[str, list[float]], arms: dict[int, dict[str, list[float]]]) -> tuple[str, str]:
+def made_study(
+    root: Path,
+    frozen: dict[str, list[float]],
+    arms: dict[int, dict[str, list[float]]],
+    engine: Engine | None = None,
+) -> tuple[str, str]:
     """(runs, study folder) of a study with a frozen base, BM25, and an arm for each number of rows trained on."""
     runs = str(root / "runs")
     tiny_beir(root / "set")
     corpus = (root / "set" / "corpus.jsonl").read_text().replace("The amber", f"The {EVIL} amber")
     (root / "set" / "corpus.jsonl").write_text(corpus)
     docs = Beir(path=str(root / "set"))
-    strategy, engine = generator_named("crop")
+    strategy, cropping = generator_named("crop")
     asked = Sample(corpus=docs, n=60)
-    _, mined = augment(asked, docs, strategy, engine, exemplars=None, samples=2, max_rank=50)
+    _, mined = augment(asked, docs, strategy, engine or cropping, exemplars=None, samples=2, max_rank=50)
     data = docs.folder(runs).name
     trials = []
 

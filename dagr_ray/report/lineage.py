@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
+from dagr_ray import bill
 from dagr_ray.artifact import Artifact, Json
 
 
@@ -46,10 +47,11 @@ class Folders:
         return list(seen)
 
     def sums(self, names: Iterable[str]) -> Json:
-        """Seconds, dollars and tokens of some folders together."""
+        """Seconds, dollars and tokens of some folders together; ``wasted_tokens`` (at most so many) are in no table."""
         manifests = [self.found(name) for name in names]
         costs = [m["cost"] for m in manifests]
-        spent = {key: sum(c.get(key, 0) for c in costs) for key in ("prompt_tokens", "completion_tokens")}
+        spent = {f"{kind}_tokens": sum(c.get(f"{kind}_tokens", 0) for c in costs) for kind in bill.KINDS}
+        spent["wasted_tokens"] = sum(m.get("bill", {}).get("waste", {}).get("tokens", 0) for m in manifests)
         return {
             "seconds": sum(c.get("wall_s", 0.0) for c in costs),
             "price": sum(m.get("price") or 0.0 for m in manifests),

@@ -56,7 +56,7 @@ def summarise(runs: str, study_folder: str) -> Json:
         "sets": sets,
         "trials": trials,
         "curves": curves,
-        "generators": _generators(rows),
+        "generators": generators(rows),
         "changes": [change for board in boards for change in board.changes(by_name)],
         "stages": _stages(folders, rows),
         "warnings": warnings,
@@ -377,7 +377,7 @@ def _query_texts(row: Row, name: str, wanted: set[str]) -> dict[str, str]:
     return {}
 
 
-def _generators(rows: list[Row]) -> list[Json]:
+def generators(rows: list[Row]) -> list[Json]:
     """The funnel of each set of examples that arms were drawn from, once."""
     seen: dict[str, Row] = {}
     for row in rows:
@@ -408,6 +408,8 @@ def _stages(folders: Folders, rows: list[Row]) -> list[Json]:
                 "out": counts.get("out"),
                 "seconds": cost.get("wall_s", 0.0),
                 "price": manifest.get("price") or 0.0,
+                "wasted": bill["usd"]["waste"] if (bill := manifest.get("bill")) else 0.0,
+                "busy": bill["seconds"]["busy"] / bill["seconds"]["held"] if bill and bill["seconds"]["held"] else None,
                 "attempts": manifest.get("attempts", 1),
                 "trials": trials,
             }

@@ -211,11 +211,18 @@ def _cost(summary: Json) -> list[str]:
             said.append(
                 f"{g['generator']}: {g['accepted']:,} of {g['completions']:,} completions became training rows; an accepted "
                 f"query took {g['tokens_per_accepted']:,.0f} tokens and {g['seconds_per_accepted']:.2f} s; 1,000 of them cost "
-                f"{dollars(1000 * g['price_per_accepted'])}."
+                f"{dollars(1000 * g['price_per_accepted'])}.{_cached(g)}"
             )
         else:
             said.append(f"{g['generator']}: none of {g['completions']:,} completions was accepted.")
     return said
+
+
+def _cached(generator: Json) -> str:
+    if not generator["prompt_tokens"]:
+        return ""
+    share = generator["cached_tokens"] / generator["prompt_tokens"]
+    return f" Of its {generator['prompt_tokens']:,} prompt tokens {share:.0%} came from the engine's cache."
 
 
 # -- numbers as text ----------------------------------------------------------------------------------------------------

@@ -1,0 +1,380 @@
+"""Bills beside what was really used: a server that counts its tokens, a clock around killed drivers, and sums."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from dagr_ray import bill, report
+from dagr_ray.artifact import Artifact
+from dagr_ray.cluster import Placement, Pool, Prices, TokenPrices
+from dagr_ray.config import ConfigError, from_json
+from dagr_ray.engines.openai import OpenAIServer
+from dagr_ray.recipes import augment, generator_named
+from dagr_ray.report import bills
+from dagr_ray.report.lineage import Folders
+from dagr_ray.stage import StageFailed, materialize, walk
+from dagr_ray.stages.corpus import Beir
+from dagr_ray.stages.generate import Generate
+from dagr_ray.stages.select import Take
+from dagr_ray.strategies.crop import Crop
+from tests.conftest import tiny_beir
+from tests.studies import made_study
+from tests.test_openai import served, status
+
+ROOT = Path(__file__).parent.parent
+HERE = Placement(generate=Pool(workers=0, shard_rows=8), prices=Prices(cpu_hour=3600.0))  # a dollar a second
+PRICES = {"usd_per_million_prompt_tokens": 2.0, "usd_per_million_completion_tokens": 8.0}
+
+
+def usage_of(body) -> dict:
+    """What the test's server counts for a request: a token a byte, a third of them cached, five written a sample."""
+    prompt = len(body["prompt"].encode())
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": 5 * body.get("n", 1),
+        "prompt_tokens_details": {"cached_tokens": prompt // 3},
+    }
+
+
+def answers(delay=0.0):
+    def answer(handler, body):
+        text = body["prompt"].split(".")[0]
+        choices = [{"index": i, "text": text, "finish_reason": "stop"} for i in range(body.get("n", 1))]
+        time.sleep(delay)
+        raw = json.dumps({"choices": choices, "usage": usage_of(body)}).encode()
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(len(raw)))
+        handler.end_headers()
+        handler.wfile.write(raw)
+
+    return lambda body, nth: answer
+
+
+def used(server) -> int:
+    """Tokens of every request that the server has seen, whatever became of its answer."""
+    return sum(usage_of(body)["prompt_tokens"] + usage_of(body)["completion_tokens"] for body in server.seen)
+
+
+def both(tokens) -> int:
+    return tokens["prompt"] + tokens["completion"]
+
+
+def asked(path: Path, server, samples=1, **fields) -> Generate:
+    engine = OpenAIServer(**{"model": "m", "base_url": server.url, "max_attempts": 3} | fields)
+    return Generate(corpus=Beir(path=str(path)), strategy=Crop(), engine=engine, samples=samples)
+
+
+def adds_up(runs: str, name: str) -> dict:
+    """A stage's bill, after checking that its parts are the whole in every unit."""
+    found = bills.stage(runs, name)
+    shards, seconds, usd, waste = found["shards"], found["seconds"], found["usd"], found["waste"]
+    for kind in bill.KINDS:
+        assert sum(shard["tokens"][kind] for shard in shards) == found["tokens"][kind]
+    for kind in ("in", "out", "errors"):
+        assert sum(shard["rows"][kind] for shard in shards) == found["rows"][kind]
+    for kind in (*bill.SECONDS, "cpu"):
+        mine = sum(shard["seconds"][kind] for shard in shards)
+        assert mine <= seconds[kind] + 1e-6 if kind == "cpu" else mine == pytest.approx(seconds[kind])
+    assert sum(seconds[kind] for kind in bill.SECONDS) + waste["seconds"] + seconds["rest"] == pytest.approx(
+        seconds["held"]
+    )
+    assert seconds["rest"] >= -0.05
+    assert sum(shard["usd"]["work"] for shard in shards) == pytest.approx(usd["work"])
+    assert usd["work"] + usd["waste"] + usd["rest"] == pytest.approx(usd["total"])
+    assert sum(shard["waste"]["tokens"] for shard in shards) <= waste["tokens"]
+    back = Artifact(runs, name).revoked()
+    assert waste["shards"] == len(back)
+    manifest = Artifact(runs, name).manifest
+    assert manifest is None or manifest["price"] == usd["total"] or len(back)
+    return found
+
+
+DRIVER = """
+import sys
+from dagr_ray.cluster import Placement, connect
+from dagr_ray.config import from_json
+from dagr_ray.stage import Stage, materialize
+import json
+stage, runs, placement = json.loads(sys.argv[1]), sys.argv[2], from_json(json.loads(sys.argv[3]), Placement)
+if placement.generate.workers:
+    connect()
+materialize(from_json(stage, Stage), runs, placement)
+"""
+
+
+@pytest.mark.parametrize(("workers", "kills"), [(0, 4), (1, 2)])
+def test_after_kills_and_a_damaged_shard_the_bill_holds_all_that_the_server_counted(tmp_path, workers, kills):
+    chance, lived, runs = random.Random(4), 0.0, str(tmp_path / "runs")
+    tiny_beir(tmp_path / "set", docs=150)
+    pool = Pool(workers=workers, cpus=0.5, shard_rows=10, in_flight=1)
+    placement = Placement(generate=pool, prices=Prices(cpu_hour=3600))
+    with served(answers(delay=0.03)) as server:
+        stage = asked(tmp_path / "set", server, in_flight=2)
+        words = [sys.executable, "-c", DRIVER, json.dumps(stage.to_json()), runs, json.dumps(placement.to_json())]
+        for _ in range(kills):
+            before, began = len(server.seen), time.time()
+            driver = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.DEVNULL)
+            while len(server.seen) < before + chance.randint(15, 35):
+                time.sleep(0.01)
+                assert driver.poll() is None, "the driver was to be killed in the middle"
+            # with all that it has started: a worker that outlived it would end its shard
+            processes = [*psutil.Process(driver.pid).children(recursive=True), psutil.Process(driver.pid)]
+            for process in processes:
+                process.send_signal(signal.SIGKILL)
+            driver.wait()
+            lived += time.time() - began
+        folder = stage.folder(runs)
+        partial = adds_up(runs, folder.name)
+        assert partial["state"] != "complete" and partial["under_way"]["rows"] > 0
+        assert (
+            both(partial["tokens"]) + partial["waste"]["tokens"] + partial["under_way"]["tokens"] >= used(server) * 0.8
+        )
+
+        began = time.time()
+        subprocess.run(words, cwd=ROOT, check=True, stderr=subprocess.DEVNULL)
+        lived += time.time() - began
+        whole = adds_up(runs, folder.name)
+        assert (whole["rows"]["in"], whole["rows"]["out"], whole["attempts"]) == (150, 150, kills + 1)
+        assert both(whole["tokens"]) < used(server), "the kills cost nothing: they came at the wrong time"
+        # rows of a shard differ by a few bytes, and what is lost counts as the same rows again
+        assert used(server) <= both(whole["tokens"]) + whole["waste"]["tokens"] + 10
+        assert whole["waste"]["tries"] >= 2
+        assert whole["waste"]["tokens"] <= 0.5 * both(whole["tokens"])
+        assert 150 * 0.03 / 2 < whole["seconds"]["wall"] <= lived
+        assert whole["usd"]["total"] == pytest.approx(whole["seconds"]["held"], rel=1e-9)
+        assert folder.manifest["cost"]["wall_s"] == whole["seconds"]["wall"]
+
+        part = next((Path(folder.path) / "generations").glob("part-00003-*"))
+        part.unlink()
+        if workers:
+            placement = placement.model_copy(update={"generate": pool.model_copy(update={"workers": 0})})
+        materialize(stage, runs, placement)
+        again = adds_up(runs, folder.name)
+        assert again["tokens"] == whole["tokens"] and again["rows"] == whole["rows"]
+        lost = again["waste"]["tokens"] - whole["waste"]["tokens"]
+        assert again["waste"]["shards"] == whole["waste"]["shards"] + 1 and lost == pytest.approx(
+            both(again["tokens"]) / 15, rel=0.1
+        )
+        assert again["usd"]["waste"] > whole["usd"]["waste"] and again["usd"]["total"] > whole["usd"]["total"]
+        assert used(server) <= both(again["tokens"]) + again["waste"]["tokens"] + 10
+        assert folder.manifest["bill"]["usd"] == again["usd"]
+
+
+def test_what_tokens_cost_is_what_the_endpoint_bills_and_no_machine(tmp_path):
+    tiny_beir(tmp_path / "set", docs=20)
+    found = {}
+    for name, fields in {"each": {}, "at once": {"one_request": True}}.items():
+        with served(answers()) as server:
+            stage = asked(tmp_path / "set", server, samples=3, usd_per_million_cached_tokens=0.5, **PRICES, **fields)
+            folder = materialize(stage, str(tmp_path / name), HERE)
+        made = found[name] = adds_up(str(tmp_path / name), folder.name)
+        usage = [usage_of(body) for body in server.seen]
+        prompt, written = (sum(u[key] for u in usage) for key in ("prompt_tokens", "completion_tokens"))
+        cached = sum(u["prompt_tokens_details"]["cached_tokens"] for u in usage)
+        assert made["tokens"] == {"prompt": prompt, "cached": cached, "completion": written}
+        assert folder.manifest["price"] == pytest.approx(((prompt - cached) * 2 + cached * 0.5 + written * 8) / 1e6)
+        assert (made["usd"]["waste"], made["usd"]["rest"]) == (0, pytest.approx(0, abs=1e-12))
+        assert len(server.seen) == (60 if name == "each" else 20)
+        assert folder.count("generations") == 60
+    assert found["each"]["tokens"]["prompt"] == 3 * found["at once"]["tokens"]["prompt"]
+    assert found["each"]["tokens"]["completion"] == found["at once"]["tokens"]["completion"]
+
+
+def test_prices_of_a_model_come_from_the_placement_where_the_engine_has_none(tmp_path):
+    table = {"tokens": {"m@1": {"prompt": 3.0}, "default": {"completion": 5.0}}, "cpu_hour": 1.0}
+    prices = from_json(table, Prices)
+    assert from_json(prices.to_json(), Prices) == prices
+
+    def engine(**fields):
+        return OpenAIServer(base_url="https://host/v1", **{"model": "m"} | fields)
+
+    assert engine(revision="1").token_prices(prices) == TokenPrices(prompt=3)
+    assert engine().token_prices(prices) == TokenPrices(completion=5)
+    assert engine(**PRICES).token_prices(prices) == TokenPrices(prompt=2, completion=8)
+    assert engine().token_prices(Prices()) is None
+    assert bill.Rates.of(prices, generator_named("crop")[1]).tokens is None
+
+
+def test_failed_attempts_are_waste(tmp_path):
+    tiny_beir(tmp_path / "set", docs=16)
+
+    def react(body, nth):
+        lost = lambda handler, body: handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")  # noqa: E731
+        refused = status(500)
+        return answers()(body, nth) if nth or body["seed"] % 2 else (lost if body["seed"] % 4 else refused)
+
+    with served(react) as server:
+        stage = asked(tmp_path / "set", server, **PRICES)
+        folder = materialize(stage, str(tmp_path / "runs"), HERE)
+    made = adds_up(str(tmp_path / "runs"), folder.name)
+    billed = [body for body in server.seen if body["seed"] % 2 == 0 and body["seed"] % 4]
+    retries = len(server.seen) - 16
+    assert made["waste"]["retries"] == retries > len(billed) / 2 > 0
+    # an answer that is none was paid for, a refusal was not; each of the former was asked twice
+    lost = [body for i, body in enumerate(billed) if body["seed"] in {b["seed"] for b in billed[:i]}]
+    assert made["waste"]["tokens"] == sum(len(body["prompt"].encode()) + stage.sampling.max_tokens for body in lost)
+    assert 0 < made["usd"]["waste"] < made["usd"]["work"] * 4
+
+
+def test_a_resumed_stage_is_billed_for_all_its_attempts(tmp_path):
+    tiny_beir(tmp_path / "set", docs=32)
+    with served(answers(delay=0.05)) as server:
+        stage = asked(tmp_path / "set", server, in_flight=1)
+        stop = {"after": 3}
+
+        def observe(progress):
+            if progress.stage == stage and progress.state == "running" and progress.shards == stop["after"]:
+                raise KeyboardInterrupt
+
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                materialize(stage, str(tmp_path / "runs"), HERE, observe)
+            stop["after"] = -1 if stop["after"] == 3 else 0
+            if stop["after"] == -1:
+                break
+        first = adds_up(str(tmp_path / "runs"), stage.folder_name())
+        assert first["usd"]["total"] >= 24 * 0.05
+        folder = materialize(stage, str(tmp_path / "runs"), HERE)
+    whole = adds_up(str(tmp_path / "runs"), folder.name)
+    assert whole["attempts"] == 2 and folder.manifest["price"] == whole["usd"]["total"]
+    assert 32 * 0.05 <= whole["usd"]["work"] <= whole["usd"]["total"] < 32 * 0.05 + 20
+    assert whole["usd"]["total"] > first["usd"]["total"] + 8 * 0.05
+
+
+def test_a_budget_holds_across_runs(tmp_path):
+    tiny_beir(tmp_path / "set", docs=40)
+    runs, money = str(tmp_path / "runs"), {"usd_per_million_prompt_tokens": 1e6}  # a dollar a token
+    with served(answers()) as server:
+        whole = sum(len(row["text"].encode()) for row in _rows(tmp_path / "set"))
+        here = HERE.model_copy(update={"generate": Pool(workers=0, shard_rows=2)})
+        for i, budget in enumerate([0.4 * whole, 0.4 * whole, 0.7 * whole]):
+            stage = asked(tmp_path / "set", server, in_flight=1, budget_usd=budget, **money)
+            with pytest.raises(ConfigError, match="budget_usd"):
+                materialize(stage, runs, here)
+            asked_for = sum(usage_of(body)["prompt_tokens"] for body in server.seen)
+            assert asked_for <= budget, f"run {i} went over"
+        assert asked_for > 0.6 * whole, "a raised budget was to be used"
+        made = materialize(asked(tmp_path / "set", server, budget_usd=3 * whole, **money), runs, here)
+    assert made.manifest["counts"]["out"] == 40
+    assert bills.stage(runs, made.name)["usd"]["work"] == whole
+    spent = asked(tmp_path / "set", server, budget_usd=0.9 * whole, **money).engine
+    with pytest.raises(ConfigError, match=r"are spent on generate-.*raise budget_usd and run again") as caught:
+        bill.within_budget(spent, made, 1)
+    assert "\n" not in str(caught.value)
+
+
+def _rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in (path / "corpus.jsonl").read_text().splitlines()]
+
+
+def test_an_outage_fails_the_stage_and_the_next_run_asks_again_only_what_failed(tmp_path):
+    tiny_beir(tmp_path / "set", docs=64)
+    runs, down = str(tmp_path / "runs"), {"from": 40}
+    react = lambda body, nth: status(503) if len(server.seen) > down["from"] else answers()(body, nth)  # noqa: E731
+    with served(react) as server:
+        stage = asked(tmp_path / "set", server, in_flight=1, max_attempts=1)
+        with pytest.raises(StageFailed, match="24 of 64 rows failed"):
+            materialize(stage, runs, HERE)
+        first = adds_up(runs, stage.folder_name())
+        assert first["rows"]["errors"] == 24
+        down["from"], before = 10**9, len(server.seen)
+        folder = materialize(stage, runs, HERE)
+        assert len(server.seen) - before == 24, "exactly the three shards that had errors"
+    made = adds_up(runs, folder.name)
+    assert (made["rows"]["errors"], made["rows"]["out"], made["waste"]["shards"]) == (0, 64, 3)
+    assert folder.count("generations") == 64
+
+
+@pytest.fixture(scope="module")
+def arms(tmp_path_factory):
+    """(runs, study folder): two volumes of one generator in which a shard was built twice."""
+    root = tmp_path_factory.mktemp("arms")
+    runs, data = str(root / "runs"), Beir(path=str(tiny_beir(root / "set")))
+    _, mined = augment(data, data, *generator_named("crop"), exemplars=None, samples=2, max_rank=100)
+    generate = next(stage for stage in walk(mined) if isinstance(stage, Generate))
+    folder = materialize(generate, runs, HERE)
+    next((Path(folder.path) / "generations").glob("part-00002-*")).unlink()
+    trials = []
+    for volume in (8, 24, 40):
+        take = Take(mined=mined, n=volume)
+        if volume < 40:
+            materialize(take, runs, HERE)
+        stages = {stage.folder_name(): stage.fingerprint() for stage in walk(take)}
+        state = "done" if volume < 40 else "pending"
+        trial = {"trial": f"t{volume}", "kind": "augmented", "state": state, "error": None, "seconds": 1.0}
+        trials.append(trial | {"params": {"volume": volume}, "folder": take.folder_name(), "stages": stages})
+    Artifact(runs, "study-arms-1").write_json("study.json", {"name": "arms", "trials": trials})
+    return runs, "study-arms-1"
+
+
+def test_stages_and_trials_of_a_study_add_up_to_one_total(arms):
+    found = bills.study(*arms)
+    total = found["total"]
+    assert total["usd"]["total"] > 0 and total["waste"]["shards"] == 1
+    assert sum(trial["usd"] for trial in found["trials"]) == pytest.approx(total["usd"]["total"])
+    assert sum(line["usd"]["total"] for line in found["stages"]) == pytest.approx(total["usd"]["total"])
+    for line in found["stages"]:
+        made = adds_up(arms[0], line["folder"])
+        assert made["usd"]["total"] == pytest.approx(line["usd"]["total"])
+    shared = [line for line in found["stages"] if line["type"] == "generate"]
+    assert len(shared) == 1 and shared[0]["trials"] == 3
+    assert shared[0]["usd"]["total"] == Folders(arms[0]).found(shared[0]["folder"])["price"]
+    small, _, pending = found["trials"]
+    assert small["alone_usd"] > small["usd"] > pending["usd"] > 0
+
+
+def test_bills_for_people_say_the_totals(arms):
+    runs, study = arms
+    found = bills.study(runs, study)
+    words = [sys.executable, "-m", "dagr_ray.cli", "bill", "--runs", runs]
+
+    def said(*more):
+        return subprocess.run([*words, *more], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+    shown = said("study-arms")
+    assert all(line["folder"] in shown for line in found["stages"])
+    assert "1 shards taken back" in shown
+    one = said("generate-crop")
+    assert "rows     60 in, 120 out" in one and " = " in one
+    assert json.loads(said("--json"))["total"] == json.loads(json.dumps(bills.everything(runs)["total"]))
+    assert len(json.loads(said("generate-crop", "--json"))["shards"]) == 8
+
+
+def test_a_stage_of_one_shard_that_takes_all_workers_is_billed_for_them(tmp_path):
+    held = bill.holds(Pool(workers=3, cpus=2, gpus=1), together=True)
+    attempt = bill.Attempt("001", 100.0, 110.0, held)
+    rates = bill.Rates(cpu_hour=36.0, gpu_hour=360.0)
+    assert attempt.held_s == 30 and attempt.usd(attempt.held_s, rates) == pytest.approx(30 * (2 * 0.01 + 0.1))
+    receipt = {"counts": {"in": 1, "out": 1}, "cost": {"start_s": 1.0, "busy_s": 8.0, "idle_s": 0.5}}
+    line = bill.shard_bill(receipt, attempt, rates)
+    assert line["seconds"]["busy"] == 24 and line["usd"]["work"] == pytest.approx(28.5 * 0.12)
+
+
+def test_the_page_and_the_terminal_show_cached_beside_computed_tokens(tmp_path):
+    scores = {"in": [0.1 + 0.01 * i for i in range(60)]}
+    with served(answers()) as server:
+        engine = OpenAIServer(model="m", base_url=server.url, **PRICES)
+        runs, name = made_study(tmp_path, scores, {8: scores, 16: scores}, engine)
+    summary = report.summarise(runs, name)
+    [generator] = summary["generators"]
+    prompts = [len(body["prompt"].encode()) for body in server.seen]
+    computed, cached = sum(n - n // 3 for n in prompts), sum(n // 3 for n in prompts)
+    assert (generator["prompt_tokens"], generator["cached_tokens"]) == (sum(prompts), cached)
+    with open(report.write_page(summary, runs, name)) as page:
+        assert f"{computed:,} computed, {cached:,} (33 %) from the engine&#39;s cache" in page.read().replace(
+            "'", "&#39;"
+        )
+    assert f"Of its {sum(prompts):,} prompt tokens 33% came from the engine's cache" in report.terminal_table(summary)
+    tokens = (2 * sum(prompts) + 8 * 5 * len(prompts)) / 1e6
+    others = [line for line in summary["stages"] if not line["folder"].startswith("generate-")]
+    assert generator["price_per_accepted"] * generator["accepted"] == pytest.approx(
+        tokens
+        + sum(line["price"] for line in others if line["folder"].split("-")[0] not in ("train", "take", "scorecard"))
+    )
