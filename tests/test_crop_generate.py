@@ -19,6 +19,7 @@ from dagr_ray.stages.generate import Exemplars, Generate, Parse
 from dagr_ray.strategies import Prompt
 from dagr_ray.strategies.crop import Crop
 from dagr_ray.strategies.promptagator import Promptagator
+from dagr_ray.strategies.several import Several
 from tests.conftest import tiny_beir
 
 HERE = Placement(generate=Pool(workers=0, shard_rows=16))
@@ -284,3 +285,27 @@ def test_mistakes_are_found_when_the_stage_is_made(data, tmp_path):
     with pytest.raises(ValueError, match="give that one"):
         Parse(generations=crops(data), corpus=other)
     assert issubclass(ConfigError, ValueError)
+
+
+def test_several_strategies_ask_each_passage_side_by_side(data, tmp_path):
+    import hashlib
+
+    first, second = Promptagator(task="Say it in keywords.", task_last=True), Crop()
+    stage = crops(data, strategy=Several(strategies=(first, second)), samples=2)
+    folder = materialize(stage, str(tmp_path), HERE)
+    rows = folder.read("generations").to_pylist()
+    assert [row["sample"] for row in rows[:8]] == [0, 1, 2, 3] * 2 and len(rows) == 4 * 60
+    assert len({row["gen_id"] for row in rows}) == 240
+    assert [row["seed"] - rows[0]["seed"] for row in rows[:4]] == [0, 1, 2, 3]
+    assert folder.manifest["counts"]["in"] == 60 and folder.manifest["counts"]["out"] == 240
+    inputs = {name: inner.folder(str(tmp_path)) for name, inner in stage.inputs().items()}
+    for sample in range(4):
+        row = rows[sample]
+        text = stage.prompts(inputs, [row["source_id"]], sample)[row["source_id"]]
+        assert hashlib.sha256(text.encode()).hexdigest()[:16] == row["prompt_sha"]
+        assert ("Say it in keywords." in text) == (sample < 2)
+    parsed = materialize(Parse(generations=stage, corpus=data), str(tmp_path), HERE)
+    by = {row["gen_id"]: row["strategy"] for row in parsed.read("lineage").to_pylist()}
+    assert by == {row["gen_id"]: ("promptagator", "crop")[row["sample"] // 2] for row in rows}
+    with pytest.raises(ValueError, match="give at least one"):
+        Several(strategies=())

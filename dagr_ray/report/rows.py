@@ -66,7 +66,7 @@ def _traced(folders: Folders, names: list[str], parsed: str, gen_id: str, query_
         "id": query_id or gen_id,
         "query": queries[0]["text"] if queries else None,
         "passage": passages(folders.artifact(corpus), [row["source_id"]]).get(row["source_id"]),
-        "prompt": prompts.of([row["source_id"]]).get(row["source_id"]),
+        "prompt": prompts.of([row]).get(gen_id),
         "raw": row["raw"],
         "made_by": manifest["stage"]["strategy"]
         | {"engine": manifest["stage"]["engine"], "sampling": manifest["stage"]["sampling"]},
@@ -119,19 +119,21 @@ class Prompts:
     def __init__(self, folders: Folders, generated: str) -> None:
         self.folders, self.generated = folders, generated
 
-    def of(self, source_ids: list[str]) -> dict[str, str]:
-        """doc_id -> prompt. In place of a prompt that this version would word otherwise stands a sentence that says so."""
+    def of(self, rows: list[dict[str, Any]]) -> dict[str, str]:
+        """gen_id -> prompt of some ``generations``. In place of one that this version would word otherwise, a note of that."""
         artifact = self.folders.artifact(self.generated)
         inputs = {n: self.folders.artifact(f) for n, f in self.folders.found(self.generated)["inputs"].items()}
-        try:
-            made = load_stage(artifact).prompts(inputs, source_ids)  # type: ignore[attr-defined]
-        except (ConfigError, OSError, AttributeError) as error:
-            return dict.fromkeys(source_ids, f"(cannot be made again here: {error})")
-        stored = {r["source_id"]: r["prompt_sha"] for r in _rows(artifact, "generations", "source_id", source_ids)}
-        return {
-            i: text if _sha(text) == stored.get(i) else "(this version words the prompt otherwise)"
-            for i, text in made.items()
-        }
+        found: dict[str, str] = {}
+        for sample in {row["sample"] for row in rows}:
+            asked = {row["source_id"]: row for row in rows if row["sample"] == sample}
+            try:
+                made = load_stage(artifact).prompts(inputs, list(asked), sample)  # type: ignore[attr-defined]
+            except (ConfigError, OSError, AttributeError) as error:
+                return {row["gen_id"]: f"(cannot be made again here: {error})" for row in rows}
+            for source_id, text in made.items():
+                same = _sha(text) == asked[source_id]["prompt_sha"]
+                found[asked[source_id]["gen_id"]] = text if same else "(this version words the prompt otherwise)"
+        return found
 
 
 def _sha(text: str) -> str:
@@ -166,13 +168,13 @@ def samples(folders: Folders, generator: Json, accepted: int = 6, rejected: int 
     rows = {r["gen_id"]: r for r in _rows(written, "generations", "gen_id", [g for g, _, _ in chosen])}
     sources = list({r["source_id"] for r in rows.values()})
     text = passages(folders.artifact(folders.found(generated)["inputs"]["corpus"]), sources)
-    prompts = Prompts(folders, generated).of(sources)
+    prompts = Prompts(folders, generated).of(list(rows.values()))
     return [
         {
             "id": query_id or gen_id,
             "query": text_of.get(query_id) if query_id else None,
             "passage": text.get(rows[gen_id]["source_id"]),
-            "prompt": prompts.get(rows[gen_id]["source_id"]),
+            "prompt": prompts.get(gen_id),
             "raw": rows[gen_id]["raw"],
             "accepted": why is None,
             "why": f"{why['by']}: {why['reason']}" if why else None,

@@ -99,7 +99,7 @@ def _shared(query: str, passage: list[str]) -> float:
 
 
 class Generate(Stage):
-    """``samples`` completions for each passage of ``corpus``. Passages that are shown as exemplars are left out.
+    """``samples`` completions for each passage of ``corpus`` and strategy asked. Passages shown as exemplars are left out.
 
     A completion's id and seed come from this stage's fingerprint, its passage and its number, so they are the same on
     any number of workers and after any number of restarts. ``errors`` and ``truncated`` count passages. The cost counts
@@ -145,14 +145,15 @@ class Generate(Stage):
         made = {"generations": tables.empty("generations"), "rejected": tables.table("rejected", [refused])}
         return Output(made, counts={"in": 1, "out": 0, "errors": 0, "rejected": {f"generate/{reason}": 1}})
 
-    def prompts(self, inputs: Inputs, ids: Iterable[str]) -> dict[str, str]:
-        """The exact prompts of some passages, by doc_id, before an engine cuts long ones: for ``dagr preview``."""
+    def prompts(self, inputs: Inputs, ids: Iterable[str], sample: int = 0) -> dict[str, str]:
+        """The exact prompts of some passages' ``sample``, by doc_id, before an engine cuts long ones."""
         wanted, fingerprint, (shown, _) = list(ids), self.fingerprint(), _exemplars(inputs)
         found: dict[str, str] = {}
         for part in inputs["corpus"].scan("corpus"):
             rows = part.filter(pc.is_in(part["doc_id"], value_set=pa.array(wanted, tables.TEXT)))
             asked, _ = self._asked(rows, tables.part(fingerprint), shown, set())
-            found |= {doc_id: prompt.text for doc_id, prompt in zip(asked.ids, asked.prompts, strict=True)}
+            prompts = asked.prompts[sample // self.samples :: len(self.strategy.asked())]
+            found |= {doc_id: prompt.text for doc_id, prompt in zip(asked.ids, prompts, strict=True)}
         return found
 
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
@@ -167,15 +168,17 @@ class Generate(Stage):
         def run(start: int, stop: int) -> Output:
             asked, rejected = self._asked(inputs["corpus"].slice("corpus", start, stop), ids, shown, held_out)
             before = time.time()
-            answers = session.generate(asked.prompts, asked.seeds, self.sampling, self.samples)
+            answers = session.generate(asked.prompts, self._seeds(asked), self.sampling, self.samples)
             spent = {"generate_s": time.time() - before, "engine_start_s": start_s.pop() if start_s else 0.0}
             generations = self._generations(asked, answers)
             samples = [completion for answer in answers for completion in answer]
+            each = len(self.strategy.asked()) * self.samples
+            of_a_passage = [samples[i : i + each] for i in range(0, len(samples), each)]
             counts = {
                 "in": stop - start,
                 "out": generations["error"].null_count,
-                "errors": sum(any(c.error for c in a) for a in answers) if any(c.error for c in samples) else 0,
-                "truncated": sum(any(c.truncated for c in answer) for answer in answers),
+                "errors": sum(any(c.error for c in a) for a in of_a_passage) if any(c.error for c in samples) else 0,
+                "truncated": sum(any(c.truncated for c in a) for a in of_a_passage),
                 "rejected": rejected.counted(),
             }
             made = {"generations": generations, "rejected": rejected.table()}
@@ -187,7 +190,7 @@ class Generate(Stage):
         self, corpus: pa.Table, start: bytes, shown: tuple[Exemplar, ...], held_out: set[str]
     ) -> tuple[_Asked, tables.Rejected]:
         """What to ask of the passages, and those that nothing is asked of. ``start`` is the first part of all ids."""
-        asked, rejected, dice = _Asked(), tables.Rejected(), Dice()
+        asked, rejected, dice, strategies = _Asked(), tables.Rejected(), Dice(), self.strategy.asked()
         for doc_id, title, text in zip(*map(tables.texts, corpus.columns), strict=True):
             if doc_id in held_out:
                 rejected.add(doc_id, "exemplar", "held-out")
@@ -200,13 +203,21 @@ class Generate(Stage):
             asked.ids.append(doc_id)
             asked.contents.append(content)
             asked.seeds.append(seed)
-            asked.prompts.append(self.strategy.prompt(Passage(doc_id, title or "", text), shown, dice.thrown(seed)))
+            passage = Passage(doc_id, title or "", text)
+            # side by side, so that what they have in common is still in the engine's cache
+            asked.prompts += [strategy.prompt(passage, shown, dice.thrown(seed)) for strategy in strategies]
         return asked, rejected
+
+    def _seeds(self, asked: _Asked) -> list[int]:
+        """The seed of each prompt's first sample."""
+        firsts = range(0, len(self.strategy.asked()) * self.samples, self.samples)
+        return [seed + first for seed in asked.seeds for first in firsts]
 
     def _generations(self, asked: _Asked, answers: list[list[Completion]]) -> pa.Table:
         """The rows of the table, samples of one passage in a row. Columns, because a dict for each row takes 8 times as long."""
-        assert len(answers) == len(asked.ids), f"{self.engine.type} answered {len(answers)} of {len(asked.ids)} prompts"
-        each = range(self.samples)
+        prompts = len(asked.prompts)
+        assert len(answers) == prompts, f"{self.engine.type} answered {len(answers)} of {prompts} prompts"
+        each = range(self.samples * len(self.strategy.asked()))
         for answer in answers:
             assert len(answer) == self.samples, f"{self.engine.type} gave {len(answer)} samples of {self.samples}"
         numbers = [tables.part(i) for i in each]
@@ -220,7 +231,7 @@ class Generate(Stage):
             source_id=[doc_id for doc_id in asked.ids for _ in each],
             sample=[i for _ in asked.ids for i in each],
             seed=[seed + i for seed in asked.seeds for i in each],
-            prompt_sha=[sha for sha in shas for _ in each],
+            prompt_sha=[sha for sha in shas for _ in range(self.samples)],
             truncated=[c.truncated for c in made],
             raw=[None if c.raw is None else clean(c.raw) for c in made],
             finish_reason=[c.finish_reason for c in made],
@@ -275,7 +286,8 @@ class Parse(Stage):
         return self.generations.strategy.type
 
     def identity(self) -> dict[str, Any]:
-        return super().identity() | {"parse_version": self.generations.strategy.parse_version}
+        versions = [strategy.parse_version for strategy in self.generations.strategy.asked()]
+        return super().identity() | {"parse_version": versions[0] if len(versions) == 1 else versions}
 
     def size(self, inputs: Inputs) -> int:
         return inputs["generations"].count("generations")
@@ -285,11 +297,13 @@ class Parse(Stage):
         return inputs["generations"].ranges("generations", step)
 
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
-        strategy, engine = self.generations.strategy, self.generations.engine
-        made_by = {"strategy": strategy.type, "engine": engine.type, "model": engine.model_name()}
+        strategies, engine = self.generations.strategy.asked(), self.generations.engine
+        samples, columns = self.generations.samples, ["gen_id", "source_id", "raw", "error", "sample"]
+        made_by = {"engine": engine.type, "model": engine.model_name()}
 
         def run(start: int, stop: int) -> Output:
-            rows = inputs["generations"].slice("generations", start, stop, ["gen_id", "source_id", "raw", "error"])
+            rows = inputs["generations"].slice("generations", start, stop, columns)
+            asked_by = (strategies[sample // samples] for sample in rows["sample"].to_pylist())
             passages = inputs["corpus"].slice("corpus", *inputs["generations"].source_rows("generations", start, stop))
             ids, titles, texts = map(tables.texts, passages.columns)
             place = dict(zip(ids, range(len(ids)), strict=True))
@@ -298,7 +312,9 @@ class Parse(Stage):
             queries: list[str] = []
             gen_ids: list[str] = []
             source_ids: list[str] = []
-            for gen_id, source_id, raw, error in zip(*map(tables.texts, rows.columns), strict=True):
+            types: list[str] = []
+            texts_of = map(tables.texts, rows.select(columns[:4]).columns)
+            for gen_id, source_id, raw, error, strategy in zip(*texts_of, asked_by, strict=True):
                 if error is not None or raw is None:
                     rejected.add(gen_id, "generate", "error", error)
                     continue
@@ -309,13 +325,16 @@ class Parse(Stage):
                     queries.append(tables.clean(text))
                     gen_ids.append(gen_id)
                     source_ids.append(source_id)
+                    types.append(strategy.type)
                 for reason, detail in parsed.rejected:
                     rejected.add(gen_id, "parse", reason, tables.clean(detail))
             size, minted, sources = len(queries), *(pa.array(each, tables.TEXT) for each in (query_ids, source_ids))
             made = {
                 "queries": tables.columns("queries", size, query_id=minted, text=queries),
                 "qrels": tables.columns("qrels", size, query_id=minted, doc_id=sources, relevance=1),
-                "lineage": tables.columns("lineage", size, id=minted, gen_id=gen_ids, source_id=sources, **made_by),
+                "lineage": tables.columns(
+                    "lineage", size, id=minted, gen_id=gen_ids, source_id=sources, strategy=types, **made_by
+                ),
                 "rejected": rejected.table(),
             }
             return Output(made, counts={"in": rows.num_rows, "out": size, "rejected": rejected.counted()})

@@ -88,6 +88,10 @@ class Strategy(Config):
     parse_version: ClassVar[int] = 1
     writes: ClassVar[str] = "queries"
 
+    def asked(self) -> tuple[Strategy, ...]:
+        """The strategies that each passage is asked with, in this order: itself, unless it is made of several."""
+        return (self,)
+
     def prompt(self, row: Passage, exemplars: tuple[Exemplar, ...], rng: random.Random) -> Prompt:
         """The prompt for a passage; the same for the same row, exemplars and seed. Corpus text never becomes structure."""
         raise NotImplementedError

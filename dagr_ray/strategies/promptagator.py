@@ -72,16 +72,19 @@ class Promptagator(Strategy):
     task: str = "Each passage is followed by a search query that someone typed to find it."
     max_exemplars: Annotated[int, Field(ge=0, le=8)] = 8
     exemplar_words: Annotated[int, Field(ge=8)] = 60
+    task_last: bool = False
 
     def prompt(self, row: Passage, exemplars: tuple[Exemplar, ...], rng: random.Random) -> Prompt:
         """Task, exemplars (generic ones for want of better), passage. No use of ``rng``: the prefix is shared."""
         shown = (exemplars or GENERIC)[: self.max_exemplars]
-        parts = [" ".join(self.task.split())]
+        task = " ".join(self.task.split())
+        parts = [] if self.task_last else [task]
         for exemplar in shown:
             words = exemplar.passage.split()[: self.exemplar_words]
             parts.append(f"Passage:\n{' '.join(words)}\nQuery: {' '.join(exemplar.query.split())}")
         passage = " ".join(tables.passage_text(row.title, row.text).split())
-        return Prompt("\n\n".join(parts) + "\n\nPassage:\n", passage, "\nQuery:", stop=("\n",))
+        after = f"\n{task}\nQuery:" if self.task_last else "\nQuery:"
+        return Prompt("\n\n".join([*parts, "Passage:\n"]), passage, after, stop=("\n",))
 
     def parse(self, row: Passage, raw: str) -> Parsed:
         """The first line that says something, without label, number and quotes."""

@@ -1,0 +1,60 @@
+"""Several strategies that read one passage, asked one after the other, so that an engine reads the passage once."""
+
+from __future__ import annotations
+
+import random
+from typing import ClassVar
+
+from pydantic import model_validator
+
+from dagr_ray.config import ConfigError
+from dagr_ray.strategies import Exemplar, Parsed, Passage, Prompt, Strategy
+from dagr_ray.strategies.promptagator import Promptagator
+
+# The forms in which the queries of BEIR's tasks differ most (arXiv 2104.08663, table 1): keywords, questions, needs.
+FORMS = (
+    Promptagator(task="A few keywords that find this passage in a search engine.", task_last=True),
+    Promptagator(task="A question that this passage answers.", task_last=True),
+    Promptagator(task="The problem of a person who needs this passage, in their own words.", task_last=True),
+)
+
+
+class Several(Strategy):
+    """Asks each passage with every one of ``strategies``, ``samples`` times each, in adjacent requests.
+
+    What the prompts have in common stands first: exemplars, then the passage, then the task (``task_last``). So all but
+    the first find the passage in the engine's prefix cache (vLLM, arXiv 2309.06180), in which a passage stays for a
+    short while only. The queries' lineage names the strategy that each came from.
+
+    >>> row = Passage("d1", "shutil.copytree", "Recursively copy a directory tree.")
+    >>> first, second, _ = [one.prompt(row, (), random.Random(0)) for one in Several().asked()]
+    >>> first.before + first.passage == second.before + second.passage, first.after == second.after
+    (True, False)
+    >>> Several().parse(row, " copy folder with files").kept
+    ['copy folder with files']
+    """
+
+    abstract: ClassVar[bool] = False
+    strategies: tuple[Strategy, ...] = FORMS
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Several:
+        if not self.strategies:
+            raise ConfigError("several: strategies is empty; give at least one")
+        kinds = sorted({strategy.writes for strategy in self.strategies})
+        if kinds != [self.writes]:
+            raise ConfigError(
+                f"several: the strategies write {', '.join(kinds)}; give only such as write {self.writes}"
+            )
+        return self
+
+    def asked(self) -> tuple[Strategy, ...]:
+        return self.strategies
+
+    def prompt(self, row: Passage, exemplars: tuple[Exemplar, ...], rng: random.Random) -> Prompt:
+        """The first strategy's prompt."""
+        return self.strategies[0].prompt(row, exemplars, rng)
+
+    def parse(self, row: Passage, raw: str) -> Parsed:
+        """As the first strategy reads it; ``Parse`` takes the one that asked."""
+        return self.strategies[0].parse(row, raw)
