@@ -66,7 +66,7 @@ class Reach(Stage):
 
     def grow(self, inputs: Inputs, build: Callable[[Stage], Artifact]) -> Inputs:
         """Builds the steps, and returns their folders by name."""
-        passages, samples = inputs["corpus"].count("corpus"), self._generate().samples
+        passages, samples = inputs["corpus"].count("corpus"), self._generate().per_passage()
         limit = passages if self.max_candidates is None else min(passages, self.max_candidates // samples)
         steps: Inputs = {}
         seen: set[str] = set()
@@ -89,7 +89,7 @@ class Reach(Stage):
 
     def stopped(self, kept: int, candidates: int, corpus: int) -> str:
         """What ended the steps: ``accepted``, ``max_candidates``, ``corpus`` or ``max_cost``."""
-        samples = self._generate().samples
+        samples = self._generate().per_passage()
         if kept >= self.accepted:
             return "accepted"
         if self.max_candidates is not None and candidates + samples > self.max_candidates:
@@ -117,7 +117,7 @@ class Reach(Stage):
                 for name, table in whole.items()
             }
             passages = sum(self._asked(inputs[s]) for s in steps)
-            candidates = passages * self._generate().samples
+            candidates = passages * self._generate().per_passage()
             kept = made["queries"].num_rows
             why = self.stopped(kept, candidates, inputs["corpus"].count("corpus"))
             if why != "accepted":

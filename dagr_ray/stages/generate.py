@@ -138,6 +138,10 @@ class Generate(Stage):
     def size(self, inputs: Inputs) -> int:
         return inputs["corpus"].count("corpus")
 
+    def per_passage(self) -> int:
+        """Completions of one passage: ``samples`` for each strategy that asks."""
+        return self.samples * len(self.strategy.asked())
+
     def refuse(self, inputs: Inputs, row: int, reason: str, detail: str) -> Output:
         """A passage that is given up: no completions, and a row in ``rejected``."""
         [doc_id] = inputs["corpus"].slice("corpus", row, row + 1)["doc_id"].to_pylist()
@@ -172,7 +176,7 @@ class Generate(Stage):
             spent = {"generate_s": time.time() - before, "engine_start_s": start_s.pop() if start_s else 0.0}
             generations = self._generations(asked, answers)
             samples = [completion for answer in answers for completion in answer]
-            each = len(self.strategy.asked()) * self.samples
+            each = self.per_passage()
             of_a_passage = [samples[i : i + each] for i in range(0, len(samples), each)]
             counts = {
                 "in": stop - start,
@@ -210,14 +214,14 @@ class Generate(Stage):
 
     def _seeds(self, asked: _Asked) -> list[int]:
         """The seed of each prompt's first sample."""
-        firsts = range(0, len(self.strategy.asked()) * self.samples, self.samples)
+        firsts = range(0, self.per_passage(), self.samples)
         return [seed + first for seed in asked.seeds for first in firsts]
 
     def _generations(self, asked: _Asked, answers: list[list[Completion]]) -> pa.Table:
         """The rows of the table, samples of one passage in a row. Columns, because a dict for each row takes 8 times as long."""
         prompts = len(asked.prompts)
         assert len(answers) == prompts, f"{self.engine.type} answered {len(answers)} of {prompts} prompts"
-        each = range(self.samples * len(self.strategy.asked()))
+        each = range(self.per_passage())
         for answer in answers:
             assert len(answer) == self.samples, f"{self.engine.type} gave {len(answer)} samples of {self.samples}"
         numbers = [tables.part(i) for i in each]
