@@ -111,3 +111,18 @@ def test_a_manifest_is_parsed_once(tmp_path, monkeypatch):
     assert folder.count("corpus") == 3
     monkeypatch.setattr(Artifact, "read_json", lambda *_: pytest.fail("read again"))
     assert folder.count("corpus") == 3 and Artifact(str(tmp_path), "made").slice("corpus", 1, 2).num_rows == 1
+
+
+def test_looking_for_damage_takes_a_listing_for_each_table(tmp_path, monkeypatch):
+    folder = finished(tmp_path, [2] * 30)
+    parts = [part["file"] for part in folder.manifest["tables"]["corpus"]["parts"]]
+    Path(folder.path, parts[3]).unlink()
+    Path(folder.path, parts[7]).write_bytes(b"short")
+    listed = []
+    real = Artifact.listing
+    monkeypatch.setattr(Artifact, "listing", lambda self, name: listed.append(name) or real(self, name))
+    found = folder.damaged()
+    assert set(found) == {3, 7} and "missing" in found[3] and "has 5 bytes" in found[7]
+    assert listed == ["corpus"], "and no receipt is read where there is a manifest"
+    folder.remove("manifest.json")
+    assert Artifact(str(tmp_path), "made").damaged() == found
