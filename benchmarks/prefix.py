@@ -1,0 +1,85 @@
+"""What it brings that several strategies ask one passage side by side: the same requests as Generate sends them, and shuffled.
+
+    python benchmarks/prefix.py [--passages 150] [--rounds 3] [--blocks 160] [--json FILE]
+
+Three strategies read each passage (``Several``): exemplars, then the passage, then the task. In a corpus of millions the
+prefix cache holds next to none of the passages; here it is as small (``--blocks``) against a few hundred of them. Both
+orders run in turns in one engine, whose cache is emptied between. Bound: side by side is at least 1.3 times as fast.
+"""
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+from dagr_ray.cluster import Pool
+from dagr_ray.engines import Sampling
+from dagr_ray.engines.vllm import VLLM
+from dagr_ray.models import smollm2
+from dagr_ray.stage import materialize
+from dagr_ray.stages.corpus import PyDocs, Sample
+from dagr_ray.strategies import Passage
+from dagr_ray.strategies.several import FORMS, Several
+from dagr_ray.tables import seed_of
+
+BOUND = 1.3
+
+
+def main() -> int:
+    """Runs the rounds, prints and writes the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--passages", type=int, default=150)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--blocks", type=int, default=160, help="blocks of the cache, of 32 tokens each on a CPU")
+    parser.add_argument("--json", metavar="FILE")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as runs:
+        corpus = Sample(corpus=PyDocs(part="stdlib"), n=args.passages, min_words=120)
+        rows = materialize(corpus, runs).read("corpus").to_pylist()
+    few = Several(strategies=tuple(form.model_copy(update={"max_exemplars": 1}) for form in FORMS))
+    requests = [
+        (one.prompt(Passage(row["doc_id"], row["title"], row["text"]), (), random.Random(0)), seed_of(row["doc_id"], i))
+        for row in rows
+        for i, one in enumerate(few.asked())
+    ]
+    shuffled = random.Random(0).sample(requests, len(requests))
+    engine = VLLM(model=str(smollm2()), max_model_len=512)
+    session = engine.open(Pool(cpus=2, engine_args={"num_gpu_blocks_override": args.blocks, "max_num_seqs": 8}))
+    seconds: dict[str, list[float]] = {"side by side": [], "shuffled": []}
+    cached: dict[str, int] = {}
+    prompt = 0
+    for number in range(args.rounds):
+        for name in list(seconds) if number % 2 == 0 else list(seconds)[::-1]:
+            session.feeding.llm.reset_prefix_cache()
+            asked = requests if name == "side by side" else shuffled
+            began = time.perf_counter()
+            answers = session.generate([p for p, _ in asked], [s for _, s in asked], Sampling(max_tokens=16), 1)
+            seconds[name].append(time.perf_counter() - began)
+            cached[name] = sum(answer[0].cached_tokens for answer in answers)
+            prompt = sum(answer[0].prompt_tokens for answer in answers)
+    session.close()
+    ratios = [b / a for a, b in zip(seconds["side by side"], seconds["shuffled"], strict=True)]
+    lines = ["| order | requests/s, median | prompt tokens from the cache |", "|---|---:|---:|"]
+    lines += [f"| {n} | {len(requests) / median(s):.2f} | {cached[n] / prompt:.0%} |" for n, s in seconds.items()]
+    told = f"{median(ratios):.2f} (least {min(ratios):.2f}, most {max(ratios):.2f}; bound: at least {BOUND})"
+    text = (
+        f"{len(rows)} passages of 120 words and more, {len(few.asked())} strategies, {prompt:,} prompt tokens, a cache of "
+        f"{args.blocks * 32:,} tokens, SmolLM2-135M on this CPU.\n\n"
+        + "\n".join(lines)
+        + f"\n\nSide by side over shuffled: {told}."
+    )
+    print(text)
+    if args.json:
+        Path(args.json).write_text(
+            json.dumps({"ratios": ratios, "seconds": seconds, "cached": cached, "prompt_tokens": prompt})
+        )
+    Path(__file__).with_suffix(".md").write_text(text + "\n")
+    return int(median(ratios) < BOUND)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
