@@ -12,7 +12,6 @@ a row of ours is lost, twice or different, or more was spent than 1.05 of one pa
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import random
@@ -28,15 +27,12 @@ from typing import Any
 
 import psutil
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.nodes import Nodes
+
 ROOT = Path(__file__).resolve().parent.parent
 WORKERS, SHARD_ROWS, SAMPLES, PAUSE_S = 2, 20, 2, 0.02
-# A node whose raylet is silent for this long is dead to Ray.
-HEALTH = {
-    "health_check_initial_delay_ms": 1000,
-    "health_check_period_ms": 500,
-    "health_check_timeout_ms": 1000,
-    "health_check_failure_threshold": 3,
-}
 PLACEMENT = f"""[generate]
 workers = {WORKERS}
 cpus = 1
@@ -58,69 +54,6 @@ def write_set(folder: Path, passages: int) -> None:
             corpus.write(json.dumps({"_id": f"d{i}", "title": "", "text": text}) + "\n")
     (folder / "queries.jsonl").write_text(json.dumps({"_id": "q0", "text": "amber"}) + "\n")
     (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq0\td0\t1\n")
-
-
-class Nodes:
-    """A head without CPUs and two nodes with two each, as processes of this machine."""
-
-    def __init__(self) -> None:
-        self.cluster: Any = None
-        self.start()
-
-    def start(self) -> None:
-        from ray.cluster_utils import Cluster
-
-        if self.cluster is not None:
-            self.stop()
-        small = {"object_store_memory": 80 << 20, "include_dashboard": False}
-        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "_system_config": HEALTH, **small})
-        self.workers = [self.cluster.add_node(num_cpus=2, object_store_memory=80 << 20) for _ in range(2)]
-
-    def stop(self) -> None:
-        for node in self.cluster.list_all_nodes():
-            node.kill_all_processes(check_alive=False, allow_graceful=False)
-        self.cluster = None
-
-    def add(self) -> None:
-        self.workers.append(self.cluster.add_node(num_cpus=2, object_store_memory=80 << 20))
-
-    def remove(self, rng: random.Random) -> None:
-        node = self.workers.pop(rng.randrange(len(self.workers)))
-        self.cluster.remove_node(node, allow_graceful=False)
-
-    def raylet(self, rng: random.Random) -> Any:
-        """The raylet of one of the two nodes."""
-        return rng.choice(self.workers).all_processes["raylet"][0].process
-
-    def kill_head(self) -> None:
-        self.cluster.head_node.kill_all_processes(check_alive=False, allow_graceful=False)
-
-    def mend(self) -> None:
-        """The number of nodes is as before, whatever was taken."""
-        if not self.cluster.head_node.any_processes_alive():
-            self.start()
-            return
-        for node in [n for n in self.workers if not n.live_processes()]:
-            self.workers.remove(node)
-        alive = [n for n in self.workers if any(name == "raylet" for name, _ in n.live_processes())]
-        for node in [n for n in self.workers if n not in alive]:
-            node.kill_all_processes(check_alive=False, allow_graceful=False)
-        self.workers = alive
-        while len(self.workers) < 2:
-            self.add()
-
-    def processes(self, text: str) -> list[psutil.Process]:
-        """Processes that these nodes started, whose command line holds ``text``."""
-        found = []
-        for node in self.cluster.list_all_nodes():
-            for name, process in node.live_processes():
-                if name != "raylet":
-                    continue
-                for child in psutil.Process(process.pid).children(recursive=True):
-                    with contextlib.suppress(psutil.NoSuchProcess):
-                        if text in " ".join(child.cmdline()):
-                            found.append(child)
-        return found
 
 
 class Arm:
@@ -485,6 +418,25 @@ def measure(arm_name: str, kills: int, seed: int, passages: int, kinds: list[str
         return report
 
 
+def table(found: dict[str, Any]) -> str:
+    """Markdown of the arms' reports."""
+    lines = [
+        "| | faults | passes | rows | lost | twice | tables that differ | spent / one pass | bound | seconds | finished |"
+    ]
+    lines += ["|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---|"]
+    for name, one in found.items():
+        label = Ours.name if name == "ours" else RayCheckpoints.name
+        lines.append(
+            f"| {label} | {sum(one['faults'].values())} | {one['passes']} | {one['rows']:,} | {one['lost']:,} | {one['twice']:,} "
+            f"| {one['different'] + one['other_bytes']} | {one['spent'] / one['one_pass']:.3f} "
+            f"| {one['bound'] / one['one_pass']:.3f} | {one['seconds']:.0f} | {'yes' if one['finished'] else 'no'} |"
+        )
+    for name, one in found.items():
+        kinds = ", ".join(f"{kind.replace('_', ' ')} {count}" for kind, count in sorted(one["faults"].items()))
+        lines += ["", f"Faults of {Ours.name if name == 'ours' else RayCheckpoints.name}: {kinds}."]
+    return "\n".join(lines)
+
+
 def main() -> int:
     """Runs the arms, prints and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -494,31 +446,20 @@ def main() -> int:
     parser.add_argument("--arms", default="ours,ray")
     parser.add_argument("--kinds", help="only these faults, with commas between")
     parser.add_argument("--json", metavar="FILE")
-    args = parser.parse_args()
-    sys.path.insert(0, str(ROOT))
-    found = {}
-    lines = ["| | faults | passes | rows | lost | twice | tables that differ | spent / one pass | bound | finished |"]
-    lines += ["|---|---:|---:|---:|---:|---:|---:|---:|---:|---|"]
-    for name in args.arms.split(","):
-        kinds = args.kinds.split(",") if args.kinds else None
-        found[name] = one = measure(name, args.kills, args.seed, args.passages, kinds)
-        label = Ours.name if name == "ours" else RayCheckpoints.name
-        lines.append(
-            f"| {label} | {sum(one['faults'].values())} | {one['passes']} | {one['rows']:,} | {one['lost']:,} | {one['twice']:,} "
-            f"| {one['different'] + one['other_bytes']} | {one['spent'] / one['one_pass']:.3f} "
-            f"| {one['bound'] / one['one_pass']:.3f} | {'yes' if one['finished'] else 'no'} |"
-        )
-        print(f"{name}: {one}", file=sys.stderr, flush=True)
-    kinds_done = Counter(found[next(iter(found))]["faults"])
-    text = (
-        "\n".join(lines)
-        + "\n\nFaults: "
-        + ", ".join(f"{k.replace('_', ' ')} {n}" for k, n in sorted(kinds_done.items()))
+    parser.add_argument(
+        "--table", metavar="FILE", help="only write the table again, from a JSON file of an earlier run"
     )
+    args = parser.parse_args()
+    found = json.loads(Path(args.table).read_text()) if args.table else {}
+    for name in [] if args.table else args.arms.split(","):
+        kinds = args.kinds.split(",") if args.kinds else None
+        found[name] = measure(name, args.kills, args.seed, args.passages, kinds)
+        print(f"{name}: {found[name]}", file=sys.stderr, flush=True)
+    text = table(found)
     print(text)
     if args.json:
         Path(args.json).write_text(json.dumps(found, indent=1))
-    Path(__file__).with_suffix(".md").write_text(text + ".\n")
+    Path(__file__).with_suffix(".md").write_text(text + "\n")
     ours = found.get("ours")
     return int(ours is not None and not (ours["exact"] and ours["within"] and ours["finished"]))
 
