@@ -46,9 +46,17 @@ def parser() -> argparse.ArgumentParser:
         made[name].add_argument(
             "--placement", default="local", help="local, or a TOML file such as cluster/one_gpu.toml"
         )
-    for name in ("run", "study"):
         made[name].add_argument("--address", help="a running Ray cluster (default: RAY_ADDRESS, else this machine)")
         made[name].add_argument("--quiet", action="store_true", help="no progress")
+        made[name].add_argument(
+            "--canary",
+            action="store_true",
+            help="ask for 64 passages first: estimate from them, stop at bad prompts or answers",
+        )
+        made[name].add_argument(
+            "--guard", action="append", default=[], metavar="NAME=SHARE",
+            help="the largest share of truncated, cut_off, unparsed or copied rows with which a canary passes",
+        )  # fmt: skip
     for name in ("check", "run", "study", "ls", "show", "bill", "trace", "report", "export"):
         default = os.environ.get("DAGR_RUNS", "runs")
         made[name].add_argument("--runs", default=default, help="folder or URI of the results (default: %(default)s)")
@@ -156,7 +164,7 @@ def _explain(error: Exception) -> int:
             print(f"dagr: error: {_one_line(link)}", file=sys.stderr)
             return 2
         if isinstance(link, StageFailed):
-            print(f"dagr: failed: {_one_line(link)}", file=sys.stderr)
+            print("\n  ".join([f"dagr: failed: {_one_line(link)}", *getattr(link, "rows", ())]), file=sys.stderr)
             return 1
         link = getattr(link, "cause", None) or link.__cause__ or link.__context__
     last = _one_line(error)

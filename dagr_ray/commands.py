@@ -16,8 +16,8 @@ from typing import Any
 from dagr_ray import cluster
 from dagr_ray.artifact import Artifact, filesystem
 from dagr_ray.config import ConfigError, plugins as registered
-from dagr_ray.progress import Reporter, duration
-from dagr_ray.stage import Stage, materialize, survey
+from dagr_ray.progress import Reporter, duration, size
+from dagr_ray.stage import Stage, materialize, survey, walk
 from dagr_ray.study import Job, Study, load_job, parse_axes, plan_study, run_study
 
 log = logging.getLogger("dagr")
@@ -61,11 +61,12 @@ def _validate(stages: Iterable[Stage]) -> None:
 def check(args: Args) -> int | None:
     """``dagr check``."""
     from dagr_ray.estimate import estimate
-    from dagr_ray.stage import walk
 
     placement = cluster.load_placement(args.placement)
     stages = walk(_one(args)[1]) if args.one else _study(args).stages()
     _validate(stages)
+    if args.canary:
+        _canary(args, stages, placement, Reporter(quiet=args.quiet))
     lines = list(survey(stages, args.runs, deep=args.deep, repair=args.deep))
     guesses = estimate([line.stage for line in lines if line.state != "cached"], args.runs, placement)
     damaged = [line for line in lines if line.problem]
@@ -89,24 +90,46 @@ def check(args: Args) -> int | None:
         shown = f"{line.done}/{line.of}" if line.of else ""
         tokens = f"{guess['tokens']:,}" if guess.get("tokens") else ""
         hours = duration(guess["seconds"]) if guess.get("seconds") is not None else ""
+        stored = size(guess["bytes"]) if guess.get("bytes") is not None else ""
         money = f"${guess['price']:.4f}" if guess.get("price") is not None else ""
-        rows.append([line.stage.folder_name(), line.state, shown, tokens, hours, money, line.problem])
-    _print_table(rows, ["stage", "state", "shards", "tokens <=", "time ~", "cost ~", "problem"])
+        basis = guess.get("basis", "")
+        rows.append([line.stage.folder_name(), line.state, shown, tokens, hours, stored, money, basis, line.problem])
+    _print_table(rows, ["stage", "state", "shards", "tokens ~", "time ~", "storage ~", "cost ~", "as in", "problem"])
     todo = [line for line in lines if line.state != "cached"]
-    seconds = sum(guesses[s.stage.fingerprint()].get("seconds") or 0 for s in todo)
-    price = sum(guesses[s.stage.fingerprint()].get("price") or 0 for s in todo)
-    print(
-        f"{len(lines)} stages, {len(lines) - len(todo)} cached; about {duration(seconds)} of work and ${price:.4f} to do; "
-        "times come from finished folders where there are any, else from a 2-core CPU"
-    )
+    print(f"{len(lines)} stages, {len(lines) - len(todo)} cached; {_to_do(guesses.values())}")
+    if any(guess["basis"] != "this corpus" for guess in guesses.values() if guess["tokens"]):
+        print("the tokens are a guess: --canary asks for 64 passages and knows better")
     for line in damaged:
         print(f"damaged: {line.stage.folder_name()}: {line.problem}; the next run rebuilds what is damaged")
     return 1 if damaged else None
 
 
+def _canary(args: Args, stages: Sequence[Stage], placement: cluster.Placement, reporter: Reporter) -> None:
+    """Asks for 64 passages of each generation that is to be done. Raises GuardFailed where prompts or answers are bad."""
+    from dagr_ray.canary import Guards, fly
+    from dagr_ray.estimate import estimate
+
+    guards = Guards.of(args.guard)
+    todo = [line.stage for line in survey(list(stages), args.runs) if line.state != "cached"]
+    if todo:
+        cluster.connect(args.address)
+    for canary, findings in fly(todo, args.runs, placement, guards, reporter):
+        seen = ", ".join(f"{finding.guard} {finding.share:.0%}" for finding in findings)
+        print(f"canary {canary.generate.label()}: {seen}", file=sys.stderr)
+    print(f"canary: {_to_do(estimate(todo, args.runs, placement).values())}", file=sys.stderr)
+
+
+def _to_do(guesses: Iterable[dict[str, Any]]) -> str:
+    guesses = list(guesses)
+    total = {key: sum(guess.get(key) or 0 for guess in guesses) for key in ("seconds", "tokens", "bytes", "price")}
+    return (
+        f"about {duration(total['seconds'])} of work, {total['tokens']:,} tokens, {size(total['bytes'])} and "
+        f"${total['price']:.4f} to do"
+    )
+
+
 def preview(args: Args) -> int | None:
     """``dagr preview``: in a temporary runs folder, on this process alone."""
-    from dagr_ray.stage import walk
     from dagr_ray.stages.corpus import Sample
     from dagr_ray.stages.generate import Generate, Parse
 
@@ -149,7 +172,10 @@ def run(args: Args) -> int | None:
     _, stage = _one(args)
     _validate([stage])
     cluster.connect(args.address)
-    folder = materialize(stage, args.runs, placement, Reporter(quiet=args.quiet))
+    reporter = Reporter(quiet=args.quiet)
+    if args.canary:
+        _canary(args, walk(stage), placement, reporter)
+    folder = materialize(stage, args.runs, placement, reporter)
     if "metrics" in folder.table_names():
         means = [r for r in folder.read("metrics").to_pylist() if r["query_id"] is None]
         _print_table([[r["data"] or "", r["measure"], f"{r['value']:.4f}"] for r in means], ["data", "measure", "mean"])
@@ -169,6 +195,8 @@ def study(args: Args) -> int | None:
     reporter = Reporter(quiet=args.quiet)
     if todo:
         cluster.connect(args.address)
+    if args.canary:
+        _canary(args, todo, placement, reporter)
     mirror = _Mirror(args.runs, enabled=not args.no_track)
     folder = run_study(planned, args.runs, placement, reporter, mirror.soon)
     summary = report.summarise(args.runs, folder.name)

@@ -1,14 +1,27 @@
-"""What a stage will take, before it is run: from finished folders of its kind where there are any, else from constants."""
+"""What a stage will take, before it is run: from finished folders of its kind (a canary is one), else from constants.
+
+A folder is the better a guide the more it has in common with the stage: the same corpus, the same request to the same
+engine, the same type. Time is what its workers needed for a row, and what came before the first; bytes are those of a
+row, and those of a part whatever its rows.
+"""
 
 from __future__ import annotations
 
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from math import ceil
 from statistics import median
 
+import pyarrow as pa
 import pyarrow.fs as pafs
+import pyarrow.parquet as pq
 
+from dagr_ray import tables
 from dagr_ray.artifact import Artifact, Json, filesystem
-from dagr_ray.cluster import Placement
-from dagr_ray.engines import Engine
+from dagr_ray.bill import KINDS, Rates
+from dagr_ray.cluster import Placement, Pool
 from dagr_ray.engines.crop import CropEngine
 from dagr_ray.stage import Stage
 from dagr_ray.stages.corpus import Beir, PyDocs, Sample
@@ -22,68 +35,268 @@ PROMPT_TOKENS = 600  # six exemplars of up to 60 words, a passage of about 120 w
 DEFAULT_ROW_S = {"generate": 0.07, "train": 0.08, "index": 0.007, "search": 0.0003}
 DEFAULT_START_S = {"generate": 15.0, "train": 15.0, "search": 0.5}
 DEFAULT_FIXED_S = 0.3
+# How much a finished folder has in common with a stage: what the estimate says it is based on, best first.
+BASES = ("this corpus", "another corpus", "its type")
 
 
-def rows_of(stage: Stage) -> int | None:
-    """The most rows that a stage can have, known from its config alone; None where only running it can tell."""
-    if isinstance(stage, PyDocs):
-        return PYDOCS_ROWS[stage.part]
-    if isinstance(stage, Sample):
-        inner = rows_of(stage.corpus)
-        if stage.n is not None:
-            return min(stage.n, inner) if inner else stage.n
-        return int(inner * (stage.share or 1.0)) if inner else None
-    if isinstance(stage, Beir):
-        return None
-    if isinstance(stage, Generate):
-        inner = rows_of(stage.corpus)
-        return inner * stage.samples if inner else None
-    if isinstance(stage, Take) and stage.n is not None:
-        return stage.n
-    known = [rows for rows in (rows_of(inner) for inner in stage.inputs().values()) if rows]
-    return known[0] if known else None
+@dataclass(frozen=True)
+class Record:
+    """What a finished folder tells about others of its kind. Times are those of one worker."""
+
+    manifest: Json
+    rows: int
+    fixed_s: float  # before and after the work, whatever its size
+    start_s: float  # to open the stage, for each worker
+    row_s: float
+    tokens: dict[str, float]  # for a row, by kind
+    row_bytes: float
+    kept: float  # rows that come out for each that goes in
+
+    @classmethod
+    def of(cls, manifest: Json, pool: str) -> Record | None:
+        """None where the folder had no rows, or was made before bills were written."""
+        bill, rows = manifest.get("bill"), manifest["counts"].get("in", 0)
+        if not bill or not rows:
+            return None
+        seconds, tries = bill["seconds"], max(bill["attempts"], 1)
+        shards = max((len(entry["parts"]) for entry in manifest["tables"].values()), default=1)
+        workers = max(manifest["placement"][pool]["workers"], 1)
+        at_work = max(min(workers, shards), 1)
+        start_s, busy_s = seconds["start"] / at_work / tries, seconds["busy"] / at_work
+        wasted_s = bill["waste"]["seconds"] / at_work
+        stored = sum(
+            entry["bytes"] - len(entry["parts"]) * _part_bytes(name) for name, entry in manifest["tables"].items()
+        )
+        stored += sum(entry["bytes"] for entry in manifest["files"].values())
+        return cls(
+            manifest,
+            rows,
+            max((seconds["wall"] - busy_s - wasted_s) / tries - start_s, 0.0),
+            start_s,
+            seconds["busy"] / rows,
+            {kind: bill["tokens"][kind] / rows for kind in KINDS},
+            max(stored, 0) / rows,
+            manifest["counts"].get("out", rows) / rows,
+        )
 
 
-def _recorded(stages: list[Stage], runs: str) -> dict[str, float]:
-    """Median wall seconds per input row by ``type`` (for generators, by engine type too) of the finished folders."""
+@lru_cache
+def _part_bytes(table: str) -> int:
+    """What a part takes whatever its rows: its size with one short row, as pages without any rows have no headers."""
+    fields = {field.name: _short(field.type) for field in tables.schema(table)}
+    sink = io.BytesIO()
+    pq.write_table(tables.table(table, [fields]), sink, compression="zstd")
+    return sink.tell()
+
+
+def _short(kind: pa.DataType) -> object:
+    if pa.types.is_large_string(kind):
+        return "0"
+    return [] if pa.types.is_list(kind) else pa.scalar(0).cast(kind).as_py()
+
+
+def _records(runs: str) -> list[Json]:
+    """The manifests of a runs folder."""
     fs, root = filesystem(runs)
-    wanted = {_kind(stage) for stage in stages}
-    found: dict[str, list[float]] = {}
-    for info in fs.get_file_info(pafs.FileSelector(root, allow_not_found=True)):
-        if info.type != pafs.FileType.Directory or not any(info.base_name.startswith(k.split("/")[0]) for k in wanted):
+    found = fs.get_file_info(pafs.FileSelector(root, allow_not_found=True))
+    manifests = (Artifact(runs, info.base_name).manifest for info in found if info.type == pafs.FileType.Directory)
+    return [manifest for manifest in manifests if manifest and manifest.get("stage", {}).get("type")]
+
+
+def _origin(value: Json) -> object:
+    """The corpus that a stage's passages come from, samples taken off, in any of its inputs (as JSON)."""
+    if value.get("type") == "sample":
+        return _origin(value["corpus"])
+    if "corpus" in value:
+        return _origin(value["corpus"])
+    for name in ("generations", "parsed", "selected", "queries", "mined", "examples", "data", "index"):
+        if isinstance(value.get(name), dict):
+            return _origin(value[name])
+    return value
+
+
+# What decides the work on a row; the rest of a stage's fields are its inputs.
+_ASKED = ("engine", "strategy", "sampling", "samples", "filter", "miner", "base")
+
+
+def _likeness(stage: Json, other: Json) -> int | None:
+    """The place in BASES that ``other`` has for ``stage``; None where they have not even their type in common."""
+    if stage["type"] != other["type"]:
+        return None
+    same = all(stage.get(name) == other.get(name) for name in _ASKED)
+    kinds = [
+        [(value.get(name) or {}).get("type") for name in ("engine", "filter", "miner")] for value in (stage, other)
+    ]
+    if kinds[0] != kinds[1]:
+        return None
+    filters = [[score["filter"]["type"] for score in value.get("scores", ())] for value in (stage, other)]
+    if same and filters[0] == filters[1]:
+        return 0 if _origin(stage) == _origin(other) else 1
+    return 2
+
+
+class _Guess:
+    """Rates of a stage from the records that are most like it: by row over all of them, the rest by their median."""
+
+    def __init__(self, stage: Stage, manifests: Sequence[Json]) -> None:
+        mine = stage.to_json()
+        likeness = [(place, m) for m in manifests if (place := _likeness(mine, m["stage"])) is not None]
+        self.records: list[Record] = []
+        self.basis = "constants"
+        for place, basis in enumerate(BASES):
+            found = [Record.of(m, stage.pool) for at, m in likeness if at == place]
+            self.records = [record for record in found if record is not None]
+            if self.records:
+                self.basis = basis
+                break
+        self.rows = sum(record.rows for record in self.records)
+
+    def mean(self, value: str) -> float:
+        return sum(getattr(record, value) * record.rows for record in self.records) / self.rows
+
+    def middle(self, value: str) -> float:
+        return median(getattr(record, value) for record in self.records)
+
+    def tokens(self, kind: str) -> float:
+        return sum(record.tokens[kind] * record.rows for record in self.records) / self.rows
+
+
+class _Estimator:
+    """Estimates for the stages of one job, each once."""
+
+    def __init__(self, runs: str, placement: Placement) -> None:
+        self.runs, self.placement, self.manifests = runs, placement, _records(runs)
+        self._guesses: dict[str, _Guess] = {}
+        self._made: dict[str, int | None] = {}
+
+    def guess(self, stage: Stage) -> _Guess:
+        key = stage.fingerprint()
+        if key not in self._guesses:
+            self._guesses[key] = _Guess(stage, self.manifests)
+        return self._guesses[key]
+
+    def made(self, stage: Stage) -> int | None:
+        """Rows that a stage gives to those that read it; None where nothing tells."""
+        key = stage.fingerprint()
+        if key not in self._made:
+            self._made[key] = self._rows_made(stage)
+        return self._made[key]
+
+    def _rows_made(self, stage: Stage) -> int | None:
+        manifest = stage.folder(self.runs).manifest
+        if manifest is not None and stage.outputs and stage.type not in ("search", "evaluate"):
+            return manifest["tables"][stage.outputs[0]]["rows"]
+        if isinstance(stage, PyDocs):
+            return PYDOCS_ROWS[stage.part]
+        if isinstance(stage, Beir):
+            return _lines(stage.path, "corpus.jsonl")
+        rows = self.read(stage)
+        if isinstance(stage, Sample):
+            if stage.n is not None:
+                return min(stage.n, rows) if rows is not None else stage.n
+            return rows and round(rows * (stage.share or 1.0))
+        if rows is None:
+            return stage.n if isinstance(stage, Take) else None
+        if isinstance(stage, Generate):
+            return rows * stage.samples * len(stage.strategy.asked())
+        guess = self.guess(stage)
+        if stage.type in ("parse", "select", "mine") and guess.records and guess.basis != BASES[2]:
+            rows = round(rows * guess.mean("kept"))
+        return min(rows, stage.n) if isinstance(stage, Take) and stage.n else rows
+
+    def read(self, stage: Stage) -> int | None:
+        """Rows that a stage works on: those of its first input that has any."""
+        names = (
+            "generations",
+            "parsed",
+            "selected",
+            "mined",
+            "examples",
+            "queries",
+            "search",
+            "corpus",
+            "data",
+            "index",
+        )
+        inputs = stage.inputs()
+        name = next((name for name in names if name in inputs), next(iter(inputs), None))
+        if name is None:
+            return None
+        found = inputs[name]
+        if name == "queries" and found.outputs[0] == "corpus":  # human queries, which lie beside a corpus
+            manifest = found.folder(self.runs).manifest
+            if manifest is not None:
+                return manifest["tables"]["queries"]["rows"]
+            return _lines(found.path, "queries.jsonl") if isinstance(found, Beir) else None
+        return self.made(found)
+
+    def of(self, stage: Stage) -> Json:
+        rows = self.made(stage) if not stage.inputs() else self.read(stage)
+        guess, pool = self.guess(stage), getattr(self.placement, stage.pool)
+        left, to_do = _left(stage, self.runs), rows or 0
+        shards = max(ceil(to_do / pool.shard_rows), 1)
+        workers = max(min(pool.workers, shards), 1)
+        per_row = [0.0] * len(KINDS)
+        if guess.records:
+            seconds = guess.middle("fixed_s") + guess.middle("start_s") + to_do * left * guess.mean("row_s") / workers
+            per_row = [guess.tokens(kind) for kind in KINDS]
+            stored = left * (to_do * guess.mean("row_bytes") + shards * sum(map(_part_bytes, stage.outputs)))
+        else:
+            seconds, stored = _default_seconds(stage, to_do * left, pool), None
+            if isinstance(stage, Generate) and not isinstance(stage.engine, CropEngine):
+                asked = len(stage.strategy.asked())
+                per_row = [PROMPT_TOKENS * asked, 0, asked * stage.samples * stage.sampling.max_tokens]
+        tokens = {kind: round(to_do * left * each) for kind, each in zip(KINDS, per_row, strict=True)}
+        return {
+            "rows": rows,
+            "tokens": tokens["prompt"] + tokens["completion"] or None,
+            **{f"{kind}_tokens": number for kind, number in tokens.items()},
+            "seconds": seconds,
+            "bytes": None if stored is None else round(stored),
+            "price": self._price(stage, seconds, tokens, pool),
+            "basis": guess.basis,
+        }
+
+    def _price(self, stage: Stage, seconds: float, tokens: dict[str, int], pool: Pool) -> float:
+        rates = Rates.of(self.placement.prices, getattr(stage, "engine", None))
+        if rates.tokens is not None:
+            return rates.tokens.usd(**tokens)
+        return seconds / 3600 * max(pool.workers, 1) * (pool.gpus * rates.gpu_hour + max(pool.cpus, 1) * rates.cpu_hour)
+
+
+def _default_seconds(stage: Stage, rows: float, pool: Pool) -> float:
+    free = isinstance(stage, Generate) and isinstance(stage.engine, CropEngine)
+    per_row = 0.0005 if free else DEFAULT_ROW_S.get(stage.type, 0.0)
+    start = DEFAULT_FIXED_S if free else DEFAULT_START_S.get(stage.type, DEFAULT_FIXED_S)
+    return start + rows * per_row / max(pool.workers, 1)
+
+
+def _left(stage: Stage, runs: str) -> float:
+    """The share of a stage's shards that is not done."""
+    folder = stage.folder(runs)
+    plan = folder.read_json("plan.json")
+    return 1 - len(folder.listing("receipts")) / max(len(plan["shards"]), 1) if plan else 1.0
+
+
+@lru_cache(maxsize=64)
+def _lines(path: str, name: str) -> int | None:
+    """Lines of a file of a BEIR folder that has not been read yet."""
+    fs, root = filesystem(path)
+    for file in (f"{root}/{name}", f"{root}/{name}.gz"):
+        try:
+            with fs.open_input_stream(file, compression="detect") as stream:
+                count, last = 0, b"\n"
+                while block := stream.read(1 << 20):
+                    count, last = count + block.count(b"\n"), block[-1:]
+                return count + (last != b"\n")
+        except OSError:
             continue
-        manifest = Artifact(runs, info.base_name).manifest
-        rows = (manifest or {}).get("counts", {}).get("in", 0)
-        if manifest and rows:
-            kind = manifest["stage"]["type"]
-            if kind == "generate":
-                kind += "/" + manifest["stage"]["engine"]["type"]
-            found.setdefault(kind, []).append(manifest["cost"]["wall_s"] / rows)
-    return {kind: median(values) for kind, values in found.items()}
+    return None
 
 
-def _kind(stage: Stage) -> str:
-    engine = getattr(stage, "engine", None)
-    return f"{stage.type}/{engine.type}" if isinstance(engine, Engine) else stage.type
-
-
-def estimate(stages: list[Stage], runs: str, placement: Placement) -> dict[str, Json]:
-    """By fingerprint: ``tokens`` (an upper bound), ``seconds`` and ``price`` of each stage that is to be done."""
-    rates = _recorded(stages, runs)
-    made: dict[str, Json] = {}
-    for stage in stages:
-        kind, rows = _kind(stage), rows_of(stage)
-        free = isinstance(stage, Generate) and isinstance(stage.engine, CropEngine)
-        per_row, start = rates.get(kind), 0.0
-        if per_row is None:
-            per_row = 0.0005 if free else DEFAULT_ROW_S.get(stage.type)
-            start = DEFAULT_FIXED_S if free else DEFAULT_START_S.get(stage.type, DEFAULT_FIXED_S)
-        pool = getattr(placement, stage.pool)
-        seconds = start + (rows or 0) * (per_row or 0.0) / max(pool.workers, 1)
-        guess: Json = {"seconds": seconds, "tokens": None}
-        if isinstance(stage, Generate) and rows and not free:
-            guess["tokens"] = rows // stage.samples * PROMPT_TOKENS + rows * stage.sampling.max_tokens
-        hourly = pool.gpus * placement.prices.gpu_hour + max(pool.cpus, 1) * placement.prices.cpu_hour
-        guess["price"] = seconds / 3600 * max(pool.workers, 1) * hourly
-        made[stage.fingerprint()] = guess
-    return made
+def estimate(stages: Sequence[Stage], runs: str, placement: Placement) -> dict[str, Json]:
+    """By fingerprint, for stages that are to be done: ``rows`` to work on, ``tokens`` (and each kind), ``seconds`` on the
+    clock, ``bytes`` to store, ``price`` in dollars, and ``basis``, what the guess rests on. None for what is not known.
+    """
+    estimator = _Estimator(runs, placement)
+    return {stage.fingerprint(): estimator.of(stage) for stage in stages}

@@ -20,6 +20,15 @@ def duration(seconds: float) -> str:
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s"
 
 
+def size(count: float) -> str:
+    """Bytes for people: ``1234567`` -> ``1.2 MB``."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            break
+        count /= 1000
+    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+
+
 def describe(progress: Progress) -> str:
     """Shards, rows, rows/s, tokens/s, accepted share and time left, where they are known."""
     counts, cost, seconds = progress.counts, progress.cost, max(progress.seconds, 1e-9)

@@ -120,7 +120,7 @@ def text(found: Json) -> str:
         return "\n".join([f"{found['folder']}: {found['state']}, {found['attempts']} attempts", *_described(found)])
     if not found["stages"]:
         return "nothing was spent"
-    head = ["stage", "state", "tokens", "cached", "held", "busy", "wasted", "cost"]
+    head = ["stage", "state", "tokens", "cached", "held", "busy", "overhead", "cost"]
     rows = [
         [
             line["folder"],
