@@ -62,8 +62,9 @@ def _members(path: str) -> tuple[pafs.FileSystem, dict[str, pafs.FileInfo]]:
     return fs, {name: info for name, info in found.items() if not name.startswith("qrels/") or name.endswith(".tsv")}
 
 
-@lru_cache(maxsize=256)
-def _stream_sha(uri: str, file: str, size: int, mtime_ns: int | None) -> str:
+@lru_cache(maxsize=65536)
+def stream_sha(uri: str, file: str, size: int, mtime_ns: int | None) -> str:
+    """SHA-256 of a file (a path in ``uri``'s file system), computed again only where size or time have changed."""
     fs, _ = filesystem(uri)
     with fs.open_input_stream(file, compression=None) as stream:
         sha = hashlib.sha256()
@@ -75,7 +76,7 @@ def _stream_sha(uri: str, file: str, size: int, mtime_ns: int | None) -> str:
 def content(path: str) -> str:
     """Hash of the bytes of a BEIR folder's files; what lies beside them does not count."""
     _, members = _members(path)
-    return digest([(name, _stream_sha(path, i.path, i.size, i.mtime_ns)) for name, i in sorted(members.items())], 16)
+    return digest([(name, stream_sha(path, i.path, i.size, i.mtime_ns)) for name, i in sorted(members.items())], 16)
 
 
 def read(path: str) -> BeirData:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import platform
+from collections import Counter
 from functools import lru_cache
 from importlib.metadata import version
 from typing import Annotated, Any, ClassVar, Literal
@@ -12,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field, model_validator
 
-from dagr_ray import beir, pydocs, tables
+from dagr_ray import beir, parquet, pydocs, tables
 from dagr_ray.artifact import Artifact
 from dagr_ray.cluster import Pool
 from dagr_ray.config import ConfigError, content_hash
@@ -78,8 +79,7 @@ class Beir(Stage):
     path: Annotated[str, Field(min_length=1)]
 
     def label(self) -> str:
-        name = self.path.partition("?")[0].rstrip("/").rsplit("/", 1)[-1].lower()
-        return "".join(c if c.isalnum() else "_" for c in name)[:40]
+        return _label(self.path)
 
     def identity(self) -> dict[str, Any]:
         """The bytes of the folder's files stand for its path."""
@@ -98,6 +98,94 @@ class Beir(Stage):
             counts = {"in": sum(data.lines.values()), "out": sum(t.num_rows for t in data.tables.values())}
             made = {**data.tables, "rejected": tables.table("rejected", rows)}
             return Output(made, counts={**counts, "rejected": refused})
+
+        return run
+
+
+def _label(path: str) -> str:
+    name = path.partition("?")[0].rstrip("/").rsplit("/", 1)[-1].lower()
+    return "".join(c if c.isalnum() else "_" for c in name)[:40]
+
+
+class ParquetCheck(Stage):
+    """Which rows of a ``Parquet`` source are bad, and ``files.json``: its files with the rows of each row group.
+
+    In one piece, because ids must be unique over all files; needs some batches of rows and 16 bytes of disk a row.
+    """
+
+    abstract: ClassVar[bool] = False
+    outputs: ClassVar[tuple[str, ...]] = ("rejected",)
+    path: Annotated[str, Field(min_length=1)]
+
+    def label(self) -> str:
+        return _label(self.path)
+
+    def identity(self) -> dict[str, Any]:
+        """The bytes of the files stand for their path."""
+        return {"type": self.type, "version": self.version, "content": parquet.content(self.path)}
+
+    def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
+        def run(start: int, stop: int) -> Output:
+            found = parquet.check(self.path)
+            rejected = tables.Rejected()
+            for problem in found.problems:
+                where = f"{problem.file}:{problem.line}"
+                log.warning("%s/%s: %s %s", self.path, where, problem.reason, problem.detail)
+                rejected.add(where, "parquet", problem.reason, problem.detail)
+            folder.write_json("files.json", found.layout)
+            counts = {"in": found.rows, "out": found.rows - len(found.problems), "rejected": rejected.counted()}
+            return Output({"rejected": rejected.table()}, ["files.json"], counts)
+
+        return run
+
+
+class Parquet(Stage):
+    """Passages in Parquet: a file, a folder of files or a URI, with columns ``doc_id``, ``text`` and maybe ``title``.
+
+    Read in ranges of rows, so any number of passages fits. Bad rows (no or duplicate id, empty text, wrong encoding) are
+    left out, counted and listed in ``rejected`` with file and row from 0; over 1 % of them in one file raises
+    ConfigError. A title stands in for an empty text. Integer ids become text.
+    """
+
+    abstract: ClassVar[bool] = False
+    outputs: ClassVar[tuple[str, ...]] = ("corpus", "rejected")
+    path: Annotated[str, Field(min_length=1)]
+
+    def label(self) -> str:
+        return _label(self.path)
+
+    def identity(self) -> dict[str, Any]:
+        """The bytes of the files stand for their path."""
+        return {"type": self.type, "version": self.version, "content": parquet.content(self.path)}
+
+    def inputs(self) -> dict[str, Stage]:
+        """What is wrong with the source is found in one pass before it is read."""
+        return {"check": ParquetCheck(path=self.path)}
+
+    def size(self, inputs: Inputs) -> int:
+        return sum(sum(each["groups"]) for each in inputs["check"].read_json("files.json"))
+
+    def ranges(self, inputs: Inputs, step: int) -> list[tuple[int, int]]:
+        """Whole row groups, where these are not large."""
+        return parquet.ranges(inputs["check"].read_json("files.json"), step)
+
+    def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
+        layout = inputs["check"].read_json("files.json")
+        bad = inputs["check"].read("rejected")
+        named = bad["id"].combine_chunks()
+
+        def run(start: int, stop: int) -> Output:
+            kept, refused = [tables.empty("corpus")], [tables.empty("rejected")]
+            for file, first, rows in parquet.read(self.path, layout, start, stop):
+                if bad.num_rows:
+                    names = pa.array([f"{file}:{i}" for i in range(first, first + rows.num_rows)], tables.TEXT)
+                    rows = rows.filter(pc.invert(pc.is_in(names, value_set=named)))
+                    refused.append(bad.filter(pc.is_in(named, value_set=names)))
+                kept.append(rows)
+            corpus, rejected = pa.concat_tables(kept), pa.concat_tables(refused)
+            reasons = Counter(f"parquet/{reason}" for reason in rejected["reason"].to_pylist())
+            counts = {"in": stop - start, "out": corpus.num_rows, "rejected": dict(reasons)}
+            return Output({"corpus": corpus, "rejected": rejected}, counts=counts)
 
         return run
 
