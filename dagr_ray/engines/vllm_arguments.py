@@ -83,7 +83,8 @@ def check_arguments(given: Mapping[str, Any], placement: bool) -> None:
     where = "the placement's engine_args" if placement else "vllm: engine_args"
     for name, value in given.items():
         if name in ELSEWHERE:
-            raise ConfigError(f"{where}: {name} = {value!r} is set by the engine; {ELSEWHERE[name]}")
+            shown = name if name == "hf_token" else f"{name} = {value!r}"
+            raise ConfigError(f"{where}: {shown} is not for here; {ELSEWHERE[name]}")
     if not given:
         return
     hints = _hints()
@@ -197,12 +198,12 @@ def structured_backend(schema: Mapping[str, Any] | None, regex: str | None) -> s
     try:
         validate_xgrammar_grammar(params)
         return "xgrammar"
-    except ValueError as error:
+    except Exception as error:  # vLLM's own classes, and those of the backend
         cause = str(error).strip()
     try:
         validate_guidance_grammar(params, tokenizer=None)
         return "guidance"
-    except ValueError:
+    except Exception:
         name, value = ("regex", regex) if schema is None else ("json_schema", dict(schema))
         said = cause.splitlines()[-1][:200]
         raise ConfigError(f"vllm: {name} = {str(value)[:200]!r} cannot be followed: {said}; simplify it") from None
