@@ -4,12 +4,13 @@ PYTHON ?= python3
 export VENV
 BIN := $(VENV)/bin
 
-.PHONY: help setup study test lint lock clean
+.PHONY: help setup study test bench-scale lint lock clean
 
 help:
 	@echo "make setup    the environment in $(VENV) (PROFILE=cpu or gpu); minutes once, then nothing"
 	@echo "make study    the quick start: does augmentation help, how much is enough, at what cost"
 	@echo "make test     lint and all tests"
+	@echo "make bench-scale   generation at scale, measured on this machine beside its peers; an hour"
 	@echo "make lint     ruff, mypy and the import contracts"
 	@echo "make lock     resolve requirements/PROFILE.in into its lock"
 	@echo "make clean    remove caches and build products; results and $(VENV) stay"
@@ -23,6 +24,15 @@ study: setup
 test: setup
 	$(MAKE) lint
 	$(BIN)/python -m pytest
+
+bench-scale: setup
+	$(BIN)/python benchmarks/generation.py
+	$(BIN)/python benchmarks/prefix.py
+	$(BIN)/python benchmarks/orchestration.py
+	$(BIN)/python benchmarks/tail.py
+	$(BIN)/python benchmarks/chaos.py
+	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/readme.py
 
 lint: setup
 	$(BIN)/ruff check .
