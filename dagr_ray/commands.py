@@ -46,13 +46,28 @@ def _study(args: Args) -> Study:
     return plan_study(job, parse_axes(job, args.values, sweep=True))
 
 
-def _validate(stages: Iterable[Stage]) -> None:
-    """Everything that can be known to be wrong before anything starts (missing package, model or key)."""
+def _validate(stages: Iterable[Stage], placement: cluster.Placement) -> None:
+    """Everything that can be known to be wrong before anything starts (missing package, model or key, wrong option)."""
+    from dagr_ray.engines import Engine
+
     for stage in stages:
         for name in stage.__class__.model_fields:
-            check = getattr(getattr(stage, name), "check", None)
-            if callable(check):
-                check()
+            value = getattr(stage, name)
+            if isinstance(value, Engine):
+                value.check(getattr(placement, stage.pool))
+            elif callable(getattr(value, "check", None)):
+                value.check()
+
+
+def _afford(stages: Iterable[Stage], runs: str) -> None:
+    """Raises ConfigError where what a stage has spent so far leaves nothing of its engine's budget."""
+    from dagr_ray.bill import within_budget
+    from dagr_ray.engines import Engine
+
+    for stage in stages:
+        engine = getattr(stage, "engine", None)
+        if isinstance(engine, Engine) and stage.folder(runs).manifest is None:
+            within_budget(engine, stage.folder(runs), 1, at_work=False)
 
 
 # -- before and during a run --------------------------------------------------------------------------------------------
@@ -64,7 +79,7 @@ def check(args: Args) -> int | None:
 
     placement = cluster.load_placement(args.placement)
     stages = walk(_one(args)[1]) if args.one else _study(args).stages()
-    _validate(stages)
+    _validate(stages, placement)
     if args.canary:
         _canary(args, stages, placement, Reporter(quiet=args.quiet))
     lines = list(survey(stages, args.runs, deep=args.deep, repair=args.deep))
@@ -141,8 +156,8 @@ def preview(args: Args) -> int | None:
         raise ConfigError(
             f"{args.job} generates nothing with these parameters; give volume and generator values that do"
         )
-    _validate(found)
     here = cluster.Placement(generate=cluster.Pool(workers=0))
+    _validate(found, here)
     with tempfile.TemporaryDirectory(prefix="dagr-preview-") as runs:
         few = found[0].model_copy(update={"corpus": Sample(corpus=found[0].corpus, n=args.rows)})
         parsed = Parse(generations=few, corpus=few.corpus)
@@ -170,7 +185,7 @@ def run(args: Args) -> int | None:
     """``dagr run``."""
     placement = cluster.load_placement(args.placement)
     _, stage = _one(args)
-    _validate([stage])
+    _validate([line.stage for line in survey([stage], args.runs) if line.state != "cached"], placement)
     cluster.connect(args.address)
     reporter = Reporter(quiet=args.quiet)
     if args.canary:
@@ -191,7 +206,7 @@ def study(args: Args) -> int | None:
     placement = cluster.load_placement(args.placement)
     planned = _study(args)
     todo = [s.stage for s in survey(planned.stages(), args.runs) if s.state != "cached"]
-    _validate(todo)
+    _validate(todo, placement)
     reporter = Reporter(quiet=args.quiet)
     if todo:
         cluster.connect(args.address)

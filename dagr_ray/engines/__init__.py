@@ -93,5 +93,8 @@ class Engine(Config):
         """What tokens cost where they are all that is paid for; None where it is the time of machines."""
         return None
 
-    def check(self) -> None:
-        """Raises ConfigError, before anything starts, where the engine could not open (package or model missing)."""
+    def check(self, pool: Pool | None = None) -> None:
+        """Raises ConfigError, before anything starts, where the engine could not open (package or model missing).
+
+        With a pool, also what is wrong with the pool for this engine.
+        """

@@ -135,7 +135,7 @@ class OpenAIServer(Engine):
     def model_name(self) -> str:
         return f"{self.model}@{self.revision}" if self.revision else self.model
 
-    def check(self) -> None:
+    def check(self, pool: Pool | None = None) -> None:
         if find_spec("aiohttp") is None:
             raise ConfigError("engine openai: aiohttp is not installed; run `make setup`, or: pip install aiohttp")
         _key(self.api_key_env)
