@@ -192,17 +192,18 @@ def lost(folder: Artifact, receipts: Iterable[Json]) -> list[Json]:
     ]
 
 
-def within_budget(engine: Engine, folder: Artifact, workers: int) -> Engine:
-    """The engine with what earlier runs left of its ``budget_usd``; as it is where it has none. For each worker to call.
+def within_budget(engine: Engine, folder: Artifact, workers: int, at_work: bool = True) -> Engine:
+    """The engine with what earlier runs left of its ``budget_usd``; as it is where it has none.
 
-    A worker that takes the place of a dead one cannot know what that one had spent of its share: all that this run has
-    spent so far is taken off its own. Raises ConfigError where less is left than a row has cost.
+    For each worker to call (``at_work``), and before a run, to see whether it may begin. A worker that takes the place
+    of a dead one cannot know what that one had spent of its share: all that this run has spent so far is taken off its
+    own. Raises ConfigError where less is left than a row has cost.
     """
     budget: float | None = getattr(engine, "budget_usd", None)
     if not budget:
         return engine
     receipts = [*folder.receipts().values(), *folder.revoked()]
-    now = max((int(name.split("-")[0]) for name in folder.listing("attempts")), default=0)
+    now = max((int(name.split("-")[0]) for name in folder.listing("attempts")), default=0) if at_work else None
     rates, workers = Rates.of(Prices(), engine), max(workers, 1)
     usd, tokens, rows, before, during = 0.0, 0, 0, 0.0, 0.0
     for receipt in receipts:

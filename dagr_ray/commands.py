@@ -80,6 +80,7 @@ def check(args: Args) -> int | None:
     placement = cluster.load_placement(args.placement)
     stages = walk(_one(args)[1]) if args.one else _study(args).stages()
     _validate(stages, placement)
+    _afford(stages, args.runs)
     if args.canary:
         _canary(args, stages, placement, Reporter(quiet=args.quiet))
     lines = list(survey(stages, args.runs, deep=args.deep, repair=args.deep))
@@ -186,6 +187,7 @@ def run(args: Args) -> int | None:
     placement = cluster.load_placement(args.placement)
     _, stage = _one(args)
     _validate([line.stage for line in survey([stage], args.runs) if line.state != "cached"], placement)
+    _afford(walk(stage), args.runs)
     cluster.connect(args.address)
     reporter = Reporter(quiet=args.quiet)
     if args.canary:
@@ -207,6 +209,7 @@ def study(args: Args) -> int | None:
     planned = _study(args)
     todo = [s.stage for s in survey(planned.stages(), args.runs) if s.state != "cached"]
     _validate(todo, placement)
+    _afford(todo, args.runs)
     reporter = Reporter(quiet=args.quiet)
     if todo:
         cluster.connect(args.address)

@@ -26,7 +26,7 @@ from dagr_ray.stages.select import Take
 from dagr_ray.strategies.crop import Crop
 from tests.conftest import tiny_beir
 from tests.studies import made_study
-from tests.test_openai import served, status
+from tests.test_openai import drop, served, status
 
 ROOT = Path(__file__).parent.parent
 HERE = Placement(generate=Pool(workers=0, shard_rows=8), prices=Prices(cpu_hour=3600.0))  # a dollar a second
@@ -265,28 +265,37 @@ def test_a_budget_holds_across_runs(tmp_path):
     assert made.manifest["counts"]["out"] == 40
     assert bills.stage(runs, made.name)["usd"]["work"] == whole
     spent = asked(tmp_path / "set", server, budget_usd=0.9 * whole, **money).engine
-    with pytest.raises(ConfigError, match=r"are spent on generate-.*raise budget_usd and run again") as caught:
-        bill.within_budget(spent, made, 1)
-    assert "\n" not in str(caught.value)
+    for at_work in (True, False):
+        with pytest.raises(ConfigError, match=r"are spent on generate-.*raise budget_usd and run again") as caught:
+            bill.within_budget(spent, made, 1, at_work)
+        assert "\n" not in str(caught.value)
 
 
 def _rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in (path / "corpus.jsonl").read_text().splitlines()]
 
 
-def test_an_outage_fails_the_stage_and_the_next_run_asks_again_only_what_failed(tmp_path):
+@pytest.mark.parametrize("outage", ["refuses", "gone"])
+def test_an_outage_fails_the_stage_and_the_next_run_asks_again_only_what_failed(tmp_path, outage):
     tiny_beir(tmp_path / "set", docs=64)
-    runs, down = str(tmp_path / "runs"), {"from": 40}
-    react = lambda body, nth: status(503) if len(server.seen) > down["from"] else answers()(body, nth)  # noqa: E731
+    runs = str(tmp_path / "runs")
+
+    def react(body, nth):
+        if len(server.seen) == 40 and outage == "gone":
+            server.socket.close()  # no new connection; and the one that is open ends with this answer
+            return lambda handler, body: (answers()(body, nth)(handler, body), drop(handler, body))
+        return status(503) if len(server.seen) > 40 else answers()(body, nth)
+
     with served(react) as server:
         stage = asked(tmp_path / "set", server, in_flight=1, max_attempts=1)
         with pytest.raises(StageFailed, match="24 of 64 rows failed"):
             materialize(stage, runs, HERE)
-        first = adds_up(runs, stage.folder_name())
-        assert first["rows"]["errors"] == 24
-        down["from"], before = 10**9, len(server.seen)
-        folder = materialize(stage, runs, HERE)
-        assert len(server.seen) - before == 24, "exactly the three shards that had errors"
+        assert len(server.seen) == (64 if outage == "refuses" else 40)
+    first = adds_up(runs, stage.folder_name())
+    assert first["rows"]["errors"] == 24
+    with served(answers()) as server:
+        folder = materialize(asked(tmp_path / "set", server), runs, HERE)
+        assert len(server.seen) == 24, "exactly the three shards that had errors"
     made = adds_up(runs, folder.name)
     assert (made["rows"]["errors"], made["rows"]["out"], made["waste"]["shards"]) == (0, 64, 3)
     assert folder.count("generations") == 64
@@ -378,3 +387,32 @@ def test_the_page_and_the_terminal_show_cached_beside_computed_tokens(tmp_path):
         tokens
         + sum(line["price"] for line in others if line["folder"].split("-")[0] not in ("train", "take", "scorecard"))
     )
+
+
+def test_a_spent_budget_stops_the_command_before_it_starts_anything(tmp_path):
+    tiny_beir(tmp_path / "set", docs=16)
+    job = """
+from dagr_ray.engines.openai import OpenAIServer
+from dagr_ray.stage import Stage
+from dagr_ray.stages.corpus import Beir
+from dagr_ray.stages.generate import Generate
+from dagr_ray.strategies.crop import Crop
+
+
+def asked(data: str, url: str, budget: float) -> Stage:
+    engine = OpenAIServer(model="m", base_url=url, budget_usd=budget, usd_per_million_prompt_tokens=1e6)
+    return Generate(corpus=Beir(path=data), strategy=Crop(), engine=engine)
+"""
+    (tmp_path / "asked.py").write_text(job)
+    with served(answers()) as server:
+        stage = asked(tmp_path / "set", server, usd_per_million_prompt_tokens=1e6)
+        materialize(stage, str(tmp_path / "runs"), HERE).revoke([1])
+        words = [f"data={tmp_path / 'set'}", f"url={server.url}", "budget=500", "--runs", str(tmp_path / "runs")]
+        for verb in (["run"], ["check", "--one"]):
+            done = subprocess.run(
+                [sys.executable, "-m", "dagr_ray.cli", *verb, str(tmp_path / "asked.py"), *words],
+                cwd=ROOT, capture_output=True, text=True, check=False,
+            )  # fmt: skip
+            assert done.returncode == 2 and "are spent on generate-crop-openai" in done.stderr
+            assert len(done.stderr.strip().splitlines()) == 1
+        assert len(server.seen) == 16
