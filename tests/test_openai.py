@@ -23,7 +23,7 @@ import pytest
 
 from dagr_ray.cluster import Placement, Pool
 from dagr_ray.config import ConfigError, from_json
-from dagr_ray.engines import Engine, Sampling, openai as module
+from dagr_ray.engines import Engine, Sampling, openai as module, paid
 from dagr_ray.engines.openai import OpenAIServer, retry_after_s
 from dagr_ray.engines.vllm_arguments import ENVIRONMENT
 from dagr_ray.models import smollm2
@@ -183,6 +183,29 @@ def test_answers_without_usage_or_with_a_strange_one_are_answers():
     with served(lambda body, nth: lambda h, b: good(h, b, usage=usages[body["seed"] // 100])) as server:
         found = ask(server, ["a", "b", "c"])
     assert all(c.error is None and c.prompt_tokens == c.cached_tokens == c.completion_tokens == 0 for [c] in found)
+
+
+def test_one_request_for_all_samples_pays_for_the_prompt_once():
+    def react(body, nth):
+        choices = [{"index": i, "text": f"{body['prompt']} {i}", "finish_reason": "stop"} for i in (2, 0, 1)]
+        usage = USAGE | {"completion_tokens": 8}
+        few = choices[: 2 if body["seed"] == 100 and nth == 0 else 3]
+        return lambda handler, body: reply(handler, 200, {"choices": few, "usage": usage})
+
+    with served(react) as server:
+        found = ask(server, ["a", "b"], n=3, one_request=True)
+    assert [[c.raw for c in answer] for answer in found] == [["a 0", "a 1", "a 2"], ["b 0", "b 1", "b 2"]]
+    assert [(body["n"], body["seed"]) for body in server.seen if body["prompt"] == "a"] == [(3, 0)]
+    assert all([c.completion_tokens for c in answer] == [2, 3, 3] for answer in found)
+    # an answer with two of three is none, and was paid for
+    assert [c.retries for c in found[1]] == [1, 0, 0] and found[0][0].retries == 0
+    assert (found[1][0].failed_prompt_tokens, found[1][0].failed_completion_tokens) == (30, 3 * SHORT.max_tokens)
+    assert paid(found) == {
+        "prompt_tokens": 60, "cached_tokens": 32, "completion_tokens": 16, "retries": 1,
+        "failed_prompt_tokens": 30, "failed_completion_tokens": 36,
+    }  # fmt: skip
+    with served() as server:
+        assert paid(ask(server, ["a", "b"], n=3))["prompt_tokens"] == 6 * 30
 
 
 # -- what goes wrong ----------------------------------------------------------------------------------------------------
@@ -596,6 +619,9 @@ def test_a_vllm_server_killed_in_the_middle_and_started_again_loses_no_row(tmp_p
             server = serve(port, log)
             asking.join(180)
             assert not asking.is_alive()
+            once = config.model_copy(update={"one_request": True}).open(Pool())
+            pairs = [s.generate(prompts[:4], range(0, 400, 100), SHORT, 2) for s in (session, once)]
+            once.close()
             again = session.generate(prompts[-8:], range(2200, 3000, 100), SHORT, 1)
             with pytest.raises(ConfigError, match="HTTP 404.*does not exist"):
                 config.model_copy(update={"model": "large"}).open(Pool()).generate(prompts[:1], [1], SHORT, 1)
@@ -608,6 +634,8 @@ def test_a_vllm_server_killed_in_the_middle_and_started_again_loses_no_row(tmp_p
     assert sum(c.cached_tokens >= 128 for [c] in found) >= 15
     # bf16 sums differ a little with the shape of the batch, so a rare draw may fall on the other side
     assert sum(a.raw == b.raw for [a], [b] in zip(again, found[-8:], strict=True)) >= 5
+    assert sum(a.raw == b.raw for one, two in zip(*pairs, strict=True) for a, b in zip(one, two, strict=True)) >= 5
+    assert paid(pairs[0])["prompt_tokens"] == 2 * paid(pairs[1])["prompt_tokens"]
     assert "HTTP 400" in bad.error and "(attempt 1)" in bad.error
 
 
