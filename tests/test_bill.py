@@ -91,6 +91,7 @@ def adds_up(runs: str, name: str) -> dict:
     assert sum(shard["waste"]["tokens"] for shard in shards) <= waste["tokens"]
     back = Artifact(runs, name).revoked()
     assert waste["shards"] == len(back)
+    assert waste["seconds"] == pytest.approx(sum(r["cost"].get(f"{k}_s", 0) for r in back for k in bill.SECONDS))
     manifest = Artifact(runs, name).manifest
     assert manifest is None or manifest["price"] == usd["total"] or len(back)
     return found
