@@ -26,7 +26,9 @@ import uuid
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import accumulate, pairwise
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -34,7 +36,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from dagr_ray import tables as schemas
-from dagr_ray.config import ConfigError
+from dagr_ray.config import ConfigError, digest
 
 Json = dict[str, Any]
 ROW_GROUP = 8192  # so that a few rows of a large part are read without the others
@@ -104,6 +106,44 @@ def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
     return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
 
 
+def _scratch() -> str:
+    return os.environ.get("DAGR_SCRATCH", "/tmp/dagr-scratch")
+
+
+def _fetch(fs: pafs.FileSystem, source: str, cache: str) -> None:
+    """Copies a file or folder to a place on this machine, unless it is there; complete or absent whenever it is seen."""
+    if os.path.exists(cache):
+        return
+    part = f"{cache}.{uuid.uuid4().hex[:8]}.part"
+    # copy_files makes the folders inside a folder but not the folder itself
+    is_folder = fs.get_file_info(source).type == pafs.FileType.Directory
+    os.makedirs(part if is_folder else os.path.dirname(part), exist_ok=True)
+    pafs.copy_files(source, part, source_filesystem=fs, destination_filesystem=None)
+    try:
+        os.replace(part, cache)
+    except OSError:  # another process of this machine brought the same folder first
+        shutil.rmtree(part)
+
+
+@lru_cache(maxsize=64)
+def local_folder(folder: str) -> Path:
+    """A folder on this machine: one given as a path is where it is; one behind a URI is fetched, once for each content.
+
+    What is fetched lies below DAGR_SCRATCH, by the names, sizes and times of its files, and keeps the folder's name.
+    Raises ConfigError where there is nothing at a URI.
+    """
+    if "://" not in folder:
+        return Path(folder).expanduser()
+    fs, root = filesystem(folder)
+    found = fs.get_file_info(pafs.FileSelector(root, recursive=True, allow_not_found=True))
+    files = sorted((f.path, f.size, f.mtime_ns) for f in found if f.is_file)
+    if not files:
+        raise ConfigError(f"no files at {folder!r}; give the address of a folder")
+    cache = os.path.join(_scratch(), "folders", digest(files), root.rsplit("/", 1)[-1])
+    _fetch(fs, root, cache)
+    return Path(cache)
+
+
 class Artifact:
     """One folder below a runs folder. Cheap to make and to pickle: it holds two strings until it is used."""
 
@@ -127,17 +167,8 @@ class Artifact:
         target = "/".join([self.path, *parts])
         if self.local:
             return target
-        cache = os.path.join(os.environ.get("DAGR_SCRATCH", "/tmp/dagr-scratch"), *self.path.split("/"), *parts)
-        if not os.path.exists(cache):
-            part = f"{cache}.{uuid.uuid4().hex[:8]}.part"
-            # copy_files makes the folders inside a folder but not the folder itself
-            is_folder = self.fs.get_file_info(target).type == pafs.FileType.Directory
-            os.makedirs(part if is_folder else os.path.dirname(part), exist_ok=True)
-            pafs.copy_files(target, part, source_filesystem=self.fs, destination_filesystem=None)
-            try:
-                os.replace(part, cache)
-            except OSError:  # another process of this machine brought the same folder first
-                shutil.rmtree(part)
+        cache = os.path.join(_scratch(), *self.path.split("/"), *parts)
+        _fetch(self.fs, target, cache)
         return cache
 
     # -- small files ------------------------------------------------------------------------------------------------

@@ -179,7 +179,8 @@ def _starts(canary: Canary, runs: str) -> Finding:
         return Finding("start", 0, 0, 0.0)
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(engine.model, revision=engine.revision)
+    source = str(engine.folder) if engine.folder.is_dir() else engine.model
+    tokenizer = AutoTokenizer.from_pretrained(source, revision=engine.revision)
     inputs = {name: stage.folder(runs) for name, stage in canary.generate.inputs().items()}
     ids = inputs["corpus"].read("corpus", ["doc_id"])["doc_id"].to_pylist()
     prompts = canary.generate.prompts(inputs, ids)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 from pydantic import Field
 
+from dagr_ray.artifact import local_folder
 from dagr_ray.config import Config, ConfigError, content_hash
 from dagr_ray.tables import seed_of
 
@@ -25,7 +26,7 @@ TOKENS = {"cpu": 4096, "cuda": 131072}
 
 
 class Encoder(Config):
-    """A bi-encoder: a local model folder, or a hub id with the commit that pins it.
+    """A bi-encoder: a model folder (a path, or a URI to fetch it from once), or a hub id with the commit that pins it.
 
     ``layers`` keeps only the first of the transformer's layers. ``reinitialise`` is a seed: the same embeddings, with
     all other weights drawn anew, which makes a retriever that is not pre-trained. ``dtype`` ``auto`` computes in
@@ -43,25 +44,30 @@ class Encoder(Config):
     layers: Annotated[int, Field(ge=1)] | None = None
 
     @property
+    def folder(self) -> Path:
+        """The model's folder on this machine, fetched where ``model`` is a URI; no folder where it is a hub id."""
+        return local_folder(self.model)
+
+    @property
     def local(self) -> bool:
-        return Path(self.model).expanduser().is_dir()
+        return self.folder.is_dir()
 
     def label(self) -> str:
-        name = Path(self.model).name.lower()
+        name = self.folder.name.lower()
         name += "" if self.layers is None else f"-{self.layers}layers"
         return name + ("" if self.reinitialise is None else f"-reinit{self.reinitialise}")
 
     def identity(self) -> dict[str, Any]:
         """A folder is named by its content, a hub model by its commit. Raises ConfigError where there is neither."""
         if self.local:
-            return super().identity() | {"model": content_hash(Path(self.model).expanduser()), "revision": None}
+            return super().identity() | {"model": content_hash(self.folder), "revision": None}
         self.check()
         return super().identity()
 
     def check(self) -> None:
         """Raises ConfigError where the model is no folder with safetensors and no hub id with a full commit."""
         if self.local:
-            if not any(Path(self.model).expanduser().rglob("*.safetensors")):
+            if not any(self.folder.rglob("*.safetensors")):
                 raise ConfigError(f"encoder: no *.safetensors in {self.model!r}; save the model as safetensors")
         elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", self.model):
             raise ConfigError(f"encoder: no folder at {self.model!r}; give one, or a hub id and its revision")
@@ -88,7 +94,7 @@ def load(encoder: Encoder, device: str | None = None, model: str | Path | None =
     logging.disable_progress_bar()
     try:
         loaded = SentenceTransformer(
-            str(Path(encoder.model).expanduser()) if encoder.local else encoder.model,
+            str(encoder.folder) if encoder.local else encoder.model,
             device=device,
             revision=None if encoder.local else encoder.revision,
             local_files_only=encoder.local,

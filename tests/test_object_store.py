@@ -305,3 +305,40 @@ def test_credentials_in_an_address_are_refused_before_anything_is_written(
     with pytest.raises(ConfigError, match="credentials"):
         filesystem("abfs://user:word@account.dfs.core.windows.net/path")
     filesystem("abfs://container@account.dfs.core.windows.net/path")
+
+
+def test_a_model_on_an_object_store_is_fetched_once_and_known_by_its_content(
+    store: ObjectStore, tmp_path: Path
+) -> None:
+    """Wherever a model lies it is the same model; another process of the machine does not fetch it again."""
+    from dagr_ray import retriever
+    from dagr_ray.engines.vllm import VLLM
+    from dagr_ray.models import minilm
+
+    here = minilm()
+    put(here, f"{tmp_path.name}/models/minilm")
+    there = f"s3://{BUCKET}/{tmp_path.name}/models/minilm"
+    first = len(store.requests)
+    code = "import sys; from dagr_ray.retriever import Encoder; print(Encoder(model=sys.argv[1]).fingerprint())"
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-c", code, there], cwd=ROOT, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == retriever.Encoder(model=str(here)).fingerprint()
+    weights = [r for r in store.requests[first:] if r.method == "GET" and r.key.endswith("model.safetensors")]
+    assert len({r.key for r in weights}) == 1 and fetched(weights) == 1
+
+    texts = ["a jetty near the marsh", "an ember in the grove"]
+    near, far = (retriever.encode(retriever.load(retriever.Encoder(model=m)), texts) for m in (str(here), there))
+    assert (near == far).all()
+    # no engine is started for it: what it would be started with is the folder that was fetched
+    engine = VLLM(model=there, max_model_len=256)
+    assert engine.fingerprint() == VLLM(model=str(here), max_model_len=256).fingerprint()
+    arguments = engine.arguments(Pool())
+    assert Path(arguments["model"]).is_relative_to(tmp_path / "scratch") and engine.model_name() == "minilm"
+    assert engine.to_json()["model"] == there, "workers on other machines fetch it for themselves"
+    with pytest.raises(ConfigError, match="no files at"):
+        VLLM(model=f"s3://{BUCKET}/{tmp_path.name}/models/none").check()
+
+
+def fetched(requests: list[Request]) -> int:
+    """How often a whole object was asked for, if in pieces."""
+    return len([r for r in requests if r.start == 0])

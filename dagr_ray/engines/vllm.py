@@ -18,6 +18,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from dagr_ray import tables
+from dagr_ray.artifact import local_folder
 from dagr_ray.cluster import Pool
 from dagr_ray.config import ConfigError, JsonObject, content_hash
 from dagr_ray.engines import Completion, Engine, Sampling
@@ -42,7 +43,8 @@ _opened: list[_Session] = []
 class VLLM(Engine):
     """A local model served by vLLM (Kwon et al. 2023, arXiv 2309.06180), on a CPU or GPU, whichever build is installed.
 
-    ``model`` is a folder (identified by the bytes of its files) or a hub id, which needs a ``revision``. Prompts go in
+    ``model`` is a folder (identified by the bytes of its files; each machine fetches one behind a URI such as
+    ``s3://bucket/model`` once) or a hub id, which needs a ``revision``. Prompts go in
     as they are, as text to be continued: few-shot prompts need no chat template. A passage that does not fit into
     ``max_model_len`` next to ``max_tokens`` of answer is cut at its end; instructions and exemplars never are.
 
@@ -64,13 +66,18 @@ class VLLM(Engine):
 
     @model_validator(mode="after")
     def _fields_agree(self) -> VLLM:
-        if self.revision is not None and Path(self.model).is_dir():
+        if self.revision is not None and self.folder.is_dir():
             raise ConfigError(
                 f"vllm: revision = {self.revision!r} means nothing for the folder {self.model!r}; leave it out"
             )
         if self.json_schema is not None and self.regex is not None:
             raise ConfigError("vllm: json_schema and regex cannot both hold; leave one out")
         return self
+
+    @property
+    def folder(self) -> Path:
+        """The model's folder on this machine; no folder where ``model`` is a hub id."""
+        return local_folder(self.model)
 
     def identity(self) -> dict[str, Any]:
         """Folders stand for their files, wherever they lie. Raises ConfigError for a hub id without a revision."""
@@ -81,8 +88,8 @@ class VLLM(Engine):
                 del found[name]
         if self.lora is not None:
             found["lora"] = content_hash(self.lora)
-        if Path(self.model).is_dir():
-            found["model"] = content_hash(self.model)
+        if self.folder.is_dir():
+            found["model"] = content_hash(self.folder)
         elif self.revision is None:
             raise ConfigError(
                 f"vllm: model = {self.model!r} is no folder here, and a hub id needs a revision (a commit); "
@@ -91,7 +98,7 @@ class VLLM(Engine):
         return found
 
     def model_name(self) -> str:
-        name = f"{self.model}@{self.revision}" if self.revision else Path(self.model).name
+        name = f"{self.model}@{self.revision}" if self.revision else self.folder.name
         return f"{name}+{Path(self.lora).name}" if self.lora else name
 
     def check(self, pool: Pool | None = None) -> None:
@@ -120,7 +127,7 @@ class VLLM(Engine):
 
     def _check_folder(self) -> dict[str, Any]:
         """What config.json says; nothing for a model that is not here."""
-        folder = Path(self.model)
+        folder = self.folder
         if not folder.is_dir():
             return {}
         if not (folder / "config.json").is_file():
@@ -147,9 +154,9 @@ class VLLM(Engine):
 
     def arguments(self, pool: Pool) -> dict[str, Any]:
         """What ``vllm.LLM`` is started with on this machine."""
-        local = Path(self.model).is_dir()
+        local = self.folder.is_dir()
         arguments: dict[str, Any] = {
-            "model": str(Path(self.model).absolute()) if local else self.model,
+            "model": str(self.folder.absolute()) if local else self.model,
             "revision": self.revision,
             "tokenizer_revision": self.revision,
             "dtype": self.dtype,
@@ -185,7 +192,7 @@ class VLLM(Engine):
 
     def check_memory(self, pool: Pool) -> None:
         """Raises ConfigError where the model cannot fit into what is free on this machine."""
-        folder = Path(self.model)
+        folder = self.folder
         if not folder.is_dir():
             return  # a hub's model: its size is not known here
         shape, arguments = self._check_folder(), self.arguments(pool)
@@ -331,7 +338,7 @@ def start(config: VLLM, pool: Pool) -> Any:
     prepare_environment()
     # In a process of its own an engine starts 25 s later on two cores, takes one, and outlives a killed worker.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    if Path(config.model).is_dir():
+    if config.folder.is_dir():
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # what the placement gives a worker, or its share of a machine that has more
