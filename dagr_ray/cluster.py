@@ -99,7 +99,7 @@ def load_placement(name: str) -> Placement:
 
 
 def connect(address: str | None = None) -> None:
-    """Starts or joins Ray for a program of ours (the command line). Libraries and notebooks bring their own Ray.
+    """Starts or joins Ray, unless this program has done so: ``ray.init`` before it holds, in a notebook for example.
 
     ``address`` None joins the cluster named by RAY_ADDRESS, and else starts Ray on this machine alone, on localhost.
     """
@@ -234,6 +234,8 @@ def map_shards(
         return
     import ray
 
+    if not ray.is_initialized():
+        connect()  # Ray's own start would wait for a cluster that was killed and left its address behind
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False

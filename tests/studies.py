@@ -5,6 +5,7 @@ from typing import Any
 
 from dagr_ray import tables
 from dagr_ray.artifact import Artifact
+from dagr_ray.cluster import Placement, Pool
 from dagr_ray.engines import Engine
 from dagr_ray.recipes import augment, generator_named
 from dagr_ray.stage import materialize
@@ -82,11 +83,12 @@ def made_study(
         trial = {"trial": f"t{len(trials):03d}", "params": params, "kind": kind, "state": "done", "error": None}
         trials.append(trial | {"folder": folder, "stages": {folder: folder[-12:]}, "seconds": 2.0})
 
-    materialize(mined, runs)
+    here = Placement(generate=Pool(workers=0), retrieve=Pool(workers=0), light=Pool(workers=0))
+    materialize(mined, runs, here)
     add("bm25", {}, card(runs, "scorecard-bm25", {k: [0.3] * len(v) for k, v in frozen.items()}, data))
     add("frozen", {"base": "minilm"}, card(runs, "scorecard-frozen", frozen, data))
     for rows, scores in arms.items():
-        take = materialize(Take(mined=mined, n=rows), runs)
+        take = materialize(Take(mined=mined, n=rows), runs, here)
         train = put(runs, f"train-{rows}", {"examples": take.name}, {}, {}, {"train_s": 1.0}, price=0.01 * rows)
         made = card(runs, f"scorecard-{rows}", scores, data, train)
         add("augmented", {"base": "minilm", "generator": "crop", "volume": rows}, made)
