@@ -455,6 +455,7 @@ def plugins(args: Args) -> int | None:
     from dagr_ray.filters import Filter
     from dagr_ray.miners import Miner
     from dagr_ray.strategies import Strategy
+    from dagr_ray.teachers import Teacher
 
     rows = []
     for kind, base in (
@@ -462,6 +463,7 @@ def plugins(args: Args) -> int | None:
         ("engine", Engine),
         ("filter", Filter),
         ("miner", Miner),
+        ("teacher", Teacher),
         ("stage", Stage),
     ):
         for name, found in registered(base).items():

@@ -22,7 +22,7 @@ from typing import Annotated, Any, ClassVar, NoReturn, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
-PLUGIN_PACKAGES = ("strategies", "engines", "filters", "miners", "stages")
+PLUGIN_PACKAGES = ("strategies", "engines", "filters", "miners", "teachers", "stages")
 Self = TypeVar("Self", bound="Config")
 
 

@@ -1,0 +1,258 @@
+"""What a teacher says about (query, passage) pairs: those of searches, of judgements, or of mined examples."""
+
+from __future__ import annotations
+
+import atexit
+import math
+import time
+from typing import Annotated, Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import Field, model_validator
+
+from dagr_ray import bill, tables
+from dagr_ray.artifact import Artifact
+from dagr_ray.cluster import Pool
+from dagr_ray.config import ConfigError
+from dagr_ray.engines import Engine
+from dagr_ray.stage import Inputs, Output, Run, Stage
+from dagr_ray.teachers import Hit, Pair, Spread, Teacher
+
+
+class Label(Stage):
+    """The score that ``teacher`` gives each pair, in ``scores``; higher is more relevant.
+
+    The pairs of a query are its judgements (``qrels``, or ``qrels.<split>``) and the first ``depth`` hits of each of
+    ``searches``, each passage once; with ``examples``, they are those examples' positives and negatives alone, and the
+    searches only tell a teacher that fuses them what they found. Sharded over the queries; a worker holds the passages
+    that are in any pair. A query that breaks the teacher's engine is given up and in ``rejected``, like a pair that can
+    have no score.
+
+    The counts are of pairs, but for ``queries``. Cost: ``label_s`` and what the teacher counts.
+    """
+
+    abstract: ClassVar[bool] = False
+    concurrent: ClassVar[bool] = True
+    rescues: ClassVar[bool] = True
+    outputs: ClassVar[tuple[str, ...]] = ("scores", "rejected")
+    teacher: Teacher
+    queries: Stage
+    corpus: Stage
+    searches: tuple[Stage, ...] = ()
+    examples: Stage | None = None
+    split: str | None = None
+    depth: Annotated[int, Field(ge=1)] = 100
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _searches_as_needed(self) -> Label:
+        if len(self.searches) < self.teacher.needs_searches:
+            raise ConfigError(
+                f"label: {len(self.searches)} searches, and the teacher {self.teacher.type!r} fuses at least "
+                f"{self.teacher.needs_searches}; give it searches"
+            )
+        if self.examples is not None and self.split is not None:
+            raise ConfigError(f"label: split = {self.split!r} means nothing for examples; leave one of them out")
+        return self
+
+    @property
+    def pool(self) -> str:  # type: ignore[override]
+        """The placement's pool that the teacher wants."""
+        return self.teacher.pool
+
+    def label(self) -> str:
+        return self.teacher.scorer()
+
+    def size(self, inputs: Inputs) -> int:
+        return inputs["queries"].count("queries")
+
+    def refuse(self, inputs: Inputs, row: int, reason: str, detail: str) -> Output:
+        """A query that is given up: none of its pairs has a score."""
+        pairs = _Pairs(self, inputs).of(row, row + 1)
+        rejected = tables.Rejected()
+        for pair in pairs:
+            rejected.add(pair.query_id, self.type, reason, f"{pair.doc_id}: {tables.clean(detail)}")
+        made = {"scores": tables.empty("scores"), "rejected": rejected.table()}
+        counts = {"in": len(pairs), "out": 0, "errors": 0, "queries": 1, "rejected": rejected.counted()}
+        return Output(made, counts=counts)
+
+    def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
+        began = time.time()
+        source = _Pairs(self, inputs)
+        scorer = _affordable(self.teacher, folder, pool.workers).open(pool)
+        atexit.register(scorer.close)
+        start_s = [time.time() - began]
+
+        def run(start: int, stop: int) -> Output:
+            before = time.time()
+            pairs = source.of(start, stop)
+            cost: dict[str, float] = {}
+            scores = scorer.score(pairs, cost) if pairs else []
+            assert len(scores) == len(pairs), f"{self.teacher.type} gave {len(scores)} scores for {len(pairs)} pairs"
+            rejected = tables.Rejected()
+            told = [not math.isnan(score) for score in scores]
+            for pair in (pair for pair, there in zip(pairs, told, strict=True) if not there):
+                rejected.add(pair.query_id, self.type, "no-score", pair.doc_id)
+            kept = [(pair, score) for pair, score, there in zip(pairs, scores, told, strict=True) if there]
+            made = tables.columns(
+                "scores",
+                len(kept),
+                query_id=[pair.query_id for pair, _ in kept],
+                doc_id=[pair.doc_id for pair, _ in kept],
+                scorer=self.teacher.scorer(),
+                score=[score for _, score in kept],
+            )
+            counts = {
+                "in": len(pairs),
+                "out": len(kept),
+                "errors": len(pairs) - len(kept),
+                "queries": stop - start,
+                "rejected": rejected.counted(),
+            }
+            spent = {"label_s": time.time() - before, "teacher_start_s": start_s.pop() if start_s else 0.0}
+            return Output({"scores": made, "rejected": rejected.table()}, counts=counts, cost=cost | spent)
+
+        return run
+
+
+def _affordable(teacher: Teacher, folder: Artifact, workers: int) -> Teacher:
+    """The teacher, its engine (if any) with what earlier runs left of its budget."""
+    engine = getattr(teacher, "engine", None)
+    if not isinstance(engine, Engine):
+        return teacher
+    return teacher.model_copy(update={"engine": bill.within_budget(engine, folder, workers)})
+
+
+class _Pairs:
+    """The pairs of any range of queries, with their texts."""
+
+    def __init__(self, stage: Label, inputs: Inputs) -> None:
+        self.stage, self.queries = stage, inputs["queries"]
+        self.searches = [
+            _ByQuery(inputs[f"searches.{i}"], "candidates", ["query_id", "doc_id", "rank", "score"])
+            for i in range(len(stage.searches))
+        ]
+        self.examples = self.judged = None
+        if "examples" in inputs:
+            self.examples = _ByQuery(inputs["examples"], "examples", ["query_id", "positive_id", "negative_ids"])
+        else:
+            self.judged = _ByQuery(self.queries, self._qrels(), ["query_id", "doc_id"])
+        self.passages = _Passages(inputs["corpus"], self._wanted())
+
+    def _qrels(self) -> str:
+        name = f"qrels.{self.stage.split}" if self.stage.split else "qrels"
+        there = [table for table in self.queries.table_names() if table.split(".")[0] == "qrels"]
+        if name not in there:
+            splits = ", ".join(table.removeprefix("qrels.") for table in there if table != "qrels")
+            raise ConfigError(
+                f"label: split = {self.stage.split!r}: no table {name!r} in {self.queries.name}; allowed: {splits or None}"
+            )
+        return name
+
+    def _wanted(self) -> pa.Array:
+        """The passages of any pair."""
+        if self.examples is not None:
+            parts = list(self.examples.source.scan("examples", ["positive_id", "negative_ids"]))
+            columns = [column for part in parts for column in (part["positive_id"], _flat(part["negative_ids"]))]
+        else:
+            assert self.judged is not None
+            columns = [part["doc_id"] for part in self.judged.source.scan(self.judged.name, ["doc_id"])]
+            for search in self.searches:
+                for part in search.source.scan("candidates", ["doc_id", "rank"]):
+                    columns.append(part["doc_id"].filter(pc.less_equal(part["rank"], self.stage.depth)))
+        return pa.chunked_array([column.unique() for column in columns], tables.TEXT).unique()
+
+    def of(self, start: int, stop: int) -> list[Pair]:
+        """The pairs of queries ``start`` to ``stop``, those of one query together."""
+        rows = self.queries.slice("queries", start, stop)
+        texts = dict(zip(rows["query_id"].to_pylist(), rows["text"].to_pylist(), strict=True))
+        found = [search.of(texts) for search in self.searches]
+        asked: list[tuple[str, str, Any, Any]] = []
+        own = (self.examples or self.judged).of(texts)  # type: ignore[union-attr]
+        for query_id in texts:
+            lists = [self._hits(each.get(query_id, [])) for each in found]
+            spreads = tuple(_spread(hits) for hits in lists)
+            for doc_id in self._docs(own.get(query_id, []), lists):
+                asked.append((query_id, doc_id, tuple(hits.get(doc_id) for hits in lists), spreads))
+        passages = self.passages.of([doc_id for _, doc_id, _, _ in asked])
+        return [
+            Pair(query_id, texts[query_id], doc_id, passage, hits, spreads)
+            for (query_id, doc_id, hits, spreads), passage in zip(asked, passages, strict=True)
+        ]
+
+    def _hits(self, rows: list[dict[str, Any]]) -> dict[str, Hit]:
+        return {row["doc_id"]: Hit(row["rank"], row["score"]) for row in rows if row["rank"] <= self.stage.depth}
+
+    def _docs(self, own: list[dict[str, Any]], lists: list[dict[str, Hit]]) -> list[str]:
+        if self.examples is not None:
+            return list(dict.fromkeys(doc for row in own for doc in (row["positive_id"], *row["negative_ids"])))
+        return list(dict.fromkeys([row["doc_id"] for row in own] + [doc for hits in lists for doc in hits]))
+
+
+def _flat(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    return pa.chunked_array([pc.list_flatten(chunk) for chunk in column.chunks], tables.TEXT)
+
+
+def _spread(hits: dict[str, Hit]) -> Spread | None:
+    if not hits:
+        return None
+    scores = np.array([hit.score for hit in hits.values()], np.float64)
+    return Spread(float(scores.mean()), float(scores.std()), float(scores.min()), float(scores.max()))
+
+
+class _ByQuery:
+    """The rows of a table by query. Holds where they stand, and reads them when they are asked for."""
+
+    def __init__(self, source: Artifact, name: str, columns: list[str]) -> None:
+        self.source, self.name, self.columns = source, name, columns
+        self.ranges: dict[str, list[tuple[int, int]]] = {}
+        at = 0
+        for part in source.scan(name, ["query_id"]):
+            encoded = part["query_id"].combine_chunks().dictionary_encode()
+            codes, names = encoded.indices.to_numpy(), encoded.dictionary.to_pylist()
+            starts = np.flatnonzero(np.diff(codes, prepend=-1))
+            for first, last in zip(starts, np.append(starts, len(codes))[1:], strict=True):
+                self.ranges.setdefault(names[codes[first]], []).append((at + int(first), at + int(last)))
+            at += len(codes)
+
+    def of(self, query_ids: Any) -> dict[str, list[dict[str, Any]]]:
+        """Query id -> its rows, in the table's order, for those that have any."""
+        wanted = {query_id: self.ranges[query_id] for query_id in query_ids if query_id in self.ranges}
+        spans = _joined(sorted(span for each in wanted.values() for span in each))
+        found: dict[str, list[dict[str, Any]]] = {}
+        for start, stop in spans:
+            for row in self.source.slice(self.name, start, stop, self.columns).to_pylist():
+                if row["query_id"] in wanted:
+                    found.setdefault(row["query_id"], []).append(row)
+        return found
+
+
+def _joined(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Spans that touch, as one: the queries of a shard mostly stand together, and each read has its price."""
+    found: list[tuple[int, int]] = []
+    for start, stop in spans:
+        if found and start <= found[-1][1]:
+            found[-1] = (found[-1][0], max(stop, found[-1][1]))
+        else:
+            found.append((start, stop))
+    return found
+
+
+class _Passages:
+    """The texts of some passages of a corpus."""
+
+    def __init__(self, corpus: Artifact, wanted: pa.Array) -> None:
+        parts = [part.filter(pc.is_in(part["doc_id"], value_set=wanted)) for part in corpus.scan("corpus")]
+        self.rows = pa.concat_tables([tables.empty("corpus"), *parts]).combine_chunks()
+        self.ids, self.path = self.rows["doc_id"].combine_chunks(), corpus.path
+
+    def of(self, ids: list[str]) -> list[str]:
+        """What a retriever reads of each passage, in order."""
+        places = pc.index_in(pa.array(ids, tables.TEXT), value_set=self.ids)
+        missing = [doc_id for doc_id, place in zip(ids, places.to_pylist(), strict=True) if place is None]
+        assert not missing, f"{len(missing)} passages of the pairs are not in {self.path}, such as {missing[0]!r}"
+        found = self.rows.take(places)
+        titles, bodies = found["title"].to_pylist(), found["text"].to_pylist()
+        return [tables.passage_text(title, text) for title, text in zip(titles, bodies, strict=True)]

@@ -1,0 +1,80 @@
+"""Fusion of searches, such as BM25 and a dense one: the teacher that needs no further model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from dagr_ray.cluster import Pool
+from dagr_ray.config import ConfigError
+from dagr_ray.teachers import Cost, Hit, Pair, Scorer, Spread, Teacher
+
+
+class Hybrid(Teacher):
+    """Fuses what several searches say about a passage.
+
+    ``fusion`` ``ranks`` is reciprocal-rank fusion (Cormack et al. 2009, https://doi.org/10.1145/1571941.1572114): the
+    sum of weight / (k + rank), nothing where a search did not return the passage. It compares within a query only.
+    ``min-max`` and ``z-score`` are the weighted mean of the searches' own scores, each scaled by all hits of the query:
+    the convex combination that Bruch et al. (arXiv 2210.11934) find better than ranks where weights can be tuned. There
+    a passage that a search did not return counts as that search's worst hit, and as 0 where it had none at all.
+
+    ``weights`` are one for each search, in their order; all 1 unless given.
+
+    >>> hits = [(Hit(1, 9.0), Hit(2, 0.5)), (Hit(2, 4.0), None), (None, Hit(1, 0.8))]
+    >>> spreads = (Spread(6.5, 2.5, 4.0, 9.0), Spread(0.65, 0.15, 0.5, 0.8))
+    >>> pairs = [Pair("q1", "a query", doc, "", own, spreads) for doc, own in zip("abc", hits)]
+    >>> [round(score, 4) for score in Hybrid().open(Pool()).score(pairs)]
+    [0.0325, 0.0161, 0.0164]
+    >>> Hybrid(fusion="min-max", weights=(3, 1)).open(Pool()).score(pairs)
+    [0.75, 0.0, 0.25]
+    """
+
+    abstract: ClassVar[bool] = False
+    needs_searches: ClassVar[int] = 1
+    fusion: Literal["ranks", "min-max", "z-score"] = "ranks"
+    k: Annotated[float, Field(gt=0)] = 60.0
+    weights: tuple[Annotated[float, Field(ge=0)], ...] = ()
+
+    def label(self) -> str:
+        return "" if self.fusion == "ranks" else self.fusion
+
+    def open(self, pool: Pool) -> Scorer:
+        return _Fusion(self)
+
+
+class _Fusion:
+    def __init__(self, config: Hybrid) -> None:
+        self.config = config
+
+    def score(self, pairs: Sequence[Pair], cost: Cost | None = None) -> list[float]:
+        return [self._fused(pair) for pair in pairs]
+
+    def _fused(self, pair: Pair) -> float:
+        config = self.config
+        weights = config.weights or (1.0,) * len(pair.hits)
+        if len(weights) != len(pair.hits):
+            raise ConfigError(
+                f"hybrid: weights = {config.weights} for {len(pair.hits)} searches; give one for each, in their order"
+            )
+        if config.fusion == "ranks":
+            return sum(w / (config.k + hit.rank) for w, hit in zip(weights, pair.hits, strict=True) if hit)
+        scaled = [
+            w * self._scaled(hit, spread) for w, hit, spread in zip(weights, pair.hits, pair.spreads, strict=True)
+        ]
+        return sum(scaled) / (sum(weights) or 1.0)
+
+    def _scaled(self, hit: Hit | None, spread: Spread | None) -> float:
+        if spread is None:
+            return 0.0
+        score = spread.lowest if hit is None else hit.score
+        if self.config.fusion == "min-max":
+            width = spread.highest - spread.lowest
+            # a single hit is the best that the search has
+            return (score - spread.lowest) / width if width else float(hit is not None)
+        return (score - spread.mean) / spread.deviation if spread.deviation else 0.0
+
+    def close(self) -> None:
+        pass
