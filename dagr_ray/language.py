@@ -1,0 +1,66 @@
+"""Which language a text is in, by a small model that comes with its package and is fast enough for every row.
+
+Compared on 4,318 English queries (SciFact, SQuADShifts, MedQuAD, Cranfield, NPL) and 4,126 lines of 3 to 12 words from
+Django's translations into 28 other languages, one core, the likeliest of all languages that each knows:
+
+| package | size | texts/s | right, other languages | English taken for another |
+|---|---:|---:|---:|---:|
+| py3langid 0.4.0 | 5 MB | 14,000 | 0.922 | 1.5 % |
+| lingua 2.1.1, high accuracy | 96 MB | 300 to 1,400 | 0.932 | 8 % |
+| lingua 2.1.1, low accuracy | 96 MB | 1,000 to 1,600 | 0.858 | 19 % |
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+UNDETERMINED = "und"  # ISO 639's code for it
+
+
+@lru_cache(maxsize=1)
+def _identifier() -> Any:
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
+    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+
+
+def language_of(text: str) -> tuple[str, float]:
+    """The ISO 639 code of a text's language and its probability in [0, 1]; ("und", 0.0) for a text without letters.
+
+    A naive Bayes over byte n-grams of 139 languages (langid.py: Lui and Baldwin 2012, ACL P12-3005). A code of two
+    letters where there is one ("en"), else of three ("nds"). Of texts under three words, one in ten is taken for another
+    language: ask ``likeness`` where one language is expected.
+
+    >>> language_of("Wie kopiere ich einen Ordner mit allem, was darin ist?")[0]
+    'de'
+    >>> language_of("42")
+    ('und', 0.0)
+    """
+    if not any(map(str.isalpha, text)):
+        return UNDETERMINED, 0.0
+    code, probability = _identifier().classify(text)
+    return str(code), float(probability)
+
+
+def languages() -> tuple[str, ...]:
+    """The codes that ``language_of`` can give, in order."""
+    return tuple(sorted(_identifier().labels))
+
+
+def likeness(text: str, language: str) -> float:
+    """How far a text may be in ``language``: its probability by that of the likeliest language, 1 where it is that one.
+
+    1 also for a text without letters, which tells nothing. Kinder to names and terms than the likeliest language alone:
+
+    >>> language_of("DMS3 protein enables Pol V transcription in vivo.")[0]
+    'la'
+    >>> likeness("DMS3 protein enables Pol V transcription in vivo.", "en") > 0.3
+    True
+    >>> likeness("Wie kopiere ich einen Ordner?", "en") < 0.1
+    True
+    """
+    if not any(map(str.isalpha, text)):
+        return 1.0
+    ranked = _identifier().rank(text)
+    return float(dict(ranked)[language] / ranked[0][1])
