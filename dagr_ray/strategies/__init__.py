@@ -10,11 +10,13 @@ from dagr_ray.config import Config
 
 
 class Passage(NamedTuple):
-    """One row of the ``corpus`` table."""
+    """One row of the ``corpus`` table, or of ``pairs``: then with a query that it answers, or a passage linked to it."""
 
     doc_id: str
     title: str
     text: str
+    query: str = ""
+    other: str = ""
 
 
 class Exemplar(NamedTuple):
@@ -75,17 +77,27 @@ class Dice(random.Random):
 
 @dataclass(slots=True)
 class Parsed:
-    """What a completion yields: texts that go on, and (reason, detail) for what does not."""
+    """What a completion yields: texts that go on, and (reason, detail) for what does not.
+
+    ``changes`` holds (before, after) for each text that changes one span of what it was made from.
+    """
 
     kept: list[str] = field(default_factory=list)
     rejected: list[tuple[str, str]] = field(default_factory=list)
+    changes: list[tuple[str, str]] = field(default_factory=list)
 
 
 class Strategy(Config):
-    """Base of the strategies. ``version`` changes with the prompt, ``parse_version`` with the parser alone."""
+    """Base of the strategies. ``version`` changes with the prompt, ``parse_version`` with the parser alone.
+
+    ``reads`` is the table that holds what is asked about: passages (``corpus``), or ``pairs`` of a passage with a query or
+    another passage. ``writes`` says what the texts of ``parse`` are: ``queries`` that the passage answers, ``passages``
+    that answer the query, ``negatives`` that do not, or ``triples`` (query, positive, negative in turn).
+    """
 
     abstract: ClassVar[bool] = True
     parse_version: ClassVar[int] = 1
+    reads: ClassVar[str] = "corpus"
     writes: ClassVar[str] = "queries"
 
     def asked(self) -> tuple[Strategy, ...]:

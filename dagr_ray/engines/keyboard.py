@@ -1,0 +1,97 @@
+"""The engine that types what it reads, and slips."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+
+from dagr_ray.cluster import Pool
+from dagr_ray.engines import Completion, Engine, Sampling
+from dagr_ray.strategies import Prompt
+
+_ROWS = ("1234567890", "qwertyuiop", "asdfghjkl", "zxcvbnm")
+_AT = {key: (y, x) for y, row in enumerate(_ROWS) for x, key in enumerate(row)}
+# on keyboards the rows are shifted by about half a key each: a key touches two of the next row
+_NEAR = {
+    key: "".join(
+        k for k, (v, u) in _AT.items() if k != key and abs(v - y) <= 1 and abs(u - x) <= 1 and abs(u - x + v - y) <= 1
+    )
+    for key, (y, x) in _AT.items()
+}
+
+
+def slip(text: str, rate: float, rng: random.Random) -> str:
+    """The text with typing errors: each letter or digit is hit with probability ``rate``, at least one in all.
+
+    An error is a neighbouring key, two letters swapped, a letter left out or typed twice: the four kinds that most typing
+    errors are (Damerau 1964, https://doi.org/10.1145/363958.363994), here in equal shares.
+
+    >>> slip("how long do bees live", 0.01, random.Random(3))
+    'how long do bees livee'
+    >>> slip("42", 0.0, random.Random(0)) != "42"
+    True
+    """
+    at = [i for i, c in enumerate(text) if c.isalnum()]
+    if not at:
+        return text
+    hit = {i for i in at if rng.random() < rate} or {rng.choice(at)}
+    made: list[str] = []
+    i = 0
+    while i < len(text):
+        key = text[i]
+        if i not in hit:
+            made.append(key)
+        else:
+            kind = rng.choice(("near", "swap", "drop", "twice"))
+            near = _NEAR.get(key.lower(), "")
+            if kind == "near" and near:
+                typed = rng.choice(near)
+                made.append(typed.upper() if key.isupper() else typed)
+            elif kind == "swap" and i + 1 < len(text) and text[i + 1] not in (key, " "):
+                made += [text[i + 1], key]
+                i += 1
+            elif kind == "drop" and len(at) > 1:
+                pass
+            else:
+                made += [key, key]
+        i += 1
+    return "".join(made)
+
+
+class KeyboardEngine(Engine):
+    """Answers with the passage of the prompt, typed with errors in a share ``rate`` of its letters; no language model.
+
+    >>> from dagr_ray.cluster import Pool
+    >>> session = KeyboardEngine(rate=0.05).open(Pool(workers=0))
+    >>> [[completion]] = session.generate([Prompt("", "how long do bees live", "")], [3], Sampling(), 1)
+    >>> completion.raw != "how long do bees live", completion.completion_tokens
+    (True, 0)
+    """
+
+    abstract: ClassVar[bool] = False
+    type: ClassVar[str] = "keyboard-engine"
+    rate: Annotated[float, Field(ge=0, le=1)] = 0.03
+
+    def open(self, pool: Pool) -> _Session:
+        return _Session(self.rate)
+
+
+class _Session:
+    def __init__(self, rate: float) -> None:
+        self.rate = rate
+
+    def generate(
+        self, prompts: Sequence[Prompt], seeds: Sequence[int], sampling: Sampling, n: int
+    ) -> list[list[Completion]]:
+        """Sample ``i`` slips with seed ``seed + i``."""
+        made = []
+        for prompt, seed in zip(prompts, seeds, strict=True):
+            typed = [slip(prompt.passage, self.rate, random.Random(seed + i)) for i in range(n)]
+            made.append([Completion(text, "stop", 0, 0, 0) for text in typed])
+        return made
+
+    def close(self) -> None:
+        pass

@@ -1,0 +1,52 @@
+"""The same query in other words."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from dagr_ray.strategies.rewriting import Form, Rewriting
+
+_FORM = Form(
+    ("Query",),
+    "Same in other words",
+    (
+        {
+            "Query": "overwrite existing file when renaming",
+            "Same in other words": "rename a file on top of another one",
+        },
+        {"Query": "how deep is lake baikal", "Same in other words": "depth of baikal in metres"},
+        {
+            "Query": "does the kettle leak after a few months",
+            "Same in other words": "water comes out of kettle, durability",
+        },
+        {"Query": "refund for a cancelled train", "Same in other words": "get money back when my train does not run"},
+        {
+            "Query": "how long to rest a sprained ankle",
+            "Same in other words": "ankle sprain days until I can walk again",
+        },
+    ),
+)
+
+
+class Paraphrase(Rewriting):
+    """A query with the meaning of another (reformation in the survey arXiv 2403.02990, section 3; the passage stays).
+
+    Whether the meaning stayed is checked as for any written query, by the round trip through a search, and by the
+    distance of both queries' embeddings where a filter for that is in the recipe.
+
+    >>> import random
+    >>> from dagr_ray.strategies import Passage
+    >>> row = Passage("p1", "", "Bees of summer live for six weeks.", query="how long do bees live")
+    >>> Paraphrase().prompt(row, (), random.Random(0)).text.splitlines()[-2:]
+    ['Query: how long do bees live', 'Same in other words:']
+    >>> Paraphrase().parse(row, ' "lifespan of a honey bee"').kept
+    ['lifespan of a honey bee']
+    >>> Paraphrase().parse(row, "How long do bees live").rejected
+    [('unchanged', 'How long do bees live')]
+    """
+
+    abstract: ClassVar[bool] = False
+    task: str = "Each search query is followed by another one that means the same and uses other words."
+
+    def form(self) -> Form:
+        return _FORM
