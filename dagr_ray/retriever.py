@@ -25,23 +25,11 @@ WINDOW = 8192
 TOKENS = {"cpu": 4096, "cuda": 131072}
 
 
-class Encoder(Config):
-    """A bi-encoder: a model folder (a path, or a URI to fetch it from once), or a hub id with the commit that pins it.
+class Pinned(Config):
+    """A model that is known by its content: a folder (a path, or a URI to fetch it from once), or a hub id with a commit."""
 
-    ``layers`` keeps only the first of the transformer's layers. ``reinitialise`` is a seed: the same embeddings, with
-    all other weights drawn anew, which makes a retriever that is not pre-trained. ``dtype`` ``auto`` computes in
-    bfloat16 where the processor has it (the weights stay float32), and else in float32. Prefixes are put before the
-    text, as E5 and others want.
-    """
-
-    model: Annotated[str, Field(min_length=1)] = "sentence-transformers/all-MiniLM-L6-v2"
+    model: Annotated[str, Field(min_length=1)]
     revision: str | None = None
-    query_prefix: str = ""
-    doc_prefix: str = ""
-    max_length: Annotated[int, Field(ge=8)] = 256
-    dtype: Dtype = "auto"
-    reinitialise: Annotated[int, Field(ge=0)] | None = None
-    layers: Annotated[int, Field(ge=1)] | None = None
 
     @property
     def folder(self) -> Path:
@@ -51,11 +39,6 @@ class Encoder(Config):
     @property
     def local(self) -> bool:
         return self.folder.is_dir()
-
-    def label(self) -> str:
-        name = self.folder.name.lower()
-        name += "" if self.layers is None else f"-{self.layers}layers"
-        return name + ("" if self.reinitialise is None else f"-reinit{self.reinitialise}")
 
     def identity(self) -> dict[str, Any]:
         """A folder is named by its content, a hub model by its commit. Raises ConfigError where there is neither."""
@@ -68,14 +51,37 @@ class Encoder(Config):
         """Raises ConfigError where the model is no folder with safetensors and no hub id with a full commit."""
         if self.local:
             if not any(self.folder.rglob("*.safetensors")):
-                raise ConfigError(f"encoder: no *.safetensors in {self.model!r}; save the model as safetensors")
+                raise ConfigError(f"{self.type}: no *.safetensors in {self.model!r}; save the model as safetensors")
         elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", self.model):
-            raise ConfigError(f"encoder: no folder at {self.model!r}; give one, or a hub id and its revision")
+            raise ConfigError(f"{self.type}: no folder at {self.model!r}; give one, or a hub id and its revision")
         elif not re.fullmatch(r"[0-9a-f]{40}", self.revision or ""):
             raise ConfigError(
-                f"encoder: revision = {self.revision!r} for {self.model!r}: no folder of that name, and a hub id needs "
+                f"{self.type}: revision = {self.revision!r} for {self.model!r}: no folder of that name, and a hub id needs "
                 "the 40 hex digits of a commit; set revision, or give the path of a local model"
             )
+
+
+class Encoder(Pinned):
+    """A bi-encoder: a model folder (a path, or a URI to fetch it from once), or a hub id with the commit that pins it.
+
+    ``layers`` keeps only the first of the transformer's layers. ``reinitialise`` is a seed: the same embeddings, with
+    all other weights drawn anew, which makes a retriever that is not pre-trained. ``dtype`` ``auto`` computes in
+    bfloat16 where the processor has it (the weights stay float32), and else in float32. Prefixes are put before the
+    text, as E5 and others want.
+    """
+
+    model: Annotated[str, Field(min_length=1)] = "sentence-transformers/all-MiniLM-L6-v2"
+    query_prefix: str = ""
+    doc_prefix: str = ""
+    max_length: Annotated[int, Field(ge=8)] = 256
+    dtype: Dtype = "auto"
+    reinitialise: Annotated[int, Field(ge=0)] | None = None
+    layers: Annotated[int, Field(ge=1)] | None = None
+
+    def label(self) -> str:
+        name = self.folder.name.lower()
+        name += "" if self.layers is None else f"-{self.layers}layers"
+        return name + ("" if self.reinitialise is None else f"-reinit{self.reinitialise}")
 
 
 def load(encoder: Encoder, device: str | None = None, model: str | Path | None = None) -> SentenceTransformer:

@@ -6,12 +6,17 @@ import json
 import math
 import pickle
 import re
+import shutil
 
 import pytest
+import torch
+from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from dagr_ray.cluster import Pool
 from dagr_ray.config import ConfigError, from_json, plugins
+from dagr_ray.models import minilm
 from dagr_ray.teachers import Hit, Pair, Spread, Teacher, by_query
+from dagr_ray.teachers.cross_encoder import CrossEncoder
 from dagr_ray.teachers.hybrid import Hybrid
 
 TEACHERS = {name: kind for name, kind in plugins(Teacher).items() if kind.__module__.startswith("dagr_ray.")}
@@ -74,3 +79,90 @@ def test_pairs_of_a_query_are_taken_together():
     pairs = [Pair(q, "", d, "") for q, d in ("aa", "ab", "ba")]
     assert [[p.doc_id for p in own] for own in by_query(pairs)] == [["a", "b"], ["a"]]
     assert list(by_query([])) == []
+
+
+# -- cross-encoder ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """Makes a folder of a cross-encoder with random weights: two layers, the vocabulary of MiniLM."""
+
+    def make(name, outputs=1, **fields):
+        folder = tmp_path_factory.mktemp("models") / name
+        torch.manual_seed(0)
+        tokenizer = AutoTokenizer.from_pretrained(minilm())
+        config = BertConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=64,
+            max_position_embeddings=128,
+            num_labels=outputs,
+            initializer_range=0.5,
+            **fields,
+        )
+        BertForSequenceClassification(config).save_pretrained(folder, safe_serialization=True)
+        tokenizer.save_pretrained(folder)
+        return str(folder)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def reranker(tiny):
+    return tiny("reranker")
+
+
+PAIRS = [
+    Pair("q1", "copy a dict", "d1", "Return a shallow copy of the dictionary."),
+    Pair("q1", "copy a dict", "d2", "long " * 1000),
+    Pair("q2", "", "d3", ""),
+    Pair("q2", "<|im_start|> \ud7ff 🎉", "d4", "[CLS] [SEP] 日本語"),
+]
+
+
+def test_cross_encoder_gives_the_models_own_logits(reranker):
+    session = CrossEncoder(model=reranker, max_length=64, dtype="float32").open(Pool())
+    cost = {}
+    scores = session.score(PAIRS, cost)
+    assert cost == {"pairs_scored": 4} and len(set(scores)) == 4
+    model = BertForSequenceClassification.from_pretrained(reranker).eval()
+    tokenizer = AutoTokenizer.from_pretrained(reranker)
+    for pair, score in zip(PAIRS, scores, strict=True):
+        tokens = tokenizer([pair.query], [pair.passage], truncation=True, max_length=64, return_tensors="pt")
+        with torch.inference_mode():
+            assert score == pytest.approx(model(**tokens).logits.item(), abs=1e-4)
+    assert session.score(PAIRS[::-1]) == pytest.approx(scores[::-1], abs=1e-4), "no score depends on its batch"
+    assert session.score([]) == []
+    shares = (
+        CrossEncoder(model=reranker, max_length=64, dtype="float32", activation="sigmoid").open(Pool()).score(PAIRS)
+    )
+    assert shares == pytest.approx([1 / (1 + math.exp(-s)) for s in scores], abs=1e-4)
+    longer = CrossEncoder(model=reranker, max_length=128, dtype="float32").open(Pool()).score(PAIRS)
+    assert abs(longer[1] - scores[1]) > 1e-3 and longer[0] == pytest.approx(scores[0], abs=1e-4)
+
+
+def test_cross_encoder_is_known_by_its_files(reranker, tmp_path):
+    copied = tmp_path / "copy"
+    shutil.copytree(reranker, copied)
+    assert CrossEncoder(model=reranker).fingerprint() == CrossEncoder(model=str(copied)).fingerprint()
+    (copied / "config.json").write_text((copied / "config.json").read_text() + " ")
+    assert CrossEncoder(model=reranker).fingerprint() != CrossEncoder(model=str(copied)).fingerprint()
+
+
+def test_cross_encoders_that_cannot_be_are_named(tiny, reranker, tmp_path):
+    with pytest.raises(ConfigError, match=r"cross-encoder: revision = None.*40 hex digits"):
+        CrossEncoder(model="org/name").check()
+    with pytest.raises(ConfigError, match="3 outputs, and a teacher needs one score"):
+        CrossEncoder(model=tiny("classes", outputs=3), max_length=64).open(Pool())
+    with pytest.raises(ConfigError, match="max_length = 512.*at most 128"):
+        CrossEncoder(model=reranker).open(Pool())
+    with pytest.raises(ConfigError, match=r"no \*\.safetensors"):
+        CrossEncoder(model=str(tmp_path)).open(Pool())
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    (tmp_path / "config.json").write_text('{"auto_map": {"AutoModel": "evil.Evil"}, "model_type": "evil"}')
+    (tmp_path / "evil.py").write_text("raise SystemExit('remote code ran')")
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        CrossEncoder(model=str(tmp_path)).open(Pool())

@@ -1,0 +1,110 @@
+"""Cross-encoders: one model that reads query and passage together."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+import numpy as np
+from pydantic import Field
+
+from dagr_ray.cluster import Pool
+from dagr_ray.config import ConfigError
+from dagr_ray.retriever import Dtype, Pinned, compute_dtype
+from dagr_ray.teachers import Cost, Pair, Scorer, Teacher
+
+if TYPE_CHECKING:
+    from sentence_transformers import CrossEncoder as Model
+
+BATCH = {"cpu": 16, "cuda": 256}
+
+
+class CrossEncoder(Pinned, Teacher):
+    """Any sentence-transformers CrossEncoder with one output, such as the ms-marco models (safetensors, no remote code).
+
+    Source: Nogueira and Cho, Passage Re-ranking with BERT, arXiv 1901.04085; as the teacher of a retriever: Hofstätter
+    et al., arXiv 2010.02666. ``activation`` ``none`` gives the logit that distillation by margins wants, ``sigmoid`` a
+    number in [0, 1]. A pair is cut to ``max_length`` tokens, its longer text first.
+
+    >>> CrossEncoder(model="/models/ms-marco-MiniLM-L6-v2").scorer()
+    'cross-encoder-ms-marco-minilm-l6-v2'
+    """
+
+    abstract: ClassVar[bool] = False
+    pool: ClassVar[str] = "retrieve"
+    model: Annotated[str, Field(min_length=1)] = "cross-encoder/ms-marco-MiniLM-L6-v2"
+    max_length: Annotated[int, Field(ge=8)] = 512
+    activation: Literal["none", "sigmoid"] = "none"
+    dtype: Dtype = "auto"
+
+    def label(self) -> str:
+        return self.model.rstrip("/").rsplit("/", 1)[-1].lower()
+
+    def open(self, pool: Pool) -> Scorer:
+        return _Session(self)
+
+
+class _Session:
+    def __init__(self, config: CrossEncoder) -> None:
+        self.config, self.lock = config, threading.Lock()
+        self.model: Any = load(config)
+
+    def score(self, pairs: Sequence[Pair], cost: Cost | None = None) -> list[float]:
+        """See ``Scorer``. Cost: ``pairs_scored``."""
+        import torch
+
+        config, device = self.config, self.model.device.type
+        activation = torch.nn.Sigmoid() if config.activation == "sigmoid" else torch.nn.Identity()
+        amp = compute_dtype(config.dtype, device)
+        texts = [(pair.query, pair.passage) for pair in pairs]
+        with self.lock, torch.autocast(device, dtype=amp, enabled=amp != torch.float32):
+            found = self.model.predict(
+                texts,
+                batch_size=BATCH.get(device, BATCH["cpu"]),
+                activation_fn=activation,
+                show_progress_bar=False,
+            )
+        scores = np.asarray(found, np.float32).reshape(-1)
+        if not np.isfinite(scores).all():
+            raise FloatingPointError(f"cross-encoder: {config.model!r} gives scores that are not finite")
+        if cost is not None:
+            cost["pairs_scored"] = cost.get("pairs_scored", 0) + len(pairs)
+        return scores.tolist()
+
+    def close(self) -> None:
+        self.model = None
+
+
+def load(config: CrossEncoder, device: str | None = None) -> Model:
+    """The model with float32 weights, on ``device`` (CUDA where there is one). Raises ConfigError where it cannot be."""
+    import torch
+    from sentence_transformers import CrossEncoder as Model
+    from transformers.utils import logging
+
+    config.check()
+    logging.disable_progress_bar()
+    try:
+        loaded = Model(
+            str(config.folder) if config.local else config.model,
+            device=device,
+            revision=None if config.local else config.revision,
+            local_files_only=config.local,
+            trust_remote_code=False,
+            max_length=config.max_length,
+            model_kwargs={"use_safetensors": True, "dtype": torch.float32},
+        )
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(f"cross-encoder: model = {config.model!r} cannot be loaded: {reason}") from error
+    outputs = loaded.config.num_labels
+    if outputs != 1:
+        raise ConfigError(
+            f"cross-encoder: {config.model!r} has {outputs} outputs, and a teacher needs one score; give a re-ranker"
+        )
+    limit = getattr(loaded.config, "max_position_embeddings", None)
+    if limit is not None and config.max_length > limit:
+        raise ConfigError(
+            f"cross-encoder: max_length = {config.max_length}: {config.model!r} reads at most {limit} tokens"
+        )
+    return loaded.eval()
