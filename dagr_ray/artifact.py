@@ -435,7 +435,8 @@ class Artifact:
         data = self.read_bytes(part["file"])
         if data is None or hashlib.sha256(data).hexdigest() != part["sha256"]:
             raise Damaged(f"{self.path}/{part['file']} is {'missing' if data is None else 'not as it was written'}")
-        return pq.read_table(pa.BufferReader(data), columns=columns)
+        with pq.ParquetFile(pa.BufferReader(data)) as opened:
+            return schemas.widened(part["file"].split("/")[0], opened.read(columns), columns)
 
     def _read_rows(self, part: Json, columns: list[str] | None, first: int, last: int) -> pa.Table:
         """Some rows of a part. All of it is checked once in a process, later only the pages that are read."""
@@ -450,7 +451,7 @@ class Artifact:
             sizes = [opened.metadata.row_group(i).num_rows for i in range(opened.num_row_groups)]
             starts = list(accumulate(sizes, initial=0))
             groups = [i for i, (a, b) in enumerate(pairwise(starts)) if a < last and b > first]
-            rows = opened.read_row_groups(groups, columns)
+            rows = schemas.widened(part["file"].split("/")[0], opened.read_row_groups(groups, columns), columns)
         return rows.slice(first - starts[groups[0]], last - first)
 
     @contextlib.contextmanager

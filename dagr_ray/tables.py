@@ -42,6 +42,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("prompt_tokens", pa.int32()),
             ("cached_tokens", pa.int32()),
             ("completion_tokens", pa.int32()),
+            ("logprob", pa.float32()),
             ("error", TEXT),
         ],
     ),
@@ -132,6 +133,20 @@ def check(name: str, value: pa.Table) -> pa.Table:
         nulls = 0 if field.nullable else value[field.name].null_count
         assert not nulls, f"table {name!r} has {nulls} nulls in {field.name!r}"
     return value
+
+
+def widened(name: str, value: pa.Table, names: Iterable[str] | None = None) -> pa.Table:
+    """The columns ``names`` (None: all) of a table of kind ``name``; those that may be null are null where it is older.
+
+    >>> old = pa.table({"query_id": ["q1"], "value": [0.5], "measure": ["nDCG@10"]})
+    >>> widened("metrics", old, ["value", "split"]).to_pylist()
+    [{'value': 0.5, 'split': None}]
+    """
+    known, there = schema(name), value.column_names
+    wanted = list(known.names if names is None else names)
+    for missing in (known.field(n) for n in wanted if n not in there and known.field(n).nullable):
+        value = value.append_column(missing, pa.nulls(len(value), missing.type))
+    return value.select(wanted)
 
 
 def clean(text: str) -> str:

@@ -164,7 +164,7 @@ def test_the_request_is_the_prompt_and_the_sampling():
         prompt = Prompt("Say:\n", "a\x00b \ud800 é", "\nQ:", stop=("\n", "Passage:"))
         [[one]] = ask(server, [prompt], sampling=sampling)
         ask(server, ["x"])
-    sent = {"model": "m", "prompt": "Say:\na\ufffdb \ufffd é\nQ:", "stop": ["\n", "Passage:"], "seed": 0}
+    sent = {"model": "m", "prompt": "Say:\na\ufffdb \ufffd é\nQ:", "stop": ["\n", "Passage:"], "seed": 0, "logprobs": 1}
     assert server.seen[0] == sent | {"temperature": 0.3, "top_p": 0.9, "max_tokens": 7}
     assert "stop" not in server.seen[1] and "Authorization" not in server.headers[0]
     assert one.raw.startswith("Say:\na\ufffdb")
@@ -183,6 +183,26 @@ def test_answers_without_usage_or_with_a_strange_one_are_answers():
     with served(lambda body, nth: lambda h, b: good(h, b, usage=usages[body["seed"] // 100])) as server:
         found = ask(server, ["a", "b", "c"])
     assert all(c.error is None and c.prompt_tokens == c.cached_tokens == c.completion_tokens == 0 for [c] in found)
+
+
+def test_the_mean_log_probability_is_kept_where_the_server_tells():
+    told = [{"token_logprobs": [-1.0, -2.5, 0]}, {"token_logprobs": [None, -1.0]}, {"token_logprobs": "x"}, None]
+
+    def react(body, nth):
+        choice = {"index": 0, "text": "a", "finish_reason": "stop", "logprobs": told[body["seed"] // 100]}
+        return lambda handler, body: reply(handler, 200, {"choices": [choice], "usage": USAGE})
+
+    with served(react) as server:
+        found = ask(server, ["a", "b", "c", "d"])
+    assert [c.logprob for [c] in found] == [pytest.approx(-3.5 / 3), None, None, None]
+
+
+def test_a_server_that_refuses_log_probabilities_is_asked_without_them():
+    refuse = status(400, "Unrecognized request argument supplied: logprobs")
+    with served(lambda body, nth: refuse if "logprobs" in body else None) as server:
+        found = ask(server, ["a", "b", "c"], in_flight=1)
+    assert all(c.error is None and c.logprob is None and c.retries == 0 for [c] in found)
+    assert ["logprobs" in body for body in server.seen] == [True, False, False, False]
 
 
 def test_one_request_for_all_samples_pays_for_the_prompt_once():

@@ -126,3 +126,17 @@ def test_looking_for_damage_takes_a_listing_for_each_table(tmp_path, monkeypatch
     assert listed == ["corpus"], "and no receipt is read where there is a manifest"
     folder.remove("manifest.json")
     assert Artifact(str(tmp_path), "made").damaged() == found
+
+
+def test_a_part_from_before_a_column_existed_has_nulls_in_it(tmp_path, monkeypatch):
+    now = tables.schema("generations")
+    monkeypatch.setitem(tables.SCHEMAS, "generations", now.remove(now.get_field_index("logprob")))
+    asked = {"gen_id": ["g0", "g1"], "source_id": ["d", "d"], "sample": [0, 1], "seed": [1, 2], "prompt_sha": ["", ""]}
+    rows = tables.columns("generations", 2, truncated=False, raw="a query", completion_tokens=3, **asked)
+    folder = Artifact(str(tmp_path), "old")
+    part = folder.commit(0, {"generations": rows}, {})["tables"]["generations"]
+    folder.write_json("manifest.json", {"tables": {"generations": {"parts": [part]}}})
+    monkeypatch.undo()
+    for found in (folder.read("generations"), folder.slice("generations", 0, 1), folder.slice("generations", 0, 2)):
+        assert tables.check("generations", found)["logprob"].null_count == len(found)
+    assert folder.read("generations", ["logprob", "raw"]).to_pylist()[0] == {"logprob": None, "raw": "a query"}

@@ -66,6 +66,15 @@ def test_every_prompt_is_answered_twice(answers):
         assert "\n" not in completion.raw and "\x00" not in completion.raw
 
 
+def test_the_mean_log_probability_of_a_completion_is_kept(session, answers):
+    found = [c.logprob for answer in answers for c in answer]
+    assert all(x is not None and -15 < x < 0 for x in found)
+    # a greedy completion is likelier than what a hot one draws
+    asked = prompts()[len(ODD) :]
+    cold, hot = (session.generate(asked, range(10), Sampling(max_tokens=12, temperature=t), 1) for t in (0.0, 2.0))
+    assert all(a[0].logprob > b[0].logprob + 1 for a, b in zip(cold, hot, strict=True))
+
+
 def test_only_long_passages_are_truncated(answers):
     cut = {name for name, answer in zip(ODD, answers, strict=False) if answer[0].truncated}
     assert cut == {"long", "no-spaces", "huge"}

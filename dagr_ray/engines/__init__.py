@@ -23,7 +23,11 @@ class Sampling(Config):
 
 @dataclass
 class Completion:
-    """One sample of one prompt. ``error`` is set where the engine could not answer; then ``raw`` is None."""
+    """One sample of one prompt. ``error`` is set where the engine could not answer; then ``raw`` is None.
+
+    ``logprob`` is the mean natural log-probability of the completion's tokens, as the model gives it at temperature 1;
+    None where there is no model, or it does not tell.
+    """
 
     raw: str | None
     finish_reason: str | None
@@ -32,6 +36,7 @@ class Completion:
     completion_tokens: int
     truncated: bool = False
     error: str | None = None
+    logprob: float | None = None
     own_prompt: bool = False  # asked in a request for this sample alone: its prompt was paid for again
     retries: int = 0
     failed_prompt_tokens: int = 0  # at most so many were paid for attempts without an answer

@@ -53,6 +53,8 @@ class OpenAIServer(Engine):
     sends no key); the key itself is no field. A passage is cut at its end to ``passage_characters``; a prompt that is
     still too long is an error of its row. The limits hold for a stage: each of the pool's workers has an equal share.
 
+    Log-probabilities are asked for until the server refuses a request because of them.
+
     Every sample is a request with a seed of its own. ``one_request`` asks for all samples of a prompt at once, with the
     seed of the first: their prompt is paid for once, and it is the server's affair how they differ.
 
@@ -247,6 +249,7 @@ class _Session:
         self.budget = _Budget(config.budget_usd and config.budget_usd / share)
         self.slots = asyncio.Semaphore(max(config.in_flight // share, 1))
         self.gate, self.shut_until = asyncio.Lock(), 0.0
+        self.tells = True  # log-probabilities, until the server says that it cannot
         # asked here, as aiohttp's own way would also send what it finds in a .netrc
         url = urlsplit(config.base_url)
         direct = url.hostname in LOCAL or urllib.request.proxy_bypass(str(url.hostname))
@@ -358,7 +361,8 @@ class _Session:
     async def _post(self, request: dict[str, Any]) -> list[Completion] | _Failure:
         import aiohttp
 
-        url, body = f"{self.config.base_url}/completions", json.dumps(request, ensure_ascii=False).encode()
+        wanted = request | ({"logprobs": 1} if self.tells else {})
+        url, body = f"{self.config.base_url}/completions", json.dumps(wanted, ensure_ascii=False).encode()
         # Nothing of aiohttp's gets out of here: some of its exceptions hold the request's headers, and so the key.
         try:
             async with self.http.post(url, data=body, proxy=self.proxy, allow_redirects=False) as response:
@@ -373,6 +377,9 @@ class _Session:
             found = _completions(raw, request.get("n", 1))
             return found or _Failure("the answer is no completion in JSON", billed=True)
         said = raw.decode(errors="replace")
+        if status in (400, 422) and "logprobs" in wanted and "logprobs" in said:
+            self.tells = False
+            return await self._post(request)
         with contextlib.suppress(ValueError, RecursionError):
             said = json.dumps(
                 json.loads(raw), ensure_ascii=False
@@ -418,6 +425,7 @@ def _completions(raw: bytes, samples: int) -> list[Completion] | None:
         details = usage.get("prompt_tokens_details") or {}
         choices = sorted(value["choices"], key=lambda choice: choice.get("index") or 0)[:samples]
         texts = [(choice["text"], choice.get("finish_reason")) for choice in choices]
+        means = [_mean(choice.get("logprobs")) for choice in choices]
         counts = usage.get("prompt_tokens"), details.get("cached_tokens"), usage.get("completion_tokens")
     except (ValueError, RecursionError, AttributeError, LookupError, TypeError):
         return None
@@ -426,7 +434,25 @@ def _completions(raw: bytes, samples: int) -> list[Completion] | None:
     prompt, cached, written = (c if isinstance(c, int) and 0 <= c < 2**31 else 0 for c in counts)
     return [
         Completion(
-            tables.clean(text), str(reason) if reason else None, prompt, min(cached, prompt), (written + i) // samples
+            tables.clean(text),
+            str(reason) if reason else None,
+            prompt,
+            min(cached, prompt),
+            (written + i) // samples,
+            logprob=means[i],
         )
         for i, (text, reason) in enumerate(texts)
     ]
+
+
+def _mean(logprobs: Any) -> float | None:
+    """The mean of an answer's ``token_logprobs``; None where they are no list of numbers, as some servers' are not.
+
+    >>> _mean({"token_logprobs": [-1.0, -2.0]}), _mean({"token_logprobs": [None]}), _mean(None)
+    (-1.5, None, None)
+    """
+    found = logprobs.get("token_logprobs") if isinstance(logprobs, dict) else None
+    if not isinstance(found, list) or not found or not all(isinstance(x, int | float) for x in found):
+        return None
+    mean = sum(found) / len(found)
+    return mean if math.isfinite(mean) else None

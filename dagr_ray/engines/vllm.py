@@ -6,6 +6,7 @@ import contextlib
 import copy
 import gc
 import json
+import math
 import os
 import re
 import sys
@@ -300,6 +301,7 @@ class _Session:
                 max_tokens=sampling.max_tokens,
                 seed=seeds[i],
                 stop=list(prompt.stop),
+                logprobs=0,  # of the token drawn alone
                 output_kind=RequestOutputKind.FINAL_ONLY,
                 structured_outputs=structured(self.config.json_schema, self.config.regex),
             )
@@ -318,6 +320,7 @@ class _Session:
                     cached_tokens=answer.num_cached_tokens or 0,
                     completion_tokens=len(output.token_ids),
                     truncated=cut,
+                    logprob=_mean(output.cumulative_logprob, len(output.token_ids)),
                 )
                 for output in sorted(answer.outputs, key=lambda output: output.index)
             ]
@@ -387,6 +390,12 @@ def _cause(error: BaseException) -> str:
     text = f"{type(error).__name__}: {' '.join(text.split())}"
     remedy = next((say for pattern, say in REMEDIES if re.search(pattern, text, re.IGNORECASE)), None)
     return f"{text[:300]}; {remedy or 'set VLLM_LOGGING_LEVEL=INFO and read the log of its worker'}"
+
+
+def _mean(total: float | None, tokens: int) -> float | None:
+    """What an impossible token makes of it (structured output forces some) is no number that a table should hold."""
+    mean = total / tokens if total is not None and tokens else None
+    return mean if mean is not None and math.isfinite(mean) else None
 
 
 def _failed(n: int, error: str) -> list[Completion]:

@@ -242,6 +242,7 @@ class Generate(Stage):
             prompt_tokens=[c.prompt_tokens for c in made],
             cached_tokens=[c.cached_tokens for c in made],
             completion_tokens=[c.completion_tokens for c in made],
+            logprob=[c.logprob for c in made],
             error=[None if c.error is None else clean(c.error) for c in made],
         )
 
