@@ -28,6 +28,17 @@ SCHEMAS: dict[str, pa.Schema] = {
     "corpus": _schema(("doc_id", TEXT), ("title", TEXT), ("text", TEXT)),
     "queries": _schema(("query_id", TEXT), ("text", TEXT)),
     "qrels": _schema(("query_id", TEXT), ("doc_id", TEXT), ("relevance", pa.int32())),
+    # what a strategy may read besides a passage: doc_id names the pair, text is that of passage_id, other of other_id
+    "pairs": _schema(
+        ("doc_id", TEXT),
+        ("title", TEXT),
+        ("text", TEXT),
+        ("query", TEXT),
+        ("other", TEXT),
+        ("passage_id", TEXT),
+        optional=[("query_id", TEXT), ("other_id", TEXT)],
+    ),
+    "changes": _schema(("doc_id", TEXT), ("before", TEXT), ("after", TEXT)),
     "exemplars": _schema(("query_id", TEXT), ("doc_id", TEXT), ("query", TEXT), ("passage", TEXT)),
     "generations": _schema(
         ("gen_id", TEXT),
@@ -58,6 +69,7 @@ SCHEMAS: dict[str, pa.Schema] = {
         optional=[("positive_score", pa.float32()), ("negative_scores", pa.list_(pa.float32()))],
     ),
     "rejected": _schema(("id", TEXT), ("by", TEXT), ("reason", TEXT), optional=[("detail", TEXT)]),
+    "masked": _schema(("id", TEXT), ("by", TEXT), ("detail", TEXT)),
     "metrics": _schema(
         ("measure", TEXT), ("value", pa.float64()), optional=[("query_id", TEXT), ("data", TEXT), ("split", TEXT)]
     ),

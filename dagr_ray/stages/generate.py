@@ -22,6 +22,13 @@ from dagr_ray.filters import words
 from dagr_ray.stage import Inputs, Output, Run, Stage
 from dagr_ray.strategies import Dice, Exemplar, Passage, Prompt, Strategy
 
+READS = {"corpus": "passages", "pairs": "Pairs or Linked"}
+
+
+def asked_about(rows: pa.Table) -> pa.Table:
+    """The columns of a ``corpus`` or ``pairs`` table that make a ``Passage``, in its order."""
+    return rows.select([name for name in Passage._fields if name in rows.column_names])
+
 
 class Exemplars(Stage):
     """Up to ``k`` human queries of a split with their passages, to show in prompts; none where there is no such split.
@@ -126,9 +133,10 @@ class Generate(Stage):
                 f"generate: samples = {self.samples} at temperature 0 would all be the same; "
                 "raise the temperature, or set samples=1"
             )
-        if self.strategy.writes != "queries":
+        if self.strategy.reads not in self.corpus.outputs:
             raise ConfigError(
-                f"generate: strategy {self.strategy.type!r} writes {self.strategy.writes}; give one that writes queries"
+                f"generate: strategy {self.strategy.type!r} reads {self.strategy.reads}, and corpus is a "
+                f"{self.corpus.type!r}, which has none; give {READS[self.strategy.reads]}"
             )
         return self
 
@@ -136,7 +144,7 @@ class Generate(Stage):
         return f"{self.strategy.type}-{self.engine.type}"
 
     def size(self, inputs: Inputs) -> int:
-        return inputs["corpus"].count("corpus")
+        return inputs["corpus"].count(self.strategy.reads)
 
     def per_passage(self) -> int:
         """Completions of one passage: ``samples`` for each strategy that asks."""
@@ -144,7 +152,7 @@ class Generate(Stage):
 
     def refuse(self, inputs: Inputs, row: int, reason: str, detail: str) -> Output:
         """A passage that is given up: no completions, and a row in ``rejected``."""
-        [doc_id] = inputs["corpus"].slice("corpus", row, row + 1)["doc_id"].to_pylist()
+        [doc_id] = inputs["corpus"].slice(self.strategy.reads, row, row + 1)["doc_id"].to_pylist()
         refused = {"id": doc_id, "by": "generate", "reason": reason, "detail": tables.clean(detail)}
         made = {"generations": tables.empty("generations"), "rejected": tables.table("rejected", [refused])}
         return Output(made, counts={"in": 1, "out": 0, "errors": 0, "rejected": {f"generate/{reason}": 1}})
@@ -153,7 +161,7 @@ class Generate(Stage):
         """The exact prompts of some passages' ``sample``, by doc_id, before an engine cuts long ones."""
         wanted, fingerprint, (shown, _) = list(ids), self.fingerprint(), _exemplars(inputs)
         found: dict[str, str] = {}
-        for part in inputs["corpus"].scan("corpus"):
+        for part in inputs["corpus"].scan(self.strategy.reads):
             rows = part.filter(pc.is_in(part["doc_id"], value_set=pa.array(wanted, tables.TEXT)))
             asked, _ = self._asked(rows, tables.part(fingerprint), shown, set())
             prompts = asked.prompts[sample // self.samples :: len(self.strategy.asked())]
@@ -170,7 +178,9 @@ class Generate(Stage):
         start_s = [time.time() - began]
 
         def run(start: int, stop: int) -> Output:
-            asked, rejected = self._asked(inputs["corpus"].slice("corpus", start, stop), ids, shown, held_out)
+            asked, rejected = self._asked(
+                inputs["corpus"].slice(self.strategy.reads, start, stop), ids, shown, held_out
+            )
             before = time.time()
             answers = session.generate(asked.prompts, self._seeds(asked), self.sampling, self.samples)
             spent = {"generate_s": time.time() - before, "engine_start_s": start_s.pop() if start_s else 0.0}
@@ -195,7 +205,7 @@ class Generate(Stage):
     ) -> tuple[_Asked, tables.Rejected]:
         """What to ask of the passages, and those that nothing is asked of. ``start`` is the first part of all ids."""
         asked, rejected, dice, strategies = _Asked(), tables.Rejected(), Dice(), self.strategy.asked()
-        for doc_id, title, text in zip(*map(tables.texts, corpus.columns), strict=True):
+        for doc_id, title, text, *more in zip(*map(tables.texts, asked_about(corpus).columns), strict=True):
             if doc_id in held_out:
                 rejected.add(doc_id, "exemplar", "held-out")
                 continue
@@ -207,7 +217,7 @@ class Generate(Stage):
             asked.ids.append(doc_id)
             asked.contents.append(content)
             asked.seeds.append(seed)
-            passage = Passage(doc_id, title or "", text)
+            passage = Passage(doc_id, title or "", text, *more)
             # side by side, so that what they have in common is still in the engine's cache
             asked.prompts += [strategy.prompt(passage, shown, dice.thrown(seed)) for strategy in strategies]
         return asked, rejected
@@ -280,6 +290,11 @@ class Parse(Stage):
 
     @model_validator(mode="after")
     def _same_corpus(self) -> Parse:
+        asked = self.generations.strategy
+        if (asked.reads, asked.writes) != ("corpus", "queries"):
+            raise ConfigError(
+                f"parse: strategy {asked.type!r} reads {asked.reads} and writes {asked.writes}; Rewrite reads its answers"
+            )
         if self.corpus.fingerprint() != self.generations.corpus.fingerprint():
             raise ConfigError(
                 f"parse: corpus is {self.corpus.folder_name()}, the completions are for "

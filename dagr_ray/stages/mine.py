@@ -47,7 +47,8 @@ class Mine(Stage):
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
         def run(start: int, stop: int) -> Output:
             queries = inputs["selected"].read("queries")
-            qrels = inputs["selected"].read("qrels", ["query_id", "doc_id"])
+            judged = inputs["selected"].read("qrels")
+            qrels = judged.filter(pc.greater(judged["relevance"], 0)).select(["query_id", "doc_id"])
             results = [_Results(inputs[f"searches.{i}"], queries, self.depth) for i in range(len(self.searches))]
             same = _Same(inputs["corpus"], qrels, results)
             relevant = same.relevant(queries, qrels)

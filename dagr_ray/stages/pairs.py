@@ -1,0 +1,202 @@
+"""What is asked about besides single passages: queries with their passages, linked passages, topics from nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any, ClassVar
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import Field, model_validator
+
+from dagr_ray import tables
+from dagr_ray.artifact import Artifact
+from dagr_ray.cluster import Pool
+from dagr_ray.config import ConfigError
+from dagr_ray.stage import Inputs, Output, Run, Stage
+
+
+class Pairs(Stage):
+    """Each judgement of ``queries`` as a pair of query and passage, for strategies that rewrite one of them.
+
+    ``split`` takes ``qrels.<split>`` of a data set in place of ``qrels``. Only relevant passages make pairs. ``n`` draws
+    that many pairs by hash, so that a smaller draw lies inside a larger one.
+    """
+
+    abstract: ClassVar[bool] = False
+    outputs: ClassVar[tuple[str, ...]] = ("pairs",)
+    queries: Stage
+    corpus: Stage
+    split: str | None = None
+    n: Annotated[int, Field(ge=1)] | None = None
+    seed: int = 0
+
+    def label(self) -> str:
+        return self.split or "all"
+
+    def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
+        def run(start: int, stop: int) -> Output:
+            name = "qrels" if self.split is None else f"qrels.{self.split}"
+            judged = inputs["queries"].read(name)
+            judged = judged.filter(pc.greater(judged["relevance"], 0))
+            query_ids, passage_ids = judged["query_id"].to_pylist(), judged["doc_id"].to_pylist()
+            order = list(range(len(query_ids)))
+            if self.n is not None and self.n < len(order):
+                drawn = [tables.unit_of("pairs", self.seed, *ids) for ids in zip(query_ids, passage_ids, strict=True)]
+                order = sorted(sorted(order, key=drawn.__getitem__)[: self.n])
+            said = inputs["queries"].read("queries")
+            text_of = dict(zip(said["query_id"].to_pylist(), said["text"].to_pylist(), strict=True))
+            rows = [
+                {"query_id": query_ids[i], "query": text_of[query_ids[i]], "passage_id": passage_ids[i], "other": ""}
+                for i in order
+            ]
+            made = _with_passages(rows, inputs["corpus"])
+            return Output({"pairs": made}, counts={"in": len(query_ids), "out": made.num_rows})
+
+        return run
+
+
+class AsQueries(Stage):
+    """Passages as queries of their own, to search for what is near them; ``words`` is how many of each are taken."""
+
+    abstract: ClassVar[bool] = False
+    outputs: ClassVar[tuple[str, ...]] = ("queries",)
+    corpus: Stage
+    words: Annotated[int, Field(ge=4)] = 64
+
+    def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
+        def run(start: int, stop: int) -> Output:
+            rows = inputs["corpus"].read("corpus")
+            whole = map(tables.passage_text, rows["title"].to_pylist(), rows["text"].to_pylist())
+            texts = [" ".join(text.split()[: self.words]) for text in whole]
+            made = tables.columns("queries", rows.num_rows, query_id=rows["doc_id"], text=texts)
+            return Output({"queries": made}, counts={"in": rows.num_rows, "out": rows.num_rows})
+
+        return run
+
+
+class Linked(Stage):
+    """Each passage of ``passages`` with one near it in ``corpus``: what strategies of two hops ask about.
+
+    ``search`` holds what a search of ``corpus`` returned for ``AsQueries(passages)``. The link is the first hit from rank
+    ``first`` on that is another text, up to rank ``last``; a passage without one makes no pair and is counted.
+    """
+
+    abstract: ClassVar[bool] = False
+    outputs: ClassVar[tuple[str, ...]] = ("pairs", "rejected")
+    passages: Stage
+    corpus: Stage
+    search: Stage
+    first: Annotated[int, Field(ge=1)] = 1
+    last: Annotated[int, Field(ge=1)] = 10
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Linked:
+        if self.first > self.last:
+            raise ConfigError(
+                f"linked: first = {self.first} is after last = {self.last}; set first at most {self.last}"
+            )
+        return self
+
+    def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
+        def run(start: int, stop: int) -> Output:
+            ids = inputs["passages"].read("corpus", ["doc_id"])["doc_id"].to_pylist()
+            hits: dict[str, list[str]] = {}
+            for part in inputs["search"].scan("candidates"):
+                near = part.filter(
+                    pc.and_(pc.greater_equal(part["rank"], self.first), pc.less_equal(part["rank"], self.last))
+                )
+                for query_id, doc_id in zip(near["query_id"].to_pylist(), near["doc_id"].to_pylist(), strict=True):
+                    hits.setdefault(query_id, []).append(doc_id)
+            seen = set(ids) | {doc_id for near in hits.values() for doc_id in near}
+            text_of = {row["doc_id"]: row for row in _rows_of(inputs["corpus"], seen)}
+            rows, rejected = [], tables.Rejected()
+            for doc_id in ids:
+                own = _folded(text_of[doc_id]) if doc_id in text_of else None
+                linked = next((i for i in hits.get(doc_id, ()) if i != doc_id and _folded(text_of[i]) != own), None)
+                if linked is None or own is None:
+                    rejected.add(doc_id, "linked", "no-link")
+                    continue
+                other = tables.passage_text(text_of[linked]["title"], text_of[linked]["text"])
+                rows.append({"query": "", "passage_id": doc_id, "other_id": linked, "other": other})
+            counts = {"in": len(ids), "out": len(rows), "rejected": rejected.counted()}
+            return Output(
+                {"pairs": _with_passages(rows, inputs["corpus"]), "rejected": rejected.table()}, counts=counts
+            )
+
+        return run
+
+
+def _folded(row: dict[str, Any]) -> str:
+    return " ".join(tables.passage_text(row["title"], row["text"]).casefold().split())
+
+
+def _rows_of(corpus: Artifact, ids: set[str]) -> Iterator[dict[str, Any]]:
+    """The passages with these ids, part by part."""
+    wanted = pa.array(sorted(ids), tables.TEXT)
+    for part in corpus.scan("corpus"):
+        yield from part.filter(pc.is_in(part["doc_id"], value_set=wanted)).to_pylist()
+
+
+def _with_passages(rows: list[dict[str, Any]], corpus: Artifact) -> pa.Table:
+    """The ``pairs`` table of rows with a ``passage_id``; their ids are minted from those of their parts."""
+    text_of = {row["doc_id"]: row for row in _rows_of(corpus, {row["passage_id"] for row in rows})}
+    missing = next((row["passage_id"] for row in rows if row["passage_id"] not in text_of), None)
+    if missing is not None:
+        raise ConfigError(
+            f"pairs: passage {missing!r} is judged and not in {corpus.name}; give the corpus that was judged"
+        )
+    made = []
+    for row in rows:
+        passage = text_of[row["passage_id"]]
+        doc_id = tables.mint("pair", row.get("query_id"), row["passage_id"], row.get("other_id"))
+        made.append({"doc_id": doc_id, "title": passage["title"], "text": passage["text"], **row})
+    return tables.table("pairs", made)
+
+
+FIELDS = (
+    "cooking", "gardening", "personal finance", "tax law", "employment law", "astronomy", "organic chemistry", "oncology",
+    "cardiology", "nutrition", "veterinary medicine", "dentistry", "car repair", "cycling", "railways", "aviation safety",
+    "home insurance", "renting a flat", "plumbing", "electric wiring", "solar panels", "software testing", "databases",
+    "computer networks", "web design", "machine learning", "statistics", "geometry", "ancient history", "art history",
+    "music theory", "film making", "photography", "board games", "football", "swimming", "mountaineering", "sailing",
+    "meteorology", "geology", "oceanography", "forestry", "agriculture", "beekeeping", "fishing", "wine making", "textiles",
+    "carpentry", "metal working", "3D printing", "museums", "libraries", "schools", "university admission", "child care",
+    "elderly care", "psychology", "sociology", "elections", "customs and shipping",
+)  # fmt: skip
+ANGLES = (
+    "an encyclopedia", "a user manual", "a frequently asked question", "a forum thread", "a scientific abstract",
+    "a news report", "a company's terms", "a product review", "a textbook section", "an error report", "a law",
+    "a how-to guide",
+)  # fmt: skip
+
+
+class Topics(Stage):
+    """``n`` topics to write about where there is no corpus: fields of knowledge, each with a kind of text, in drawn order.
+
+    ``fields`` and ``angles`` may be given; every combination comes once before any comes again, with a number.
+    """
+
+    abstract: ClassVar[bool] = False
+    outputs: ClassVar[tuple[str, ...]] = ("corpus",)
+    n: Annotated[int, Field(ge=1)]
+    fields: tuple[str, ...] = FIELDS
+    angles: tuple[str, ...] = ANGLES
+    seed: int = 0
+
+    def label(self) -> str:
+        return f"{self.n}"
+
+    def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
+        def run(start: int, stop: int) -> Output:
+            every = [f"{field}, as in {angle}" for field in self.fields for angle in self.angles]
+            every.sort(key=lambda text: tables.unit_of("topics", self.seed, text))
+            ids, texts = [], []
+            for i in range(self.n):
+                text = every[i % len(every)]
+                ids.append(tables.mint("topic", text, i // len(every)))
+                texts.append(text)
+            made = tables.columns("corpus", self.n, doc_id=ids, title="", text=texts)
+            return Output({"corpus": made}, counts={"in": self.n, "out": self.n})
+
+        return run

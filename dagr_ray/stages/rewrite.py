@@ -1,0 +1,248 @@
+"""Answers of strategies that read pairs or write passages: read into tables, and put where training takes them from."""
+
+from __future__ import annotations
+
+from itertools import zip_longest
+from typing import Annotated, Any, ClassVar
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import Field, model_validator
+
+from dagr_ray import tables
+from dagr_ray.artifact import Artifact
+from dagr_ray.cluster import Pool
+from dagr_ray.config import ConfigError
+from dagr_ray.stage import Inputs, Output, Run, Stage
+from dagr_ray.stages.generate import Generate, asked_about
+from dagr_ray.strategies import Parsed, Passage, Strategy
+
+
+class Rewrite(Stage):
+    """Queries, passages, negatives or triples out of completions, by what the strategy ``writes``.
+
+    * ``queries``: each is relevant to the passages of its pair. Of its old query, nothing is kept.
+    * ``passages``: new rows of ``corpus``, relevant (1) to the pair's query.
+    * ``negatives``: new rows of ``corpus``, not relevant (0) to the pair's query; ``changes`` has what was changed.
+    * ``triples``: a query, a passage relevant to it and one that is not.
+
+    The ids of what is new are minted from the completion's; a pair's query keeps its own. What yields nothing is rejected.
+    """
+
+    abstract: ClassVar[bool] = False
+    outputs: ClassVar[tuple[str, ...]] = ("queries", "corpus", "qrels", "lineage", "changes", "rejected")
+    generations: Generate
+
+    def label(self) -> str:
+        return self.generations.strategy.type
+
+    def identity(self) -> dict[str, Any]:
+        return super().identity() | {"parse_version": self.generations.strategy.parse_version}
+
+    def inputs(self) -> dict[str, Stage]:
+        """The pairs or topics that were asked about are read again."""
+        return super().inputs() | {"asked": self.generations.corpus}
+
+    def size(self, inputs: Inputs) -> int:
+        return inputs["generations"].count("generations")
+
+    def ranges(self, inputs: Inputs, step: int) -> list[tuple[int, int]]:
+        """Whole shards of the completions, each read once with its own pairs."""
+        return inputs["generations"].ranges("generations", step)
+
+    def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
+        strategy, engine = self.generations.strategy, self.generations.engine
+        made_by = {"strategy": strategy.type, "engine": engine.type, "model": engine.model_name()}
+
+        def run(start: int, stop: int) -> Output:
+            answers = inputs["generations"].slice("generations", start, stop, ["gen_id", "source_id", "raw", "error"])
+            rows = inputs["asked"].slice(strategy.reads, *inputs["generations"].source_rows("generations", start, stop))
+            pair_of = dict(zip(rows["doc_id"].to_pylist(), rows.to_pylist(), strict=True))
+            passage_of = {
+                row[0]: Passage(*row) for row in zip(*map(tables.texts, asked_about(rows).columns), strict=True)
+            }
+            written, rejected = _Written(strategy), tables.Rejected()
+            for answer in answers.to_pylist():
+                if answer["error"] is not None or answer["raw"] is None:
+                    rejected.add(answer["gen_id"], "generate", "error", answer["error"])
+                    continue
+                parsed = strategy.parse(passage_of[answer["source_id"]], answer["raw"])
+                for reason, detail in parsed.rejected:
+                    rejected.add(answer["gen_id"], "parse", reason, tables.clean(detail))
+                if parsed.kept:
+                    written.add(answer["gen_id"], pair_of[answer["source_id"]], parsed)
+            made = written.tables(made_by) | {"rejected": rejected.table()}
+            counts = {"in": answers.num_rows, "out": made["lineage"].num_rows, "rejected": rejected.counted()}
+            return Output(made, counts=counts)
+
+        return run
+
+
+class _Written:
+    """The rows that completions of one strategy make."""
+
+    def __init__(self, strategy: Strategy) -> None:
+        self.writes = strategy.writes
+        self.queries: dict[str, str] = {}
+        self.rows: dict[str, list[dict[str, Any]]] = {"corpus": [], "qrels": [], "lineage": [], "changes": []}
+
+    def add(self, gen_id: str, pair: dict[str, Any], parsed: Parsed) -> None:
+        """What one completion holds."""
+        clean = [tables.clean(text) for text in parsed.kept]
+        if self.writes == "triples":
+            query_id = self._query(gen_id, 0, clean[0], pair)
+            for i, (text, relevance) in enumerate(zip(clean[1:], (1, 0), strict=True), 1):
+                self._passage(gen_id, i, text, pair, query_id, relevance)
+            return
+        for i, (text, change) in enumerate(zip_longest(clean, parsed.changes)):
+            if self.writes == "queries":
+                query_id = self._query(gen_id, i, text, pair)
+                for doc_id in filter(None, (pair["passage_id"], pair["other_id"])):
+                    self.rows["qrels"].append({"query_id": query_id, "doc_id": doc_id, "relevance": 1})
+                continue
+            self.queries[pair["query_id"]] = pair["query"]
+            doc_id = self._passage(gen_id, i, text, pair, pair["query_id"], int(self.writes == "passages"))
+            if change is not None:
+                before, after = map(tables.clean, change)
+                self.rows["changes"].append({"doc_id": doc_id, "before": before, "after": after})
+
+    def _query(self, gen_id: str, i: int, text: str, pair: dict[str, Any]) -> str:
+        query_id = tables.mint(gen_id, i)
+        self.queries[query_id] = text
+        self.rows["lineage"].append({"id": query_id, "gen_id": gen_id, "source_id": pair["doc_id"]})
+        return query_id
+
+    def _passage(self, gen_id: str, i: int, text: str, pair: dict[str, Any], query_id: str, relevance: int) -> str:
+        doc_id = tables.mint(gen_id, i)
+        self.rows["corpus"].append({"doc_id": doc_id, "title": "", "text": text})
+        self.rows["qrels"].append({"query_id": query_id, "doc_id": doc_id, "relevance": relevance})
+        self.rows["lineage"].append({"id": doc_id, "gen_id": gen_id, "source_id": pair["doc_id"]})
+        return doc_id
+
+    def tables(self, made_by: dict[str, str]) -> dict[str, pa.Table]:
+        """The checked tables."""
+        rows = self.rows | {"lineage": [row | made_by for row in self.rows["lineage"]]}
+        queries = [{"query_id": query_id, "text": text} for query_id, text in self.queries.items()]
+        return {name: tables.table(name, each) for name, each in {**rows, "queries": queries}.items()}
+
+
+class Together(Stage):
+    """The passages of several corpora as one, in their order; an id that two of them have must name the same passage."""
+
+    abstract: ClassVar[bool] = False
+    outputs: ClassVar[tuple[str, ...]] = ("corpus",)
+    corpora: tuple[Stage, ...]
+
+    def label(self) -> str:
+        return f"{len(self.corpora)}corpora"
+
+    def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
+        def run(start: int, stop: int) -> Output:
+            parts: list[pa.Table] = [tables.empty("corpus")]
+            seen = pa.array([], tables.TEXT)
+            rows = 0
+            for i in range(len(self.corpora)):
+                whole = inputs[f"corpora.{i}"].read("corpus")
+                rows += whole.num_rows
+                again = pc.is_in(whole["doc_id"], value_set=seen)
+                clash = whole.filter(again)
+                if clash.num_rows:
+                    before = pa.concat_tables(parts)
+                    before = before.filter(pc.is_in(before["doc_id"], value_set=clash["doc_id"].combine_chunks()))
+                    if clash.sort_by("doc_id") != before.sort_by("doc_id"):
+                        raise ConfigError(
+                            f"together: {clash['doc_id'][0].as_py()!r} names two passages; give each corpus ids of its own"
+                        )
+                parts.append(whole.filter(pc.invert(again)))
+                seen = pa.concat_tables(parts)["doc_id"].combine_chunks()
+            made = pa.concat_tables(parts)
+            return Output({"corpus": made}, counts={"in": rows, "out": made.num_rows})
+
+        return run
+
+
+class WithNegatives(Stage):
+    """Mined examples whose negatives are, or begin with, such as were written for their query.
+
+    ``written`` are stages whose ``qrels`` judge passages 0 for a query. ``total`` negatives stay for each example;
+    ``written_share`` of them, rounded up, are written where there are so many, in turn with the mined ones. An example
+    with fewer is kept and counted as ``short``; one with none is rejected.
+    """
+
+    abstract: ClassVar[bool] = False
+    outputs: ClassVar[tuple[str, ...]] = ("examples", "rejected")
+    mined: Stage
+    written: tuple[Stage, ...]
+    total: Annotated[int, Field(ge=1)] = 5
+    written_share: Annotated[float, Field(ge=0, le=1)] = 1.0
+
+    @model_validator(mode="after")
+    def _something_written(self) -> WithNegatives:
+        if not self.written:
+            raise ConfigError("with-negatives: written is empty; give at least one stage that writes negatives")
+        return self
+
+    def label(self) -> str:
+        return f"{self.total}-{self.written_share:g}"
+
+    def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
+        def run(start: int, stop: int) -> Output:
+            negatives: dict[str, list[str]] = {}
+            for i in range(len(self.written)):
+                judged = inputs[f"written.{i}"].read("qrels")
+                for row in judged.filter(pc.equal(judged["relevance"], 0)).to_pylist():
+                    negatives.setdefault(row["query_id"], []).append(row["doc_id"])
+            examples, rejected, short = [], tables.Rejected(), 0
+            wanted = -int(-self.total * self.written_share // 1)
+            for row in inputs["mined"].read("examples").to_pylist():
+                own = negatives.get(row["query_id"], [])[:wanted]
+                mined = list(zip_longest(row["negative_ids"], row["negative_scores"] or []))[: self.total - wanted]
+                if not own and not mined:
+                    rejected.add(row["query_id"], "with-negatives", "no-negatives")
+                    continue
+                short += len(own) + len(mined) < self.total
+                ids = [*own, *(doc_id for doc_id, _ in mined)]
+                scores = [*(None for _ in own), *(score for _, score in mined)]
+                examples.append(row | {"negative_ids": ids, "negative_scores": scores})
+            counts = {"in": len(examples) + len(rejected.ids), "out": len(examples), "short": short}
+            made = {"examples": tables.table("examples", examples), "rejected": rejected.table()}
+            return Output(made, counts=counts | {"rejected": rejected.counted()})
+
+        return run
+
+
+class Expand(Stage):
+    """Passages with queries appended that were written for them: document expansion for BM25 (doc2query, arXiv 1904.08375).
+
+    ``queries`` is a stage with ``queries`` and ``qrels``. The first ``per_passage`` by hash are appended.
+    """
+
+    abstract: ClassVar[bool] = False
+    outputs: ClassVar[tuple[str, ...]] = ("corpus",)
+    corpus: Stage
+    queries: Stage
+    per_passage: Annotated[int, Field(ge=1)] = 40
+
+    def label(self) -> str:
+        return f"{self.per_passage}"
+
+    def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
+        def run(start: int, stop: int) -> Output:
+            said = inputs["queries"].read("queries")
+            text_of = dict(zip(said["query_id"].to_pylist(), said["text"].to_pylist(), strict=True))
+            asked: dict[str, list[str]] = {}
+            judged = inputs["queries"].read("qrels")
+            for row in judged.filter(pc.greater(judged["relevance"], 0)).to_pylist():
+                asked.setdefault(row["doc_id"], []).append(row["query_id"])
+            parts, expanded, rows = [tables.empty("corpus")], 0, 0
+            for part in inputs["corpus"].scan("corpus"):
+                texts = []
+                for doc_id, text in zip(part["doc_id"].to_pylist(), part["text"].to_pylist(), strict=True):
+                    drawn = sorted(asked.get(doc_id, ()), key=lambda q: tables.unit_of("expand", q))[: self.per_passage]
+                    expanded += bool(drawn)
+                    texts.append("\n".join([text, *(text_of[query_id] for query_id in drawn)]))
+                rows += part.num_rows
+                parts.append(part.set_column(2, part.schema.field("text"), pa.array(texts, tables.TEXT)))
+            return Output({"corpus": pa.concat_tables(parts)}, counts={"in": rows, "out": rows, "expanded": expanded})
+
+        return run
