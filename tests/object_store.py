@@ -58,10 +58,16 @@ class ObjectStore:
         self._server = make_server("127.0.0.1", 0, self._answer, threaded=True)
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
         self.host = f"127.0.0.1:{self._server.server_port}"
-        # credentials come from the environment; a bucket is made by whoever owns the store
-        os.environ.update(self.environment())
-        owner = pafs.S3FileSystem(endpoint_override=self.host, scheme="http", region=REGION, allow_bucket_creation=True)
-        owner.create_dir(BUCKET)
+        try:
+            # credentials come from the environment; a bucket is made by whoever owns the store
+            os.environ.update(self.environment())
+            owner = pafs.S3FileSystem(
+                endpoint_override=self.host, scheme="http", region=REGION, allow_bucket_creation=True
+            )
+            owner.create_dir(BUCKET)
+        except BaseException:
+            self.__exit__()
+            raise
         self.requests.clear()
         return self
 
