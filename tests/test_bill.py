@@ -26,7 +26,7 @@ from dagr_ray.stages.select import Take
 from dagr_ray.strategies.crop import Crop
 from tests.conftest import tiny_beir
 from tests.studies import made_study
-from tests.test_openai import drop, served, status
+from tests.endpoint import drop, served, status
 
 ROOT = Path(__file__).parent.parent
 HERE = Placement(generate=Pool(workers=0, shard_rows=8), prices=Prices(cpu_hour=3600.0))  # a dollar a second

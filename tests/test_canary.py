@@ -26,7 +26,7 @@ from dagr_ray.stages.generate import Generate, Parse
 from dagr_ray.stages.select import Score, Select
 from dagr_ray.strategies.crop import Crop
 from dagr_ray.strategies.promptagator import Promptagator
-from tests.test_openai import reply, served, status
+from tests.endpoint import reply, served, status
 
 ROOT = Path(__file__).parent.parent
 HERE = Placement(generate=Pool(workers=0, shard_rows=32))

@@ -1,141 +1,24 @@
-"""The engine against real sockets: a small server that misbehaves on demand, and vLLM's own, killed and started again."""
+"""The engine against real sockets: what is sent, what comes back, and what goes wrong on the way."""
 
-import json
-import logging
-import os
-import pickle
 import random
-import signal
-import socket
 import subprocess
 import sys
-import threading
 import time
-import traceback
-from contextlib import contextmanager
 from email.utils import formatdate
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-from urllib.request import urlopen
 
-import pyarrow.parquet as pq
 import pytest
 
 from dagr_ray.cluster import Placement, Pool
 from dagr_ray.config import ConfigError, from_json
 from dagr_ray.engines import Engine, Sampling, openai as module, paid
 from dagr_ray.engines.openai import OpenAIServer, retry_after_s
-from dagr_ray.engines.vllm_arguments import ENVIRONMENT
-from dagr_ray.models import smollm2
-from dagr_ray.stage import StageFailed, materialize
+from dagr_ray.stage import materialize
 from dagr_ray.stages.corpus import Beir
 from dagr_ray.stages.generate import Generate
-from dagr_ray.strategies import Passage, Prompt
+from dagr_ray.strategies import Prompt
 from dagr_ray.strategies.crop import Crop
-from dagr_ray.strategies.promptagator import Promptagator
 from tests.conftest import tiny_beir
-
-KEY = "sk-/Swordfish+4711="
-SHORT = Sampling(max_tokens=12)
-USAGE = {"prompt_tokens": 30, "completion_tokens": 5, "prompt_tokens_details": {"cached_tokens": 16}}
-
-
-def reply(handler, status, body, headers=()):
-    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-    handler.send_response(status)
-    for name, value in [("Content-Length", str(len(raw))), *headers]:
-        handler.send_header(name, value)
-    handler.end_headers()
-    handler.wfile.write(raw)
-
-
-def good(handler, body, usage=USAGE, delay=0.0):
-    time.sleep(delay)
-    text = f"{body['prompt']} -> {body['seed']}"
-    reply(handler, 200, {"choices": [{"text": text, "finish_reason": "stop"}], "usage": usage})
-
-
-def status(code, message="no", **headers):
-    pairs = [(name.replace("_", "-"), value) for name, value in headers.items()]
-    return lambda handler, body: reply(handler, code, {"error": {"message": message}}, pairs)
-
-
-def drop(handler, body):
-    handler.close_connection = True
-    handler.connection.shutdown(socket.SHUT_RDWR)
-
-
-def half(handler, body):
-    handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n{")
-    drop(handler, body)
-
-
-def hang(handler, body):
-    handler.server.ended.wait(30)
-
-
-def trickle(handler, body):
-    handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
-    while not handler.server.ended.wait(0.05):
-        handler.wfile.write(b" ")
-
-
-class Server(ThreadingHTTPServer):
-    """Answers as ``react(body, nth)`` says, ``nth`` being 0 for the first request with this seed; keeps what it was sent."""
-
-    daemon_threads = True
-    request_queue_size = 64
-
-    def __init__(self, react):
-        self.react, self.ended, self.lock = react, threading.Event(), threading.Lock()
-        self.seen, self.times, self.headers, self.now, self.most = [], [], [], 0, 0
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
-
-    def handle_error(self, request, client_address):
-        pass  # a client that has left
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def do_POST(self):
-        server, body = self.server, json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        assert self.path == "/v1/completions"
-        with server.lock:
-            nth = sum(body["seed"] == other["seed"] for other in server.seen)
-            server.seen.append(body)
-            server.times.append(time.monotonic())
-            server.headers.append(dict(self.headers))
-            server.now += 1
-            server.most = max(server.most, server.now)
-        try:
-            (server.react(body, nth) or good)(self, body)
-        finally:
-            with server.lock:
-                server.now -= 1
-
-    def log_message(self, format, *args):
-        pass
-
-
-@contextmanager
-def served(react=lambda body, nth: None):
-    with Server(react) as server:
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        yield server
-        server.ended.set()
-        server.shutdown()
-
-
-def ask(server, prompts, n=1, sampling=SHORT, workers=1, **fields):
-    """Completions of prompts (texts), the j-th with seed 100 * j."""
-    session = OpenAIServer(model="m", base_url=server.url, **fields).open(Pool(workers=workers))
-    try:
-        asked = [Prompt("", text, "") if isinstance(text, str) else text for text in prompts]
-        return session.generate(asked, [100 * j for j in range(len(asked))], sampling, n)
-    finally:
-        session.close()
+from tests.endpoint import KEY, PASSING, SHORT, USAGE, ask, good, hang, reply, served, status
 
 
 @pytest.fixture(autouse=True)
@@ -229,25 +112,6 @@ def test_one_request_for_all_samples_pays_for_the_prompt_once():
 
 
 # -- what goes wrong ----------------------------------------------------------------------------------------------------
-
-PASSING = {
-    "408": status(408),
-    "409": status(409),
-    "429": status(429),
-    "500": status(500),
-    "503": status(503),
-    "drop": drop,
-    "half": half,
-    "hang": hang,
-    "trickle": trickle,
-    "html": lambda h, b: reply(h, 200, b"<html>busy</html>"),
-    "not utf-8": lambda h, b: reply(h, 200, b"\xff\xfe\xfd"),
-    "deep": lambda h, b: reply(h, 200, b"[" * 100_000),
-    "no choices": lambda h, b: reply(h, 200, {"choices": []}),
-    "no text": lambda h, b: reply(h, 200, {"choices": [{"text": None}]}),
-    "a list": lambda h, b: reply(h, 200, [1]),
-    "an error": lambda h, b: reply(h, 200, {"error": {"message": "overloaded"}}),
-}
 
 
 @pytest.mark.parametrize("name", PASSING)
@@ -353,144 +217,6 @@ def test_retry_after_is_read_in_all_its_forms():
     assert retry_after_s("9" * 400, 0) > module.RETRY_AFTER_MAX_S
 
 
-# -- limits -------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("workers", "least"), [(1, 0.9), (2, 1.9)])
-def test_requests_come_at_their_rate_attempts_included(workers, least):
-    with served(lambda body, nth: status(500) if body["seed"] == 300 and nth == 0 else None) as server:
-        ask(server, ["x"] * 10, requests_per_minute=600, in_flight=10, workers=workers)
-    # eleven requests, ten gaps of 0.1 s for one worker, of 0.2 s for each of two; arrivals may be late, never early
-    assert len(server.times) == 11 and least - 0.2 < max(server.times) - min(server.times) < least + 10
-
-
-@pytest.mark.parametrize(("used", "least"), [(50, 1.0), (100, 1.8)])
-def test_tokens_come_at_their_rate_as_counted_by_the_server(used, least):
-    usage = {"prompt_tokens": used - 10, "completion_tokens": 10}
-    with served(lambda body, nth: lambda h, b: good(h, b, usage=usage)) as server:
-        # 60 bytes and 30 tokens to write are guessed as 50; 200 flow in each second, and 200 are there to begin with
-        ask(server, ["x" * 60] * 8, sampling=Sampling(max_tokens=30), tokens_per_minute=12_000, in_flight=1)
-    assert least - 0.2 < max(server.times) - min(server.times) < least + 10
-
-
-def test_without_limits_nothing_is_held_back():
-    began = time.monotonic()
-    with served(lambda body, nth: lambda h, b: good(h, b, delay=0.3)) as server:
-        ask(server, ["x"] * 32, in_flight=32)
-    assert server.most >= 16 and time.monotonic() - began < 5
-
-
-@pytest.mark.parametrize("in_flight", [1, 8])
-def test_the_budget_is_never_passed_and_used_as_far_as_it_is_safe(in_flight):
-    # a dollar a token: "x" may cost 1 + 16 + 12 = 29, and costs 30 with the server's count of 10 + 5 twice
-    usage = {"prompt_tokens": 10, "completion_tokens": 5}
-    money = {"usd_per_million_prompt_tokens": 1e6, "usd_per_million_completion_tokens": 1e6}
-    with served(lambda body, nth: lambda h, b: good(h, b, usage=usage)) as server:
-        with pytest.raises(ConfigError, match="budget_usd.*raise budget_usd and run again") as caught:
-            ask(server, ["x"] * 50, budget_usd=100, in_flight=in_flight, **money)
-        assert "\n" not in str(caught.value)
-        # after five requests 75 are spent: 75 + 29 is over 100
-        assert len(server.seen) == 5
-        assert len(ask(server, ["x"] * 5, budget_usd=100, in_flight=in_flight, **money)) == 5
-        with pytest.raises(ConfigError, match="budget_usd"):
-            ask(server, ["x"] * 5, budget_usd=100, workers=2, in_flight=in_flight, **money)
-
-
-def test_what_may_have_been_billed_is_counted_and_what_was_not_is_free():
-    money = {"usd_per_million_prompt_tokens": 1e6, "budget_usd": 60, "in_flight": 1}
-    usage = {"prompt_tokens": 10, "completion_tokens": 5}
-    for name, left in (("drop", False), ("html", False), ("500", True), ("429", True)):
-        react = lambda body, nth, name=name: PASSING[name] if nth < 2 else lambda h, b: good(h, b, usage=usage)  # noqa: E731
-        with served(react) as server:
-            if left:
-                assert ask(server, ["x" * 10], **money)[0][0].error is None
-            else:  # two lost answers, 26 each; a third request could cost as much again
-                with pytest.raises(ConfigError, match=r"\$52\.0+ of this worker's \$60"):
-                    ask(server, ["x" * 10], **money)
-
-
-# -- the key ------------------------------------------------------------------------------------------------------------
-
-
-def everything_in(error):
-    shown, links = [], [error]
-    while links:
-        link = links.pop()
-        shown += [str(link), repr(link), repr(link.args), "".join(traceback.format_exception(link))]
-        links += [other for other in (link.__cause__, link.__context__) if other is not None]
-    return "\n".join(shown)
-
-
-def test_the_key_is_sent_and_is_nowhere_else(tmp_path, monkeypatch, caplog):
-    caplog.set_level(logging.DEBUG)
-    monkeypatch.setenv("LLM_KEY", KEY + "\n")
-    data = Beir(path=str(tiny_beir(tmp_path / "beir", docs=30)))
-
-    def stage(server):
-        engine = OpenAIServer(model="m", base_url=server.url, api_key_env="LLM_KEY", max_attempts=2)
-        return Generate(corpus=data, strategy=Crop(), engine=engine)
-
-    def quotes(handler, body):
-        reply(handler, 400, {"error": {"message": f"wrong: {handler.headers['Authorization']} " + KEY * 40}})
-
-    def garbles(handler, body):
-        handler.wfile.write(b"HTTP/1.1 200 \x00\r\nno header\r\n\r\n")
-
-    here, errors = Placement(generate=Pool(workers=0, shard_rows=8)), {}
-    refuses = status(401, f"{KEY}?")
-    for name, react in {"refused": refuses, "quoted": quotes, "garbled": garbles, "good": good}.items():
-        with served(lambda body, nth, react=react: react) as server:
-            try:
-                materialize(stage(server), str(tmp_path / name), here)
-            except (ConfigError, StageFailed) as error:
-                errors[name] = error
-        assert {headers["Authorization"] for headers in server.headers} == {f"Bearer {KEY}"}
-    assert set(errors) == {"refused", "quoted", "garbled"} and "(hidden)?" in str(errors["refused"])
-    kept = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    rows = [row for path in kept if path.parent.name == "generations" for row in pq.read_table(path).to_pylist()]
-    assert len(rows) == 90 and sum(row["error"] is not None for row in rows) == 60
-    config = stage(server).engine
-    shown = [repr(config), str(config.to_json()), str(config.identity()), str(rows), caplog.text]
-    shown += [everything_in(error) for error in errors.values()]
-    assert not any("Swordfish" in text for text in shown)
-    assert not any(b"Swordfish" in raw for raw in [pickle.dumps(config), *kept.values()])
-    assert pickle.loads(pickle.dumps(config)) == config
-
-
-def test_a_quoted_key_is_hidden_in_the_error_of_a_row(monkeypatch):
-    monkeypatch.setenv("LLM_KEY", KEY)
-    escaped = "".join(f"\\u{ord(letter):04x}" for letter in KEY)
-    slashed = KEY.replace("/", "\\/")
-    raws = ["x" * 240 + KEY * 3, f'{{"error": "{escaped}"}}', f'{{"error": "{slashed}"}}', f"<p>{KEY}"]
-    with served(lambda body, nth: lambda h, b: reply(h, 400, raws[b["seed"] // 100].encode())) as server:
-        found = ask(server, ["a"] * 4, api_key_env="LLM_KEY")
-    for [one] in found:
-        assert "(hidden)" in one.error and "Sword" not in one.error and "0053" not in one.error and len(one.error) < 400
-
-
-WRONG = {
-    "key as a field": {"api_key": KEY},
-    "key as the name": {"api_key_env": KEY},
-    "small letters": {"api_key_env": "hf_Swordfish"},
-    "bytes": {"api_key_env": KEY.encode()},
-    "user": {"base_url": f"https://user:{KEY}@host/v1"},
-    "query": {"base_url": f"https://host/v1?key={KEY}"},
-    "fragment": {"base_url": f"https://host/v1#{KEY}"},
-    "two mistakes": {"model": "", "api_key_env": KEY},
-}
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_a_key_in_a_wrong_place_is_refused_without_being_shown(name):
-    fields = {"type": "openai", "model": "m", "base_url": "https://host/v1"} | WRONG[name]
-    with pytest.raises(ConfigError) as caught:
-        from_json(fields, Engine)
-    assert "Swordfish" not in everything_in(caught.value) and "\n" not in str(caught.value)
-    with pytest.raises(ValueError) as caught:
-        OpenAIServer(**{k: v for k, v in fields.items() if k != "type"})
-    assert "Swordfish" not in everything_in(caught.value)
-
-
 # -- the config ---------------------------------------------------------------------------------------------------------
 
 
@@ -582,89 +308,3 @@ def test_nothing_is_imported_before_it_is_needed_and_nothing_is_left_behind():
         session.close()
         session.close()
     assert not session.thread.is_alive() and session.http.closed
-
-
-# -- vLLM's server ------------------------------------------------------------------------------------------------------
-
-
-def serve(port, log):
-    """vLLM's own server on this machine's CPU, in a process group of its own."""
-    words = f"--served-model-name small --host 127.0.0.1 --port {port} --dtype bfloat16 --max-model-len 1024"
-    # as the engine in the worker's process is set up: see dagr_ray.engines.vllm
-    words += " --enforce-eager --no-enable-chunked-prefill --max-num-batched-tokens 4096 --block-size 32"
-    words += " --generation-config vllm --enable-prompt-tokens-details --model"
-    threads = str(len(os.sched_getaffinity(0)))
-    more = {"VLLM_API_KEY": KEY, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": threads, "VLLM_CPU_KVCACHE_SPACE": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *words.split(), str(smollm2())],
-        env=os.environ | ENVIRONMENT | more,
-        stdout=log,
-        stderr=log,
-        start_new_session=True,
-    )
-
-
-def kill(process):
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def test_a_vllm_server_killed_in_the_middle_and_started_again_loses_no_row(tmp_path, monkeypatch):
-    monkeypatch.setenv("LLM_KEY", KEY)
-    monkeypatch.setattr(module, "BACKOFF_S", 0.5)
-    monkeypatch.setattr(module, "BACKOFF_MAX_S", 2.0)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    texts = [f"Item {i} of the manual says how to fold a paper plane with {i + 2} folds." for i in range(30)]
-    prompts = [Promptagator().prompt(Passage("d", "", text), (), random.Random(0)) for text in texts]
-    config = OpenAIServer(
-        model="small", base_url=f"http://127.0.0.1:{port}/v1", api_key_env="LLM_KEY", in_flight=4, max_attempts=200,
-        usd_per_million_completion_tokens=1e6,
-    )  # fmt: skip
-    session, found = config.open(Pool()), []
-    with open(tmp_path / "serve.log", "w") as log:
-        server = serve(port, log)
-        try:
-            ready(server, port, tmp_path / "serve.log")
-            asking = threading.Thread(
-                target=lambda: found.extend(session.generate(prompts, range(0, 3000, 100), SHORT, 1))
-            )
-            asking.start()
-            while session.budget.spent < 50:  # tokens that have come back: a quarter or so
-                time.sleep(0.005)
-                assert asking.is_alive() and server.poll() is None
-            kill(server)
-            assert asking.is_alive() and session.budget.spent < 300, "the server was to die in the middle"
-            server = serve(port, log)
-            asking.join(180)
-            assert not asking.is_alive()
-            once = config.model_copy(update={"one_request": True}).open(Pool())
-            pairs = [s.generate(prompts[:4], range(0, 400, 100), SHORT, 2) for s in (session, once)]
-            once.close()
-            again = session.generate(prompts[-8:], range(2200, 3000, 100), SHORT, 1)
-            with pytest.raises(ConfigError, match="HTTP 404.*does not exist"):
-                config.model_copy(update={"model": "large"}).open(Pool()).generate(prompts[:1], [1], SHORT, 1)
-            [[bad]] = session.generate([Prompt("word " * 2000, "", "")], [1], SHORT, 1)
-        finally:
-            kill(server)
-            session.close()
-    assert len(found) == 30 and all(c.error is None and isinstance(c.raw, str) for [c] in found)
-    assert all(c.prompt_tokens > 128 and 0 < c.completion_tokens <= 12 for [c] in found)
-    assert sum(c.cached_tokens >= 128 for [c] in found) >= 15
-    # bf16 sums differ a little with the shape of the batch, so a rare draw may fall on the other side
-    assert sum(a.raw == b.raw for [a], [b] in zip(again, found[-8:], strict=True)) >= 5
-    assert sum(a.raw == b.raw for one, two in zip(*pairs, strict=True) for a, b in zip(one, two, strict=True)) >= 5
-    assert paid(pairs[0])["prompt_tokens"] == 2 * paid(pairs[1])["prompt_tokens"]
-    assert "HTTP 400" in bad.error and "(attempt 1)" in bad.error
-
-
-def ready(server, port, log: Path):
-    for _ in range(1200):
-        try:
-            urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-            return
-        except OSError:
-            assert server.poll() is None, log.read_text()[-2000:]
-            time.sleep(0.1)
-    raise AssertionError(log.read_text()[-2000:])

@@ -28,7 +28,7 @@ from dagr_ray.strategies.promptagator import Promptagator
 from dagr_ray.strategies.task_triple import TaskTriple
 from tests.conftest import tiny_beir
 from tests.test_canary import answers
-from tests.test_openai import served
+from tests.endpoint import served
 
 HERE = Placement(generate=Pool(workers=0, shard_rows=7), light=Pool(workers=0, shard_rows=20))
 
