@@ -107,7 +107,7 @@ def canaries(stages: Sequence[Stage], rows: int = ROWS) -> list[Canary]:
         filters = {
             score.filter.fingerprint(): score.filter
             for score in stages
-            if isinstance(score, Score) and not score.filter.needs_search and _reads(score.parsed, stage)
+            if isinstance(score, Score) and not score.filter.reads and _reads(score.parsed, stage)
         }
         scores = tuple(Score(parsed=parsed, corpus=few, filter=each) for each in filters.values())
         made.append(Canary(small, parsed, Select(parsed=parsed, scores=scores)))

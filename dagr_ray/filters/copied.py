@@ -33,6 +33,7 @@ class Copied(Filter):
     """
 
     abstract: ClassVar[bool] = False
+    rowwise: ClassVar[bool] = True
     n: Annotated[int, Field(ge=1)] = 4
     max_share: Annotated[float, Field(ge=0, le=1), Threshold()] = 0.8
 

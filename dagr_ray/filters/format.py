@@ -100,6 +100,8 @@ class Format(Filter):
     """
 
     abstract: ClassVar[bool] = False
+    rowwise: ClassVar[bool] = True
+    needs_passage: ClassVar[bool] = False
     allow: Annotated[tuple[Defect, ...], Threshold()] = ()
 
     def score(self, rows: Sequence[Candidate], search: pa.Table | None) -> list[float]:

@@ -32,6 +32,7 @@ class Language(Filter):
     """
 
     abstract: ClassVar[bool] = False
+    rowwise: ClassVar[bool] = True
     language: str = "en"
     min_likeness: Annotated[float, Field(ge=0, le=1), Threshold()] = 0.1
 
@@ -41,6 +42,10 @@ class Language(Filter):
         if value != PASSAGE and value != "en" and value not in languages():
             raise ConfigError(f"language: {value!r} is not known; allowed: {PASSAGE}, {', '.join(languages())}")
         return value
+
+    @property
+    def needs_passage(self) -> bool:  # type: ignore[override]
+        return self.language == PASSAGE
 
     def score(self, rows: Sequence[Candidate], search: pa.Table | None) -> list[float]:
         scores, passage, wanted = [], None, self.language

@@ -27,6 +27,8 @@ class Length(Filter):
     """
 
     abstract: ClassVar[bool] = False
+    rowwise: ClassVar[bool] = True
+    needs_passage: ClassVar[bool] = False
     min_words: Annotated[int, Field(ge=1), Threshold()] = 2
     max_words: Annotated[int, Field(ge=1), Threshold()] = 40
 
