@@ -68,6 +68,16 @@ SCHEMAS: dict[str, pa.Schema] = {
         ("negative_ids", pa.list_(TEXT)),
         optional=[("positive_score", pa.float32()), ("negative_scores", pa.list_(pa.float32()))],
     ),
+    "leaks": _schema(
+        ("id", TEXT),
+        ("kind", TEXT),
+        ("mechanism", TEXT),
+        ("data", TEXT),
+        ("held_out_id", TEXT),
+        ("score", pa.float32()),
+        ("text", TEXT),
+        ("held_out", TEXT),
+    ),
     "rejected": _schema(("id", TEXT), ("by", TEXT), ("reason", TEXT), optional=[("detail", TEXT)]),
     "masked": _schema(("id", TEXT), ("by", TEXT), ("detail", TEXT)),
     "metrics": _schema(

@@ -89,7 +89,7 @@ def test_threshold_costs_no_new_scoring(build):
 
 def test_what_scoring_reads_changes_its_fingerprint():
     queries, docs = parsed(("one two", "d0")), corpus("a b")
-    exact, normalised = (Score(parsed=queries, corpus=docs, filter=Duplicate(exact=e)) for e in (True, False))
+    exact, normalised = (Score(parsed=queries, corpus=docs, filter=Duplicate(by=e)) for e in ("exact", "normalised"))
     assert exact.fingerprint() != normalised.fingerprint()
 
 

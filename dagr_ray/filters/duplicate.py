@@ -1,53 +1,258 @@
-"""Queries that are written more than once."""
+"""Queries that are written more than once: equal, nearly equal in their words, or equal in what they mean."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Sequence
-from typing import Annotated, ClassVar
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from dagr_ray import tables
-from dagr_ray.config import Threshold
-from dagr_ray.filters import Candidate, Filter, words
+from dagr_ray import retriever, tables
+from dagr_ray.config import ConfigError, Threshold
+from dagr_ray.filters import Candidate, Filter, sketch
+from dagr_ray.retriever import Encoder
+
+BATCH = 1 << 17
+PAIRS = 1 << 20  # compared at once
+NEIGHBOURS = 8  # of the rows with one key, each is compared with so many before it, and with the first
+CLUSTER = 1024  # vectors in a cluster, about
+SAMPLE = 64  # vectors a cluster that the clusters are found by
+
+Rows = npt.NDArray[np.uint32]
+Tables = Callable[[], Iterable[pa.Table]]
 
 
 class Duplicate(Filter):
-    """Keeps ``copies`` of equal queries over the whole stage; the score is a query's place among its equals, from 0.
+    """Keeps one of equal or nearly equal queries, over all of the data set; which one is drawn by the hash of its id.
 
-    Equal means the same words in the same order, whatever their case, spacing and punctuation; ``exact`` means the same
-    characters. The place is drawn by the hash of the query's id, so it does not depend on the order of the rows.
-    Duplicates of one text weigh it double and, with two positives, make each a false negative of the other; that
-    deduplication pays is measured by Lee et al. 2021 (arXiv 2107.06499).
+    ``by`` says what counts as equal:
+
+    * ``normalised``: the same words in the same order, whatever their case, spacing and signs. ``exact``: the same
+      characters. The score is a query's place among its equals, from 0; ``copies`` of them are kept.
+    * ``minhash``: the score is the highest Jaccard similarity of its set of words to that of a query that comes before
+      it. Candidates are found by MinHash (Broder 1997): two queries of similarity s are compared with odds
+      1 - (1 - s**rows)**bands, 0.998 for 0.8; the similarity itself is exact.
+    * ``embedding``: the highest cosine to a query before it, by ``encoder``, among those of its two nearest clusters
+      (an inverted file as in Jégou et al. 2011, searched on disk).
+
+    No two queries that are kept are alike, as far as they were compared, and what is refused is like one that came
+    before. Neither the order of the rows nor the number of shards matters. That deduplication pays is measured by Lee
+    et al. 2021 (arXiv 2107.06499): duplicates weigh a text double and, with two positives, make each a false negative.
 
     >>> texts = ["Copy a dict?", "copy  a dict", "list"]
     >>> rows = [Candidate(f"q{i}", text, f"d{i}", "") for i, text in enumerate(texts)]
     >>> scores = Duplicate().score(rows, None)
-    >>> sorted(scores[:2]), scores[2], Duplicate(exact=True).score(rows, None)
+    >>> sorted(scores[:2]), scores[2], Duplicate(by="exact").score(rows, None)
     ([0.0, 1.0], 0.0, [0.0, 0.0, 0.0])
     >>> Duplicate().keep(0.0), Duplicate().keep(1.0), Duplicate(copies=2).keep(1.0)
     (None, 'duplicate', None)
+    >>> near = Duplicate(by="minhash", similarity=0.8)
+    >>> near.keep(0.7), near.keep(0.9)
+    (None, 'near-duplicate')
     """
 
     abstract: ClassVar[bool] = False
-    exact: bool = False
+    streams: ClassVar[bool] = True
+    needs_passage: ClassVar[bool] = False
+    version: ClassVar[int] = 2
+    by: Literal["exact", "normalised", "minhash", "embedding"] = "normalised"
+    bands: Annotated[int, Field(ge=1, le=64)] = 12
+    rows: Annotated[int, Field(ge=1, le=16)] = 4
+    encoder: Encoder | None = None
     copies: Annotated[int, Field(ge=1), Threshold()] = 1
+    similarity: Annotated[float, Field(gt=0, le=1), Threshold()] = 0.8
+
+    @model_validator(mode="after")
+    def _encoder_as_needed(self) -> Duplicate:
+        if (self.by == "embedding") != (self.encoder is not None):
+            wanted = "give the encoder to compare with" if self.encoder is None else "leave encoder out"
+            raise ConfigError(f"duplicate: by = {self.by!r} and encoder = {self.encoder!r}; {wanted}")
+        return self
 
     def score(self, rows: Sequence[Candidate], search: pa.Table | None) -> list[float]:
-        equals: dict[str, list[int]] = defaultdict(list)
-        for i, row in enumerate(rows):
-            # a text without words (only signs) is compared as it is
-            same = row.text if self.exact else " ".join(words(row.text)).casefold() or row.text
-            equals[same].append(i)
-        scores = [0.0] * len(rows)
-        for group in equals.values():
-            if len(group) > 1:
-                group.sort(key=lambda i: tables.mint("duplicate", rows[i].query_id))
-            for place, i in enumerate(group):
-                scores[i] = float(place)
-        return scores
+        ids, texts = [row.query_id for row in rows], [row.text for row in rows]
+        table = pa.table([pa.array(ids, tables.TEXT), pa.array(texts, tables.TEXT)], schema=tables.schema("queries"))
+        return self.score_stream(lambda: [table], len(rows)).tolist()
+
+    def score_stream(self, queries: Tables, rows: int) -> sketch.Floats:
+        """See ``Filter``. Holds about 30 bytes a row, and some batches; the rest lies in the temporary folder."""
+        with tempfile.TemporaryDirectory(prefix="dagr-duplicate-") as scratch:
+            work = _Work(Path(scratch), rows, by_bytes=self.by == "exact", sets=self.by == "minhash")
+            for part in queries():
+                for start in range(0, part.num_rows, BATCH):
+                    work.add(part.slice(start, BATCH))
+            place = work.places()
+            if self.by in ("exact", "normalised"):
+                return place.astype(np.float32)
+            scores = np.zeros(rows, np.float32)
+            if self.by == "minhash":
+                work.compare_sets(place == 0, self.bands, self.rows, scores)
+            else:
+                assert self.encoder is not None
+                work.compare_vectors(place == 0, queries, self.encoder, scores)
+            scores[place > 0] = 1.0
+            return scores
 
     def keep(self, score: float) -> str | None:
-        return "duplicate" if score >= self.copies else None
+        if self.by in ("exact", "normalised"):
+            return "duplicate" if score >= self.copies else None
+        return "near-duplicate" if score >= self.similarity else None
+
+
+class _Work:
+    """The rows of one scoring: their order of precedence in memory, what they are compared by on disk."""
+
+    def __init__(self, folder: Path, rows: int, by_bytes: bool, sets: bool) -> None:
+        self.folder, self.by_bytes, self.seen = folder, by_bytes, 0
+        self.drawn = np.zeros(rows, np.uint64)
+        self.wholes = sketch.Spill(folder, "whole", rows)
+        self.words = open(folder / "words", "wb") if sets else None
+        self.starts = np.zeros(rows + 1 if sets else 1, np.int64)
+
+    def add(self, queries: pa.Table) -> None:
+        rows = np.arange(self.seen, self.seen + queries.num_rows, dtype=np.uint32)
+        self.drawn[self.seen : self.seen + len(rows)] = sketch.hashed(queries["query_id"])
+        found = sketch.split(queries["text"])
+        self.wholes.add(sketch.hashed(queries["text"]) if self.by_bytes else found.whole, rows)
+        if self.words is not None:
+            sets = sketch.Sets.of(found)
+            self.words.write(sets.words.tobytes())
+            self.starts[self.seen + 1 : self.seen + len(rows) + 1] = self.starts[self.seen] + sets.starts[1:]
+        self.seen += len(rows)
+
+    def places(self) -> npt.NDArray[np.int32]:
+        """Each row's place among its equals."""
+        assert self.seen == len(self.drawn), f"{self.seen} queries of {len(self.drawn)}"
+        place = np.zeros(len(self.drawn), np.int32)
+        for keys, rows in self.wholes.parts():
+            keys, rows = self._ordered(keys, rows)
+            place[rows] = np.arange(len(rows)) - _firsts(keys)
+        return place
+
+    def _ordered(self, keys: sketch.Longs, rows: Rows) -> tuple[sketch.Longs, Rows]:
+        """The records whose key others have too, by key, and within a key by precedence."""
+        some = sketch.repeated(keys)
+        keys, rows = keys[some], rows[some]
+        order = np.lexsort((self.drawn[rows], keys))
+        return keys[order], rows[order]
+
+    def compare_sets(self, fresh: sketch.Flags, bands: int, rows: int, scores: sketch.Floats) -> None:
+        """Raises the scores of ``fresh`` rows to the Jaccard similarity with rows before them that share a band."""
+        assert self.words is not None
+        self.words.close()
+        if not self.starts[-1]:
+            return
+        words = np.memmap(self.folder / "words", np.uint32, "r")
+        spill = sketch.Spill(self.folder, "band", int(fresh.sum()) * bands)
+        for start in range(0, len(fresh), BATCH):
+            mine = start + np.flatnonzero(fresh[start : start + BATCH])
+            if not len(mine):
+                continue
+            keys, some = sketch.Sets(*sketch.picked(words, self.starts, mine)).bands(bands, rows)
+            spill.add(keys.ravel(), np.repeat(mine[some].astype(np.uint32), bands))
+        sizes = np.diff(self.starts)
+        for before, after in self._pairs(spill):
+            both = sketch.shared(
+                *sketch.picked(words, self.starts, before),
+                *sketch.picked(words, self.starts, after),
+            )
+            alike = both / (sizes[before] + sizes[after] - both)
+            np.maximum.at(scores, after, alike.astype(np.float32))
+
+    def _pairs(self, spill: sketch.Spill) -> Iterator[tuple[sketch.Places, sketch.Places]]:
+        """Rows that share a key, each pair once in a part, the one that comes first first."""
+        for keys, rows in spill.parts():
+            keys, rows = self._ordered(keys, rows)
+            first = _firsts(keys)
+            at = np.arange(len(rows))
+            found = []
+            for back in range(1, NEIGHBOURS + 1):
+                later = at[at - first >= back]
+                found.append(rows[later - back].astype(np.uint64) << np.uint64(32) | rows[later])
+            later = at[at - first > NEIGHBOURS]
+            found.append(rows[first[later]].astype(np.uint64) << np.uint64(32) | rows[later])
+            pairs = np.unique(np.concatenate(found))
+            for start in range(0, len(pairs), PAIRS):
+                some = pairs[start : start + PAIRS]
+                yield (some >> np.uint64(32)).astype(np.int64), (some & np.uint64(0xFFFFFFFF)).astype(np.int64)
+
+    def compare_vectors(self, fresh: sketch.Flags, queries: Tables, encoder: Encoder, scores: sketch.Floats) -> None:
+        """Raises the scores of ``fresh`` rows to the cosine with rows before them in their two nearest clusters."""
+        mine = np.flatnonzero(fresh)
+        if not len(mine):
+            return
+        vectors = self._encoded(fresh, queries, encoder)
+        centres = _clusters(vectors, np.argsort(self.drawn[mine], kind="stable"))
+        spill = sketch.Spill(self.folder, "near", len(mine) * 2)
+        for start in range(0, len(mine), BATCH):
+            nearest = _nearest(np.asarray(vectors[start : start + BATCH], np.float32), centres)
+            rows = np.arange(start, start + len(nearest), dtype=np.uint32)
+            spill.add(sketch.mixed(nearest.ravel().astype(np.uint64)), np.repeat(rows, nearest.shape[1]))
+        drawn, self.drawn = self.drawn, self.drawn[mine]
+        for keys, rows in spill.parts():
+            keys, rows = self._ordered(keys, rows)
+            ends = np.flatnonzero(np.append(keys[1:] != keys[:-1], True)) + 1
+            for first, last in zip(np.concatenate([[0], ends[:-1]]), ends, strict=True):
+                members = rows[first:last]
+                np.maximum.at(scores, mine[members], _before(vectors, members))
+        self.drawn = drawn
+
+    def _encoded(self, fresh: sketch.Flags, queries: Tables, encoder: Encoder) -> npt.NDArray[np.float16]:
+        model = retriever.load(encoder)
+        shape = int(fresh.sum()), int(model.get_embedding_dimension() or 0)
+        vectors = np.memmap(self.folder / "vectors", np.float16, "w+", shape=shape)
+        at = done = 0
+        for part in queries():
+            texts = tables.texts(part["text"].filter(pa.array(fresh[at : at + part.num_rows])))
+            for start in range(0, len(texts), retriever.WINDOW):
+                some = texts[start : start + retriever.WINDOW]
+                vectors[done : done + len(some)] = retriever.encode(model, some, encoder.query_prefix, encoder.dtype)
+                done += len(some)
+            at += part.num_rows
+        return vectors
+
+
+def _firsts(keys: sketch.Longs) -> sketch.Places:
+    """For each of some sorted keys the place of the first that equals it."""
+    begins = np.concatenate([np.ones(min(len(keys), 1), bool), keys[1:] != keys[:-1]])
+    return np.flatnonzero(begins)[np.cumsum(begins) - 1]
+
+
+def _clusters(vectors: npt.NDArray[np.float16], order: sketch.Places) -> sketch.Floats:
+    """Centres [k, dimension] of clusters of about ``CLUSTER`` vectors, found on the first of ``order``."""
+    import faiss
+
+    count = max(len(vectors) // CLUSTER, 1)
+    sample = np.asarray(vectors[np.sort(order[: count * SAMPLE])], np.float32)
+    if count == 1:
+        return sample.mean(axis=0, keepdims=True)
+    means = faiss.Kmeans(vectors.shape[1], count, niter=8, seed=1, spherical=True, min_points_per_centroid=1)
+    means.train(sample)
+    return means.centroids
+
+
+def _nearest(vectors: sketch.Floats, centres: sketch.Floats) -> sketch.Places:
+    """The one or two nearest centres of each vector."""
+    import faiss
+
+    _, found = faiss.knn(vectors, centres, min(2, len(centres)), metric=faiss.METRIC_INNER_PRODUCT)
+    return found
+
+
+def _before(vectors: npt.NDArray[np.float16], members: Rows, block: int = 2048) -> sketch.Floats:
+    """For each of some rows the highest cosine to one before it in the list; 0 for the first."""
+    best = np.zeros(len(members), np.float32)
+    held = np.asarray(vectors[members], np.float32)
+    for start in range(0, len(held), block):
+        some = held[start : start + block]
+        for other in range(0, start + len(some), block):
+            alike = some @ held[other : other + block].T
+            if other == start:
+                alike[np.triu_indices(len(some))] = 0.0
+            best[start : start + len(some)] = np.maximum(best[start : start + len(some)], alike.max(axis=1))
+    return best
