@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from dagr_ray.config import ConfigError
 from dagr_ray.engines import Engine, Sampling
@@ -21,11 +21,17 @@ from dagr_ray.stage import Stage
 from dagr_ray.stages.evaluate import Evaluate, Scorecard
 from dagr_ray.stages.generate import Generate, Parse
 from dagr_ray.stages.mine import Mine
+from dagr_ray.stages.mix import Mix
+from dagr_ray.stages.pairs import Pairs
+from dagr_ray.stages.refine import Best, Criticised, Left
 from dagr_ray.stages.retrieve import Index, Search
+from dagr_ray.stages.rewrite import Rewrite
 from dagr_ray.stages.select import Score, Select
 from dagr_ray.strategies import Strategy
+from dagr_ray.strategies.critique import Critique
 from dagr_ray.strategies.crop import Crop
 from dagr_ray.strategies.promptagator import Promptagator
+from dagr_ray.strategies.retry import Retry
 
 
 def generator_named(name: str, model: str | None = None) -> tuple[Strategy, Engine]:
@@ -68,18 +74,70 @@ def augment(
         corpus=passages, strategy=strategy, engine=engine, sampling=sampling, samples=samples, exemplars=shown
     )
     parsed = Parse(generations=raw, corpus=passages)
-    search = Search(index=Index(corpus=corpus, miner=BM25()), queries=parsed, depth=100)
-    cheap: list[Filter] = [Format(), Length(), Duplicate()]
-    if strategy.type != "crop":
-        cheap.append(Copied())
-    scores = [Score(parsed=parsed, corpus=passages, filter=f, search=None) for f in [*cheap, *extra_filters]]
-    scores.append(Score(parsed=parsed, corpus=corpus, filter=RoundTrip(max_rank=max_rank), search=search))
-    every = Select(parsed=parsed, scores=tuple(scores))
+    every = filtered(parsed, passages, corpus, max_rank=max_rank, copies=strategy.type == "crop", extra=extra_filters)
     selected: Select | Reach = every
+    search = every.scores[-1].search
     if accepted is not None:
         selected = Reach(selected=every, accepted=accepted, max_candidates=max_candidates, max_cost=max_cost)
         search = Search(index=Index(corpus=corpus, miner=BM25()), queries=selected, depth=100)
+    assert search is not None
     return selected, Mine(selected=selected, corpus=corpus, searches=(search,), negatives=negatives)
+
+
+def filtered(
+    parsed: Stage, passages: Stage, corpus: Stage, *, max_rank: int, copies: bool = False, extra: Sequence[Filter] = ()
+) -> Select:
+    """The queries of ``parsed`` that pass the cheap filters, ``extra``, and a round trip through BM25 over ``corpus``.
+
+    ``passages`` are those that they were written for; ``copies`` says that the queries may be copies of them.
+    """
+    cheap: list[Filter] = [Format(), Length(), Duplicate(), *([] if copies else [Copied()])]
+    scores = [Score(parsed=parsed, corpus=passages, filter=f, search=None) for f in [*cheap, *extra]]
+    search = Search(index=Index(corpus=corpus, miner=BM25()), queries=parsed, depth=100)
+    scores.append(Score(parsed=parsed, corpus=corpus, filter=RoundTrip(max_rank=max_rank), search=search))
+    return Select(parsed=parsed, scores=tuple(scores))
+
+
+def refine(
+    passages: Stage,
+    corpus: Stage,
+    strategy: Strategy,
+    engine: Engine,
+    *,
+    exemplars: Stage | None,
+    rounds: int,
+    label: Callable[[Stage], Stage],
+    samples: int = 1,
+    max_rank: int = 20,
+    k: int = 8,
+    max_tokens: int = 32,
+) -> tuple[Mix, tuple[Select, ...]]:
+    """Queries of at most ``rounds`` rounds of generator and evaluator: all that were accepted, and those of each step.
+
+    In a round, the passages that have no accepted query yet are asked with the best accepted ones as exemplars (by the
+    ``scores`` of ``label``, a teacher's stage for given queries); ``Critique`` names what is wrong with the answers, and
+    ``Retry`` writes those again. What comes of either is accepted by the filters. Source: MetaSynth, arXiv 2510.01523.
+    Every step is a stage, so a loop that stopped goes on, and ``dagr show`` tells what each of them added.
+    """
+    sampling = Sampling(max_tokens=max_tokens)
+    accepted: list[Select] = []
+    shown, left = exemplars, passages
+    for number in range(rounds):
+        if number:
+            so_far = Mix(arms=tuple(accepted))
+            shown = Best(selected=so_far, corpus=corpus, scores=label(so_far), k=k)
+            left = Left(corpus=passages, accepted=tuple(accepted))
+        raw = Generate(
+            corpus=left, strategy=strategy, engine=engine, sampling=sampling, samples=samples, exemplars=shown
+        )
+        parsed = Parse(generations=raw, corpus=left)
+        accepted.append(filtered(parsed, left, corpus, max_rank=max_rank))
+        pairs = Pairs(queries=parsed, corpus=left)
+        verdict = Generate(corpus=pairs, strategy=Critique(), engine=engine, sampling=sampling)
+        wrong = Criticised(critiques=verdict)
+        again = Rewrite(generations=Generate(corpus=wrong, strategy=Retry(), engine=engine, sampling=sampling))
+        accepted.append(filtered(again, left, corpus, max_rank=max_rank))
+    return Mix(arms=tuple(accepted)), tuple(accepted)
 
 
 def judge(
@@ -89,11 +147,19 @@ def judge(
     trained: Stage | None = None,
     exclude: Stage | None = None,
     split: str = "test",
+    leaks: Stage | None = None,
 ) -> Scorecard:
-    """The scorecard of a retriever on several data sets, the in-distribution one first."""
+    """The scorecard of a retriever on several data sets, the in-distribution one first.
+
+    With ``leaks`` (a ``LeakGate``) each set is there twice: as it is, and as ``NAME-untouched`` without the queries that
+    the training data resembles.
+    """
     evaluations = []
     for position, (name, data) in enumerate(sets.items()):
         search = Search(index=Index(corpus=data, miner=miner, trained=trained), queries=data, split=split, depth=100)
         held_out = exclude if position == 0 else None
         evaluations.append(Evaluate(search=search, data=data, split=split, exclude=held_out, name=name))
+    if leaks is not None:
+        clean = [each.model_copy(update={"name": f"{each.name}-untouched", "leaks": leaks}) for each in evaluations]
+        evaluations += clean
     return Scorecard(evaluations=tuple(evaluations))

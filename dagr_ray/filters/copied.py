@@ -2,49 +2,102 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Annotated, ClassVar, Literal
 
 import pyarrow as pa
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from dagr_ray.config import Threshold
+from dagr_ray.config import ConfigError, JsonObject, Threshold
 from dagr_ray.filters import Candidate, Filter, words
 
+# Forms of query that are made of their passage's words, more than a question is. A share is never over 1.
+FORMS = {"crop": 1.0, "title": 1.0, "keywords": 0.95, "claim": 0.95, "error-message": 1.0}
 
-def _ngrams(text: str, n: int) -> list[tuple[str, ...]]:
-    found = [word.casefold() for word in words(text)]
-    return [tuple(found[i : i + n]) for i in range(len(found) - n + 1)]
+
+def ngram_share(asked: Sequence[str], passage: Sequence[str], n: int) -> float:
+    """The share of the word n-grams of a query that stand in the passage; 0 for a query of fewer than ``n`` words."""
+    grams = [tuple(asked[i : i + n]) for i in range(len(asked) - n + 1)]
+    if not grams:
+        return 0.0
+    known = {tuple(passage[i : i + n]) for i in range(len(passage) - n + 1)}
+    return sum(gram in known for gram in grams) / len(grams)
+
+
+def lcs_length(one: Sequence[str], other: Sequence[str]) -> int:
+    """The length of the longest common subsequence, in steps of one per word of ``other`` (Hyyrö 2004, bit-parallel).
+
+    >>> lcs_length("how tall is the eiffel tower".split(), "the eiffel tower is 330 metres tall".split())
+    3
+    """
+    places: dict[str, int] = {}
+    for i, word in enumerate(one):
+        places[word] = places.get(word, 0) | 1 << i
+    everything = (1 << len(one)) - 1
+    left = everything  # a bit is unset where the length grows
+    for word in other:
+        at = places.get(word)
+        if at is not None:
+            hit = left & at
+            left = ((left + hit) | (left - hit)) & everything
+    return len(one) - left.bit_count()
 
 
 class Copied(Filter):
-    """Refuses a query of whose word n-grams more than ``max_share`` stand in the passage; the score is that share.
+    """Refuses a query of which more than ``max_share`` is copied from the passage; the score is that share.
 
-    A copied sentence teaches a retriever to match strings, which BM25 does already. The measure is one minus the share
-    of novel n-grams (See et al. 2017, arXiv 1704.04368, figure 6). A query of fewer than ``n`` words scores 0: "eiffel
-    tower" is a good query for a passage about it. Leave this filter out for cropped queries, copies by design.
+    ``measure`` says how: ``ngram`` is the share of the query's word n-grams that stand in the passage, one minus the
+    share of novel n-grams (See et al. 2017, arXiv 1704.04368, figure 6); ``lcs`` is the longest common subsequence by the
+    query's words (ROUGE-L's precision, Lin 2004, ACL W04-1013), which also finds a sentence with words left out. Both
+    can be asked, as two filters. A copied sentence teaches a retriever to match strings, which BM25 does already.
+
+    A query of fewer than ``n`` words scores 0: "eiffel tower" is a good query for a passage about it. ``by_form`` is the
+    threshold of forms that copy by design, by ``lineage.strategy`` or by its last part: ``typed/claim`` or ``claim``.
 
     >>> passage = "The Eiffel Tower is 330 metres tall, about the same height as an 81-storey building."
     >>> texts = ["the eiffel tower is 330 metres tall", "how tall is the eiffel tower", "eiffel tower"]
-    >>> Copied().score([Candidate(str(i), text, "d1", passage) for i, text in enumerate(texts)], None)
-    [1.0, 0.0, 0.0]
-    >>> Copied().keep(1.0), Copied().keep(0.5)
-    ('copied', None)
+    >>> rows = [Candidate(str(i), text, "d1", passage) for i, text in enumerate(texts)]
+    >>> Copied().score(rows, None), Copied(measure="lcs").score(rows, None)
+    ([1.0, 0.0, 0.0], [1.0, 0.5, 0.0])
+    >>> Copied().keep(1.0), Copied().keep(0.5), Copied().settled("typed/claim", 0).keep(0.9)
+    ('copied', None, None)
     """
 
     abstract: ClassVar[bool] = False
     rowwise: ClassVar[bool] = True
+    measure: Literal["ngram", "lcs"] = "ngram"
     n: Annotated[int, Field(ge=1)] = 4
     max_share: Annotated[float, Field(ge=0, le=1), Threshold()] = 0.8
+    by_form: Annotated[JsonObject, Threshold()] = FORMS
+
+    @field_validator("by_form")
+    @classmethod
+    def _shares(cls, value: Mapping[str, float]) -> Mapping[str, float]:
+        for form, share in value.items():
+            if not (isinstance(share, int | float) and 0 <= share <= 1):
+                raise ConfigError(f"copied: by_form: {form} = {share!r}; give a share between 0 and 1")
+        return value
 
     def score(self, rows: Sequence[Candidate], search: pa.Table | None) -> list[float]:
-        scores, passage, known = [], "", set[tuple[str, ...]]()
+        scores: list[float] = []
+        passage, known = "", list[str]()
         for row in rows:
-            asked = _ngrams(row.text, self.n)
-            if asked and row.passage != passage:  # queries of one passage mostly stand together
-                passage, known = row.passage, set(_ngrams(row.passage, self.n))
-            scores.append(sum(gram in known for gram in asked) / len(asked) if asked else 0.0)
+            asked = words(row.text.casefold())
+            if len(asked) < self.n:
+                scores.append(0.0)
+                continue
+            if row.passage != passage:  # queries of one passage mostly stand together
+                passage, known = row.passage, words(row.passage.casefold())
+            if self.measure == "lcs":
+                scores.append(lcs_length(asked, known) / len(asked))
+            else:
+                scores.append(ngram_share(asked, known, self.n))
         return scores
+
+    def settled(self, form: str, passages: int) -> Filter:
+        """With the threshold of a form of query."""
+        share = self.by_form.get(form, self.by_form.get(form.rpartition("/")[2]))
+        return self if share is None else self.model_copy(update={"max_share": float(share)})
 
     def keep(self, score: float) -> str | None:
         return "copied" if score > self.max_share else None

@@ -14,22 +14,12 @@ from dagr_ray.filters import Candidate, Filter, words
 _TAGS = "a|b|br|code|div|em|h[1-6]|i|img|li|ol|p|pre|script|span|strong|table|td|th|tr|ul"
 _MARKUP = re.compile(
     rf"</?(?:{_TAGS})(?:\s[^<>]*)?/?>"  # HTML by name: list<int> is a query about types
-    r"|<\|[^|<>]*\|>|\[/?INST\]|</?s>"  # chat tokens
     r"|```|^\s*#{1,6}\s|\]\(https?:"  # Markdown
     r"|\*\*\w[^*\n]*\w\*\*(?!\w)"  # bold, but not f(**a, b**2)
     r"|\|[^|\n]*\|[^|\n]*\|",  # a row of a table
     re.IGNORECASE | re.MULTILINE,
 )
 _LIST = re.compile(r"\n\s*\S|^\s*(?:[-*•–]|\(?\d{1,2}[.)]|\(?[a-d]\))\s+", re.IGNORECASE)
-_PLACEHOLDER = re.compile(
-    r"[\[<{(](?:insert|your|enter|fill|query|question|passage|document|topic|name)\b[^\]>})\n]*[\]>})]"
-    r"|_{3,}|\blorem ipsum\b|\bx{3,}\b"
-    r"|^\W*(?:n/?a|none|null|unknown|query|question|todo|tbd|example|title|text)\W*$",
-    re.IGNORECASE,
-)
-_LABEL = re.compile(
-    r"(?:^|[.?!]\s+|\n)\s*(?:query|question|passage|document|answer|title|example)\s*\d*\s*:", re.IGNORECASE
-)
 _GENERIC = re.compile(
     r"\b(?:which|what|all|one|any|some|each|none|two) (?:\w+ )?of the (?:following|above|below)\b"
     r"|\b(?:the|these|this) (?:following|above|below) (?:\w+ )?(?:sentences?|statements?|passages?|texts?|paragraphs?"
@@ -60,33 +50,25 @@ _EMPTY_WORDS = frozenset(
 )
 
 
-def _repetitive(text: str) -> bool:
-    found = [word.casefold() for word in words(text)]
-    return len(found) >= 6 and len(set(found)) * 2 <= len(found)
-
-
 def _empty(text: str) -> bool:
     return all(word.casefold() in _EMPTY_WORDS for word in words(text))
 
 
-Defect = Literal["no-letters", "markup", "list", "placeholder", "prompt-label", "generic", "repetitive"]
+Defect = Literal["no-letters", "markup", "list", "generic"]
 # The order is part of the score: a defect's position is its bit. Add at the end, and raise the version.
 DEFECTS: dict[Defect, Callable[[str], object]] = {
     "no-letters": lambda text: not any(c.isalpha() for c in text),
     "markup": _MARKUP.search,
     "list": lambda text: _LIST.search(text.strip()),
-    "placeholder": _PLACEHOLDER.search,
-    "prompt-label": _LABEL.search,
     "generic": lambda text: _GENERIC.search(text) or _empty(text),
-    "repetitive": _repetitive,
 }
 
 
 class Format(Filter):
-    """Refuses what is no query: markup, lists, placeholders, parts of a prompt, loops, questions that fit any passage.
+    """Refuses what is no query: markup, lists, questions that fit any passage. See also ``template`` and ``repetition``.
 
     The score has one bit for each of ``DEFECTS``, so 0 is a good query; ``allow`` tolerates some without scoring anew.
-    Heuristics on signs, lists and repeated words are those of Gopher (Rae et al. 2021, arXiv 2112.11446, appendix A.1)
+    Heuristics on signs and lists are those of Gopher (Rae et al. 2021, arXiv 2112.11446, appendix A.1)
     for queries. ``generic`` is for an answer of small models to any passage, such as "Which of the following sentences
     is nonsensical?" (SmolLM2-135M on SQuADShifts): as a training query, its positive is noise. Its patterns are for
     English; in other languages such queries are left to the round trip.
@@ -100,6 +82,7 @@ class Format(Filter):
     """
 
     abstract: ClassVar[bool] = False
+    version: ClassVar[int] = 2
     rowwise: ClassVar[bool] = True
     needs_passage: ClassVar[bool] = False
     allow: Annotated[tuple[Defect, ...], Threshold()] = ()
