@@ -62,5 +62,7 @@ def likeness(text: str, language: str) -> float:
     """
     if not any(map(str.isalpha, text)):
         return 1.0
-    ranked = _identifier().rank(text)
-    return float(dict(ranked)[language] / ranked[0][1])
+    likeliest, probability = _identifier().classify(text)
+    if likeliest == language:
+        return 1.0
+    return float(dict(_identifier().rank(text))[language] / probability)
