@@ -67,8 +67,8 @@ def test_left(text):
 
 def test_other_countries():
     assert Pii().keep(scored("cpf 390.533.447-05")) is None
-    assert Pii(ids=("br.cpf",)).keep(scored("cpf 390.533.447-05")) == "national-id"
-    assert Pii(region="DE").keep(scored("ruf 030 901820 an")) == "phone"
+    assert Pii().keep(scored("cpf 390.533.447-05", ids=("br.cpf",))) == "national-id"
+    assert Pii().keep(scored("ruf 030 901820 an", region="DE")) == "phone"
     with pytest.raises(ValueError, match="'xx.yy' is no module of python-stdnum"):
         Pii(ids=("xx.yy",))
     with pytest.raises(ValueError, match="region = 'Bavaria'; allowed: AC, AD"):
