@@ -17,9 +17,11 @@ from dagr_ray.filters.round_trip import RoundTrip
 from dagr_ray.goal import Reach
 from dagr_ray.miners import Miner
 from dagr_ray.miners.bm25 import BM25
+from dagr_ray.retriever import Encoder
 from dagr_ray.stage import Stage
 from dagr_ray.stages.evaluate import Evaluate, Scorecard
 from dagr_ray.stages.generate import Generate, Parse
+from dagr_ray.stages.leak import LeakGate, LeakScan
 from dagr_ray.stages.mine import Mine
 from dagr_ray.stages.mix import Mix
 from dagr_ray.stages.pairs import Pairs
@@ -62,10 +64,14 @@ def augment(
     accepted: int | None = None,
     max_candidates: int | None = None,
     max_cost: float | None = None,
-) -> tuple[Select | Reach, Mine]:
+    held_out: Sequence[Stage] = (),
+    base: Encoder | None = None,
+) -> tuple[Select | Reach | LeakGate, Mine]:
     """Queries for ``passages``, filtered and with BM25 negatives from ``corpus``: the selected queries and the examples.
 
     With ``accepted``, passages are asked only until so many queries are accepted or a limit is reached: see ``Reach``.
+    Queries that resemble the test queries of ``held_out`` (evaluation sets) are left out: see ``LeakGate``; with the
+    encoder ``base`` also those that only mean the same.
     A cropped query is a copy of its passage by design, so the filter against copies is left out for it.
     """
     sampling = Sampling(max_tokens=max_tokens)
@@ -75,12 +81,17 @@ def augment(
     )
     parsed = Parse(generations=raw, corpus=passages)
     every = filtered(parsed, passages, corpus, max_rank=max_rank, copies=strategy.type == "crop", extra=extra_filters)
-    selected: Select | Reach = every
+    selected: Select | Reach | LeakGate = every
     search = every.scores[-1].search
     if accepted is not None:
         selected = Reach(selected=every, accepted=accepted, max_candidates=max_candidates, max_cost=max_cost)
         search = Search(index=Index(corpus=corpus, miner=BM25()), queries=selected, depth=100)
     assert search is not None
+    if held_out:
+        scan = LeakScan(
+            selected=selected, corpus=passages, held_out=tuple(held_out), exemplars=shown, encoder=base
+        )
+        selected = LeakGate(selected=selected, scan=scan)
     return selected, Mine(selected=selected, corpus=corpus, searches=(search,), negatives=negatives)
 
 

@@ -66,8 +66,12 @@ def made_study(
     frozen: dict[str, list[float]],
     arms: dict[int, dict[str, list[float]]],
     engine: Engine | None = None,
+    gated: bool = False,
 ) -> tuple[str, str]:
-    """(runs, study folder) of a study with a frozen base, BM25, and an arm for each number of rows trained on."""
+    """(runs, study folder) of a study with a frozen base, BM25, and an arm for each number of rows trained on.
+
+    ``gated``: the queries went through a leak gate that holds out the corpus's own test split.
+    """
     runs = str(root / "runs")
     tiny_beir(root / "set")
     corpus = (root / "set" / "corpus.jsonl").read_text().replace("The amber", f"The {EVIL} amber")
@@ -75,7 +79,9 @@ def made_study(
     docs = Beir(path=str(root / "set"))
     strategy, cropping = generator_named("crop")
     asked = Sample(corpus=docs, n=60)
-    _, mined = augment(asked, docs, strategy, engine or cropping, exemplars=None, samples=2, max_rank=50)
+    _, mined = augment(
+        asked, docs, strategy, engine or cropping, exemplars=None, samples=2, max_rank=50, held_out=(docs,) * gated
+    )
     data = docs.folder(runs).name
     trials = []
 

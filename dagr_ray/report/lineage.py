@@ -97,6 +97,11 @@ class Arm:
         return self._reading("parsed", "lineage")
 
     @cached_property
+    def gated(self) -> str | None:
+        """The selected queries without those that resemble a test query."""
+        return self._reading("scan", "leaks")
+
+    @cached_property
     def parsed(self) -> str | None:
         return self._reading("generations", "lineage")
 
@@ -171,6 +176,12 @@ def funnel(arm: Arm, label: str) -> Json:
 
 
 def _steps(arm: Arm) -> list[tuple[str, str | None]]:
-    named = [("generate", arm.generated), ("parse", arm.parsed), ("select", arm.selected), ("mine", arm.mined)]
+    named = [
+        ("generate", arm.generated),
+        ("parse", arm.parsed),
+        ("select", arm.selected),
+        ("leaks", arm.gated),
+        ("mine", arm.mined),
+    ]
     seen: set[str | None] = set()
     return [(step, name) for step, name in named if not (name in seen or seen.add(name))]  # type: ignore[func-returns-value]

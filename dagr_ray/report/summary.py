@@ -14,6 +14,7 @@ import numpy as np
 from dagr_ray.artifact import Artifact, Json
 from dagr_ray.config import ConfigError, digest
 from dagr_ray.report import stats
+from dagr_ray.report.leaks import leaks
 from dagr_ray.report.lineage import Arm, Folders, funnel
 from dagr_ray.report.verdict import verdict
 
@@ -56,7 +57,8 @@ def summarise(runs: str, study_folder: str) -> Json:
         "sets": sets,
         "trials": trials,
         "curves": curves,
-        "generators": generators(rows),
+        "generators": (made := generators(rows)),
+        "leaks": leaks(folders, rows, made, MEASURE),
         "changes": [change for board in boards for change in board.changes(by_name)],
         "stages": _stages(folders, rows),
         "warnings": warnings,

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import model_validator
 
 from dagr_ray import tables
@@ -55,7 +56,8 @@ class Evaluate(Stage):
 
     As in BEIR (Thakur et al., arXiv 2104.08663) a passage with the id of its query is no answer to it, unless it was
     judged as one; a judged query without results scores 0. Queries of ``exclude`` (exemplars that stood in a prompt),
-    by id or by the same wording, are left out and counted: the model was made from them.
+    by id or by the same wording, are left out and counted: the model was made from them. With ``leaks`` (a ``LeakGate``)
+    so are those that training queries or exemplars resemble; without, they count.
     """
 
     abstract: ClassVar[bool] = False
@@ -64,15 +66,20 @@ class Evaluate(Stage):
     data: Stage
     split: str = "test"
     exclude: Stage | None = None
+    leaks: Stage | None = None
     name: str = "data"
 
     def label(self) -> str:
         return "".join(c if c.isalnum() else "_" for c in f"{self.name}_{self.split}".lower())[:40]
 
+    def identity(self) -> dict[str, Any]:
+        """Without ``leaks`` where there are none: such an evaluation is what it was before there was a gate."""
+        return {k: v for k, v in super().identity().items() if k != "leaks" or v is not None}
+
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
         def run(start: int, stop: int) -> Output:
             judged = _qrels(inputs["data"], self.split)
-            excluded = _exemplars(inputs) & judged.keys()
+            excluded = (_exemplars(inputs) | _touched(inputs)) & judged.keys()
             qrels = {query_id: docs for query_id, docs in judged.items() if query_id not in excluded}
             if not qrels:
                 raise ConfigError(f"evaluate: split = {self.split!r} of {inputs['data'].name} has no judged query left")
@@ -119,6 +126,18 @@ def _exemplars(inputs: Inputs) -> set[str]:
     wordings = {_wording(row["query"]) for row in shown}
     same = {row["query_id"] for row in inputs["data"].read("queries").to_pylist() if _wording(row["text"]) in wordings}
     return same | {row["query_id"] for row in shown}
+
+
+def _touched(inputs: Inputs) -> set[str]:
+    """Ids of the queries that training queries or exemplars resemble."""
+    if "leaks" not in inputs:
+        return set()
+    found: set[str] = set()
+    kinds = pa.array(["query-query", "exemplar-query"], tables.TEXT)
+    for part in inputs["leaks"].scan("leaks", ["kind", "data", "held_out_id"]):
+        mine = pc.and_(pc.is_in(part["kind"], value_set=kinds), pc.equal(part["data"], inputs["data"].name))
+        found |= set(tables.texts(part.filter(mine)["held_out_id"]))
+    return found
 
 
 def _wording(text: str) -> str:

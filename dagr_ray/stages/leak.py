@@ -1,0 +1,313 @@
+"""The leak gate: training data compared with the evaluation sets, what is found, and the data without it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import accumulate
+from typing import Annotated, Any, ClassVar, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import Field, model_validator
+
+from dagr_ray import retriever, tables
+from dagr_ray.artifact import Artifact
+from dagr_ray.cluster import Pool
+from dagr_ray.config import ConfigError
+from dagr_ray.filters import sketch
+from dagr_ray.filters.held_out import FLOORS, MECHANISMS, HeldOut, Matches, Telling, matching
+from dagr_ray.retriever import Encoder
+from dagr_ray.stage import Inputs, Output, Run, Stage
+
+Kind = Literal[
+    "query-query", "query-passage", "positive-query", "positive-passage", "exemplar-query", "exemplar-passage"
+]
+PASSAGE_NGRAM = (
+    13  # words in a row that two passages do not share by chance (Brown et al., arXiv 2005.14165, appendix C)
+)
+PASSAGES = 20_000  # of an evaluation corpus, to learn from which words tell much
+AT_ONCE = 16384  # queries
+SHOWN = 300  # characters of a text that are kept for people to read
+
+
+class LeakScan(Stage):
+    """What of the training data resembles test queries or their relevant passages: the table ``leaks``.
+
+    ``held_out`` are the evaluation sets (stages with ``corpus``, ``queries`` and ``qrels.<split>``). Compared are, by
+    ``kind``: each query of ``selected`` with the test queries and as a copy out of a relevant passage, its positive
+    passage with the relevant ones and as one that holds a test query, and the ``exemplars`` with both. How is told in
+    ``HeldOut``; with an ``encoder`` (the frozen base) also by cosine. ``data`` names the evaluation set's folder.
+
+    Scores are stored from low floors on, so another threshold of the ``LeakGate`` compares nothing anew. That
+    evaluation sets stand in training data, and by which measures it is found, is surveyed by Xu et al. 2024 (arXiv
+    2406.04244).
+    """
+
+    abstract: ClassVar[bool] = False
+    pool: ClassVar[str] = "retrieve"
+    outputs: ClassVar[tuple[str, ...]] = ("leaks",)
+    selected: Stage
+    corpus: Stage
+    held_out: Annotated[tuple[Stage, ...], Field(min_length=1)]
+    split: str = "test"
+    exemplars: Stage | None = None
+    encoder: Encoder | None = None
+
+    def label(self) -> str:
+        return f"{len(self.held_out)}sets"
+
+    def size(self, inputs: Inputs) -> int:
+        return inputs["selected"].count("queries")
+
+    def ranges(self, inputs: Inputs, step: int) -> list[tuple[int, int]]:
+        """Whole shards of the queries, several where they are small: for each, the passages are read through once."""
+        return inputs["selected"].ranges("queries", max(step, AT_ONCE)) or [(0, 0)]
+
+    def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
+        model = retriever.load(self.encoder) if self.encoder else None
+
+        def encoded(texts: pa.Array, queries: bool) -> sketch.Floats | None:
+            if model is None or self.encoder is None:
+                return None
+            prefix = self.encoder.query_prefix if queries else self.encoder.doc_prefix
+            return retriever.encode(model, tables.texts(texts), prefix, self.encoder.dtype)
+
+        sets = [_Set(inputs[f"held_out.{i}"], self.split, encoded) for i in range(len(self.held_out))]
+
+        def run(start: int, stop: int) -> Output:
+            found = _Found()
+            queries = inputs["selected"].slice("queries", start, stop, ["query_id", "text"])
+            ids, texts = _flat(queries["query_id"]), _flat(queries["text"])
+            positives = _Positives(inputs, start, stop, ids)
+            vectors, passage_vectors = encoded(texts, True), encoded(positives.texts, False)
+            for each in sets:
+                found.add("query-query", each, each.queries.resembling(texts, vectors), ids, texts)
+                found.add("query-passage", each, each.passages.quoted(texts), ids, texts)
+                found.add("positive-query", each, *positives.by_query(each.queries.quoting(positives.texts)))
+                alike = each.passages.resembling(positives.texts, passage_vectors)
+                found.add("positive-passage", each, *positives.by_query(alike))
+            if start == 0 and "exemplars" in inputs:
+                shown = inputs["exemplars"].read("exemplars")
+                ids, texts, passages = (_flat(shown[name]) for name in ("query_id", "query", "passage"))
+                vectors, passage_vectors = encoded(texts, True), encoded(passages, False)
+                for each in sets:
+                    found.add("exemplar-query", each, each.queries.resembling(texts, vectors), ids, texts)
+                    found.add(
+                        "exemplar-passage", each, each.passages.resembling(passages, passage_vectors), ids, passages
+                    )
+            made = found.table()
+            counts = {"in": queries.num_rows, "out": made.num_rows, "compared": _by_mechanism(made)}
+            return Output({"leaks": made}, counts=counts)
+
+        return run
+
+
+class _Positives:
+    """The different passages of some queries, and whose they are."""
+
+    def __init__(self, inputs: Inputs, start: int, stop: int, ids: pa.Array) -> None:
+        qrels = _beside(inputs["selected"], "queries", "qrels", start, stop)
+        qrels = qrels.filter(pc.is_in(qrels["query_id"], value_set=ids))
+        docs = qrels["doc_id"].unique()
+        found = [tables.empty("corpus")]
+        for part in inputs["corpus"].scan("corpus"):
+            found.append(part.filter(pc.is_in(part["doc_id"], value_set=docs)))
+        passages = pa.concat_tables(found)
+        self.texts = _texts(passages)
+        place = pc.index_in(qrels["doc_id"], value_set=_flat(passages["doc_id"]))
+        assert place.null_count == 0, f"positives are not in {inputs['corpus'].path}; give the corpus that holds them"
+        self._passage = place.to_numpy().astype(np.int64)
+        self._queries = _flat(qrels["query_id"])
+
+    def by_query(self, found: Matches) -> tuple[Matches, pa.Array, pa.Array]:
+        """Matches of the passages as matches of (query, passage) pairs, with the pairs' ids and texts."""
+        match, pair = matching(found.rows.astype(np.uint64), self._passage.astype(np.uint64))
+        expanded = Matches(pair, found.held_out[match], found.how[match], found.scores[match])
+        return expanded, self._queries, self.texts.take(pa.array(self._passage))
+
+
+def _flat(column: pa.ChunkedArray) -> pa.Array:
+    return column.combine_chunks()
+
+
+def _beside(folder: Artifact, name: str, other: str, start: int, stop: int) -> pa.Table:
+    """The rows of ``other`` from the shards whose ``name`` are rows ``start`` to ``stop``: a shard writes all its tables."""
+    parts = (folder.manifest or {})["tables"]
+    starts, others = (list(accumulate((p["rows"] for p in parts[t]["parts"]), initial=0)) for t in (name, other))
+    if len(starts) != len(others) or start not in starts or stop not in starts:
+        return folder.read(other)
+    last = len(starts) - 1 - starts[::-1].index(stop)
+    return folder.slice(other, others[starts.index(start)], others[last])
+
+
+def _of_rows(scan: Artifact, shards: list[dict[str, Any]], start: int, stop: int) -> pa.Table:
+    """The leaks of the shards of a scan that hold any of the queries ``start`` to ``stop``."""
+    rows = (scan.manifest or {})["tables"]["leaks"]["parts"]
+    ends = list(accumulate(part["rows"] for part in rows))
+    at = [
+        i
+        for i, shard in enumerate(shards)
+        if (shard["start"] < stop and shard["stop"] > start) or shard["start"] == start
+    ]
+    return scan.slice("leaks", ends[at[0]] - rows[at[0]]["rows"], ends[at[-1]]) if at else tables.empty("leaks")
+
+
+class _Set:
+    """An evaluation set: its judged queries and their relevant passages, as texts to compare with."""
+
+    def __init__(self, data: Artifact, split: str, encoded: Any) -> None:
+        name = f"qrels.{split}"
+        if name not in data.table_names():
+            splits = [t.removeprefix("qrels.") for t in data.table_names() if t.startswith("qrels.")]
+            raise ConfigError(
+                f"leak-scan: split = {split!r} is not in {data.name}; allowed: {', '.join(splits) or 'none'}"
+            )
+        self.name = data.name
+        qrels = data.read(name)
+        relevant = qrels.filter(pc.greater(qrels["relevance"], 0))["doc_id"].unique()
+        queries = data.read("queries")
+        queries = queries.filter(pc.is_in(queries["query_id"], value_set=qrels["query_id"].unique()))
+        docs = [part.filter(pc.is_in(part["doc_id"], value_set=relevant)) for part in data.scan("corpus")]
+        passages = pa.concat_tables([tables.empty("corpus"), *docs])
+        self.query_ids, self.passage_ids = _flat(queries["query_id"]), _flat(passages["doc_id"])
+        texts, bodies = _flat(queries["text"]), _texts(passages)
+        telling = Telling(sketch.split(texts), [sketch.split(_texts(data.slice("corpus", 0, PASSAGES)))])
+        self.queries = HeldOut(texts, telling=telling, vectors=encoded(texts, True))
+        self.passages = HeldOut(bodies, ngram=PASSAGE_NGRAM, vectors=encoded(bodies, False))
+
+    def ids(self, kind: str) -> tuple[pa.Array, pa.Array]:
+        """Ids and texts of what is held out, for a kind of comparison."""
+        if kind.endswith("-query"):
+            return self.query_ids, self.queries.texts
+        return self.passage_ids, self.passages.texts
+
+
+def _texts(corpus: pa.Table) -> pa.Array:
+    rows = zip(tables.texts(corpus["title"]), tables.texts(corpus["text"]), strict=True)
+    return pa.array([tables.passage_text(title, text) for title, text in rows], tables.TEXT)
+
+
+class _Found:
+    """Rows of ``leaks``."""
+
+    def __init__(self) -> None:
+        self._parts = [tables.empty("leaks")]
+
+    def add(self, kind: Kind, held: _Set, found: Matches, ids: pa.Array, texts: pa.Array) -> None:
+        held_ids, held_texts = held.ids(kind)
+        rows, others = pa.array(found.rows, pa.int64()), pa.array(found.held_out, pa.int64())
+        made = tables.columns(
+            "leaks",
+            len(found),
+            id=ids.take(rows),
+            kind=kind,
+            mechanism=pa.array(MECHANISMS, tables.TEXT).take(pa.array(found.how)),
+            data=held.name,
+            held_out_id=held_ids.take(others),
+            score=pa.array(found.scores, pa.float32()),
+            text=pc.utf8_slice_codeunits(texts.take(rows), 0, SHOWN),
+            held_out=pc.utf8_slice_codeunits(held_texts.take(others), 0, SHOWN),
+        )
+        self._parts.append(made)
+
+    def table(self) -> pa.Table:
+        return pa.concat_tables(self._parts).combine_chunks()
+
+
+def _by_mechanism(leaks: pa.Table) -> dict[str, int]:
+    return dict(Counter(map("/".join, zip(tables.texts(leaks["kind"]), tables.texts(leaks["mechanism"]), strict=True))))
+
+
+class LeakGate(Stage):
+    """The training queries without those that leak, by thresholds on a ``LeakScan``; ``leaks`` is what is over them.
+
+    ``drop`` names the kinds for which a query is refused; () only reports. That a positive is a relevant passage is no
+    reason unless it is named: queries are written for the passages of the searched corpus on purpose (InPars,
+    Promptagator, GPL), and what must not be known are the questions. ``minhash``, ``edited``, ``contained`` and
+    ``embedding`` are the least scores; equal words, in any order, always count. At these, 0.5 % of the real training
+    queries of four collections are refused for nothing (benchmarks/leak.md).
+    """
+
+    abstract: ClassVar[bool] = False
+    outputs: ClassVar[tuple[str, ...]] = ("queries", "qrels", "lineage", "rejected", "leaks")
+    selected: Stage
+    scan: LeakScan
+    drop: tuple[Kind, ...] = ("query-query",)
+    edited: Annotated[float, Field(ge=FLOORS["edited"])] = 0.6
+    contained: Annotated[float, Field(ge=FLOORS["contained"])] = 0.9
+    minhash: Annotated[float, Field(ge=FLOORS["minhash"])] = 0.9
+    embedding: Annotated[float, Field(ge=FLOORS["embedding"])] = 0.97
+
+    @model_validator(mode="after")
+    def _same_queries(self) -> LeakGate:
+        if self.scan.selected.fingerprint() != self.selected.fingerprint():
+            raise ConfigError(
+                f"leak-gate: the scan is of {self.scan.selected.folder_name()}, not of {self.selected.folder_name()}; "
+                "scan the queries that are to pass"
+            )
+        return self
+
+    def label(self) -> str:
+        return "drop" if self.drop else "report"
+
+    def size(self, inputs: Inputs) -> int:
+        return inputs["selected"].count("queries")
+
+    def ranges(self, inputs: Inputs, step: int) -> list[tuple[int, int]]:
+        """Whole shards of the queries, several where they are small."""
+        return inputs["selected"].ranges("queries", step) or [(0, 0)]
+
+    def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
+        selected, scan = inputs["selected"], inputs["scan"]
+        scanned = scan.read_json("plan.json")["shards"]
+
+        def run(start: int, stop: int) -> Output:
+            queries = selected.slice("queries", start, stop)
+            qrels = _beside(selected, "queries", "qrels", start, stop)
+            lineage = _beside(selected, "queries", "lineage", start, stop)
+            ids = _flat(queries["query_id"])
+            leaks = self._over(_of_rows(scan, scanned, start, stop))
+            mine = pc.is_in(leaks["id"], value_set=ids)
+            if start == 0:  # with the first shard, what is of no query: the exemplars
+                mine = pc.or_(mine, pc.starts_with(leaks["kind"], "exemplar"))
+            leaks = leaks.filter(mine)
+            reasons = self._reasons(leaks)
+            rejected = tables.Rejected()
+            for query_id in tables.texts(queries["query_id"]):
+                if query_id in reasons:
+                    rejected.add(query_id, "leak", *reasons[query_id])
+            out = pa.array(rejected.ids, tables.TEXT)
+            made = {
+                name: rows.filter(
+                    pc.and_(pc.is_in(rows[key], value_set=ids), pc.invert(pc.is_in(rows[key], value_set=out)))
+                )
+                for name, key, rows in (
+                    ("queries", "query_id", queries),
+                    ("qrels", "query_id", qrels),
+                    ("lineage", "id", lineage),
+                )
+            }
+            made |= {"rejected": rejected.table(), "leaks": leaks}
+            counts: dict[str, Any] = {"in": queries.num_rows, "out": made["queries"].num_rows}
+            counts |= {"rejected": rejected.counted(), "leaks": _by_mechanism(leaks)}
+            return Output(made, counts=counts)
+
+        return run
+
+    def _over(self, leaks: pa.Table) -> pa.Table:
+        """What is over the thresholds."""
+        mechanisms, scores = np.array(tables.texts(leaks["mechanism"])), leaks["score"].to_numpy()
+        least = {name: getattr(self, name) for name in FLOORS}
+        limits = np.array([least.get(name, 0.0) for name in mechanisms], np.float32)
+        return leaks.filter(pa.array(scores >= limits - 1e-6, pa.bool_()))
+
+    def _reasons(self, leaks: pa.Table) -> dict[str, tuple[str, str]]:
+        """Query id -> reason and detail, by the strictest mechanism."""
+        found: dict[str, tuple[str, str]] = {}
+        order = {name: place for place, name in enumerate(MECHANISMS)}
+        rows = leaks.filter(pc.is_in(leaks["kind"], value_set=pa.array(self.drop, tables.TEXT))).to_pylist()
+        for row in sorted(rows, key=lambda r: (order[r["mechanism"]], -r["score"], r["held_out_id"])):
+            detail = f"{row['kind']}, {row['data']} {row['held_out_id']}, score {row['score']:g}"
+            found.setdefault(row["id"], (row["mechanism"], detail))
+        return found
