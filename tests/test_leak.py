@@ -108,6 +108,10 @@ def test_a_frame_that_questions_share_is_no_leak():
     passages = texts(*["who wrote this anthem"] * 5, "Malta", "the cooktop of the size", "what is the trunk")
     telling = Telling(sketch.split(texts(*asked)), [sketch.split(passages)])
     assert one(asked, "what is the size of the holder", telling=telling) == {}
+    colours = ["what is the weight of the blue cooktop", "what is the weight of the red cooktop", "a red or blue one"]
+    told = Telling(sketch.split(texts(*colours)), [sketch.split(texts(*["red or blue, whatever the weight"] * 9, "x"))])
+    assert one(colours[1:], "what is the weight of the green cooktop", telling=told) != {}, "the one with this frame"
+    assert one(colours, "what is the weight of the green cooktop", telling=told) == {}
     assert ("edited", 2) in one(asked, "who wrote the hymn of Malta", telling=telling)
     assert ("edited", 2) not in one(asked, "who wrote the anthem of Peru", telling=telling), "that is another question"
 
@@ -216,12 +220,15 @@ def test_the_gate_drops_what_leaks_and_says_why(tmp_path, monkeypatch):
     assert len(gate().scan.folder(str(tmp_path)).manifest["tables"]["leaks"]["parts"]) == 3
 
 
-def test_other_thresholds_compare_nothing_anew(tmp_path):
+def test_other_thresholds_compare_nothing_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(leak, "AT_ONCE", 2)
     states = []
-    materialize(gate(), str(tmp_path), SMALL)
+    first = materialize(gate(), str(tmp_path), SMALL).manifest["counts"]
     made = materialize(gate(drop=()), str(tmp_path), SMALL, lambda p: states.append((p.stage.type, p.state)))
     assert made.count("queries") == 6 and made.manifest["counts"]["leaks"]["query-query/normalised"] == 1
     assert [s for kind, s in states if kind == "leak-scan"] == ["cached"]
+    whole = materialize(gate(embedding=0.9), str(tmp_path), Placement(light=Pool(shard_rows=100)))
+    assert len(whole.manifest["tables"]["queries"]["parts"]) == 1 and whole.manifest["counts"] == first
     both = materialize(gate(drop=("query-query", "positive-passage")), str(tmp_path), SMALL)
     assert both.read("queries")["query_id"].to_pylist() == ["g0"], "all whose passage is a relevant one"
     with pytest.raises(ValueError, match="greater than or equal to"):
