@@ -33,8 +33,9 @@ class Score(Stage):
     ``corpus`` holds the passages that the queries were written for. With a ``search``, passages of ``corpus`` that are
     equal but for case and spacing count as one: a search that returns a passage's twin has found the passage. Give the
     searched corpus there, so that twins outside the sample that was asked about are known too. ``labels`` (a stage with
-    ``scores``) and ``generations`` are for the filters that read them. The rows of ``scores`` stand as those of
-    ``parsed``'s ``qrels`` do. A filter that is ``rowwise`` works shard by shard, any other on all rows at once.
+    ``scores``) is for filters that read a teacher's; completions are those that ``parsed`` was made of. The rows of
+    ``scores`` stand as those of ``parsed``'s ``qrels`` do. A filter that is ``rowwise`` works shard by shard, any other on
+    all rows at once.
     """
 
     abstract: ClassVar[bool] = False
@@ -44,18 +45,29 @@ class Score(Stage):
     filter: Filter
     search: Stage | None = None
     labels: Stage | None = None
-    generations: Stage | None = None
 
     @model_validator(mode="after")
     def _given_what_it_reads(self) -> Score:
-        fields = {"candidates": "search", "scores": "labels", "generations": "generations"}
+        fields = {"candidates": "search", "scores": "labels"}
         for table, name in fields.items():
             given = getattr(self, name) is not None
             if self.filter.reads == table and not given:
                 raise ConfigError(f"score: {name} is not set, and {self.filter.type!r} reads its {table}; give one")
             if self.filter.reads != table and given:
                 raise ConfigError(f"score: the filter {self.filter.type!r} reads no {name}; leave {name} out")
+        if self.filter.reads == "generations" and self._completions() is None:
+            raise ConfigError(
+                f"score: {self.parsed.folder_name()} was not made of completions, and {self.filter.type!r} reads them; "
+                "give what Parse made of them"
+            )
         return self
+
+    def _completions(self) -> Stage | None:
+        """What the queries were written in, also where they were selected since."""
+        stage: Any = self.parsed
+        while stage is not None and not hasattr(stage, "generations"):
+            stage = getattr(stage, "parsed", None)
+        return None if stage is None else stage.generations
 
     def label(self) -> str:
         return self.filter.type
@@ -63,12 +75,16 @@ class Score(Stage):
     def identity(self) -> dict[str, Any]:
         """Without what is not given: such a score is what it was before there was anything to give."""
         found = super().identity() | {"filter": self.filter.scoring_identity()}
-        return {k: v for k, v in found.items() if k not in ("labels", "generations") or v is not None}
+        return {k: v for k, v in found.items() if k != "labels" or v is not None}
 
     def inputs(self) -> dict[str, Stage]:
         """A filter that compares all queries does so in a stage of its own, whose scores are cut into shards here."""
         given = super().inputs()
-        return given | {"whole": Whole(queries=self.parsed, filter=self.filter)} if self.filter.streams else given
+        if self.filter.streams:
+            given["whole"] = Whole(queries=self.parsed, filter=self.filter)
+        if self.filter.reads == "generations" and (completions := self._completions()) is not None:
+            given["generations"] = completions
+        return given
 
     @property
     def _sharded(self) -> bool:
@@ -165,17 +181,18 @@ class _Lookup:
     def of(self, keys: pa.ChunkedArray, hint: float, columns: list[str]) -> Iterator[tuple[Any, ...]]:
         """(key, *columns) of each key, in any order. ``hint`` in [0, 1): about where the first may stand."""
         wanted = keys.unique()
-        missing = len(wanted)
+        missing = set(wanted.to_pylist())
         near = int(hint * self.windows) if self.at is None else self.at
         for window in sorted(range(self.windows), key=lambda w: (abs(w - near), w)) if missing else ():
             rows = self.read(window, tuple(columns))
             rows = rows.filter(pc.is_in(rows[self.key], value_set=wanted))
             if len(rows):
-                missing, self.at = missing - len(rows), window
+                self.at = window
+                missing.difference_update(rows[self.key].to_pylist())
                 yield from zip(*(column.to_pylist() for column in rows.columns), strict=True)
-            if missing == 0:
+            if not missing:
                 return
-        assert missing == 0, f"{missing} rows of {self.name} are not in {self.folder.path}, such as {wanted[0]}"
+        assert not missing, f"{len(missing)} rows of {self.name} are not in {self.folder.path}, such as {min(missing)}"
 
 
 def _search(search: Artifact, corpus: Artifact, own: pa.ChunkedArray) -> tuple[pa.Table, pa.ChunkedArray]:
