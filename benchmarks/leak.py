@@ -6,7 +6,7 @@ Plants copies of the test queries of PyDocs, and of each BEIR folder DIR, in six
 that tells most, because with that one replaced the question is another; that case has a row of its own. Translations are
 of 40 PyDocs queries into German and French (benchmarks/leak_translated.jsonl, by a language model).
 
-False alarms: training and dev queries of DIR that are refused, though they have no relevant passage in common with the
+False alarms: training and dev queries that are refused, though they have no relevant passage in common with the
 test query that they resemble and other words. Bounds: recall at least 0.99 for the first four and 0.9 for the fifth,
 false alarms at most 0.5 % over all folders together. Writes benchmarks/leak.md.
 """
@@ -63,7 +63,7 @@ class Set:
                     if row["relevance"] > 0:
                         self.relevant.setdefault(row["query_id"], set()).add(row["doc_id"])
         self.test = splits["test"]
-        self.train = [] if isinstance(stage, PyDocs) else [*splits["train"], *splits["dev"]]
+        self.train = [*splits["train"], *splits["dev"]]
         self.texts = [text_of[i] for i in self.test]
         self.asked = [text_of[i] for i in self.train]
         self.model = model

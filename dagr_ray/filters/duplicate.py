@@ -17,8 +17,8 @@ from dagr_ray.config import ConfigError, Threshold
 from dagr_ray.filters import Candidate, Filter, sketch
 from dagr_ray.retriever import Encoder
 
-BATCH = 1 << 17
-PAIRS = 1 << 20  # compared at once
+BATCH = 1 << 14  # rows whose numbers stay in the cache of a processor
+PAIRS = 1 << 18  # compared at once
 NEIGHBOURS = 8  # of the rows with one key, each is compared with so many before it, and with the first
 CLUSTER = 1024  # vectors in a cluster, about
 SAMPLE = 64  # vectors a cluster that the clusters are found by
