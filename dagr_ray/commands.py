@@ -169,14 +169,15 @@ def preview(args: Args) -> int | None:
         for row in folder.read("lineage").to_pylist():
             kept.setdefault(row["gen_id"], []).append(queries[row["id"]])
         refused = {row["id"]: row["reason"] for row in folder.read("rejected").to_pylist()}
-        prompts = few.prompts(
-            {name: stage.folder(runs) for name, stage in few.inputs().items()}, [r["source_id"] for r in raw]
-        )
-    shown: set[str] = set()
+        inputs = {name: stage.folder(runs) for name, stage in few.inputs().items()}
+        ids = [row["source_id"] for row in raw]
+        prompts = {number: few.prompts(inputs, ids, number) for number in {row["sample"] for row in raw}}
+    shown = ""
     for row in raw:
-        if row["source_id"] not in shown:
-            shown.add(row["source_id"])
-            print(f"=== {row['source_id']}\n{prompts[row['source_id']]}")
+        prompt = prompts[row["sample"]][row["source_id"]]
+        if prompt != shown:  # samples share one, unless the strategy words each anew
+            shown = prompt
+            print(f"=== {row['source_id']}\n{prompt}")
         print(f"--- sample {row['sample']} ({row['finish_reason']}): {row['raw']!r}")
         print(f"    -> {kept.get(row['gen_id']) or 'rejected: ' + refused.get(row['gen_id'], '?')}")
     return None

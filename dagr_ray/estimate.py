@@ -244,8 +244,8 @@ class _Estimator:
         else:
             seconds, stored = _default_seconds(stage, to_do * left, pool), None
             if isinstance(stage, Generate) and not isinstance(stage.engine, CropEngine):
-                asked = len(stage.strategy.asked())
-                per_row = [PROMPT_TOKENS * asked, 0, asked * stage.samples * stage.sampling.max_tokens]
+                prompts = stage.per_passage() // stage.per_request()
+                per_row = [PROMPT_TOKENS * prompts, 0, stage.per_passage() * stage.sampling.max_tokens]
         tokens = {kind: round(to_do * left * each) for kind, each in zip(KINDS, per_row, strict=True)}
         return {
             "rows": rows,

@@ -115,6 +115,11 @@ def texts(column: pa.Array | pa.ChunkedArray) -> list[Any]:
     """A text column as a list, in about half of ``to_pylist``'s time."""
     return column.to_numpy(zero_copy_only=False).tolist()
 
+def asked_about(rows: pa.Table) -> pa.Table:
+    """The columns of a ``corpus`` or ``pairs`` table that a strategy reads, in the order of its ``Passage``."""
+    return rows.select([name for name in ("doc_id", "title", "text", "query", "other") if name in rows.column_names])
+
+
 
 class Rejected:
     """Rows of the ``rejected`` table, column by column."""

@@ -82,6 +82,9 @@ class _Session:
         made = []
         dice = random.Random()
         for prompt, seed in zip(prompts, seeds, strict=True):
+            if prompt.whole:
+                made.append([Completion(prompt.passage, "stop", 0, 0, 0) for _ in range(n)])
+                continue
             found = _spans(prompt.passage, self.config.min_words, self.config.max_words) or [[]]
             if len(found) > 1:
                 dice.seed(seed)

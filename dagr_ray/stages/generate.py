@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import atexit
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256 as _sha256
 from typing import Annotated, Any, ClassVar
@@ -19,15 +19,12 @@ from dagr_ray.cluster import Pool
 from dagr_ray.config import ConfigError
 from dagr_ray.engines import Completion, Engine, Sampling, paid
 from dagr_ray.filters import words
+from dagr_ray.filters.controls import controlled, missed
 from dagr_ray.stage import Inputs, Output, Run, Stage
 from dagr_ray.strategies import Dice, Exemplar, Passage, Prompt, Strategy
+from dagr_ray.strategies.controls import Controls
 
 READS = {"corpus": "passages", "pairs": "Pairs or Linked"}
-
-
-def asked_about(rows: pa.Table) -> pa.Table:
-    """The columns of a ``corpus`` or ``pairs`` table that make a ``Passage``, in its order."""
-    return rows.select([name for name in Passage._fields if name in rows.column_names])
 
 
 class Exemplars(Stage):
@@ -150,6 +147,10 @@ class Generate(Stage):
         """Completions of one passage: ``samples`` for each strategy that asks."""
         return self.samples * len(self.strategy.asked())
 
+    def per_request(self) -> int:
+        """Completions of one prompt: one, where a strategy words each sample's prompt anew."""
+        return 1 if any(strategy.draws() for strategy in self.strategy.asked()) else self.samples
+
     def refuse(self, inputs: Inputs, row: int, reason: str, detail: str) -> Output:
         """A passage that is given up: no completions, and a row in ``rejected``."""
         [doc_id] = inputs["corpus"].slice(self.strategy.reads, row, row + 1)["doc_id"].to_pylist()
@@ -164,7 +165,7 @@ class Generate(Stage):
         for part in inputs["corpus"].scan(self.strategy.reads):
             rows = part.filter(pc.is_in(part["doc_id"], value_set=pa.array(wanted, tables.TEXT)))
             asked, _ = self._asked(rows, tables.part(fingerprint), shown, set())
-            prompts = asked.prompts[sample // self.samples :: len(self.strategy.asked())]
+            prompts = asked.prompts[sample // self.per_request() :: self.per_passage() // self.per_request()]
             found |= {doc_id: prompt.text for doc_id, prompt in zip(asked.ids, prompts, strict=True)}
         return found
 
@@ -182,7 +183,7 @@ class Generate(Stage):
                 inputs["corpus"].slice(self.strategy.reads, start, stop), ids, shown, held_out
             )
             before = time.time()
-            answers = session.generate(asked.prompts, self._seeds(asked), self.sampling, self.samples)
+            answers = session.generate(asked.prompts, self._seeds(asked), self.sampling, self.per_request())
             spent = {"generate_s": time.time() - before, "engine_start_s": start_s.pop() if start_s else 0.0}
             generations = self._generations(asked, answers)
             samples = [completion for answer in answers for completion in answer]
@@ -205,7 +206,8 @@ class Generate(Stage):
     ) -> tuple[_Asked, tables.Rejected]:
         """What to ask of the passages, and those that nothing is asked of. ``start`` is the first part of all ids."""
         asked, rejected, dice, strategies = _Asked(), tables.Rejected(), Dice(), self.strategy.asked()
-        for doc_id, title, text, *more in zip(*map(tables.texts, asked_about(corpus).columns), strict=True):
+        apart = any(strategy.draws() for strategy in strategies)
+        for doc_id, title, text, *more in zip(*map(tables.texts, tables.asked_about(corpus).columns), strict=True):
             if doc_id in held_out:
                 rejected.add(doc_id, "exemplar", "held-out")
                 continue
@@ -219,12 +221,16 @@ class Generate(Stage):
             asked.seeds.append(seed)
             passage = Passage(doc_id, title or "", text, *more)
             # side by side, so that what they have in common is still in the engine's cache
-            asked.prompts += [strategy.prompt(passage, shown, dice.thrown(seed)) for strategy in strategies]
+            if apart:
+                each = enumerate(drawn(strategies, dice, seed, self.samples))
+                asked.prompts += [one.prompt(passage, shown, dice.thrown(seed + i)) for i, one in each]
+            else:
+                asked.prompts += [strategy.prompt(passage, shown, dice.thrown(seed)) for strategy in strategies]
         return asked, rejected
 
     def _seeds(self, asked: _Asked) -> list[int]:
         """The seed of each prompt's first sample."""
-        firsts = range(0, self.per_passage(), self.samples)
+        firsts = range(0, self.per_passage(), self.per_request())
         return [seed + first for seed in asked.seeds for first in firsts]
 
     def _generations(self, asked: _Asked, answers: list[list[Completion]]) -> pa.Table:
@@ -233,7 +239,7 @@ class Generate(Stage):
         assert len(answers) == prompts, f"{self.engine.type} answered {len(answers)} of {prompts} prompts"
         each = range(self.per_passage())
         for answer in answers:
-            assert len(answer) == self.samples, f"{self.engine.type} gave {len(answer)} samples of {self.samples}"
+            assert len(answer) == self.per_request(), f"{self.engine.type} gave {len(answer)} of {self.per_request()}"
         numbers = [tables.part(i) for i in each]
         shas = [_sha256(prompt.text.encode("utf-8", "surrogatepass")).hexdigest()[:16] for prompt in asked.prompts]
         made = [completion for answer in answers for completion in answer]
@@ -245,7 +251,7 @@ class Generate(Stage):
             source_id=[doc_id for doc_id in asked.ids for _ in each],
             sample=[i for _ in asked.ids for i in each],
             seed=[seed + i for seed in asked.seeds for i in each],
-            prompt_sha=[sha for sha in shas for _ in range(self.samples)],
+            prompt_sha=[sha for sha in shas for _ in range(self.per_request())],
             truncated=[c.truncated for c in made],
             raw=[None if c.raw is None else clean(c.raw) for c in made],
             finish_reason=[c.finish_reason for c in made],
@@ -255,6 +261,23 @@ class Generate(Stage):
             logprob=[c.logprob for c in made],
             error=[None if c.error is None else clean(c.error) for c in made],
         )
+
+
+def drawn(strategies: Sequence[Strategy], dice: Dice, seed: int, samples: int) -> list[Strategy]:
+    """The strategy of each completion of a passage whose seed is ``seed``: the same when asked and when read."""
+    each = enumerate(strategies)
+    return [one for i, strategy in each for one in strategy.drawn(dice.thrown(seed + i * samples), samples)]
+
+
+def _drawn_again(
+    strategies: Sequence[Strategy], seeds: list[int], numbers: list[int], samples: int
+) -> Iterator[Strategy]:
+    """The strategy of each completion, from its seed and number. Those of a passage stand together: drawn once for all."""
+    dice, last, found = Dice(), -1, list[Strategy]()
+    for seed, number in zip(seeds, numbers, strict=True):
+        if seed - number != last:
+            last, found = seed - number, drawn(strategies, dice, seed - number, samples)
+        yield found[number]
 
 
 @dataclass
@@ -279,6 +302,7 @@ def _exemplars(inputs: Inputs) -> tuple[tuple[Exemplar, ...], set[str]]:
 class Parse(Stage):
     """Queries out of completions, each judged relevant to its passage; what holds none is rejected with the reason.
 
+    A query that misses one of its strategy's controls is rejected by ``control``, with the attribute that it misses.
     ``corpus`` is the one that the completions were made for. Mending the parser (``parse_version``) makes another
     folder of this stage and no new completions.
     """
@@ -307,7 +331,10 @@ class Parse(Stage):
 
     def identity(self) -> dict[str, Any]:
         versions = [strategy.parse_version for strategy in self.generations.strategy.asked()]
-        return super().identity() | {"parse_version": versions[0] if len(versions) == 1 else versions}
+        found = super().identity() | {"parse_version": versions[0] if len(versions) == 1 else versions}
+        if any(map(controlled, self.generations.strategy.asked())):
+            found["check_version"] = Controls.check_version
+        return found
 
     def size(self, inputs: Inputs) -> int:
         return inputs["generations"].count("generations")
@@ -318,12 +345,16 @@ class Parse(Stage):
 
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
         strategies, engine = self.generations.strategy.asked(), self.generations.engine
-        samples, columns = self.generations.samples, ["gen_id", "source_id", "raw", "error", "sample"]
+        samples, columns = self.generations.samples, ["gen_id", "source_id", "raw", "error", "sample", "seed"]
+        apart = any(strategy.draws() for strategy in strategies)
         made_by = {"engine": engine.type, "model": engine.model_name()}
 
         def run(start: int, stop: int) -> Output:
             rows = inputs["generations"].slice("generations", start, stop, columns)
-            asked_by = (strategies[sample // samples] for sample in rows["sample"].to_pylist())
+            numbers = rows["sample"].to_pylist()
+            asked_by: Iterable[Strategy] = (strategies[number // samples] for number in numbers)
+            if apart:
+                asked_by = _drawn_again(strategies, rows["seed"].to_pylist(), numbers, samples)
             passages = inputs["corpus"].slice("corpus", *inputs["generations"].source_rows("generations", start, stop))
             ids, titles, texts = map(tables.texts, passages.columns)
             place = dict(zip(ids, range(len(ids)), strict=True))
@@ -340,12 +371,16 @@ class Parse(Stage):
                     continue
                 at = place[source_id]
                 parsed = strategy.parse(Passage(source_id, titles[at] or "", texts[at]), raw)
+                controls = controlled(strategy)
                 for i, text in enumerate(parsed.kept):
+                    if controls and (miss := missed(controls, text)):
+                        rejected.add(gen_id, "control", miss[0], tables.clean(f"{miss[1]}: {text}"[:200]))
+                        continue
                     query_ids.append(tables.mint(gen_id, i))
                     queries.append(tables.clean(text))
                     gen_ids.append(gen_id)
                     source_ids.append(source_id)
-                    types.append(strategy.type)
+                    types.append(strategy.name())
                 for reason, detail in parsed.rejected:
                     rejected.add(gen_id, "parse", reason, tables.clean(detail))
             size, minted, sources = len(queries), *(pa.array(each, tables.TEXT) for each in (query_ids, source_ids))

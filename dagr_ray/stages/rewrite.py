@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import zip_longest
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -13,9 +13,13 @@ from dagr_ray import tables
 from dagr_ray.artifact import Artifact
 from dagr_ray.cluster import Pool
 from dagr_ray.config import ConfigError
+from dagr_ray.filters.controls import controlled, missed
 from dagr_ray.stage import Inputs, Output, Run, Stage
-from dagr_ray.stages.generate import Generate, asked_about
 from dagr_ray.strategies import Parsed, Passage, Strategy
+from dagr_ray.strategies.controls import Controls
+
+if TYPE_CHECKING:
+    from dagr_ray.stages.generate import Generate
 
 
 class Rewrite(Stage):
@@ -26,22 +30,35 @@ class Rewrite(Stage):
     * ``negatives``: new rows of ``corpus``, not relevant (0) to the pair's query; ``changes`` has what was changed.
     * ``triples``: a query, a passage relevant to it and one that is not.
 
-    The ids of what is new are minted from the completion's; a pair's query keeps its own. What yields nothing is rejected.
+    The ids of what is new are minted from the completion's; a pair's query keeps its own. What yields nothing is rejected,
+    and so is an answer with a text that misses one of its strategy's controls, by ``control``.
     """
 
     abstract: ClassVar[bool] = False
     outputs: ClassVar[tuple[str, ...]] = ("queries", "corpus", "qrels", "lineage", "changes", "rejected")
-    generations: Generate
+    generations: Stage
+
+    @model_validator(mode="after")
+    def _completions(self) -> Rewrite:
+        if "generations" not in self.generations.outputs:
+            raise ConfigError(f"rewrite: {self.generations.type!r} holds no completions; give a Generate")
+        return self
+
+    @property
+    def made(self) -> Generate:
+        """The stage that asked."""
+        return cast("Generate", self.generations)
 
     def label(self) -> str:
-        return self.generations.strategy.type
+        return self.made.strategy.type
 
     def identity(self) -> dict[str, Any]:
-        return super().identity() | {"parse_version": self.generations.strategy.parse_version}
+        found = super().identity() | {"parse_version": self.made.strategy.parse_version}
+        return found | ({"check_version": Controls.check_version} if controlled(self.made.strategy) else {})
 
     def inputs(self) -> dict[str, Stage]:
         """The pairs or topics that were asked about are read again."""
-        return super().inputs() | {"asked": self.generations.corpus}
+        return super().inputs() | {"asked": self.made.corpus}
 
     def size(self, inputs: Inputs) -> int:
         return inputs["generations"].count("generations")
@@ -51,7 +68,8 @@ class Rewrite(Stage):
         return inputs["generations"].ranges("generations", step)
 
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
-        strategy, engine = self.generations.strategy, self.generations.engine
+        strategy, engine = self.made.strategy, self.made.engine
+        controls = controlled(strategy)
         made_by = {"strategy": strategy.type, "engine": engine.type, "model": engine.model_name()}
 
         def run(start: int, stop: int) -> Output:
@@ -59,7 +77,7 @@ class Rewrite(Stage):
             rows = inputs["asked"].slice(strategy.reads, *inputs["generations"].source_rows("generations", start, stop))
             pair_of = dict(zip(rows["doc_id"].to_pylist(), rows.to_pylist(), strict=True))
             passage_of = {
-                row[0]: Passage(*row) for row in zip(*map(tables.texts, asked_about(rows).columns), strict=True)
+                row[0]: Passage(*row) for row in zip(*map(tables.texts, tables.asked_about(rows).columns), strict=True)
             }
             written, rejected = _Written(strategy), tables.Rejected()
             for answer in answers.to_pylist():
@@ -69,6 +87,10 @@ class Rewrite(Stage):
                 parsed = strategy.parse(passage_of[answer["source_id"]], answer["raw"])
                 for reason, detail in parsed.rejected:
                     rejected.add(answer["gen_id"], "parse", reason, tables.clean(detail))
+                found = (missed(controls, text) for text in parsed.kept) if controls else ()
+                if miss := next(filter(None, found), None):
+                    rejected.add(answer["gen_id"], "control", miss[0], tables.clean(miss[1]))
+                    continue
                 if parsed.kept:
                     written.add(answer["gen_id"], pair_of[answer["source_id"]], parsed)
             made = written.tables(made_by) | {"rejected": rejected.table()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
@@ -30,12 +31,14 @@ class Prompt(NamedTuple):
     """A prompt in three pieces, so that an engine can cut the passage, and nothing else, to its token budget.
 
     ``before`` is the same for every row of a stage (instructions and exemplars first), so that its prefill is shared.
+    ``whole`` says that the strategy has cut the text itself: the engine without a model answers with the passage as it is.
     """
 
     before: str
     passage: str
     after: str
     stop: tuple[str, ...] = ()
+    whole: bool = False
 
     @property
     def text(self) -> str:
@@ -100,9 +103,21 @@ class Strategy(Config):
     reads: ClassVar[str] = "corpus"
     writes: ClassVar[str] = "queries"
 
+    def name(self) -> str:
+        """What ``lineage`` calls it: the type, and after a slash the form where it has several."""
+        return self.type
+
     def asked(self) -> tuple[Strategy, ...]:
         """The strategies that each passage is asked with, in this order: itself, unless it is made of several."""
         return (self,)
+
+    def draws(self) -> bool:
+        """Whether each sample of a passage has a prompt of its own; else all share one, which is cheaper."""
+        return False
+
+    def drawn(self, rng: random.Random, samples: int) -> Sequence[Strategy]:
+        """The strategy that asks for each of a passage's samples, and reads its answer: drawn where there are several."""
+        return [self] * samples
 
     def prompt(self, row: Passage, exemplars: tuple[Exemplar, ...], rng: random.Random) -> Prompt:
         """The prompt for a passage; the same for the same row, exemplars and seed. Corpus text never becomes structure."""

@@ -1,28 +1,63 @@
-"""A sentence of the passage as its query: the strategy for the crop engine."""
+"""A part of the passage as its query: the strategy for the crop engine."""
 
 from __future__ import annotations
 
 import random
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 from dagr_ray.strategies import Exemplar, Parsed, Passage, Prompt, Strategy
 
+# The share of a text that a span takes: Contriever's random cropping.
+SPAN = (0.05, 0.5)
+LEAST_SPAN = 4
+# What has to be left of a passage without its sentence, in words, to be found by it.
+LEAST_REST = 8
+
 
 class Crop(Strategy):
-    """Takes the engine's sentence as it is. Source: Contriever's independent cropping (arXiv 2112.09118, section 3.2).
+    """Part of a passage as its query, no language model (Contriever: Izacard et al. 2022, arXiv 2112.09118, section 3.2).
+
+    ``sentence`` takes the engine's sentence as it is. ``span`` takes a run of words anywhere, from 5 to 50 % of the text,
+    drawn independently of its positive: the paper's cropping. ``inverse-cloze`` (Lee et al. 2019, arXiv 1906.00300,
+    section 4) takes a sentence out of the passage: only one that leaves a rest of 8 words; the stage ``Cloze`` is the
+    corpus without these sentences, for training to read the positives from.
 
     >>> row = Passage("d1", "shutil.copy", "Copy data and mode bits.  Return the destination.")
     >>> Crop().prompt(row, (), random.Random(0)).text
     'Copy data and mode bits.  Return the destination.'
     >>> Crop().parse(row, "Copy data and mode bits.").kept, Crop().parse(row, " ").rejected
     (['Copy data and mode bits.'], [('empty', '')])
+    >>> Crop(mode="span").prompt(row, (), random.Random(0)).text
+    'mode bits. Return the'
+    >>> Crop(mode="inverse-cloze").parse(row, "Copy data and mode bits.").rejected
+    [('nothing-left', 'Copy data and mode bits.')]
     """
 
     abstract: ClassVar[bool] = False
+    mode: Literal["sentence", "span", "inverse-cloze"] = "sentence"
+
+    def identity(self) -> dict[str, Any]:
+        """Sentences are what they were before there were other modes."""
+        found = super().identity()
+        if self.mode == "sentence":
+            del found["mode"]
+        return found
+
+    def name(self) -> str:
+        return self.type if self.mode == "sentence" else f"{self.type}/{self.mode}"
+
+    def draws(self) -> bool:
+        return self.mode == "span"
 
     def prompt(self, row: Passage, exemplars: tuple[Exemplar, ...], rng: random.Random) -> Prompt:
-        """The text alone: a title as a query would be found by its words."""
-        return Prompt("", row.text or row.title, "")
+        """The text alone: a title as a query would be found by its words. A span is cut here, a sentence by the engine."""
+        text = row.text or row.title
+        if self.mode != "span":
+            return Prompt("", text, "")
+        words = text.split()
+        size = max(round(rng.uniform(*SPAN) * len(words)), LEAST_SPAN)
+        first = rng.randint(0, max(len(words) - size, 0))
+        return Prompt("", " ".join(words[first : first + size]), "", whole=True)
 
     def parse(self, row: Passage, raw: str) -> Parsed:
         text = " ".join(raw.split())
@@ -32,4 +67,16 @@ class Crop(Strategy):
             return Parsed(rejected=[("no-text", text[:200])])
         if len(text.split()) < 2 and text.isascii():
             return Parsed(rejected=[("too-short", text[:200])])
+        if self.mode == "inverse-cloze" and len(without(text, row.text).split()) < LEAST_REST:
+            return Parsed(rejected=[("nothing-left", text[:200])])
         return Parsed(kept=[text])
+
+
+def without(sentence: str, text: str) -> str:
+    """A text without a sentence of it, white space folded; the text where it does not hold the sentence.
+
+    >>> without("Return the destination.", "Copy a file. Return  the destination. Or not.")
+    'Copy a file. Or not.'
+    """
+    folded = " ".join(text.split())
+    return " ".join(folded.replace(" ".join(sentence.split()), " ", 1).split())

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import random
-import re
 from typing import Annotated, ClassVar
 
 from pydantic import Field
 
 from dagr_ray import tables
-from dagr_ray.strategies import Exemplar, Parsed, Passage, Prompt, Strategy
+from dagr_ray.strategies import Exemplar, Parsed, Passage, Prompt
+from dagr_ray.strategies.written import Written, one_query
 
 # Shown where a data set has no human queries to show. Four kinds of text and four ways to ask, none from a benchmark.
 GENERIC = (
@@ -34,24 +34,10 @@ GENERIC = (
         "how long to rest a sprained ankle",
     ),
 )
-_LABEL = re.compile(
-    r"^(?:(?:search |user |possible |good |generated |relevant |example )?(?:query|queries|question)|q)"
-    r"\s*\d{0,3}\s*[:.)\]-]\s*",
-    re.IGNORECASE,
-)
-_NUMBER = re.compile(r"^(?:\(?\d{1,3}[.):]|[-*•–—>#]+)\s+")
-_QUOTES = "\"'`“”‘’«»„* \t"
-_PREAMBLE = re.compile(
-    r"^(?:sure|certainly|of course|okay|ok|here(?:'s| is| are)|the (?:search )?quer(?:y|ies)\b).*:$", re.IGNORECASE
-)
-_TEMPLATE = re.compile(
-    r"<\|[^|<>]{1,40}\|>|^(?:passage|document|text|answer|options?|title)\s*\d*\s*:|\b(?:passage|query|question)\s*:",
-    re.IGNORECASE,
-)
 _SHOWN = {exemplar.query.casefold() for exemplar in GENERIC}
 
 
-class Promptagator(Strategy):
+class Promptagator(Written):
     """Queries in the manner of a few examples (Dai et al. 2022, arXiv 2209.11755, section 3.1: at most 8 exemplars).
 
     Instructions and exemplars come first and are the same for all passages, so that engines compute them once; they are
@@ -83,34 +69,9 @@ class Promptagator(Strategy):
             words = exemplar.passage.split()[: self.exemplar_words]
             parts.append(f"Passage:\n{' '.join(words)}\nQuery: {' '.join(exemplar.query.split())}")
         passage = " ".join(tables.passage_text(row.title, row.text).split())
-        after = f"\n{task}\nQuery:" if self.task_last else "\nQuery:"
+        after = self.controls.line() + (f"\n{task}\nQuery:" if self.task_last else "\nQuery:")
         return Prompt("\n\n".join([*parts, "Passage:\n"]), passage, after, stop=("\n",))
 
     def parse(self, row: Passage, raw: str) -> Parsed:
         """The first line that says something, without label, number and quotes."""
-        lines = [line for line in raw.splitlines() if line.strip()]
-        text = next((found for line in lines if (found := _bare(line))), "")
-        shown = raw.strip()[:200]
-        if not text:
-            return Parsed(rejected=[("empty", shown)])
-        if not any(c.isalpha() for c in text):
-            return Parsed(rejected=[("no-text", shown)])
-        if _TEMPLATE.search(text):
-            return Parsed(rejected=[("template", shown)])
-        if text.casefold() in _SHOWN:
-            return Parsed(rejected=[("exemplar-copy", shown)])
-        if text.isascii() and len(text.split()) < 2:
-            return Parsed(rejected=[("too-short", shown)])
-        return Parsed(kept=[text])
-
-
-def _bare(line: str) -> str:
-    """A line without what models put around a query; empty for a line that only announces one."""
-    text = " ".join(line.split())
-    if _PREAMBLE.match(text):
-        return ""
-    before = None
-    while text != before:
-        before = text
-        text = _LABEL.sub("", _NUMBER.sub("", text.strip(_QUOTES)))
-    return text
+        return one_query(raw, _SHOWN)

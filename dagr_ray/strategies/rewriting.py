@@ -10,7 +10,8 @@ from typing import Annotated, ClassVar, NamedTuple
 from pydantic import Field
 
 from dagr_ray import tables
-from dagr_ray.strategies import Exemplar, Parsed, Passage, Prompt, Strategy
+from dagr_ray.strategies import Exemplar, Parsed, Passage, Prompt
+from dagr_ray.strategies.written import Written
 
 _QUOTES = "\"'`“”‘’«»„* \t"
 _MARKUP = re.compile(r"<\|[^|<>]{1,40}\|>|\[/?INST\]")
@@ -30,7 +31,7 @@ class Form(NamedTuple):
     least_words: int = 2
 
 
-class Rewriting(Strategy):
+class Rewriting(Written):
     """Base of the strategies that write one text for a pair, few-shot: a small model follows examples, not instructions."""
 
     abstract: ClassVar[bool] = True
@@ -44,7 +45,12 @@ class Rewriting(Strategy):
 
     def lines(self, row: Passage) -> tuple[str, ...]:
         """What stands on the lines of ``given``."""
-        read = {"Passage": tables.passage_text(row.title, row.text), "Query": row.query, "Second passage": row.other}
+        read = {
+            "Passage": tables.passage_text(row.title, row.text),
+            "Query": row.query,
+            "Second passage": row.other,
+            "Problem": row.other,
+        }
         return tuple(one_line(read[name]) for name in self.form().given)
 
     def prompt(self, row: Passage, exemplars: tuple[Exemplar, ...], rng: random.Random) -> Prompt:
@@ -55,7 +61,7 @@ class Rewriting(Strategy):
         first, *others = self.lines(row)
         after = "".join(f"\n{name}: {line}" for name, line in zip(form.given[1:], others, strict=True))
         before = "\n\n".join([one_line(self.task), *blocks, f"{form.given[0]}: "])
-        return Prompt(before, first, f"{after}\n{form.label}:", stop=("\n",))
+        return Prompt(before, first, f"{after}{self.controls.line()}\n{form.label}:", stop=("\n",))
 
     def parse(self, row: Passage, raw: str) -> Parsed:
         """The first line, without its label and quotes; rejected where it says nothing, or nothing of its own."""

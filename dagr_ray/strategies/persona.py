@@ -1,0 +1,150 @@
+"""Queries of a described searcher."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+
+from dagr_ray import tables
+from dagr_ray.config import Config
+from dagr_ray.strategies import Exemplar, Parsed, Passage, Prompt, Strategy
+from dagr_ray.strategies.written import Written, one_query
+
+Words = Annotated[str, Field(min_length=1, max_length=200)]
+
+
+class Searcher(Config):
+    """Who searches: profession, skill in the matter, and goal.
+
+    >>> Searcher(profession="nurse", skill="new to this", goal="wants a quick answer").text()
+    'nurse, new to this, wants a quick answer'
+    """
+
+    abstract: ClassVar[bool] = True  # no plugin: a value inside strategies
+    profession: Words
+    skill: Words
+    goal: Words
+
+    def text(self) -> str:
+        return " ".join(f"{self.profession}, {self.skill}, {self.goal}".split())
+
+
+def _searchers(*rows: tuple[str, str, str]) -> tuple[Searcher, ...]:
+    return tuple(Searcher(profession=a, skill=b, goal=c) for a, b, c in rows)
+
+
+# Any of them may come to any passage: skill and goal say how they ask, not about what.
+PERSONAS = _searchers(
+    ("software engineer", "expert in the field", "looks up one exact detail"),
+    ("student", "first week of the course", "does not know the right terms yet"),
+    ("support agent", "knows the basics", "has a customer waiting on the phone"),
+    ("journalist", "no background", "checks a fact before it is printed"),
+    ("nurse", "practical experience", "needs a safe answer quickly"),
+    ("teacher", "knows the matter well", "looks for a simple way to explain it"),
+    ("lawyer", "reads every word", "looks for the exact conditions and exceptions"),
+    ("retired hobbyist", "self-taught", "wants to do it at home"),
+    ("data analyst", "advanced user", "compares two ways to do the same thing"),
+    ("small business owner", "in a hurry", "wants to know what it costs or takes"),
+    ("researcher", "specialist", "looks for evidence and numbers"),
+    ("parent", "worried beginner", "asks in everyday words"),
+    ("technician", "hands-on", "has something that does not work"),
+    ("manager", "broad overview only", "needs a summary to decide"),
+    ("tester", "sceptical", "looks for limits and odd cases"),
+    ("translator", "careful with words", "wants to know what a term means"),
+)
+# Each passage with two searchers, so that the query is seen to follow from who asks.
+EXAMPLES: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
+    (
+        "os.replace Rename a file or directory. If the target exists and is a file, it is replaced silently. The "
+        "operation fails with an OSError when source and target are on different file systems.",
+        (
+            (
+                "student, first week of the course, does not know the right terms yet",
+                "python swap old file for new one",
+            ),
+            (
+                "administrator, expert in the field, looks for limits",
+                "os.replace OSError across different file systems",
+            ),
+        ),
+    ),
+    (
+        "Adults with a mild sprain should rest the ankle for two days and cool it for 15 minutes several times a day. "
+        "See a doctor if you cannot put weight on it or if the swelling does not go down within a week.",
+        (
+            ("runner, in a hurry, wants to know how long it takes", "when can I run again after a mild ankle sprain"),
+            ("coach, practical experience, needs a safe answer", "signs that a sprained ankle needs a doctor"),
+        ),
+    ),
+    (
+        "Lake Baikal in southern Siberia is the deepest lake in the world, reaching 1,642 metres. It holds about a "
+        "fifth of the unfrozen fresh water on the surface of the Earth.",
+        (
+            ("journalist, no background, checks a fact", "is lake baikal really the deepest lake in the world"),
+            ("geographer, specialist, looks for numbers", "share of earth's surface fresh water held by lake baikal"),
+        ),
+    ),
+)
+_SHOWN = frozenset(query.casefold() for _, asked in EXAMPLES for _, query in asked)
+
+
+class Persona(Written):
+    """A query by a searcher with a profession, a skill and a goal, drawn for each sample: no two alike for one passage.
+
+    Personas make what a model writes differ (Persona Hub: Ge et al. 2024, arXiv 2406.20094, section 2). Each passage's
+    samples take other searchers as long as the list has any, and each has the same chance. Lineage names the
+    profession: ``persona/nurse``. The searcher stands after the passage, so that engines compute the examples once, and
+    a passage once for all its samples.
+
+    >>> row = Passage("d1", "shutil.copytree", "Recursively copy a directory tree.")
+    >>> first, second = Persona().drawn(random.Random(0), 2)
+    >>> first.name(), second.name()
+    ('persona/technician', 'persona/translator')
+    >>> print(first.prompt(row, (), random.Random(0)).after.strip())
+    Searcher: technician, hands-on, has something that does not work
+    Query:
+    >>> first.parse(row, ' "does copytree follow symbolic links"').kept
+    ['does copytree follow symbolic links']
+    """
+
+    abstract: ClassVar[bool] = False
+    personas: Annotated[tuple[Searcher, ...], Field(min_length=1)] = PERSONAS
+
+    def name(self) -> str:
+        if len(self.personas) > 1:
+            return self.type
+        return f"{self.type}/{re.sub(r'[^a-z0-9]+', '-', self.personas[0].profession.casefold()).strip('-')}"
+
+    def draws(self) -> bool:
+        return len(self.personas) > 1
+
+    def drawn(self, rng: random.Random, samples: int) -> Sequence[Strategy]:
+        """A searcher for each sample; one comes again only after all others have."""
+        if not self.draws():
+            return [self] * samples
+        found: list[Searcher] = []
+        while len(found) < samples:
+            found += rng.sample(self.personas, min(len(self.personas), samples - len(found)))
+        return [self.model_copy(update={"personas": (one,)}) for one in found]
+
+    def prompt(self, row: Passage, exemplars: tuple[Exemplar, ...], rng: random.Random) -> Prompt:
+        """Examples, the passage, the searcher. No use of ``exemplars``: nobody knows who asked those."""
+        if self.draws():
+            [one] = self.drawn(rng, 1)
+            return one.prompt(row, exemplars, rng)
+        parts = [
+            "\n".join([f"Passage: {passage}", *(f"Searcher: {who}\nQuery: {query}" for who, query in asked)])
+            for passage, asked in EXAMPLES
+        ]
+        passage = " ".join(tables.passage_text(row.title, row.text).split())
+        before = "\n\n".join(["What different people type to find a passage.", *parts, "Passage: "])
+        after = f"{self.controls.line()}\nSearcher: {self.personas[0].text()}\nQuery:"
+        return Prompt(before, passage, after, stop=("\n",))
+
+    def parse(self, row: Passage, raw: str) -> Parsed:
+        """The first line that says something."""
+        return one_query(raw, _SHOWN)

@@ -1,0 +1,417 @@
+"""Strategies that go from a passage to queries: what is drawn for each sample, what is controlled, and what answers become."""
+
+import hashlib
+import itertools
+import json
+import random
+from collections import Counter
+from typing import ClassVar
+
+import pytest
+
+from dagr_ray import tables
+from dagr_ray.cluster import Placement, Pool
+from dagr_ray.config import ConfigError, from_json
+from dagr_ray.engines import Completion, Engine
+from dagr_ray.engines.crop import CropEngine
+from dagr_ray.filters.controls import missed
+from dagr_ray.language import languages
+from dagr_ray.stage import materialize
+from dagr_ray.stages.cloze import Cloze
+from dagr_ray.stages.corpus import Beir
+from dagr_ray.stages.generate import Generate, Parse
+from dagr_ray.stages.pairs import Pairs
+from dagr_ray.stages.rewrite import Rewrite
+from dagr_ray.strategies import Exemplar, Passage, Strategy
+from dagr_ray.strategies.controls import LANGUAGES, LOCALES, Controls
+from dagr_ray.strategies.crop import Crop, without
+from dagr_ray.strategies.hyde import Hyde
+from dagr_ray.strategies.inpars import Inpars
+from dagr_ray.strategies.persona import PERSONAS, Persona
+from dagr_ray.strategies.prefix import Prefix
+from dagr_ray.strategies.promptagator import Promptagator
+from dagr_ray.strategies.several import Several
+from dagr_ray.strategies.typed import FORMS, LABELS, Typed
+from tests.conftest import tiny_beir
+
+HERE = Placement(generate=Pool(workers=0, shard_rows=7), light=Pool(workers=0, shard_rows=7))
+ROW = Passage("d1", "shutil.copytree", "Recursively copy a directory tree. The destination must not exist.")
+
+
+def corpus(path, texts):
+    """A BEIR folder of passages without titles."""
+    path.mkdir()
+    rows = [{"_id": f"d{i:03}", "title": "", "text": text} for i, text in enumerate(texts)]
+    (path / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (path / "queries.jsonl").write_text("")
+    return Beir(path=str(path))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    words = "amber basalt copper dune ember fjord glacier harbour island jungle".split()
+    texts = [
+        " ".join(f"The {a} {b} stands {i} miles from the old {c} in the north." for a, b, c in itertools.permutations(
+            random.Random(i).sample(words, 3)
+        ))
+        for i in range(60)
+    ]  # fmt: skip
+    return corpus(tmp_path_factory.mktemp("creation") / "set", texts)
+
+
+def asked(data, strategy, samples=3, **fields):
+    return Generate(corpus=data, strategy=strategy, engine=CropEngine(), samples=samples, **fields)
+
+
+def built(stage, runs, placement=HERE):
+    """The completions and the lineage of their queries, by gen_id."""
+    parsed = materialize(Parse(generations=stage, corpus=stage.corpus), str(runs), placement)
+    rows = stage.folder(str(runs)).read("generations").to_pylist()
+    queries = {row["query_id"]: row["text"] for row in parsed.read("queries").to_pylist()}
+    lineage = {row["gen_id"]: (row["strategy"], queries[row["id"]]) for row in parsed.read("lineage").to_pylist()}
+    return rows, lineage, parsed
+
+
+# -- what is drawn for each sample ----------------------------------------------------------------------------------------
+
+
+def test_each_sample_is_asked_for_its_own_form_and_its_lineage_names_it(data, tmp_path):
+    stage = asked(data, Typed())
+    rows, lineage, _ = built(stage, tmp_path)
+    assert len(rows) == 180 and [row["sample"] for row in rows[:6]] == [0, 1, 2, 0, 1, 2]
+    assert len({row["seed"] for row in rows}) == 180 and rows[2]["seed"] - rows[0]["seed"] == 2
+    inputs = {name: inner.folder(str(tmp_path)) for name, inner in stage.inputs().items()}
+    prompts = [stage.prompts(inputs, [row["source_id"] for row in rows], sample) for sample in range(3)]
+    for row in rows:
+        prompt = prompts[row["sample"]][row["source_id"]]
+        assert hashlib.sha256(prompt.encode()).hexdigest()[:16] == row["prompt_sha"]
+        form = lineage[row["gen_id"]][0].removeprefix("typed/")
+        assert prompt.endswith(f"\n{LABELS[form]}:")
+    seen = Counter(name for name, _ in lineage.values())
+    assert set(seen) == {f"typed/{form}" for form in FORMS} and min(seen.values()) >= 12
+    # spread over the forms: the samples of one passage hardly ever share one
+    alone = [len({lineage[row["gen_id"]][0] for row in rows[i : i + 3]}) for i in range(0, 180, 3)]
+    assert alone.count(3) > 50
+
+
+def test_what_is_drawn_does_not_hang_on_the_shards(data, tmp_path):
+    stage = asked(data, Persona(), samples=2)
+    wide = Placement(generate=Pool(workers=0, shard_rows=100), light=Pool(workers=0, shard_rows=100))
+    _, found, _ = built(stage, tmp_path / "a")
+    _, again, _ = built(stage, tmp_path / "b", wide)
+    assert found == again and len({name for name, _ in found.values()}) == len(PERSONAS)
+
+
+def test_strategies_that_draw_and_those_that_do_not_stand_side_by_side(data, tmp_path):
+    strategies = (Promptagator(), Typed(mix={"claim": 1, "title": 1}), Crop(mode="span"))
+    rows, lineage, _ = built(asked(data, Several(strategies=strategies), samples=2), tmp_path)
+    names = [lineage[row["gen_id"]][0] for row in rows]
+    for i in range(0, len(names), 6):
+        assert names[i : i + 2] == ["promptagator"] * 2 and names[i + 4 : i + 6] == ["crop/span"] * 2
+        assert sorted(names[i + 2 : i + 4]) == ["typed/claim", "typed/title"]
+
+
+def test_a_strategy_that_draws_nothing_is_asked_as_before(data):
+    # fingerprints from before strategies had modes, forms and controls: what was paid for stays
+    assert Promptagator().fingerprint() == "8caad98391e0" and Crop().fingerprint() == "60fae6c99bda"
+    assert asked(data, Promptagator()).per_request() == 3 and asked(data, Typed(form="claim")).per_request() == 3
+    assert asked(data, Typed()).per_request() == asked(data, Several(strategies=(Crop(), Persona()))).per_request() == 1
+
+
+@pytest.mark.parametrize("samples", [1, 2, 5])
+def test_forms_have_the_shares_of_their_weights(samples):
+    typed = Typed(mix={"question": 5, "keywords": 3, "error-message": 2})
+    seen = Counter(one.form for seed in range(2000) for one in typed.drawn(random.Random(seed), samples))
+    for form, weight in typed.mix.items():
+        assert abs(seen[form] / (2000 * samples) - weight / 10) < 0.03
+    # every sample has the mix, not only all of a passage's together
+    first = Counter(typed.drawn(random.Random(seed), samples)[0].form for seed in range(2000))
+    assert abs(first["question"] / 2000 - 0.5) < 0.05
+
+
+def test_the_forms_of_one_passage_are_asked_after_the_same_beginning():
+    prompts = [one.prompt(ROW, (), random.Random(0)) for one in Typed().drawn(random.Random(0), 20)]
+    assert len({prompt.before + prompt.passage for prompt in prompts}) == 1 and len({p.after for p in prompts}) == 7
+    shown = Typed(mix={"claim": 1, "title": 1}).prompt(ROW, (), random.Random(0)).before
+    assert "Claim:" in shown and "Title:" in shown and "Keywords:" not in shown
+
+
+@pytest.mark.parametrize("mix", [{}, {"claim": 0}, {"claim": -1, "title": 2}, {"clam": 1}, {"claim": "much"}])
+def test_a_mix_that_is_none_is_refused(mix):
+    with pytest.raises(ConfigError, match=r"mix = .*give weights of 0 or more"):
+        from_json({"type": "typed", "mix": mix}, Strategy)
+
+
+def test_no_searcher_comes_twice_before_all_have_come():
+    drawn = Persona().drawn(random.Random(3), len(PERSONAS) + 2)
+    names = [one.name() for one in drawn]
+    assert len(set(names[: len(PERSONAS)])) == len(PERSONAS) == len(set(names))
+    own = from_json(
+        {"type": "persona", "personas": [{"profession": "Deep-sea Diver", "skill": "a", "goal": "b"}]}, Strategy
+    )
+    assert own.name() == "persona/deep-sea-diver" and not own.draws()
+    assert own.prompt(ROW, (), random.Random(0)).after == "\nSearcher: Deep-sea Diver, a, b\nQuery:"
+
+
+# -- controls ---------------------------------------------------------------------------------------------------------------
+
+ANSWERS = {
+    "How can a directory tree be copied with all of its files in Python?": "formal",
+    "hey, how do I copy my folder and don't lose stuff": "casual",
+    "copy folder": "broad",
+    "Wie kopiere ich einen Ordner mit allem, was darin ist?": "german",
+    "Comment copier un dossier avec tout ce qu'il contient ?": "french",
+    "フォルダを中身ごとコピーするにはどうすればいいですか": "japanese",
+}
+
+
+@pytest.mark.parametrize(
+    ("controls", "kept"),
+    [
+        ({"language": "en"}, {"formal", "casual", "broad"}),
+        ({"language": "de-AT"}, {"german"}),
+        ({"language": "fr"}, {"french"}),
+        ({"language": "ja-JP"}, {"japanese"}),
+        ({"length": (1, 4)}, {"broad"}),
+        ({"formality": "formal"}, {"formal", "broad"}),
+        ({"formality": "casual", "language": "en"}, {"casual"}),
+        ({"specificity": "broad", "language": "en"}, {"broad"}),
+        ({"specificity": "specific", "language": "en"}, {"formal", "casual"}),
+        ({"language": "en-GB", "length": (8, 20), "formality": "formal", "specificity": "specific"}, {"formal"}),
+    ],
+)
+def test_what_misses_a_control_is_rejected_with_the_attribute(controls, kept):
+    wanted = Controls(**controls)
+    found = {kind: missed(wanted, text) for text, kind in ANSWERS.items()}
+    if controls == {"formality": "formal"}:  # measured in English: the others are not asked about
+        found = {kind: found[kind] for kind in ("formal", "casual", "broad")}
+    assert {kind for kind, miss in found.items() if miss is None} == kept
+    assert {miss[0] for miss in found.values() if miss} <= set(controls)
+
+
+def test_parse_measures_what_strategies_were_asked_for(tmp_path):
+    stage = asked(
+        corpus(tmp_path / "set", ANSWERS), Promptagator(controls=Controls(language="en", length=(3, 30))), samples=1
+    )
+    _, lineage, parsed = built(stage, tmp_path / "runs")
+    assert sorted(text for _, text in lineage.values()) == sorted(
+        text for text, kind in ANSWERS.items() if kind in ("formal", "casual")
+    )
+    assert parsed.manifest["counts"]["rejected"] == {"control/language": 3, "control/length": 1}
+    refused = parsed.read("rejected").to_pylist()
+    assert {row["by"] for row in refused} == {"control"} and "2 words: copy folder" in {r["detail"] for r in refused}
+    inputs = {name: inner.folder(str(tmp_path / "runs")) for name, inner in stage.inputs().items()}
+    [prompt] = stage.prompts(inputs, ["d000"]).values()
+    assert prompt.endswith("\nWanted: in English; 3 to 30 words\nQuery:")
+
+
+@pytest.mark.parametrize("strategy", [Promptagator, Inpars, Persona, Typed])
+def test_controls_stand_after_the_passage_and_change_the_fingerprint(strategy):
+    plain, controlled = strategy(), strategy(controls=Controls(language="pt-BR", formality=None))
+    first, second = (one.prompt(ROW, (), random.Random(0)) for one in (plain, controlled))
+    assert first.before == second.before and "Wanted" not in first.text
+    assert second.after.startswith("\nWanted: in Portuguese as in Brazil: 1.234,5, dates as 31/12/2025, reais\n")
+    assert plain.fingerprint() == strategy(controls=Controls()).fingerprint() != controlled.fingerprint()
+
+
+class Says(Engine):
+    """Answers every prompt with one text, for these tests."""
+
+    abstract: ClassVar[bool] = True
+    text: str
+
+    def open(self, pool):
+        return self
+
+    def generate(self, prompts, seeds, sampling, n):
+        return [[Completion(self.text, "stop", 1, 0, 1, logprob=-0.5) for _ in range(n)] for _ in prompts]
+
+    def close(self):
+        pass
+
+
+def test_texts_written_for_pairs_are_measured_too(tmp_path):
+    data = Beir(path=str(tiny_beir(tmp_path / "beir")))
+    pairs, hyde = Pairs(queries=data, corpus=data, split="test", n=3), Hyde(controls=Controls(language="de"))
+    found = {}
+    for text in (
+        "Copytree copies a directory with all that is in it.",
+        "Copytree kopiert ein Verzeichnis mit allem Inhalt.",
+    ):
+        raw = Generate(corpus=pairs, strategy=hyde, engine=Says(text=text))
+        made = materialize(Rewrite(generations=raw), str(tmp_path / "runs"), HERE)
+        found[text[:10]] = made.manifest["counts"]["rejected"], made.count("corpus")
+        assert raw.folder(str(tmp_path / "runs")).read("generations")["logprob"].to_pylist() == [-0.5] * 3
+    assert found == {"Copytree c": ({"control/language": 3}, 0), "Copytree k": ({}, 3)}
+    assert "\nWanted: in German\nPassage:" in hyde.prompt(ROW, (), random.Random(0)).text
+    assert Hyde().fingerprint() == Hyde(controls=Controls()).fingerprint() != hyde.fingerprint()
+
+
+def test_every_language_that_can_be_asked_for_can_be_found():
+    assert set(LANGUAGES) <= set(languages())
+    assert {tag.split("-")[0] for tag in LOCALES} <= set(LANGUAGES)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"language": "de-FR"}, "de-FR.*allowed are de, de-AT, de-CH, de-DE"),
+        ({"language": "klingon"}, "allowed are ar, bg"),
+        ({"length": (5, 2)}, "turn them round"),
+        ({"length": (0, 2)}, "greater than or equal to 1"),
+        ({"formality": "formal", "language": "de"}, "measured in English only"),
+        ({"specificity": "specific", "length": (1, 3)}, "four words or more"),
+    ],
+)
+def test_controls_that_cannot_be_held_or_checked_are_refused(fields, words):
+    with pytest.raises(ConfigError, match=words):
+        from_json({"type": "controls", **fields}, Controls)
+
+
+# -- what answers become: recorded from larger models, where the small one fails ------------------------------------------
+
+
+RECORDED = [
+    (Inpars(), " {}\n\nExample 5:", "how to copy a directory recursively in python"),
+    (Inpars(form="gbq"), " {}\nBad Question: copytree", "Does copytree fail where the destination exists?"),
+    (Inpars(form="gbq"), 'Good Question: "{}"', "What does copytree copy?"),
+    (Typed(form="question"), " {}\nKeywords: copy", "How do I copy a directory tree?"),
+    (Typed(form="keywords"), "\nKeywords: {}", "copytree destination exists"),
+    (Typed(form="claim"), " **Claim:** {}", "copytree refuses an existing destination."),
+    (Typed(form="title"), "Title: {}", "Copying Directory Trees in Python"),
+    (Typed(form="situation"), " {}", "I have to back up a project folder before each release."),
+    (Typed(form="conversational"), "Chat: {}", "and what if the target is already there?"),
+    (Typed(form="error-message"), " {}", "FileExistsError: [Errno 17] File exists: '/tmp/backup'"),
+    (Typed(form="error-message"), "Error message: `{}`", "'copytree' is not defined"),
+    (Persona(), " {}\nSearcher: nurse, ...", "copy a whole folder in python without losing files"),
+    (Promptagator(controls=Controls(language="de")), " {}", "Wie kopiere ich einen Ordner?"),
+]
+
+
+@pytest.mark.parametrize(("strategy", "around", "kept"), RECORDED)
+def test_answers_of_the_right_form_are_read(strategy, around, kept):
+    assert strategy.parse(ROW, around.format(kept)).kept == [kept]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "raw", "reason"),
+    [
+        (Inpars(form="gbq"), "Bad Question: copytree", "bad-question"),
+        (Inpars(), "python float precision", "exemplar-copy"),
+        (Typed(form="claim"), "Claim:", "empty"),
+        (Typed(form="title"), "Passage: shutil.copytree", "template"),
+        (Typed(form="error-message"), "OSError", "too-short"),
+        (Typed(form="error-message"), "e4 sensor", "exemplar-copy"),
+        (Persona(), "When can I run again after a mild ankle sprain", "exemplar-copy"),
+    ],
+)
+def test_answers_of_another_form_are_refused_with_the_reason(strategy, raw, reason):
+    assert [found for found, _ in strategy.parse(ROW, raw).rejected] == [reason]
+
+
+def test_the_exemplars_of_inpars_are_its_own():
+    shown = (Exemplar("A passage of the data set.", "a query of the data set"),)
+    for form in ("vanilla", "gbq"):
+        text = Inpars(form=form).prompt(ROW, shown, random.Random(0)).text
+        assert "data set" not in text and text.count("Document:") == 4
+        assert text.count("Bad Question:") == (3 if form == "gbq" else 0)
+
+
+# -- prefixes ---------------------------------------------------------------------------------------------------------------
+
+
+def cuts(prefix, query, draws=500):
+    return [prefix.cut(query, random.Random(seed)) for seed in range(draws)]
+
+
+def test_prefixes_are_shorter_than_their_query_and_of_the_lengths_given():
+    query = "how to copy a folder with everything in it"
+    for made in cuts(Prefix(), query):
+        assert query.startswith(made) and 2 <= len(made) < len(query) and made == made.strip()
+    sizes = Counter(map(len, cuts(Prefix(lengths=(9, 9, 0, 0, 1, 3)), "abcdefghijkl")))
+    assert set(sizes) == {5, 6} and 0.65 < sizes[6] / 500 < 0.85  # 1 and 2 are under min_characters
+    assert cuts(Prefix(), "abc", 1) == [""] and cuts(Prefix(lengths=(0,) * 20 + (1,)), query[:20], 1) == [""]
+    assert cuts(Prefix(lengths=(0, 0, 0, 1)), "cafe\u0301 au lait", 1) == ["cafe\u0301"]
+
+
+def test_lengths_come_from_a_log_known_by_its_content(tmp_path):
+    log = tmp_path / "log.tsv"
+    # short queries are typed to the end, long ones are not
+    log.write_text("".join(f"{'x' * 8}\t{'x' * 10}\n{'y' * 10}\t{'y' * 50}\n" for _ in range(100)))
+    prefix = Prefix(log=str(log))
+    assert set(map(len, cuts(prefix, "abcdefghij"))) == {8}
+    assert set(map(len, cuts(prefix, "a" * 50))) == {10} and set(map(len, cuts(prefix, "a" * 60))) == {12}
+    before = prefix.fingerprint()
+    (tmp_path / "copy.tsv").write_bytes(log.read_bytes())
+    assert Prefix(log=str(tmp_path / "copy.tsv")).fingerprint() == before
+    log.write_text("howto\nhow to copy\n")
+    assert prefix.fingerprint() != before and set(map(len, cuts(prefix, "a" * 9))) == {5}
+    assert set(map(len, cuts(prefix, "a" * 30))) == {5, 11}
+    for text, words in (("\n \n", "no line with a prefix"), (None, "no file")):
+        log.unlink() if text is None else log.write_text(text)
+        with pytest.raises(ConfigError, match=words):
+            cuts(prefix, "abcdefgh", 1)
+
+
+def test_prefixes_of_real_and_of_generated_queries(tmp_path):
+    queries = [f"how to fold paper plane number {i} for the contest" for i in range(30)]
+    log = corpus(tmp_path / "queries", queries)
+    _, real, _ = built(asked(log, Prefix(of=None), samples=4), tmp_path / "runs")
+    text_of = {f"d{i:03}": query for i, query in enumerate(queries)}
+    rows = asked(log, Prefix(of=None), samples=4).folder(str(tmp_path / "runs")).read("generations").to_pylist()
+    assert len(real) == 120 and {name for name, _ in real.values()} == {"prefix"}
+    assert all(text_of[row["source_id"]].startswith(real[row["gen_id"]][1]) for row in rows)
+    assert len({len(text) for _, text in real.values()}) > 20  # each sample is cut anew
+    _, made, _ = built(asked(log, Prefix(of=Several(strategies=(Typed(), Crop()))), samples=2), tmp_path / "runs")
+    names = Counter(name.split("/")[1] for name, _ in made.values())
+    assert names == {"typed": 60, "crop": 60} and max(len(text) for _, text in made.values()) < len(queries[-1])
+
+
+def test_prefixes_that_make_no_sense_are_refused(tmp_path):
+    for fields, words in (
+        ({"log": "x", "lengths": (1,)}, "leave one out"),
+        ({"lengths": (0, 0)}, "no weight over 0"),
+        ({"of": Promptagator(controls=Controls(length=(1, 3)))}, "hold for whole queries"),
+        ({"of": {"type": "hyde"}}, "give one that writes queries"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            Prefix(**fields)
+    assert Prefix(of=None).parse(ROW, "  ").rejected == [("empty", "")]
+    assert [r for r, _ in Prefix().parse(ROW, "a b").rejected] == ["too-short"]
+
+
+# -- crops ------------------------------------------------------------------------------------------------------------------
+
+
+def test_spans_are_drawn_anywhere_for_each_sample(data, tmp_path):
+    rows, lineage, _ = built(asked(data, Crop(mode="span"), samples=4), tmp_path)
+    text_of = {row["doc_id"]: row["text"] for row in data.folder(str(tmp_path)).read("corpus").to_pylist()}
+    shares, spans = [], set()
+    for row in rows:
+        name, text = lineage[row["gen_id"]]
+        assert name == "crop/span" and text in text_of[row["source_id"]] and row["logprob"] is None
+        shares.append(len(text.split()) / len(text_of[row["source_id"]].split()))
+        spans.add(text)
+    assert 0.04 <= min(shares) < 0.1 and 0.4 < max(shares) <= 0.51 and len(spans) > 230
+
+
+def test_inverse_cloze_takes_sentences_out_of_the_positives(tmp_path):
+    whole = "The first sentence tells of amber and salt. The second sentence tells of copper and rain in the far north."
+    data = corpus(
+        tmp_path / "set", [whole, "There is only one sentence in this passage.", "A whole passage. Is short."]
+    )
+    stage = asked(data, Crop(mode="inverse-cloze"), samples=2)
+    _, lineage, parsed = built(stage, tmp_path / "runs")
+    assert {name for name, _ in lineage.values()} == {"crop/inverse-cloze"}
+    assert parsed.manifest["counts"]["rejected"] == {"parse/nothing-left": 4}
+    taken = {text for _, text in lineage.values()}
+    assert len(taken) == 2  # either leaves enough, both would leave nothing
+    made = materialize(
+        Cloze(corpus=data, selected=Parse(generations=stage, corpus=data), keep=0.0), str(tmp_path / "runs"), HERE
+    )
+    texts = made.read("corpus")["text"].to_pylist()
+    assert texts[1:] == data.folder(str(tmp_path / "runs")).read("corpus")["text"].to_pylist()[1:]
+    assert texts[0] in {without(text, whole) for text in taken} and made.manifest["counts"]["removed"] == 1
+    kept = Cloze(corpus=data, selected=Parse(generations=stage, corpus=data), keep=1.0)
+    assert materialize(kept, str(tmp_path / "runs"), HERE).read("corpus")["text"][0].as_py() == whole
+    assert tables.check("corpus", made.read("corpus")).num_rows == 3
