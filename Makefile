@@ -22,6 +22,7 @@ study: setup
 	$(BIN)/dagr study jobs/quickstart.py
 
 test: setup
+	-@$(BIN)/python -m tests.browser
 	$(MAKE) lint
 	$(BIN)/python -m pytest
 

@@ -25,6 +25,7 @@ VERBS = {
     "trace": "one row back to its passage, prompt, raw output, scores and price",
     "report": "the table and the page of a study",
     "export": "write a folder as a BEIR, sentence-transformers or TREC data set",
+    "annotate": "export the pairs that a person should rate first, import the ratings",
     "plugins": "the strategies, engines, filters, miners and stages that are installed",
     "doctor": "what is installed, and the command for what is missing",
     "track": "log finished studies to MLflow",
@@ -57,10 +58,10 @@ def parser() -> argparse.ArgumentParser:
             "--guard", action="append", default=[], metavar="NAME=SHARE",
             help="the largest share of truncated, cut_off, unparsed or copied rows with which a canary passes",
         )  # fmt: skip
-    for name in ("check", "run", "study", "ls", "show", "bill", "trace", "report", "export"):
+    for name in ("check", "run", "study", "ls", "show", "bill", "trace", "report", "export", "annotate"):
         default = os.environ.get("DAGR_RUNS", "runs")
         made[name].add_argument("--runs", default=default, help="folder or URI of the results (default: %(default)s)")
-    for name in ("check", "ls", "show", "bill", "report", "trace", "doctor"):
+    for name in ("check", "ls", "show", "bill", "report", "trace", "doctor", "annotate"):
         made[name].add_argument("--json", action="store_true", help="print JSON")
     made["check"].add_argument("--one", action="store_true", help="the single run of `dagr run`, not the job's sweep")
     made["check"].add_argument(
@@ -80,8 +81,26 @@ def parser() -> argparse.ArgumentParser:
     made["export"].add_argument("folder", help="a select, mine or take folder, or an evaluate folder for TREC")
     made["export"].add_argument("target", help="folder (beir), JSONL file (sentence-transformers) or run file (trec)")
     made["export"].add_argument("--format", choices=("beir", "sentence-transformers", "trec"), default="beir")
+    _annotate(made["annotate"])
     made["track"].add_argument("runs", nargs="?", default=os.environ.get("DAGR_RUNS", "runs"), help="runs folder")
     return top
+
+
+def _annotate(made: argparse.ArgumentParser) -> None:
+    made.add_argument("action", choices=("export", "import"))
+    made.add_argument(
+        "words", nargs="+", metavar="FOLDER... TARGET|FILE",
+        help="folders with scores or qrels; then the folder to write to (export), or files of ratings (import)",
+    )  # fmt: skip
+    made.add_argument("--items", type=int, default=200, help="pairs to export (default: %(default)s)")
+    made.add_argument(
+        "--threshold", action="append", default=[], metavar="SCORER=A[,B,C]",
+        help="a teacher's threshold, or its cut points between the grades 0 to 3",
+    )  # fmt: skip
+    made.add_argument(
+        "--encoder", metavar="MODEL", help="minilm or a model's folder: also look for new regions of queries"
+    )
+    made.add_argument("--people", metavar="FOLDER", help="an earlier import: leave its pairs out, take its cut points")
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:

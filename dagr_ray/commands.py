@@ -450,6 +450,14 @@ def export(args: Args) -> int | None:
     return None
 
 
+def annotate(args: Args) -> int | None:
+    """``dagr annotate export`` and ``dagr annotate import``."""
+    from dagr_ray import annotate as annotations
+
+    annotations.run(args, lambda name: find(args.runs, name))
+    return None
+
+
 def plugins(args: Args) -> int | None:
     """``dagr plugins``."""
     from dagr_ray.engines import Engine

@@ -25,8 +25,8 @@ def ancestor(folder: Artifact, table: str) -> Artifact:
     raise ConfigError(f"{folder.name} has no table {table!r}, nor have its inputs; give a select, mine or take folder")
 
 
-def _corpus(folder: Artifact) -> Artifact:
-    """The whole corpus below a folder: the largest of those that it was made from."""
+def whole_corpus(folder: Artifact) -> Artifact:
+    """The whole corpus below a folder: the largest of those that it was made from. Raises ConfigError where there is none."""
     found, waiting, seen = [], [folder], set()
     while waiting:
         each = waiting.pop()
@@ -54,7 +54,7 @@ def to_beir(folder: Artifact, runs: str, target: str) -> dict[str, int]:
         qrels = tables.table("qrels", ({"query_id": q, "doc_id": d, "relevance": 1} for q, d in pairs))
     else:
         qrels = ancestor(folder, "qrels").read("qrels")
-    return beir.write(target, _corpus(folder), queries, {"train": qrels})
+    return beir.write(target, whole_corpus(folder), queries, {"train": qrels})
 
 
 def to_sentence_transformers(folder: Artifact, runs: str, target: str) -> dict[str, int]:
@@ -65,7 +65,7 @@ def to_sentence_transformers(folder: Artifact, runs: str, target: str) -> dict[s
     )
     corpus = {
         row["doc_id"]: tables.passage_text(row["title"], row["text"])
-        for part in _corpus(folder).scan("corpus")
+        for part in whole_corpus(folder).scan("corpus")
         for row in part.to_pylist()
     }
 

@@ -78,6 +78,10 @@ SCHEMAS: dict[str, pa.Schema] = {
         ("text", TEXT),
         ("held_out", TEXT),
     ),
+    # what each person said; qrels beside it holds one relevance for each pair
+    "ratings": _schema(
+        ("query_id", TEXT), ("doc_id", TEXT), ("grade", pa.int32()), ("who", TEXT), optional=[("at", TEXT)]
+    ),
     "rejected": _schema(("id", TEXT), ("by", TEXT), ("reason", TEXT), optional=[("detail", TEXT)]),
     "masked": _schema(("id", TEXT), ("by", TEXT), ("detail", TEXT)),
     "metrics": _schema(
