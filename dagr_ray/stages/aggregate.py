@@ -1,0 +1,268 @@
+"""Many coarse ratings into one fine ranking: raters with thresholds that nobody knows.
+
+The model is that of Villemaud, Sankagiri and Grossglauser 2025 (arXiv 2510.01871): item i has a score x_i, a rater u has
+a threshold y_u, and u rates i positively where x_i > y_u. A rater alone says little; together they cut the items into
+ordered bins, and inside a bin nothing is known. A rating with several grades is several thresholds. Real raters slip, so
+what is fitted is the model's noisy form, P(positive) = 1 / (1 + exp(-(x_i - y_u))), Rasch's: with complete ratings and no
+slips it orders items by their number of positive ratings, which is the order of the bins.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from dagr_ray import tables
+from dagr_ray.artifact import Artifact
+from dagr_ray.cluster import Pool
+from dagr_ray.config import ConfigError
+from dagr_ray.stage import Inputs, Output, Run, Stage
+
+STEPS = 100
+PRIOR = 3.0  # standard deviation of scores and thresholds before any rating: 95 % of raters' odds within 1 to 365
+
+
+@dataclass
+class Ranking:
+    """What ratings say about ``n`` items. Ranks count from 1, the best.
+
+    ``score`` [n] is the estimate of x_i and ``deviation`` [n] its standard error. ``first`` and ``last`` [n] are the best
+    and the worst rank that an item can have: it stands behind all that more raters put above it than below it, and the
+    others may be anywhere. ``threshold`` [raters] is the estimate of y_u.
+    """
+
+    score: np.ndarray
+    deviation: np.ndarray
+    first: np.ndarray
+    last: np.ndarray
+    threshold: np.ndarray
+
+    def bins(self) -> list[list[int]]:
+        """The items from best to worst; those that no rater tells apart stand together.
+
+        >>> rank(np.array([[1, 1, 0, 0], [1, 1, 1, 0]], float)).bins()
+        [[0, 1], [2], [3]]
+        """
+        order = sorted(range(len(self.score)), key=lambda i: (self.first[i] + self.last[i], i))
+        found: list[list[int]] = []
+        for item in order:
+            last = found[-1][-1] if found else None
+            if last is not None and (self.first[last], self.last[last]) == (self.first[item], self.last[item]):
+                found[-1].append(item)
+            else:
+                found.append([item])
+        return found
+
+
+def rank(ratings: np.ndarray) -> Ranking:
+    """Fits ``ratings`` [raters, items], each 1, 0 or NaN (not asked), by the most probable scores and thresholds.
+
+    Newton's steps in turn, with a normal prior of deviation 3 that keeps items that everybody likes at a finite score.
+
+    >>> np.argsort(-rank(np.array([[1, 0, 0], [1, 1, 0], [np.nan, 1, 0]])).score).tolist()
+    [0, 1, 2]
+    """
+    told = ~np.isnan(ratings)
+    likes = np.where(told, ratings, 0.0)
+    score, threshold = np.zeros(ratings.shape[1]), np.zeros(ratings.shape[0])
+    weight = np.zeros_like(likes)
+    for _ in range(STEPS):
+        before = score.copy()
+        for axis in (0, 1):
+            odds = 1 / (1 + np.exp(-(score[None, :] - threshold[:, None])))
+            weight = np.where(told, odds * (1 - odds), 0.0)
+            gap = np.where(told, likes - odds, 0.0).sum(axis=axis)
+            if axis == 0:
+                score = score + (gap - score / PRIOR**2) / (weight.sum(axis=0) + 1 / PRIOR**2)
+            else:
+                threshold = threshold + (-gap - threshold / PRIOR**2) / (weight.sum(axis=1) + 1 / PRIOR**2)
+        if np.abs(score - before).max(initial=0.0) < 1e-9:
+            break
+    above = told.astype(float) * likes
+    below = told.astype(float) * (1 - likes)
+    wins = above.T @ below  # [i, j]: raters who like i and not j
+    net = wins - wins.T
+    n = ratings.shape[1]
+    first, last = 1 + (net < 0).sum(axis=1), n - (net > 0).sum(axis=1)
+    deviation = 1 / np.sqrt(weight.sum(axis=0) + 1 / PRIOR**2)
+    return Ranking(score, deviation, first, last, threshold)
+
+
+def worth_asking(ratings: np.ndarray, ranking: Ranking, k: int) -> list[tuple[int, int, float]]:
+    """Up to ``k`` (rater, item, gain) that have not been asked and would tell most, best first.
+
+    The gain is how much the variance of the item's score falls, on average over the two answers. An item that stands
+    alone in its bin needs nobody. A rater who is as likely to say one as the other tells most, so this asks raters near
+    their thresholds, as the paper's search does; ``next_questions`` is that search, for one rater at a time.
+    """
+    odds = 1 / (1 + np.exp(-(ranking.score[None, :] - ranking.threshold[:, None])))
+    information, variance = odds * (1 - odds), ranking.deviation[None, :] ** 2
+    gain = variance**2 * information / (1 + variance * information)
+    gain = np.where(np.isnan(ratings) & (ranking.first < ranking.last)[None, :], gain, 0.0)
+    best = np.argsort(-gain, axis=None, kind="stable")[:k]
+    found = ((int(i // gain.shape[1]), int(i % gain.shape[1]), float(gain.flat[i])) for i in best)
+    return [each for each in found if each[2] > 0]
+
+
+def next_questions(bins: Sequence[Sequence[int]], answers: Mapping[int, int]) -> list[int]:
+    """The items to ask a rater about next, given ``bins`` from best to worst and what the rater has answered.
+
+    Threshold binary search (arXiv 2510.01871): an item of the middle bin, again and again, until one bin is left that
+    the rater's threshold can be in; then all of that bin, which the rater may cut in two. None where all is known.
+
+    >>> next_questions([[0], [1, 2], [3], [4]], {})
+    [3]
+    >>> next_questions([[0], [1, 2], [3], [4]], {3: 0}), next_questions([[0], [1, 2], [3], [4]], {3: 0, 1: 1})
+    ([1], [2])
+    """
+    low, high = 0, len(bins)  # the bins that may hold the threshold: those before are liked, those after are not
+    for at, items in enumerate(bins):
+        said = {answers[item] for item in items if item in answers}
+        if len(said) > 1:
+            return [item for item in items if item not in answers]
+        low, high = (max(low, at), high) if 1 in said else (low, min(high, at + 1)) if 0 in said else (low, high)
+    if all(len(items) == 1 for items in bins[low:high]):
+        return []
+    unknown = [items for items in bins[low:high] if not any(item in answers for item in items)]
+    if unknown:
+        return [unknown[len(unknown) // 2][0]]
+    return [item for items in bins[low:high] for item in items if item not in answers]
+
+
+def split(bins: Sequence[Sequence[int]], answers: Mapping[int, int]) -> list[list[int]]:
+    """The bins after a rater's answers: a bin of which some are liked and some are not becomes two.
+
+    >>> split([[0], [1, 2]], {1: 0, 2: 1})
+    [[0], [2], [1]]
+    """
+    found: list[list[int]] = []
+    for items in bins:
+        liked = [item for item in items if answers.get(item) == 1]
+        rest = [item for item in items if answers.get(item) == 0]
+        whole = len(liked) + len(rest) == len(items)
+        found += [part for part in (liked, rest) if part] if whole else [list(items)]
+    return found
+
+
+def footrule(order: Sequence[Sequence[int]], truth: Sequence[int]) -> int:
+    """The largest Spearman footrule between the items' true order ``truth`` (best first) and any order inside ``order``'s
+    bins that are right: the sum of |rank - true rank|, floor(b^2 / 2) for a bin of b.
+
+    >>> footrule([[2, 1], [0]], [1, 2, 0]), footrule([[0, 1, 2]], [0, 1, 2])
+    (2, 4)
+    """
+    at = 0
+    for items in order:
+        assert set(items) == set(truth[at : at + len(items)]), "the bins are not those of the true order"
+        at += len(items)
+    return sum(len(items) ** 2 // 2 for items in order)
+
+
+def expected_footrule(items: int, raters: int) -> float:
+    """The mean of ``footrule`` where scores and thresholds have one distribution and all is asked: exact.
+
+    Then all orders of items and thresholds are equally likely, so that a bin's size b has probability
+    C(n - b + m - 1, m - 1) / C(n + m, m). For large n it goes as n^2 / m: Theta(n^2) raters for a near-perfect ranking,
+    the paper's rate, times the integral of f_X^2 / f_Y where the densities of scores and thresholds differ.
+
+    >>> expected_footrule(10, 0), round(expected_footrule(100, 1000) / (2 * 100**2 / 1000), 2)
+    (50.0, 0.91)
+    """
+    n, m = items, raters
+    if m == 0:
+        return float(n**2 // 2)
+    log = [math.lgamma(i + 1) for i in range(n + m + 1)]
+
+    def choose(a: int, b: int) -> float:
+        return log[a] - log[b] - log[a - b]
+
+    chances = (math.exp(choose(n - b + m - 1, m - 1) - choose(n + m, m)) for b in range(n + 1))
+    return (m + 1) * sum(chance * (b**2 // 2) for b, chance in enumerate(chances))
+
+
+class Aggregate(Stage):
+    """One ranking of each query's passages out of the scores of several raters, in ``scores``.
+
+    Every scorer of every one of ``labels`` is a rater. Grades (up to ``levels`` different values) are taken as they are;
+    finer scores are cut into ``levels`` of equal numbers of pairs. Each step between two levels is a threshold of its
+    own, unknown: see this module. A query is fitted alone, because what a rater calls relevant depends on it.
+
+    The scorer ``aggregate`` gives each passage's score, ``aggregate-deviation`` its standard error, and ``ask.json`` the
+    ``ask`` (rater, query, passage) that would tell most and have not been asked, best first, for people or judges.
+    """
+
+    abstract: ClassVar[bool] = False
+    outputs: ClassVar[tuple[str, ...]] = ("scores",)
+    labels: tuple[Stage, ...]
+    levels: Annotated[int, Field(ge=2)] = 4
+    ask: Annotated[int, Field(ge=0)] = 100
+
+    @model_validator(mode="after")
+    def _something_to_join(self) -> Aggregate:
+        if not self.labels:
+            raise ConfigError("aggregate: labels are empty; give stages that write scores")
+        return self
+
+    def label(self) -> str:
+        return f"{len(self.labels)}labels"
+
+    def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
+        def run(start: int, stop: int) -> Output:
+            cuts, rated = self._rated([inputs[f"labels.{i}"] for i in range(len(self.labels))])
+            rows: list[dict[str, Any]] = []
+            asks: list[tuple[float, str, str, str]] = []
+            for query_id, of in rated.items():
+                docs = list(dict.fromkeys(doc for _, doc in of))
+                raters = [(scorer, cut) for scorer, found in cuts.items() for cut in found]
+                ratings = np.full((len(raters), len(docs)), np.nan)
+                for u, (scorer, cut) in enumerate(raters):
+                    for i, doc in enumerate(docs):
+                        score = of.get((scorer, doc))
+                        ratings[u, i] = np.nan if score is None else score > cut
+                found = rank(ratings)
+                for name, values in (("aggregate", found.score), ("aggregate-deviation", found.deviation)):
+                    rows += [
+                        {"query_id": query_id, "doc_id": doc, "scorer": name, "score": float(value)}
+                        for doc, value in zip(docs, values, strict=True)
+                    ]
+                for u, i, gain in worth_asking(ratings, found, self.ask):
+                    asks.append((gain, raters[u][0], query_id, docs[i]))
+            # a rater has several thresholds: of one question, the gain that is largest
+            once = {each[1:]: each for each in sorted(asks)}
+            told = sorted(once.values(), key=lambda each: (-each[0], each[1:]))[: self.ask]
+            names = ("gain", "rater", "query_id", "doc_id")
+            folder.write_bytes(
+                "ask.json", json.dumps([dict(zip(names, each, strict=True)) for each in told], indent=1).encode()
+            )
+            pairs = len(rows) // 2
+            counts = {"in": pairs, "out": pairs, "queries": len(rated), "raters": len(cuts), "ask": len(told)}
+            return Output({"scores": tables.table("scores", rows)}, ["ask.json"], counts)
+
+        return run
+
+    def _rated(self, labels: list[Artifact]) -> tuple[dict[str, list[float]], dict[str, dict[tuple[str, str], float]]]:
+        """Rater -> its cuts, and query -> (rater, passage) -> score. Raters of one name in two labels are two raters."""
+        rated: dict[str, dict[tuple[str, str], float]] = {}
+        values: dict[str, list[float]] = {}
+        for number, folder in enumerate(labels):
+            rows = folder.read("scores")
+            before = set(values)
+            for query_id, doc_id, scorer, score in zip(*(c.to_pylist() for c in rows.columns), strict=True):
+                name = f"{scorer}#{number}" if scorer in before else scorer
+                rated.setdefault(query_id, {})[name, doc_id] = score
+                values.setdefault(name, []).append(score)
+        return {name: self._cuts(own) for name, own in values.items()}, rated
+
+    def _cuts(self, values: list[float]) -> list[float]:
+        """What lies between a rater's levels: a rating is positive where it is over the cut."""
+        known = sorted(set(values))
+        if len(known) <= self.levels:
+            return known[:-1]
+        shares = np.arange(1, self.levels) / self.levels
+        return sorted({float(cut) for cut in np.quantile(np.array(values), shares, method="lower")} - {known[-1]})
