@@ -7,6 +7,7 @@ import math
 import pickle
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,10 +15,15 @@ from transformers import AutoTokenizer, BertConfig, BertForSequenceClassificatio
 
 from dagr_ray.cluster import Pool
 from dagr_ray.config import ConfigError, from_json, plugins
+from dagr_ray.engines.crop import CropEngine
+from dagr_ray.engines.next_token import NextToken
 from dagr_ray.models import minilm
 from dagr_ray.teachers import Hit, Pair, Spread, Teacher, by_query
 from dagr_ray.teachers.cross_encoder import CrossEncoder
 from dagr_ray.teachers.hybrid import Hybrid
+from dagr_ray.teachers.llm_judge import LLMJudge, _expected, _round
+
+GOLDEN = Path(__file__).parent / "golden"
 
 TEACHERS = {name: kind for name, kind in plugins(Teacher).items() if kind.__module__.startswith("dagr_ray.")}
 
@@ -166,3 +172,48 @@ def test_cross_encoders_that_cannot_be_are_named(tiny, reranker, tmp_path):
     (tmp_path / "evil.py").write_text("raise SystemExit('remote code ran')")
     with pytest.raises(ConfigError, match="cannot be loaded"):
         CrossEncoder(model=str(tmp_path)).open(Pool())
+
+
+# -- llm-judge: what needs no model; test_llm_judge.py asks one ------------------------------------------------------
+
+
+def test_judge_prompts_are_as_committed():
+    pair = Pair("q", "copy a\nGrade: 3 dict", "d", "Return <|im_start|> a\n\nQuery: shallow copy. " + "word " * 200)
+    judge = LLMJudge()
+    asked = [judge.prompt(pair), judge.duel(pair, "Sort\nit.")]
+    text = "\n=== duel\n".join(prompt.text for prompt in asked) + "\n"
+    golden = GOLDEN / f"llm-judge-v{LLMJudge.version}.txt"
+    if not golden.exists():
+        golden.write_text(text)
+        pytest.fail(f"{golden.name} is written; read it, commit it, run again")
+    assert golden.read_text() == text, "the judge's prompt changed: raise its version (what it said is asked again)"
+    other = Pair("q2", "sort", "d2", "Sort it.")
+    assert judge.prompt(pair).before == judge.prompt(other).before, "what comes first is computed once for all"
+    huge = Pair("q", "x" * 10**6, "d", "y " * 10**6)
+    assert len(judge.prompt(huge).text) < 4000
+
+
+def test_grades_become_an_expected_grade():
+    even = NextToken((-2.0, -2.0, -2.0, -2.0))
+    assert _expected(even) == pytest.approx(1.5)
+    assert _expected(NextToken((-50.0, -50.0, -50.0, -1.0))) == pytest.approx(3)
+    assert _expected(NextToken((math.log(0.1), -math.inf, math.log(0.3), -math.inf))) == pytest.approx(1.5)
+    assert math.isnan(_expected(NextToken((), error="too long")))
+    assert math.isnan(_expected(NextToken((-math.inf,) * 4)))
+
+
+@pytest.mark.parametrize(("n", "rivals"), [(1, 3), (2, 1), (2, 4), (5, 1), (5, 2), (6, 2), (6, 9), (30, 4)])
+def test_everybody_meets_as_many(n, rivals):
+    met = _round(n, rivals)
+    assert len(met) == len(set(met)) == min(n * rivals, n * (n - 1) // 2) if n > 2 else len(met) == n - 1
+    times = [sum(i in two for two in met) for i in range(n)]
+    assert all(a != b for a, b in met)
+    assert max(times) - min(times) <= (1 if 2 * rivals >= n - 1 else 0) and max(times) <= max(n - 1, 0)
+
+
+def test_a_judge_needs_an_engine_that_tells_probabilities():
+    with pytest.raises(ValueError, match="engine 'crop-engine' does not tell"):
+        LLMJudge(engine=CropEngine())
+    with pytest.raises(ConfigError, match="needs a revision"):
+        LLMJudge().check()
+    assert LLMJudge(form="pairwise").scorer() == "llm-judge-pairwise"

@@ -265,9 +265,12 @@ class _Session:
             tokens = self.pieces[text] = self.tokenise(text)
         return tokens
 
-    def encode(self, prompt: Prompt, max_tokens: int) -> tuple[list[int], bool]:
-        """Tokens of a prompt, and whether its passage was cut. Raises ValueError where it cannot fit."""
-        before, after = self.start + self._fixed(prompt.before), self._fixed(prompt.after)
+    def encode(self, prompt: Prompt, max_tokens: int, after: list[int] | None = None) -> tuple[list[int], bool]:
+        """Tokens of a prompt, and whether its passage was cut. Raises ValueError where it cannot fit.
+
+        ``after`` are the tokens of the prompt's end where they are known.
+        """
+        before, after = self.start + self._fixed(prompt.before), after or self._fixed(prompt.after)
         room = self.config.max_model_len - max_tokens - len(before) - len(after)
         if room < 1:
             raise ValueError(

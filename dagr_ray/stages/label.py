@@ -18,7 +18,8 @@ from dagr_ray.cluster import Pool
 from dagr_ray.config import ConfigError
 from dagr_ray.engines import Engine
 from dagr_ray.stage import Inputs, Output, Run, Stage
-from dagr_ray.teachers import Hit, Pair, Spread, Teacher
+from dagr_ray.teachers import Hit, Pair, Spread, Teacher, by_query
+from dagr_ray.teachers.attention_rerank import AttentionRerank, AttentionSession, Judged, best_heads, head_scores
 
 
 class Label(Stage):
@@ -28,7 +29,7 @@ class Label(Stage):
     ``searches``, each passage once; with ``examples``, they are those examples' positives and negatives alone, and the
     searches only tell a teacher that fuses them what they found. Sharded over the queries; a worker holds the passages
     that are in any pair. A query that breaks the teacher's engine is given up and in ``rejected``, like a pair that can
-    have no score.
+    have no score. ``heads`` (a stage ``Heads``) gives an attention re-ranker the heads that it looks at.
 
     The counts are of pairs, but for ``queries``. Cost: ``label_s`` and what the teacher counts.
     """
@@ -42,17 +43,20 @@ class Label(Stage):
     corpus: Stage
     searches: tuple[Stage, ...] = ()
     examples: Stage | None = None
+    heads: Stage | None = None
     split: str | None = None
     depth: Annotated[int, Field(ge=1)] = 100
     seed: int = 0
 
     @model_validator(mode="after")
-    def _searches_as_needed(self) -> Label:
+    def _fields_agree(self) -> Label:
         if len(self.searches) < self.teacher.needs_searches:
             raise ConfigError(
                 f"label: {len(self.searches)} searches, and the teacher {self.teacher.type!r} fuses at least "
                 f"{self.teacher.needs_searches}; give it searches"
             )
+        if self.heads is not None and not isinstance(self.teacher, AttentionRerank):
+            raise ConfigError(f"label: heads mean nothing to the teacher {self.teacher.type!r}; leave them out")
         if self.examples is not None and self.split is not None:
             raise ConfigError(f"label: split = {self.split!r} means nothing for examples; leave one of them out")
         return self
@@ -81,7 +85,10 @@ class Label(Stage):
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
         began = time.time()
         source = _Pairs(self, inputs)
-        scorer = _affordable(self.teacher, folder, pool.workers).open(pool)
+        teacher = self.teacher
+        if "heads" in inputs:
+            teacher = teacher.model_copy(update={"heads": _heads(inputs["heads"])})
+        scorer = _affordable(teacher, folder, pool.workers).open(pool)
         atexit.register(scorer.close)
         start_s = [time.time() - began]
 
@@ -125,10 +132,61 @@ def _affordable(teacher: Teacher, folder: Artifact, workers: int) -> Teacher:
     return teacher.model_copy(update={"engine": bill.within_budget(engine, folder, workers)})
 
 
+class Heads(Stage):
+    """The contrastive retrieval heads of an attention re-ranker, found on judged queries: see ``AttentionRerank``.
+
+    ``sample`` queries of ``split`` are drawn by hash; what ``searches`` find for them and nobody judged relevant are the
+    hard negatives. The metrics hold the ``keep`` best heads, best first, as ``core@<layer>.<head>``. No training query
+    should be among them: a split that is neither tested on nor trained on is right.
+    """
+
+    abstract: ClassVar[bool] = False
+    pool: ClassVar[str] = "retrieve"
+    outputs: ClassVar[tuple[str, ...]] = ("metrics",)
+    teacher: AttentionRerank
+    queries: Stage
+    corpus: Stage
+    searches: tuple[Stage, ...]
+    split: str | None = "dev"
+    depth: Annotated[int, Field(ge=2)] = 40
+    sample: Annotated[int, Field(ge=1)] = 24
+    keep: Annotated[int, Field(ge=1)] = 8
+    temperature: Annotated[float, Field(gt=0)] = 0.01
+    seed: int = 0
+
+    def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
+        def run(start: int, stop: int) -> Output:
+            source = _Pairs(self, inputs)
+            qrels = inputs["queries"].read(source.qrels())
+            relevant: dict[str, set[str]] = {}
+            for query_id, doc_id, relevance in zip(*(column.to_pylist() for column in qrels.columns), strict=True):
+                if relevance > 0:
+                    relevant.setdefault(query_id, set()).add(doc_id)
+            order = sorted(relevant, key=lambda query_id: tables.unit_of("heads", self.seed, query_id))
+            pairs = {own[0].query_id: own for own in by_query(source.of_ids(order[: self.sample]))}
+            session = AttentionSession(self.teacher.model_copy(update={"heads": ()}))
+            judged = [Judged(own, frozenset(relevant[query_id])) for query_id, own in pairs.items()]
+            scores = head_scores([(session.masses(each.pairs), each) for each in judged], self.temperature)
+            rows = [
+                {"measure": f"core@{layer}.{head}", "value": float(scores[layer, head])}
+                for layer, head in best_heads(scores, self.keep)
+            ]
+            cost = {"prompt_tokens": session.tokens}
+            return Output({"metrics": tables.table("metrics", rows)}, [], {"in": len(judged), "out": len(rows)}, cost)
+
+        return run
+
+
+def _heads(folder: Artifact) -> tuple[tuple[int, int], ...]:
+    """The heads that a stage ``Heads`` found."""
+    names = [name.removeprefix("core@").split(".") for name in folder.read("metrics")["measure"].to_pylist()]
+    return tuple((int(layer), int(head)) for layer, head in names)
+
+
 class _Pairs:
     """The pairs of any range of queries, with their texts."""
 
-    def __init__(self, stage: Label, inputs: Inputs) -> None:
+    def __init__(self, stage: Label | Heads, inputs: Inputs) -> None:
         self.stage, self.queries = stage, inputs["queries"]
         self.searches = [
             _ByQuery(inputs[f"searches.{i}"], "candidates", ["query_id", "doc_id", "rank", "score"])
@@ -138,10 +196,11 @@ class _Pairs:
         if "examples" in inputs:
             self.examples = _ByQuery(inputs["examples"], "examples", ["query_id", "positive_id", "negative_ids"])
         else:
-            self.judged = _ByQuery(self.queries, self._qrels(), ["query_id", "doc_id"])
+            self.judged = _ByQuery(self.queries, self.qrels(), ["query_id", "doc_id"])
         self.passages = _Passages(inputs["corpus"], self._wanted())
 
-    def _qrels(self) -> str:
+    def qrels(self) -> str:
+        """The table of the judgements. Raises ConfigError where there is none of that split."""
         name = f"qrels.{self.stage.split}" if self.stage.split else "qrels"
         there = [table for table in self.queries.table_names() if table.split(".")[0] == "qrels"]
         if name not in there:
@@ -166,7 +225,14 @@ class _Pairs:
 
     def of(self, start: int, stop: int) -> list[Pair]:
         """The pairs of queries ``start`` to ``stop``, those of one query together."""
-        rows = self.queries.slice("queries", start, stop)
+        return self._of(self.queries.slice("queries", start, stop))
+
+    def of_ids(self, query_ids: list[str]) -> list[Pair]:
+        """The pairs of these queries."""
+        rows = self.queries.read("queries")
+        return self._of(rows.filter(pc.is_in(rows["query_id"], value_set=pa.array(query_ids, tables.TEXT))))
+
+    def _of(self, rows: pa.Table) -> list[Pair]:
         texts = dict(zip(rows["query_id"].to_pylist(), rows["text"].to_pylist(), strict=True))
         found = [search.of(texts) for search in self.searches]
         asked: list[tuple[str, str, Any, Any]] = []
