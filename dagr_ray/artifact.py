@@ -410,7 +410,7 @@ class Artifact:
         """The rows of a table in ranges of whole parts: as many as fit into ``step`` rows, at least one."""
         ends = self._finished().starts(name)[1:]
         found, start = [], 0
-        for end, after in zip(ends, [*ends[1:], None], strict=True):
+        for end, after in zip(ends, [*ends[1:], None], strict=False):
             if end > start and (after is None or after - start > step):
                 found.append((start, end))
                 start = end

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from dagr_ray.config import ConfigError
 from dagr_ray.engines import Engine, Sampling
@@ -13,10 +14,14 @@ from dagr_ray.filters.copied import Copied
 from dagr_ray.filters.duplicate import Duplicate
 from dagr_ray.filters.format import Format
 from dagr_ray.filters.length import Length
+from dagr_ray.filters.refusal import Refusal
+from dagr_ray.filters.repetition import Repetition
 from dagr_ray.filters.round_trip import RoundTrip
+from dagr_ray.filters.template import Template
 from dagr_ray.goal import Reach
 from dagr_ray.miners import Miner
 from dagr_ray.miners.bm25 import BM25
+from dagr_ray.miners.dense import Dense
 from dagr_ray.retriever import Encoder
 from dagr_ray.stage import Stage
 from dagr_ray.stages.evaluate import Evaluate, Scorecard
@@ -102,11 +107,30 @@ def filtered(
 
     ``passages`` are those that they were written for; ``copies`` says that the queries may be copies of them.
     """
-    cheap: list[Filter] = [Format(), Length(), Duplicate(), *([] if copies else [Copied()])]
+    cheap: list[Filter] = [Format(), Length(), Repetition(), Refusal(), Template(), Duplicate()]
+    cheap += [] if copies else [Copied()]
     scores = [Score(parsed=parsed, corpus=passages, filter=f, search=None) for f in [*cheap, *extra]]
     search = Search(index=Index(corpus=corpus, miner=BM25()), queries=parsed, depth=100)
     scores.append(Score(parsed=parsed, corpus=corpus, filter=RoundTrip(max_rank=max_rank), search=search))
     return Select(parsed=parsed, scores=tuple(scores))
+
+
+def own_round_trip(
+    parsed: Stage, corpus: Stage, base: Encoder, *, taught_by: Stage | None = None, depth: int = 100, **training: Any
+) -> Search:
+    """The search for a round trip by a retriever that has learnt from the same queries before the filter.
+
+    Promptagator's own recipe in two passes (Dai et al. 2022, arXiv 2209.11755, section 3.2): ``base`` is trained on all
+    queries of ``parsed``, or on those of ``taught_by`` (such as what the cheap filters keep), against the other passages
+    of its batch; then it looks for every query's passage. Give it to a ``Score`` with a ``RoundTrip``, and train the final
+    retriever from ``base`` again, on what is kept. ``training`` are fields of ``Train``.
+    """
+    from dagr_ray.stages.train import Train  # brings Ray Train and torch
+
+    unfiltered = parsed if taught_by is None else taught_by
+    examples = Mine(selected=unfiltered, corpus=corpus, negatives=0)
+    trained = Train(examples=examples, queries=unfiltered, corpus=corpus, base=base, **training)
+    return Search(index=Index(corpus=corpus, miner=Dense(encoder=base), trained=trained), queries=parsed, depth=depth)
 
 
 def refine(

@@ -115,14 +115,14 @@ def columns(name: str, rows: int, **values: Any) -> pa.Table:
     return check(name, pa.Table.from_arrays(arrays, schema=schema(name)))
 
 
-def texts(column: pa.Array | pa.ChunkedArray) -> list[Any]:
-    """A text column as a list, in about half of ``to_pylist``'s time."""
-    return column.to_numpy(zero_copy_only=False).tolist()
-
 def asked_about(rows: pa.Table) -> pa.Table:
     """The columns of a ``corpus`` or ``pairs`` table that a strategy reads, in the order of its ``Passage``."""
     return rows.select([name for name in ("doc_id", "title", "text", "query", "other") if name in rows.column_names])
 
+
+def texts(column: pa.Array | pa.ChunkedArray) -> list[Any]:
+    """A text column as a list, in about half of ``to_pylist``'s time."""
+    return column.to_numpy(zero_copy_only=False).tolist()
 
 
 class Rejected:

@@ -27,8 +27,8 @@ from dagr_ray.strategies.paraphrase import Paraphrase
 from dagr_ray.strategies.promptagator import Promptagator
 from dagr_ray.strategies.task_triple import TaskTriple
 from tests.conftest import tiny_beir
-from tests.test_canary import answers
 from tests.endpoint import served
+from tests.test_canary import answers
 
 HERE = Placement(generate=Pool(workers=0, shard_rows=7), light=Pool(workers=0, shard_rows=20))
 

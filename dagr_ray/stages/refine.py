@@ -1,0 +1,153 @@
+"""A loop of generator and evaluator, unrolled: every round is stages of its own, so each resumes and each has its figures."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, ClassVar, cast
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import Field, model_validator
+
+from dagr_ray import tables
+from dagr_ray.artifact import Artifact
+from dagr_ray.cluster import Pool
+from dagr_ray.config import ConfigError
+from dagr_ray.filters import words
+from dagr_ray.stage import Inputs, Output, Run, Stage
+from dagr_ray.strategies import Passage
+from dagr_ray.strategies.critique import FINE
+
+if TYPE_CHECKING:
+    from dagr_ray.stages.generate import Generate
+
+
+class Best(Stage):
+    """The ``k`` queries that a teacher likes best, with their passages, as exemplars of the next round.
+
+    ``scores`` is a stage with a ``scores`` table; only pairs of ``selected`` count. One query for a passage, and none that
+    shares over half of its words with a better one: a library of one kind teaches one kind.
+    """
+
+    abstract: ClassVar[bool] = False
+    outputs: ClassVar[tuple[str, ...]] = ("exemplars",)
+    selected: Stage
+    corpus: Stage
+    scores: Stage
+    k: Annotated[int, Field(ge=1, le=32)] = 8
+    max_words: Annotated[int, Field(ge=8)] = 60
+
+    def label(self) -> str:
+        return f"{self.k}"
+
+    def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
+        def run(start: int, stop: int) -> Output:
+            text_of = _texts(inputs["selected"])
+            own = {(row["query_id"], row["doc_id"]) for row in _relevant(inputs["selected"]).to_pylist()}
+            scored = [
+                row for row in inputs["scores"].read("scores").to_pylist() if (row["query_id"], row["doc_id"]) in own
+            ]
+            scored.sort(key=lambda row: (-row["score"], tables.unit_of("best", row["query_id"]), row["query_id"]))
+            drawn: list[tuple[str, str]] = []
+            seen: list[set[str]] = []
+            for row in scored:
+                said = {word.casefold() for word in words(text_of[row["query_id"]])}
+                alike = any(len(said & other) > len(said) / 2 for other in seen)
+                if said and not alike and row["doc_id"] not in {doc_id for _, doc_id in drawn}:
+                    drawn.append((row["query_id"], row["doc_id"]))
+                    seen.append(said)
+                if len(drawn) == self.k:
+                    break
+            wanted = pa.array([doc_id for _, doc_id in drawn], tables.TEXT)
+            passage_of = {}
+            for part in inputs["corpus"].scan("corpus"):
+                for passage in part.filter(pc.is_in(part["doc_id"], value_set=wanted)).to_pylist():
+                    whole = tables.passage_text(passage["title"], passage["text"]).split()
+                    passage_of[passage["doc_id"]] = " ".join(whole[: self.max_words])
+            made = [
+                {"query_id": query_id, "doc_id": doc_id, "query": text_of[query_id], "passage": passage_of[doc_id]}
+                for query_id, doc_id in drawn
+            ]
+            return Output({"exemplars": tables.table("exemplars", made)}, counts={"in": len(scored), "out": len(made)})
+
+        return run
+
+
+class Left(Stage):
+    """The passages of ``corpus`` that no query of ``accepted`` is for: those that the next round asks again."""
+
+    abstract: ClassVar[bool] = False
+    outputs: ClassVar[tuple[str, ...]] = ("corpus",)
+    corpus: Stage
+    accepted: tuple[Stage, ...]
+
+    def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
+        def run(start: int, stop: int) -> Output:
+            done = [_relevant(inputs[f"accepted.{i}"])["doc_id"] for i in range(len(self.accepted))]
+            served = pa.chunked_array([chunk for column in done for chunk in column.chunks], tables.TEXT)
+            rows = inputs["corpus"].read("corpus")
+            made = rows.filter(pc.invert(pc.is_in(rows["doc_id"], value_set=served.combine_chunks())))
+            return Output({"corpus": made}, counts={"in": rows.num_rows, "out": made.num_rows})
+
+        return run
+
+
+class Criticised(Stage):
+    """Pairs with what ``Critique`` found wrong with them in ``other``: those of which it found nothing are accepted.
+
+    ``accepted`` counts them; they, and pairs whose critique could not be read, are in ``rejected`` with the reason.
+    """
+
+    abstract: ClassVar[bool] = False
+    outputs: ClassVar[tuple[str, ...]] = ("pairs", "rejected")
+    critiques: Stage
+
+    @property
+    def made(self) -> Generate:
+        """The stage that asked for the critiques."""
+        return cast("Generate", self.critiques)
+
+    @model_validator(mode="after")
+    def _critiques(self) -> Criticised:
+        if "generations" not in self.critiques.outputs:
+            raise ConfigError(f"criticised: {self.critiques.type!r} holds no completions; give a Generate")
+        asked = self.made.strategy
+        if asked.writes != "critiques":
+            raise ConfigError(
+                f"criticised: strategy {asked.type!r} writes {asked.writes}; give one that writes critiques"
+            )
+        return self
+
+    def inputs(self) -> dict[str, Stage]:
+        """The pairs that were judged are read again."""
+        return super().inputs() | {"pairs": self.made.corpus}
+
+    def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
+        def run(start: int, stop: int) -> Output:
+            pair_of = {row["doc_id"]: row for row in inputs["pairs"].read("pairs").to_pylist()}
+            answers = inputs["critiques"].read("generations", ["source_id", "sample", "raw", "error"]).to_pylist()
+            pairs, rejected = [], tables.Rejected()
+            for answer in answers:
+                pair = pair_of[answer["source_id"]]
+                if answer["sample"]:
+                    continue
+                passage = Passage(pair["doc_id"], pair["title"], pair["text"], pair["query"], pair["other"])
+                said = self.made.strategy.parse(passage, answer["raw"] or "")
+                if said.kept and said.kept[0] != FINE:
+                    pairs.append(pair | {"other": tables.clean(said.kept[0])})
+                else:
+                    reason = "accepted" if said.kept else said.rejected[0][0]
+                    rejected.add(pair["doc_id"], "critique", reason, answer["error"])
+            made = {"pairs": tables.table("pairs", pairs), "rejected": rejected.table()}
+            return Output(made, counts={"in": len(pair_of), "out": len(pairs), "rejected": rejected.counted()})
+
+        return run
+
+
+def _relevant(folder: Artifact) -> pa.Table:
+    judged = folder.read("qrels")
+    return judged.filter(pc.greater(judged["relevance"], 0))
+
+
+def _texts(folder: Artifact) -> dict[str, str]:
+    rows = folder.read("queries")
+    return dict(zip(rows["query_id"].to_pylist(), rows["text"].to_pylist(), strict=True))

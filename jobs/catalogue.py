@@ -1,0 +1,55 @@
+"""Strategy by strategy: what a retriever learns from equally many rows of each. ``dagr study jobs/catalogue.py``."""
+
+from dagr_ray.catalogue import arm, strategy_named
+from dagr_ray.engines.vllm import VLLM
+from dagr_ray.miners.dense import Dense
+from dagr_ray.models import minilm, smollm2
+from dagr_ray.recipes import judge
+from dagr_ray.retriever import Encoder
+from dagr_ray.stages.corpus import Beir, PyDocs, Sample
+from dagr_ray.stages.evaluate import Scorecard
+from dagr_ray.stages.generate import Exemplars
+from dagr_ray.stages.select import Take
+from dagr_ray.stages.train import Train
+
+STUDY = {
+    "strategy": (
+        "none", "crop", "promptagator", "inpars", "typed", "persona", "paraphrase", "noisy", "hyde", "hard-negative",
+        "counterfactual", "simplify", "translate", "multi-hop", "task-triple",
+    )
+}  # fmt: skip
+
+
+def catalogue(
+    strategy: str = "promptagator",
+    data: str | None = None,
+    volume: int = 500,
+    model: str | None = None,
+    passages: int = 800,
+    samples: int = 2,
+    max_rank: int = 20,
+    negatives: int = 1,
+    lr: float = 2e-5,
+    seed: int = 0,
+) -> Scorecard:
+    """A retriever trained on ``volume`` rows of one strategy (``none``: not at all), judged on ``data``'s test split.
+
+    ``data`` is a BEIR folder, or none for Python's documentation; ``model`` the folder of a generator, or none for the
+    quick start's.
+    """
+    corpus = Beir(path=data) if data else PyDocs(part="stdlib")
+    sets = {corpus.label(): corpus}
+    encoder = Encoder(model=str(minilm()), max_length=256 if data else 48)
+    exemplars = Exemplars(corpus=corpus, split="dev", k=4)
+    if strategy == "none":
+        return judge(sets, Dense(encoder=encoder), exclude=exemplars)
+    asked = Sample(corpus=corpus, n=passages, exclude=exemplars)
+    made = arm(
+        strategy_named(strategy), VLLM(model=model or str(smollm2())), asked, corpus, encoder, exemplars=exemplars,
+        samples=samples, max_rank=max_rank, negatives=negatives,
+    )  # fmt: skip
+    trained = Train(
+        examples=Take(mined=made.examples, n=volume), queries=made.queries, corpus=made.corpus, base=encoder, lr=lr,
+        max_length=160 if data else 48, seed=seed,
+    )  # fmt: skip
+    return judge(sets, Dense(encoder=encoder), trained=trained, exclude=exemplars)
