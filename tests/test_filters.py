@@ -102,6 +102,7 @@ def test_length():
         ("markup", "<p>copy a dict</p>"),
         ("markup", "```python"),
         ("markup", "**how to copy a dict**"),
+        ("markup", "**how do I copy a dict?**"),
         ("markup", "## copying a dict"),
         ("markup", "| a | dict |"),
         ("list", "1. how to copy a dict"),
@@ -200,11 +201,19 @@ def test_refusal_finds(reason, text):
 
 
 @pytest.mark.parametrize(
-    "text", ["dict copy dict copy dict copy", "hahahahahaha", "no no no no no no no", "复制复制复制复制复制"]
+    ("text", "whole"),
+    [
+        ("dict copy list dict copy list", False),
+        ("hahahahahaha", False),
+        ("no no no no no no no", True),
+        ("复制复制复制复制复制", True),
+        ("a long question about how one copies a large dict in python of the of the of the of the", True),
+    ],
 )
-def test_repetition_finds(text):
+def test_repetition_finds(text, whole):
     assert reasons(Repetition(), text) == ["repetition"]
-    assert reasons(Repetition(max_share=1.0), text + " to the other list of the same size here") == [None]
+    diluted = text + " to the other side where quite another thing is meant"
+    assert reasons(Repetition(), diluted) == (["repetition"] if whole else [None])
 
 
 GOOD = [
@@ -225,6 +234,8 @@ GOOD = [
     "when did Duran Duran release Rio",
     "1000000000 in words",
     "---- in a yaml file meaning",
+    "what comes after 1 1 1 1 1 in octal",
+    "aaaaargh meaning in english",
     "New York, New York lyrics",
     "复制一个字典的方法",
 ]

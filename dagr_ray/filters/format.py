@@ -15,7 +15,7 @@ _TAGS = "a|b|br|code|div|em|h[1-6]|i|img|li|ol|p|pre|script|span|strong|table|td
 _MARKUP = re.compile(
     rf"</?(?:{_TAGS})(?:\s[^<>]*)?/?>"  # HTML by name: list<int> is a query about types
     r"|```|^\s*#{1,6}\s|\]\(https?:"  # Markdown
-    r"|\*\*\w[^*\n]*\w\*\*(?!\w)"  # bold, but not f(**a, b**2)
+    r"|\*\*\w[^*\n]*[\w?!.]\*\*(?!\w)"  # bold, but not f(**a, b**2)
     r"|\|[^|\n]*\|[^|\n]*\|",  # a row of a table
     re.IGNORECASE | re.MULTILINE,
 )

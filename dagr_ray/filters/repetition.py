@@ -13,22 +13,24 @@ from dagr_ray.config import Threshold
 from dagr_ray.filters import Candidate, Filter, words
 
 MIN_WORDS = 6  # a short query may say a word twice
-# A piece of up to 20 characters four times in a row; one of digits and signs is a number or a rule, not a loop.
-_LOOP = re.compile(r"((?=.{0,19}[^\W\d_]).{1,20}?)\1{3,}", re.DOTALL)
+BLOCK = 4  # words of a block that may loop
+# A piece of a word four times in a row; one of digits and signs is a number or a rule, not a loop.
+_LOOP = re.compile(r"((?=\S{0,9}[^\W\d_])\S{1,10}?)\1{3,}")
 _LONGEST = 2000  # characters that are looked at
 
 
 class Repetition(Filter):
     """Refuses a query of which at least ``max_share`` is a repetition; the score is that share.
 
-    The larger of two: the words that stand there before, of all words (from 6 words on), and the characters inside a
-    piece that follows itself three times or more. Shares of duplicate text are the measure of Gopher's repetition
-    filters (Rae et al. 2021, arXiv 2112.11446, appendix A.1); that maximising likelihood makes models loop is shown
-    by Holtzman et al. 2019 (arXiv 1904.09751).
+    The larger of two: the words that stand there before, of all words (from 6 words on), and the characters of pieces of
+    words that follow themselves three times or more. Up to 4 words that stand four times in a row are a loop that would
+    not have ended: the score is 1, however long the rest. Shares of duplicate text are the measure of Gopher's
+    repetition filters (Rae et al. 2021, arXiv 2112.11446, appendix A.1); that maximising likelihood makes models loop is
+    shown by Holtzman et al. 2019 (arXiv 1904.09751).
 
     >>> texts = ["dict copy dict copy dict copy dict copy", "hahahahahaha", "to be or not to be shakespeare"]
     >>> Repetition().score([Candidate(str(i), text, "d1", "") for i, text in enumerate(texts)], None)
-    [0.75, 1.0, 0.2857142857142857]
+    [1.0, 1.0, 0.2857142857142857]
     >>> Repetition().keep(0.75), Repetition().keep(0.2857142857142857)
     ('repetition', None)
     """
@@ -47,8 +49,23 @@ class Repetition(Filter):
 
 def repeated(text: str) -> float:
     """The share of a text that repeats what stands before it, in [0, 1]."""
-    found = words(text.casefold())
-    said_again = 1 - len(set(found)) / len(found) if len(found) >= MIN_WORDS else 0.0
     looked_at = text[:_LONGEST]
+    found = words(looked_at.casefold())
+    if _loops(found):
+        return 1.0
+    said_again = 1 - len(set(found)) / len(found) if len(found) >= MIN_WORDS else 0.0
     looped = sum(len(loop.group()) for loop in _LOOP.finditer(looked_at))
     return max(said_again, looped / max(len(looked_at), 1))
+
+
+def _loops(found: list[str]) -> bool:
+    """Whether up to ``BLOCK`` words, not all numbers, stand four times in a row."""
+    if len(set(found)) == len(found):
+        return False
+    for size in range(1, BLOCK + 1):
+        run = 0
+        for i, (one, other) in enumerate(zip(found, found[size:], strict=False)):
+            run = run + 1 if one == other else 0
+            if run >= 3 * size and not all(map(str.isdigit, found[i - size + 1 : i + 1])):
+                return True
+    return False
