@@ -72,6 +72,24 @@ def built(stage, runs, placement=HERE):
     return rows, lineage, parsed
 
 
+class Says(Engine):
+    """Answers every prompt with one text, in which {} is the sample's seed, for these tests."""
+
+    abstract: ClassVar[bool] = True
+    text: str
+
+    def open(self, pool):
+        return self
+
+    def generate(self, prompts, seeds, sampling, n):
+        texts = [[self.text.format(seed + i) for i in range(n)] for seed in seeds]
+        assert len(texts) == len(prompts)
+        return [[Completion(text, "stop", 1, 0, 1, logprob=-0.5) for text in row] for row in texts]
+
+    def close(self):
+        pass
+
+
 # -- what is drawn for each sample ----------------------------------------------------------------------------------------
 
 
@@ -116,6 +134,16 @@ def test_a_strategy_that_draws_nothing_is_asked_as_before(data):
     assert Promptagator().fingerprint() == "8caad98391e0" and Crop().fingerprint() == "60fae6c99bda"
     assert asked(data, Promptagator()).per_request() == 3 and asked(data, Typed(form="claim")).per_request() == 3
     assert asked(data, Typed()).per_request() == asked(data, Several(strategies=(Crop(), Persona()))).per_request() == 1
+
+
+@pytest.mark.parametrize(
+    "strategy", [Promptagator(), Typed(), Several(strategies=(Crop(), Persona()))], ids=lambda s: s.type
+)
+def test_the_engine_draws_each_sample_with_the_seed_of_its_row(data, tmp_path, strategy):
+    stage = Generate(corpus=data, strategy=strategy, engine=Says(text="seed {} it is"), samples=2)
+    rows, _, _ = built(stage, tmp_path)
+    assert len({row["seed"] for row in rows}) == len(rows)
+    assert [row["raw"] for row in rows] == [f"seed {row['seed']} it is" for row in rows]
 
 
 @pytest.mark.parametrize("samples", [1, 2, 5])
@@ -212,22 +240,6 @@ def test_controls_stand_after_the_passage_and_change_the_fingerprint(strategy):
     assert first.before == second.before and "Wanted" not in first.text
     assert second.after.startswith("\nWanted: in Portuguese as in Brazil: 1.234,5, dates as 31/12/2025, reais\n")
     assert plain.fingerprint() == strategy(controls=Controls()).fingerprint() != controlled.fingerprint()
-
-
-class Says(Engine):
-    """Answers every prompt with one text, for these tests."""
-
-    abstract: ClassVar[bool] = True
-    text: str
-
-    def open(self, pool):
-        return self
-
-    def generate(self, prompts, seeds, sampling, n):
-        return [[Completion(self.text, "stop", 1, 0, 1, logprob=-0.5) for _ in range(n)] for _ in prompts]
-
-    def close(self):
-        pass
 
 
 def test_texts_written_for_pairs_are_measured_too(tmp_path):
