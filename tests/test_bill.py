@@ -25,8 +25,8 @@ from dagr_ray.stages.generate import Generate
 from dagr_ray.stages.select import Take
 from dagr_ray.strategies.crop import Crop
 from tests.conftest import tiny_beir
-from tests.studies import made_study
 from tests.endpoint import drop, served, status
+from tests.studies import made_study
 
 ROOT = Path(__file__).parent.parent
 HERE = Placement(generate=Pool(workers=0, shard_rows=8), prices=Prices(cpu_hour=3600.0))  # a dollar a second
