@@ -49,8 +49,9 @@ def beir(
     strategy, engine = generator_named(generator, model)
     asked = Sample(corpus=corpus, n=passages, exclude=exemplars)
     selected, mined = augment(
-        asked, corpus, strategy, engine, exemplars=exemplars, samples=samples, max_rank=max_rank, negatives=negatives
-    )
+        asked, corpus, strategy, engine, exemplars=exemplars, samples=samples, max_rank=max_rank, negatives=negatives,
+        held_out=tuple(sets.values()), base=encoder,
+    )  # fmt: skip
     examples = Take(mined=mined, n=volume, density=density, coverage=coverage)
     trained = Train(
         examples=examples, queries=selected, corpus=corpus, base=encoder, batch_size=32, max_length=160, lr=lr,

@@ -34,7 +34,7 @@ def quickstart(
     """
     docs = PyDocs(part="stdlib")
     sets = {"pydocs-stdlib": docs, "pydocs-numeric": PyDocs(part="numeric")}
-    encoder = Encoder(model=str(minilm()), max_length=48)
+    frozen = encoder = Encoder(model=str(minilm()), max_length=48)
     if base == "scratch":
         encoder = encoder.model_copy(update={"reinitialise": 0, "layers": 2})
     exemplars = Exemplars(corpus=docs, split="dev", k=4)
@@ -44,8 +44,9 @@ def quickstart(
     strategy, engine = generator_named(generator)
     asked = Sample(corpus=docs, n=passages, exclude=exemplars)
     selected, mined = augment(
-        asked, docs, strategy, engine, exemplars=exemplars, samples=samples, max_rank=max_rank, max_tokens=24
-    )
+        asked, docs, strategy, engine, exemplars=exemplars, samples=samples, max_rank=max_rank, max_tokens=24,
+        held_out=tuple(sets.values()), base=frozen,
+    )  # fmt: skip
     examples = Take(mined=mined, n=volume, density=density, coverage=coverage)
     trained = Train(
         examples=examples, queries=selected, corpus=docs, base=encoder, batch_size=32, max_length=48,
