@@ -178,7 +178,8 @@ def test_no_searcher_comes_twice_before_all_have_come():
         {"type": "persona", "personas": [{"profession": "Deep-sea Diver", "skill": "a", "goal": "b"}]}, Strategy
     )
     assert own.name() == "persona/deep-sea-diver" and not own.draws()
-    assert own.prompt(ROW, (), random.Random(0)).after == "\nSearcher: Deep-sea Diver, a, b\nQuery:"
+    prompt = own.prompt(ROW, (), random.Random(0))
+    assert prompt.passage.startswith("Deep-sea Diver, a, b\nPassage: shutil") and prompt.after == "\nQuery:"
 
 
 # -- controls ---------------------------------------------------------------------------------------------------------------
@@ -309,7 +310,7 @@ def test_answers_of_the_right_form_are_read(strategy, around, kept):
     ("strategy", "raw", "reason"),
     [
         (Inpars(form="gbq"), "Bad Question: copytree", "bad-question"),
-        (Inpars(), "python float precision", "exemplar-copy"),
+        (Inpars(), "Why is the sum of floats not exact in python", "exemplar-copy"),
         (Typed(form="claim"), "Claim:", "empty"),
         (Typed(form="title"), "Passage: shutil.copytree", "template"),
         (Typed(form="error-message"), "OSError", "too-short"),

@@ -24,19 +24,19 @@ EXAMPLES = (
         "Honey keeps for years because it holds little water and is acid enough to stop most bacteria. Kept in a closed "
         "jar in a dark place it does not spoil, though it may turn cloudy and grainy; warm water makes it liquid again.",
         "Why does honey not spoil for years, and what can be done when it has turned grainy?",
-        "how long does honey last",
+        "how long can you keep honey in a closed jar",
     ),
     Shown(
         "Tenants who leave before the end of a fixed lease usually owe the rent until a new tenant is found. The landlord "
         "must make a reasonable effort to let the flat again and may keep the deposit only for rent that is really lost.",
         "How much rent does a tenant owe who moves out before the lease ends, and may the landlord keep the deposit?",
-        "breaking a lease",
+        "what happens if i move out before the end of my lease",
     ),
     Shown(
         "The float type holds about 15 decimal digits. Sums of many numbers lose digits when small terms are added to a "
         "large total; math.fsum keeps track of what is lost and returns a result that is rounded once.",
         "How can the sum of many floating-point numbers be computed without losing digits of the small ones?",
-        "python float precision",
+        "why is the sum of floats not exact in python",
     ),
 )
 _SHOWN = frozenset(text.casefold() for example in EXAMPLES for text in (example.good, example.bad))
@@ -61,6 +61,7 @@ class Inpars(Written):
     """
 
     abstract: ClassVar[bool] = False
+    version: ClassVar[int] = 2
     form: Literal["vanilla", "gbq"] = "vanilla"
 
     def name(self) -> str:

@@ -97,21 +97,26 @@ class Persona(Written):
 
     Personas make what a model writes differ (Persona Hub: Ge et al. 2024, arXiv 2406.20094, section 2). Each passage's
     samples take other searchers as long as the list has any, and each has the same chance. Lineage names the
-    profession: ``persona/nurse``. The searcher stands after the passage, so that engines compute the examples once, and
-    a passage once for all its samples.
+    profession: ``persona/nurse``.
+
+    The searcher stands before the passage, after the examples that all prompts share: behind the passage, a model of 135M
+    parameters wrote about the searcher (24 % of its queries shared a word with their passage, and 53 % so). The price is
+    that a passage is computed anew for each of its samples.
 
     >>> row = Passage("d1", "shutil.copytree", "Recursively copy a directory tree.")
     >>> first, second = Persona().drawn(random.Random(0), 2)
     >>> first.name(), second.name()
     ('persona/technician', 'persona/translator')
-    >>> print(first.prompt(row, (), random.Random(0)).after.strip())
+    >>> print(first.prompt(row, (), random.Random(0)).text.rpartition("\\n\\n")[2])
     Searcher: technician, hands-on, has something that does not work
+    Passage: shutil.copytree Recursively copy a directory tree.
     Query:
     >>> first.parse(row, ' "does copytree follow symbolic links"').kept
     ['does copytree follow symbolic links']
     """
 
     abstract: ClassVar[bool] = False
+    version: ClassVar[int] = 2
     personas: Annotated[tuple[Searcher, ...], Field(min_length=1)] = PERSONAS
 
     def name(self) -> str:
@@ -132,18 +137,19 @@ class Persona(Written):
         return [self.model_copy(update={"personas": (one,)}) for one in found]
 
     def prompt(self, row: Passage, exemplars: tuple[Exemplar, ...], rng: random.Random) -> Prompt:
-        """Examples, the passage, the searcher. No use of ``exemplars``: nobody knows who asked those."""
+        """Examples, the searcher, the passage. No use of ``exemplars``: nobody knows who asked those."""
         if self.draws():
             [one] = self.drawn(rng, 1)
             return one.prompt(row, exemplars, rng)
         parts = [
-            "\n".join([f"Passage: {passage}", *(f"Searcher: {who}\nQuery: {query}" for who, query in asked)])
+            f"Searcher: {who}\nPassage: {passage}\nQuery: {query}"
             for passage, asked in EXAMPLES
+            for who, query in asked
         ]
         passage = " ".join(tables.passage_text(row.title, row.text).split())
-        before = "\n\n".join(["What different people type to find a passage.", *parts, "Passage: "])
-        after = f"{self.controls.line()}\nSearcher: {self.personas[0].text()}\nQuery:"
-        return Prompt(before, passage, after, stop=("\n",))
+        before = "\n\n".join(["What different people type to find a passage.", *parts, "Searcher: "])
+        who = f"{self.personas[0].text()}\nPassage: "
+        return Prompt(before, who + passage, f"{self.controls.line()}\nQuery:", stop=("\n",))
 
     def parse(self, row: Passage, raw: str) -> Parsed:
         """The first line that says something."""
