@@ -93,9 +93,7 @@ def augment(
         search = Search(index=Index(corpus=corpus, miner=BM25()), queries=selected, depth=100)
     assert search is not None
     if held_out:
-        scan = LeakScan(
-            selected=selected, corpus=passages, held_out=tuple(held_out), exemplars=shown, encoder=base
-        )
+        scan = LeakScan(selected=selected, corpus=passages, held_out=tuple(held_out), exemplars=shown, encoder=base)
         selected = LeakGate(selected=selected, scan=scan)
     return selected, Mine(selected=selected, corpus=corpus, searches=(search,), negatives=negatives)
 

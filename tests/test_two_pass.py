@@ -1,0 +1,42 @@
+"""Promptagator's two passes: a retriever that has learnt from the unfiltered queries decides which of them are kept."""
+
+from dagr_ray import models
+from dagr_ray.cluster import Placement, Pool
+from dagr_ray.filters.length import Length
+from dagr_ray.filters.round_trip import RoundTrip
+from dagr_ray.recipes import own_round_trip
+from dagr_ray.retriever import Encoder
+from dagr_ray.stage import materialize, walk
+from dagr_ray.stages.select import Score, Select
+from tests.test_select_mine import corpus, parsed
+
+# A word that stands for a thing nowhere but in these queries: only a retriever that has learnt from them knows it.
+NAMES = {
+    "zorb": "kettle",
+    "quin": "violin",
+    "blat": "glacier",
+    "drix": "passport",
+    "flom": "beehive",
+    "gant": "telescope",
+}
+FORMS = ("where is the {}", "price of a {}", "{} for children", "old {} value")
+HERE = Placement(train=Pool(workers=0), retrieve=Pool(workers=0))
+
+
+def test_the_retriever_has_learnt_from_the_queries(tmp_path):
+    docs = corpus(*(f"All that there is to know on the {thing}." for thing in NAMES.values()))
+    queries = parsed(*((form.format(name), f"d{i}") for form in FORMS for i, name in enumerate(NAMES)))
+    base = Encoder(model=str(models.minilm()), max_length=16, dtype="float32", layers=1)
+    search = own_round_trip(queries, docs, base, batch_size=6, epochs=5, lr=1e-3, max_length=16)
+    assert search.index.trained.queries.fingerprint() == queries.fingerprint()
+
+    def kept(found_by):
+        scored = Score(parsed=queries, corpus=docs, filter=RoundTrip(max_rank=1), search=found_by)
+        return materialize(Select(parsed=queries, scores=(scored,)), str(tmp_path), HERE).count("queries")
+
+    frozen = search.model_copy(update={"index": search.index.model_copy(update={"trained": None})})
+    assert kept(frozen) < 12 < 20 < kept(search), "of 24"
+
+    cheap = Select(parsed=queries, scores=(Score(parsed=queries, corpus=docs, filter=Length()),))
+    taught = own_round_trip(queries, docs, base, taught_by=cheap)
+    assert cheap.fingerprint() in {stage.fingerprint() for stage in walk(taught)}
