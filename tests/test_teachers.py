@@ -216,4 +216,6 @@ def test_a_judge_needs_an_engine_that_tells_probabilities():
         LLMJudge(engine=CropEngine())
     with pytest.raises(ConfigError, match="needs a revision"):
         LLMJudge().check()
+    with pytest.raises(ValueError, match="calibrate means nothing to pairwise"):
+        LLMJudge(form="pairwise", calibrate=True)
     assert LLMJudge(form="pairwise").scorer() == "llm-judge-pairwise"

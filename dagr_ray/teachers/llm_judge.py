@@ -19,6 +19,7 @@ from dagr_ray.teachers import NO_SCORE, Cost, Pair, Scorer, Teacher, by_query
 
 GRADES = (" 0", " 1", " 2", " 3")
 SIDES = (" A", " B")
+CONTENT_FREE = "N/A"
 CHARACTERS_PER_WORD = 12
 
 
@@ -65,13 +66,17 @@ class LLMJudge(Teacher):
     both orders, and the score is the mean probability of being better, 0 to 1: each passage of a query meets the
     ``rivals`` after it and the ``rivals`` before it in a round drawn by hash, all where there are no more.
 
+    ``calibrate`` takes off what the passage gets for the content-free query "N/A" (Zhao et al. 2021, arXiv 2102.09690), so
+    that the score is from -3 to 3: a small model likes some passages whatever is asked. It asks twice, the passage's
+    own tokens once.
+
     Only the answers' tokens count, so there is no text to parse, and nothing to refuse. Passages and queries are folded
     to one line and cut to ``max_words``; the prompt is text to be continued, with four examples.
 
     >>> judge = LLMJudge()
     >>> prompt = judge.prompt(Pair("q1", "copy a dict", "d1", "Return a shallow copy."))
     >>> prompt.passage, prompt.after
-    ('Return a shallow copy.', '\\nQuery: copy a dict\\nGrade:')
+    (' Return a shallow copy.', '\\nQuery: copy a dict\\nGrade:')
     >>> judge.duel(Pair("q1", "copy a dict", "d1", "Return a shallow copy."), "Sort a list.").after
     '\\nPassage B: Sort a list.\\nBetter passage:'
     """
@@ -88,6 +93,7 @@ class LLMJudge(Teacher):
     duel_task: str = "Which of the two passages answers the query better, A or B?"
     max_words: Annotated[int, Field(ge=8)] = 120
     rivals: Annotated[int, Field(ge=1)] = 4
+    calibrate: bool = False
 
     @model_validator(mode="after")
     def _engine_tells_probabilities(self) -> LLMJudge:
@@ -95,10 +101,12 @@ class LLMJudge(Teacher):
             raise ConfigError(
                 f"llm-judge: engine {self.engine.type!r} does not tell the probabilities of given tokens; give vllm"
             )
+        if self.calibrate and self.form == "pairwise":
+            raise ConfigError("llm-judge: calibrate means nothing to pairwise, whose orders cancel; leave it out")
         return self
 
     def label(self) -> str:
-        return "" if self.form == "pointwise" else self.form
+        return "calibrated" if self.calibrate else "" if self.form == "pointwise" else self.form
 
     def check(self) -> None:
         self.engine.check()
@@ -110,8 +118,9 @@ class LLMJudge(Teacher):
         """What is asked about a pair. Examples first, so that engines compute them once."""
         shown = "".join(f"Passage: {s.passage}\nQuery: {s.query}\nGrade: {s.grade}\n\n" for s in SHOWN)
         return Prompt(
-            f"{_line(self.task)}\n\n{shown}Passage: ",
-            self._cut(pair.passage),
+            f"{_line(self.task)}\n\n{shown}Passage:",
+            # with its space, as in running text: the pieces of a prompt are tokenised one by one
+            f" {self._cut(pair.passage)}",
             f"\nQuery: {self._cut(pair.query)}\nGrade:",
         )
 
@@ -124,8 +133,8 @@ class LLMJudge(Teacher):
         ):
             shown += f"Query: {query}\nPassage A: {a}\nPassage B: {b}\nBetter passage: {answer}\n\n"
         return Prompt(
-            f"{shown}Query: {self._cut(pair.query)}\nPassage A: ",
-            self._cut(pair.passage),
+            f"{shown}Query: {self._cut(pair.query)}\nPassage A:",
+            f" {self._cut(pair.passage)}",
             f"\nPassage B: {self._cut(rival)}\nBetter passage:",
         )
 
@@ -147,8 +156,12 @@ class _Judge:
         """See ``Scorer``. Cost: ``prompt_tokens``, ``cached_tokens``, ``completion_tokens``, ``truncated`` prompts."""
         if self.config.form == "pairwise":
             return self._duels(pairs, cost)
-        answers = self._ask([self.config.prompt(pair) for pair in pairs], GRADES, cost)
-        return [_expected(answer) for answer in answers]
+        if not self.config.calibrate:
+            answers = self._ask([self.config.prompt(pair) for pair in pairs], GRADES, cost)
+            return [_expected(answer) for answer in answers]
+        both = [each for pair in pairs for each in (pair, pair._replace(query=CONTENT_FREE))]
+        grades = [_expected(answer) for answer in self._ask([self.config.prompt(each) for each in both], GRADES, cost)]
+        return [asked - anything for asked, anything in zip(grades[::2], grades[1::2], strict=True)]
 
     def _duels(self, pairs: Sequence[Pair], cost: Cost | None) -> list[float]:
         met: list[tuple[int, int]] = []
