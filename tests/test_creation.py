@@ -1,5 +1,6 @@
 """Strategies that go from a passage to queries: what is drawn for each sample, what is controlled, and what answers become."""
 
+import argparse
 import hashlib
 import itertools
 import json
@@ -11,6 +12,7 @@ import pytest
 
 from dagr_ray import tables
 from dagr_ray.cluster import Placement, Pool
+from dagr_ray.commands import preview
 from dagr_ray.config import ConfigError, from_json
 from dagr_ray.engines import Completion, Engine
 from dagr_ray.engines.crop import CropEngine
@@ -428,3 +430,26 @@ def test_inverse_cloze_takes_sentences_out_of_the_positives(tmp_path):
     kept = Cloze(corpus=data, selected=Parse(generations=stage, corpus=data), keep=1.0)
     assert materialize(kept, str(tmp_path / "runs"), HERE).read("corpus")["text"][0].as_py() == whole
     assert tables.check("corpus", made.read("corpus")).num_rows == 3
+
+
+JOB = """
+from dagr_ray.engines.crop import CropEngine
+from dagr_ray.stage import Stage
+from dagr_ray.stages.corpus import Beir
+from dagr_ray.stages.generate import Generate, Parse
+from dagr_ray.strategies.typed import Typed
+
+def job(data: str) -> Stage:
+    corpus = Beir(path=data)
+    raw = Generate(corpus=corpus, strategy=Typed(), engine=CropEngine(), samples=2)
+    return Parse(generations=raw, corpus=corpus)
+"""
+
+
+def test_preview_shows_the_prompt_of_each_sample(data, tmp_path, capsys):
+    (tmp_path / "job.py").write_text(JOB)
+    preview(argparse.Namespace(job=str(tmp_path / "job.py"), values=[f"data={data.path}"], rows=1))
+    _, *samples = capsys.readouterr().out.split("=== ")
+    assert len(samples) == 2 and all("--- sample" in text and "    -> ['The " in text for text in samples)
+    first, second = (text.partition("--- sample")[0].strip() for text in samples)
+    assert first.rpartition("\n")[0] == second.rpartition("\n")[0] and first != second
