@@ -20,7 +20,7 @@ from dagr_ray.filters.length import Length
 from dagr_ray.retriever import Encoder
 from dagr_ray.stage import Output, load_stage, materialize
 from dagr_ray.stages import people
-from dagr_ray.stages.mine import Mine
+from dagr_ray.stages.mine import Mine, Relabel
 from dagr_ray.stages.people import Labelled, People
 from dagr_ray.stages.select import Score, Select
 from tests.browser import MISSING, Browser, find
@@ -150,6 +150,13 @@ def test_thresholds_are_given_by_teacher(folders, tmp_path):
     for bad in ("other=1", "llm-judge", "llm-judge=x", "llm-judge=1,2", "llm-judge=3,2,1", "llm-judge=nan"):
         with pytest.raises(ConfigError, match="SCORER=VALUE.*cross-encoder, llm-judge"):
             annotate.thresholds_named([bad], ["cross-encoder", "llm-judge"])
+
+
+def test_two_folders_of_one_teacher_are_two_teachers(runs, tmp_path):
+    twins = [materialize(judged("t", {pair: sign * i for i, pair in enumerate(PAIRS)}), runs) for sign in (1, -1)]
+    scores = [items.pairs_of(folders).scores for folders in (twins, twins[::-1])]
+    assert list(scores[0]) == list(scores[1]) == ["t", f"t ({max(f.name for f in twins)[-12:]})"]
+    assert all((scores[0][name] == scores[1][name]).all() for name in scores[0])
 
 
 def test_one_teacher_or_none(runs, folders, tmp_path):
@@ -501,11 +508,11 @@ def test_mine_takes_positives_and_negatives_as_people_say(build, by_people):
 def test_what_a_filter_refused_comes_back(build, by_people):
     chosen = Select(parsed=SOURCE, scores=(Score(parsed=SOURCE, corpus=DOCS, filter=Length(min_words=3)),))
     assert build(chosen).read("queries")["query_id"].to_pylist() == ["q0", "q2"]
-    folder = build(Labelled(source=chosen, people=by_people(q1_d1=3, q0_d0=0), queries=SOURCE))
+    folder = build(Labelled(source=chosen, people=by_people(q1_d1=3, q0_d0=0, q2_d2=2), queries=SOURCE))
     assert folder.read("queries")["query_id"].to_pylist() == ["q0", "q2", "q1"]
     assert folder.read("lineage")["id"].to_pylist() == ["q0", "q2", "q1"]
     rows = {(r["query_id"], r["doc_id"]): r["relevance"] for r in folder.read("qrels").to_pylist()}
-    assert rows == {("q0", "d0"): 0, ("q2", "d2"): 1, ("q1", "d1"): 3}
+    assert rows == {("q0", "d0"): 0, ("q2", "d2"): 2, ("q1", "d1"): 3} and folder.count("qrels") == 3
     assert folder.count("rejected") == 0 and folder.manifest["counts"]["back"] == 1
     stays = build(Labelled(source=chosen, people=by_people(q1_d1=1), queries=SOURCE))
     assert stays.count("queries") == 2 and stays.count("rejected") == 1
@@ -537,6 +544,17 @@ def test_scores_follow_people_whatever_the_threshold(build, by_people):
     graded = build(Labelled(source=teacher, people=told, scale=(0, 1, 2, 3)))
     scores = {(r["query_id"], r["doc_id"]): r["score"] for r in graded.read("scores").to_pylist()}
     assert scores["q0", "d0"] == 0 and scores["q2", "d2"] == 2 and scores["q0", "d3"] == 1
+
+
+def test_negatives_that_people_find_relevant_become_positives(build, by_people):
+    mined = Mine(selected=SOURCE, corpus=DOCS, searches=(HITS,), negatives=3, margin=None)
+    pairs = [(q, d) for q in ("q0", "q1", "q2") for d in ("d0", "d1", "d2", "d3")]
+    teacher = Given(rows={"scores": tuple((q, d, "t", 0.9 if q[1] == d[1] else 0.1) for q, d in pairs)})
+    labels = Labelled(source=teacher, people=by_people(q1_d3=3))
+    plain = build(Relabel(mined=mined, labels=teacher, threshold=0.8))
+    found = build(Relabel(mined=mined, labels=labels, threshold=0.8))
+    positives = [{(r["query_id"], r["positive_id"]) for r in f.read("examples").to_pylist()} for f in (plain, found)]
+    assert positives[1] - positives[0] == {("q1", "d3")} and positives[0] <= positives[1]
 
 
 class InShards(Given):
