@@ -1,6 +1,6 @@
 """How fast many coarse ratings become one fine ranking: simulated raters with unknown thresholds, beside the bound.
 
-    python benchmarks/aggregate.py [--items 100] [--seeds 20] [--json FILE]
+    python benchmarks/aggregate.py [--items 60] [--seeds 20] [--json FILE]
 
 Scores and thresholds are drawn as in arXiv 2510.01871: alike (uniform), and unlike (Beta(2, 2) and uniform), where the
 bound grows by the integral of f_X^2 / f_Y = 1.2. The distance is the largest Spearman footrule that the bins leave open,
@@ -55,7 +55,7 @@ def slipping(items: int, raters: int, seed: int, slips: float) -> float:
 def main() -> int:
     """Runs the simulations, prints and writes the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--items", type=int, default=100)
+    parser.add_argument("--items", type=int, default=60)
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
@@ -86,7 +86,9 @@ def main() -> int:
                 f"| {m:,} | {mean:.1f} | {error:.1f} | {'' if exact is None else f'{exact:.1f}'} | {raised * n * n / m:.1f} | "
                 f"{asked[:, column].mean() / m:.1f} |"
             )
-            failed |= exact is not None and abs(mean - exact) > 4 * max(error, 0.1)
+            # where only pairs are left together, their number is Poisson: a few draws without any say too little
+            if exact is not None:
+                failed |= abs(mean - exact) > 4 * max(error, np.sqrt(2 * exact / args.seeds))
         falls = slope(at[1:4], distances.mean(axis=0)[1:4].tolist())
         wanted = slope(at[1:4], [expected_footrule(n, m) for m in at[1:4]])
         lines.append(
