@@ -134,5 +134,8 @@ def test_fine_scores_are_cut_into_levels(tmp_path):
     scores = {r["doc_id"]: r["score"] for r in folder.read("scores").to_pylist() if r["scorer"] == "aggregate"}
     assert len({round(s, 6) for s in scores.values()}) == 5 and folder.manifest["counts"]["raters"] == 2
     assert scores["d99"] > scores["d50"] > scores["d0"]
+    generous = Aggregate(labels=(fine,), levels=4)
+    assert generous._cuts([*range(8), *[9.0] * 12]) == [4.0], "nothing is over the highest score"
+    assert generous._cuts([*range(8), *[9.0] * 95]) == [7.0] and generous._cuts([1.0, 1.0]) == []
     with pytest.raises(ValueError, match="labels are empty"):
         Aggregate(labels=())

@@ -86,7 +86,7 @@ def test_pairs_are_judgements_and_hits_each_once(label):
     assert folder.read("scores").num_rows == len(expected) == folder.manifest["counts"]["out"]
     assert folder.manifest["counts"]["queries"] == 4 and folder.manifest["cost"]["asked"] == 6
     assert set(folder.read("scores")["scorer"].to_pylist()) == {"words-for-tests"}
-    assert set(label(searches=(HITS,), depth=1)[1]) == set(expected) - {("q1", "d0")}
+    assert set(label(searches=(HITS,), depth=2)[1]) == set(expected) - {("q1", "d0")}
     assert label(split="dev")[1] == {("q3", "d1"): 1}
     assert load_stage(folder).fingerprint() == folder.name[-12:]
 

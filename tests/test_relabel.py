@@ -112,6 +112,9 @@ def test_a_positive_in_one_row_is_a_negative_in_none(relabel):
     rows, counts, rejected = relabel(mined, scores, share=0.95)
     assert [(q, p, n) for q, p, n, *_ in rows] == [("q", "p", ["z"]), ("q", "y", ["z"]), ("r", "y", ["x"])]
     assert counts["added"] == 1 and [(r["id"], r["detail"]) for r in rejected] == [("q", "x")]
+    mined = Given(rows={"examples": (("q", "p", ("x", "z")), ("q", "x", ("z",)))})
+    rows, _, _ = relabel(mined, labels({"q": {"p": 2.0, "x": 1.0, "z": 0.0}}), share=0.95)
+    assert [(p, n) for _, p, n, *_ in rows] == [("p", ["z"]), ("x", ["z"])], "whatever the teacher says of it"
 
 
 def test_what_is_wrong_is_named(relabel):

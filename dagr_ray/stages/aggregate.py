@@ -265,4 +265,5 @@ class Aggregate(Stage):
         if len(known) <= self.levels:
             return known[:-1]
         shares = np.arange(1, self.levels) / self.levels
-        return sorted({float(cut) for cut in np.quantile(np.array(values), shares, method="lower")} - {known[-1]})
+        cuts = {float(cut) for cut in np.quantile(np.array(values), shares, method="lower")}
+        return sorted(cuts - {known[-1]}) or [known[-2]]
