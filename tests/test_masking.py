@@ -34,6 +34,7 @@ LEFT = [
     "time 12:30:45 parse",
     "std::vector::push_back",
     "call 9-1-1",
+    "status of order 2024561111",
 ]
 
 

@@ -10,6 +10,7 @@ from dagr_ray.cluster import Placement, Pool
 from dagr_ray.filters import Filter
 from dagr_ray.filters.copied import Copied
 from dagr_ray.filters.diversity import Diversity, facility, hashed, k_centre
+from dagr_ray.filters.format import Format
 from dagr_ray.filters.length import Length
 from dagr_ray.filters.logprob import Logprob
 from dagr_ray.filters.round_trip import RoundTrip
@@ -182,6 +183,15 @@ def test_forms_have_their_own_threshold(build):
     kept = build(Select(parsed=queries, scores=(scored,)))
     assert {r["strategy"] for r in kept.read("lineage").to_pylist()} == {"typed/claim"}
     assert kept.count("queries") == 25
+
+
+def test_of_several_refusals_the_first_counts(build):
+    queries = parsed(("?", "d0"), ("copy a dict", "d1"), ("1. x", "d2"))
+    scores = tuple(Score(parsed=queries, corpus=DOCS, filter=f) for f in (Length(min_words=3), Format()))
+    for order, by in ((scores, "length"), (scores[::-1], "format")):
+        folder = build(Select(parsed=queries, scores=order))
+        assert folder.read("queries")["query_id"].to_pylist() == ["q1"]
+        assert folder.read("rejected")["by"].to_pylist() == [by, by]
 
 
 def test_a_teacher_of_one_stage(build):

@@ -157,8 +157,6 @@ def _beside(folder: Artifact, name: str, start: int, stop: int) -> pa.Table:
         return folder.read(name)
     starts, others = list(accumulate(known, initial=0)), list(accumulate(other, initial=0))
     first, last = bisect_right(starts, start) - 1, bisect_left(starts, stop)
-    # empty shards have no place of their own among the rows: all that start here are read
-    first = bisect_left(starts, starts[first])
     return folder.slice(name, others[first], others[max(first, last)])
 
 
