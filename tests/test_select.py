@@ -5,9 +5,10 @@ from typing import ClassVar
 
 import pytest
 
-from dagr_ray import tables
+from dagr_ray import models, tables
 from dagr_ray.cluster import Placement, Pool
-from dagr_ray.filters import Filter
+from dagr_ray.engines.crop import CropEngine
+from dagr_ray.filters import Candidate, Filter
 from dagr_ray.filters.copied import Copied
 from dagr_ray.filters.diversity import Diversity, facility, hashed, k_centre
 from dagr_ray.filters.format import Format
@@ -15,8 +16,14 @@ from dagr_ray.filters.length import Length
 from dagr_ray.filters.logprob import Logprob
 from dagr_ray.filters.round_trip import RoundTrip
 from dagr_ray.filters.teacher import Teacher
+from dagr_ray.retriever import Encoder
 from dagr_ray.stage import Output, Stage, materialize
+from dagr_ray.stages.corpus import Beir
+from dagr_ray.stages.generate import Generate, Parse
+from dagr_ray.stages.mask import Mask
 from dagr_ray.stages.select import Score, Select
+from dagr_ray.strategies.crop import Crop
+from tests.conftest import tiny_beir
 from tests.test_select_mine import Given, corpus, parsed, search
 
 ROWS = 60
@@ -267,3 +274,33 @@ def test_every_filter_says_what_it_is():
 
     for kind in plugins(Filter).values():
         assert kind.reads in ("", "candidates", "scores", "generations")
+
+
+def test_diversity_by_an_encoder():
+    """Same meaning in other words: only an encoder knows that these are two topics, and the words say four."""
+    texts = ("physician for children", "doctor who treats kids", "purchase an automobile", "buy a car")
+    rows = [Candidate(f"q{i}", each, "d0", "") for i, each in enumerate(texts)]
+    encoder = Encoder(model=str(models.minilm()), max_length=16)
+    for by in ("k-centre", "facility"):
+        places = Diversity(by=by, encoder=encoder).score(rows, None)
+        first = {i // 2 for i, place in enumerate(places) if place < 2}
+        assert first == {0, 1}, by
+
+
+def test_completions_are_those_of_the_queries(tmp_path):
+    """Through Parse, and through a selection of it; an engine that tells no probabilities leaves nothing to keep."""
+
+    def build(stage):
+        return materialize(stage, str(tmp_path / "runs"), Placement(generate=Pool(workers=0, shard_rows=8)))
+
+    docs = Mask(corpus=Beir(path=str(tiny_beir(tmp_path / "set", docs=30))))
+    raw = Generate(corpus=docs, strategy=Crop(), engine=CropEngine())
+    queries = Parse(generations=raw, corpus=docs)
+    chosen = Select(parsed=queries, scores=(Score(parsed=queries, corpus=docs, filter=Length(max_words=12)),))
+    for source in (queries, chosen):
+        scored = Score(parsed=source, corpus=docs, filter=Logprob())
+        assert scored.inputs()["generations"].fingerprint() == raw.fingerprint()
+        folder = build(Select(parsed=source, scores=(scored,)))
+        assert folder.manifest["counts"]["rejected"] == {"logprob/no-logprob": build(source).count("queries")}
+    with pytest.raises(ValueError, match="was not made of completions, and 'logprob' reads them"):
+        Score(parsed=parsed(("a", "d0")), corpus=DOCS, filter=Logprob())
