@@ -5,7 +5,10 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 from typing import ClassVar
 
 import psutil
@@ -105,3 +108,34 @@ def test_workers_that_die_while_they_start_are_not_replaced_for_ever(tmp_path):
     with pytest.raises(Exception, match="2 workers died"):
         materialize(stage(tmp_path, DiesAtStart(log=str(log))), str(tmp_path / "runs"), RAY)
     assert len(log.read_text().splitlines()) == 4
+
+
+BESIDE_LUCENE = """
+import sys, tempfile
+from pathlib import Path
+from dagr_ray import tables
+from dagr_ray.cluster import Pool
+from dagr_ray.engines.vllm import VLLM
+from dagr_ray.miners.bm25 import BM25
+from dagr_ray.models import smollm2
+
+rows = [{"doc_id": f"d{i}", "title": "", "text": f"amber bridge number {i} near the lake"} for i in range(300)]
+
+def search():
+    with tempfile.TemporaryDirectory() as folder:
+        BM25().build([tables.table("corpus", rows)], Path(folder, "index"))
+        opened = BM25().open(Path(folder, "index"))
+        return [opened.search([f"amber number {i}" for i in range(100)], 50) for _ in range(30)][-1]
+
+before = search()
+VLLM(model=str(smollm2()), max_model_len=512).open(Pool()).close()
+assert all(search() == before for _ in range(6))
+"""
+
+
+def test_lucene_goes_on_in_a_process_where_an_engine_was_started():
+    """vLLM's start brings a handler of SIGSEGV, the signal that a Java machine works with."""
+    done = subprocess.run(
+        [sys.executable, "-c", BESIDE_LUCENE], cwd=Path(__file__).parent.parent, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]

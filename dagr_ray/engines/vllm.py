@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import ctypes
 import gc
 import json
 import math
 import os
 import re
+import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -407,11 +409,17 @@ def _failed(n: int, error: str) -> list[Completion]:
 
 @contextlib.contextmanager
 def _undone() -> Iterator[None]:
-    """Takes back what starting vLLM does to the process: environment for children, a dead ``torch.set_num_threads``."""
+    """Takes back what starting vLLM does to the process: environment for children, a dead ``torch.set_num_threads``, SIGSEGV.
+
+    A Java machine in the process (Lucene's) uses that signal for its own work and dies where another handler answers it.
+    """
     before = {name: os.environ.get(name) for name in ("LD_PRELOAD", "OMP_NUM_THREADS", "VLLM_CPU_KVCACHE_SPACE")}
+    libc, handler = ctypes.CDLL(None), ctypes.create_string_buffer(256)  # larger than any struct sigaction
+    libc.sigaction(signal.SIGSEGV, None, handler)
     try:
         yield
     finally:
+        libc.sigaction(signal.SIGSEGV, handler, None)
         for name, value in before.items():
             os.environ.pop(name, None)
             if value is not None:
