@@ -241,7 +241,6 @@ def test_every_verb_reads_a_runs_folder_on_an_object_store(
 ) -> None:
     """The server is named in the URI this time, as for a store beside the cloud's own."""
     monkeypatch.delenv("AWS_ENDPOINT_URL")
-    monkeypatch.setattr(studies, "materialize", lambda stage, runs: materialize(stage, runs, HERE))
     scores = {"in": [0.5] * 60, "out": [0.4] * 60}
     local, study = studies.made_study(tmp_path, scores, {8: {"in": [0.6] * 60, "out": [0.4] * 60}})
     path = f"{tmp_path.name}/runs"
