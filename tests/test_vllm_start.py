@@ -139,3 +139,29 @@ def test_lucene_goes_on_in_a_process_where_an_engine_was_started():
         [sys.executable, "-c", BESIDE_LUCENE], cwd=Path(__file__).parent.parent, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+AFTER_TRAINING = """
+import torch.distributed
+from dagr_ray.cluster import Pool
+from dagr_ray.engines import Sampling
+from dagr_ray.engines.vllm import VLLM
+from dagr_ray.models import smollm2
+from dagr_ray.strategies import Prompt
+
+def said():
+    session = VLLM(model=str(smollm2()), max_model_len=512).open(Pool())
+    return session.generate([Prompt("The ", "capital of France", " is")], [1], Sampling(max_tokens=4, temperature=0), 1)
+
+before = said()
+torch.distributed.destroy_process_group()
+assert said()[0][0].raw == before[0][0].raw
+"""
+
+
+def test_an_engine_opens_after_a_training_in_its_process_ended_all_groups():
+    """As where a stage generated in this process, the next one trained in it, and a third generates again."""
+    done = subprocess.run(
+        [sys.executable, "-c", AFTER_TRAINING], cwd=Path(__file__).parent.parent, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]

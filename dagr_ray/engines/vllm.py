@@ -430,7 +430,14 @@ def _undone() -> Iterator[None]:
 
 
 def _release() -> None:
-    from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.distributed import cleanup_dist_env_and_memory, parallel_state
 
-    cleanup_dist_env_and_memory()
+    try:
+        cleanup_dist_env_and_memory()
+    except ValueError:
+        # a training in this process has ended all of torch's process groups, and vLLM's with them
+        for name, value in list(vars(parallel_state).items()):
+            if isinstance(value, parallel_state.GroupCoordinator):
+                setattr(parallel_state, name, None)
+        cleanup_dist_env_and_memory()
     gc.collect()
