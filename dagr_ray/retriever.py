@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import numpy as np
 from pydantic import Field
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
     from sentence_transformers import SentenceTransformer
 
+Opened = TypeVar("Opened")
 Dtype = Literal["auto", "float32", "bfloat16"]
 # Texts tokenised at once: enough to sort by length, few enough that a corpus does not stand in memory as lists.
 WINDOW = 8192
@@ -60,6 +61,30 @@ class Pinned(Config):
                 "the 40 hex digits of a commit; set revision, or give the path of a local model"
             )
 
+    def opened(self, opener: Callable[..., Opened], device: str | None, **options: Any) -> Opened:
+        """What ``opener`` of sentence-transformers makes of the model: float32 weights, safetensors, no code of the model's.
+
+        Raises ConfigError where it cannot be loaded.
+        """
+        import torch
+        from transformers.utils import logging
+
+        self.check()
+        logging.disable_progress_bar()
+        try:
+            return opener(
+                str(self.folder) if self.local else self.model,
+                device=device,
+                revision=None if self.local else self.revision,
+                local_files_only=self.local,
+                trust_remote_code=False,
+                model_kwargs={"use_safetensors": True, "dtype": torch.float32},
+                **options,
+            )
+        except (OSError, ValueError, KeyError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ConfigError(f"{self.type}: model = {self.model!r} cannot be loaded: {reason}") from error
+
 
 class Encoder(Pinned):
     """A bi-encoder: a model folder (a path, or a URI to fetch it from once), or a hub id with the commit that pins it.
@@ -90,26 +115,11 @@ def load(encoder: Encoder, device: str | None = None, model: str | Path | None =
     ``model`` is a folder that ``save`` wrote, and takes the place of the encoder's own weights (then nothing is
     re-initialised or cut). Raises ConfigError where the model cannot be loaded.
     """
-    import torch
     from sentence_transformers import SentenceTransformer
-    from transformers.utils import logging
 
     if model is not None:
         encoder = encoder.model_copy(update={"model": str(model), "reinitialise": None, "layers": None})
-    encoder.check()
-    logging.disable_progress_bar()
-    try:
-        loaded = SentenceTransformer(
-            str(encoder.folder) if encoder.local else encoder.model,
-            device=device,
-            revision=None if encoder.local else encoder.revision,
-            local_files_only=encoder.local,
-            trust_remote_code=False,
-            model_kwargs={"use_safetensors": True, "dtype": torch.float32},
-        )
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ConfigError(f"encoder: model = {encoder.model!r} cannot be loaded: {reason}") from error
+    loaded = encoder.opened(SentenceTransformer, device)
     transformer: Any = loaded[0].auto_model
     limit = getattr(transformer.config, "max_position_embeddings", None)
     if limit is not None and encoder.max_length > limit:

@@ -180,6 +180,16 @@ def widened(name: str, value: pa.Table, names: Iterable[str] | None = None) -> p
     return value.select(wanted)
 
 
+def texts_of(queries: pa.Table) -> dict[str, str]:
+    """The text of each query of a ``queries`` table by its id."""
+    return dict(zip(queries["query_id"].to_pylist(), queries["text"].to_pylist(), strict=True))
+
+
+def relevant(qrels: pa.Table) -> pa.Table:
+    """The judgements of a ``qrels`` table that call a passage relevant, to whatever degree."""
+    return qrels.filter(pc.greater(qrels["relevance"], 0))
+
+
 def clean(text: str) -> str:
     """Text that UTF-8 and Arrow can hold: NUL and lone surrogates become U+FFFD; all else stays as it is."""
     if text.isascii() and "\x00" not in text:

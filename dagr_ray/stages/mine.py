@@ -51,8 +51,7 @@ class Mine(Stage):
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
         def run(start: int, stop: int) -> Output:
             queries = inputs["selected"].read("queries")
-            judged = inputs["selected"].read("qrels")
-            qrels = judged.filter(pc.greater(judged["relevance"], 0)).select(["query_id", "doc_id"])
+            qrels = tables.relevant(inputs["selected"].read("qrels")).select(["query_id", "doc_id"])
             results = [_Results(inputs[f"searches.{i}"], queries, self.depth) for i in range(len(self.searches))]
             same = _Same(inputs["corpus"], qrels, results)
             relevant = same.relevant(queries, qrels)

@@ -150,7 +150,7 @@ class Describe(Stage):
 
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
         def run(start: int, stop: int) -> Output:
-            text_of = _texts(inputs["queries"])
+            text_of = tables.texts_of(inputs["queries"].read("queries"))
             drawn = sorted(text_of, key=lambda query_id: (tables.unit_of("describe", query_id), query_id))[: self.n]
             texts = [text_of[query_id] for query_id in drawn]
             found = {f"distinct@{n}": distinct(texts, n) for n in (1, 2)}
@@ -161,7 +161,7 @@ class Describe(Stage):
             found |= {f"form:{form}": share for form, share in forms.items()}
             if "human" in inputs:
                 judged = inputs["human"].read(f"qrels.{self.split}", ["query_id"])["query_id"].unique().to_pylist()
-                by_people = _texts(inputs["human"])
+                by_people = tables.texts_of(inputs["human"].read("queries"))
                 other = _forms([by_people[query_id] for query_id in judged])
                 found["form:distance"] = sum(abs(forms[form] - other[form]) for form in forms) / 2
             if self.encoder is not None and len(texts) > 1:
@@ -174,8 +174,8 @@ class Describe(Stage):
         return run
 
     def _overlap(self, inputs: Inputs, text_of: dict[str, str], drawn: set[str]) -> float:
-        judged = inputs["queries"].read("qrels")
-        pairs = [row for row in judged.to_pylist() if row["query_id"] in drawn and row["relevance"] > 0]
+        judged = tables.relevant(inputs["queries"].read("qrels"))
+        pairs = [row for row in judged.to_pylist() if row["query_id"] in drawn]
         wanted = pa.array(sorted({row["doc_id"] for row in pairs}), tables.TEXT)
         said: dict[str, set[str]] = {}
         for part in inputs["corpus"].scan("corpus"):
@@ -188,11 +188,6 @@ class Describe(Stage):
             if own and row["doc_id"] in said:
                 shares.append(sum(word in said[row["doc_id"]] for word in own) / len(own))
         return float(np.mean(shares)) if shares else 0.0
-
-
-def _texts(folder: Artifact) -> dict[str, str]:
-    rows = folder.read("queries")
-    return dict(zip(rows["query_id"].to_pylist(), rows["text"].to_pylist(), strict=True))
 
 
 def _forms(texts: Sequence[str]) -> dict[str, float]:

@@ -37,15 +37,13 @@ class Pairs(Stage):
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
         def run(start: int, stop: int) -> Output:
             name = "qrels" if self.split is None else f"qrels.{self.split}"
-            judged = inputs["queries"].read(name)
-            judged = judged.filter(pc.greater(judged["relevance"], 0))
+            judged = tables.relevant(inputs["queries"].read(name))
             query_ids, passage_ids = judged["query_id"].to_pylist(), judged["doc_id"].to_pylist()
             order = list(range(len(query_ids)))
             if self.n is not None and self.n < len(order):
                 drawn = [tables.unit_of("pairs", self.seed, *ids) for ids in zip(query_ids, passage_ids, strict=True)]
                 order = sorted(sorted(order, key=drawn.__getitem__)[: self.n])
-            said = inputs["queries"].read("queries")
-            text_of = dict(zip(said["query_id"].to_pylist(), said["text"].to_pylist(), strict=True))
+            text_of = tables.texts_of(inputs["queries"].read("queries"))
             rows = [
                 {"query_id": query_ids[i], "query": text_of[query_ids[i]], "passage_id": passage_ids[i], "other": ""}
                 for i in order

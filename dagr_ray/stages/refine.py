@@ -41,8 +41,11 @@ class Best(Stage):
 
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
         def run(start: int, stop: int) -> Output:
-            text_of = _texts(inputs["selected"])
-            own = {(row["query_id"], row["doc_id"]) for row in _relevant(inputs["selected"]).to_pylist()}
+            text_of = tables.texts_of(inputs["selected"].read("queries"))
+            own = {
+                (row["query_id"], row["doc_id"])
+                for row in tables.relevant(inputs["selected"].read("qrels")).to_pylist()
+            }
             scored = [
                 row for row in inputs["scores"].read("scores").to_pylist() if (row["query_id"], row["doc_id"]) in own
             ]
@@ -82,7 +85,7 @@ class Left(Stage):
 
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
         def run(start: int, stop: int) -> Output:
-            done = [_relevant(inputs[f"accepted.{i}"])["doc_id"] for i in range(len(self.accepted))]
+            done = [tables.relevant(inputs[f"accepted.{i}"].read("qrels"))["doc_id"] for i in range(len(self.accepted))]
             served = pa.chunked_array([chunk for column in done for chunk in column.chunks], tables.TEXT)
             rows = inputs["corpus"].read("corpus")
             made = rows.filter(pc.invert(pc.is_in(rows["doc_id"], value_set=served.combine_chunks())))
@@ -141,13 +144,3 @@ class Criticised(Stage):
             return Output(made, counts={"in": len(pair_of), "out": len(pairs), "rejected": rejected.counted()})
 
         return run
-
-
-def _relevant(folder: Artifact) -> pa.Table:
-    judged = folder.read("qrels")
-    return judged.filter(pc.greater(judged["relevance"], 0))
-
-
-def _texts(folder: Artifact) -> dict[str, str]:
-    rows = folder.read("queries")
-    return dict(zip(rows["query_id"].to_pylist(), rows["text"].to_pylist(), strict=True))

@@ -250,11 +250,9 @@ class Expand(Stage):
 
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
         def run(start: int, stop: int) -> Output:
-            said = inputs["queries"].read("queries")
-            text_of = dict(zip(said["query_id"].to_pylist(), said["text"].to_pylist(), strict=True))
+            text_of = tables.texts_of(inputs["queries"].read("queries"))
             asked: dict[str, list[str]] = {}
-            judged = inputs["queries"].read("qrels")
-            for row in judged.filter(pc.greater(judged["relevance"], 0)).to_pylist():
+            for row in tables.relevant(inputs["queries"].read("qrels")).to_pylist():
                 asked.setdefault(row["doc_id"], []).append(row["query_id"])
             parts, expanded, rows = [tables.empty("corpus")], 0, 0
             for part in inputs["corpus"].scan("corpus"):

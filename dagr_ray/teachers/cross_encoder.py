@@ -78,25 +78,9 @@ class _Session:
 
 def load(config: CrossEncoder, device: str | None = None) -> Model:
     """The model with float32 weights, on ``device`` (CUDA where there is one). Raises ConfigError where it cannot be."""
-    import torch
     from sentence_transformers import CrossEncoder as Model
-    from transformers.utils import logging
 
-    config.check()
-    logging.disable_progress_bar()
-    try:
-        loaded = Model(
-            str(config.folder) if config.local else config.model,
-            device=device,
-            revision=None if config.local else config.revision,
-            local_files_only=config.local,
-            trust_remote_code=False,
-            max_length=config.max_length,
-            model_kwargs={"use_safetensors": True, "dtype": torch.float32},
-        )
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ConfigError(f"cross-encoder: model = {config.model!r} cannot be loaded: {reason}") from error
+    loaded = config.opened(Model, device, max_length=config.max_length)
     outputs = loaded.config.num_labels
     if outputs != 1:
         raise ConfigError(
