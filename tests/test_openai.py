@@ -42,14 +42,16 @@ def test_order_seeds_and_usage_whatever_comes_back_first():
 
 
 def test_the_request_is_the_prompt_and_the_sampling():
-    sampling = Sampling(temperature=0.3, top_p=0.9, max_tokens=7)
+    sampling = Sampling(temperature=0.3, top_p=0.9, max_tokens=7, logprob=True)
     with served() as server:
         prompt = Prompt("Say:\n", "a\x00b \ud800 é", "\nQ:", stop=("\n", "Passage:"))
         [[one]] = ask(server, [prompt], sampling=sampling)
         ask(server, ["x"])
-    sent = {"model": "m", "prompt": "Say:\na\ufffdb \ufffd é\nQ:", "stop": ["\n", "Passage:"], "seed": 0, "logprobs": 1}
-    assert server.seen[0] == sent | {"temperature": 0.3, "top_p": 0.9, "max_tokens": 7}
-    assert "stop" not in server.seen[1] and "Authorization" not in server.headers[0]
+    sent = {"model": "m", "prompt": "Say:\na\ufffdb \ufffd é\nQ:", "stop": ["\n", "Passage:"], "seed": 0}
+    assert server.seen[0] == sent | {"temperature": 0.3, "top_p": 0.9, "max_tokens": 7, "logprobs": 1}
+    assert (
+        "stop" not in server.seen[1] and "logprobs" not in server.seen[1] and "Authorization" not in server.headers[0]
+    )
     assert one.raw.startswith("Say:\na\ufffdb")
 
 
@@ -76,14 +78,14 @@ def test_the_mean_log_probability_is_kept_where_the_server_tells():
         return lambda handler, body: reply(handler, 200, {"choices": [choice], "usage": USAGE})
 
     with served(react) as server:
-        found = ask(server, ["a", "b", "c", "d"])
+        found = ask(server, ["a", "b", "c", "d"], sampling=Sampling(logprob=True))
     assert [c.logprob for [c] in found] == [pytest.approx(-3.5 / 3), None, None, None]
 
 
 def test_a_server_that_refuses_log_probabilities_is_asked_without_them():
     refuse = status(400, "Unrecognized request argument supplied: logprobs")
     with served(lambda body, nth: refuse if "logprobs" in body else None) as server:
-        found = ask(server, ["a", "b", "c"], in_flight=1)
+        found = ask(server, ["a", "b", "c"], sampling=Sampling(logprob=True), in_flight=1)
     assert all(c.error is None and c.logprob is None and c.retries == 0 for [c] in found)
     assert ["logprobs" in body for body in server.seen] == [True, False, False, False]
 

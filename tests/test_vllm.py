@@ -14,7 +14,7 @@ from dagr_ray.models import smollm2
 from dagr_ray.strategies import Passage, Prompt
 from dagr_ray.strategies.promptagator import Promptagator
 
-SHORT = Sampling(max_tokens=12)
+SHORT = Sampling(max_tokens=12, logprob=True)
 ODD = {
     "empty": "",
     "long": "The kettle boils a litre of water in three minutes. " * 400,
@@ -71,8 +71,13 @@ def test_the_mean_log_probability_of_a_completion_is_kept(session, answers):
     assert all(x is not None and -15 < x < 0 for x in found)
     # a greedy completion is likelier than what a hot one draws
     asked = prompts()[len(ODD) :]
-    cold, hot = (session.generate(asked, range(10), Sampling(max_tokens=12, temperature=t), 1) for t in (0.0, 2.0))
+    cold, hot = (
+        session.generate(asked, range(10), Sampling(max_tokens=12, temperature=t, logprob=True), 1) for t in (0.0, 2.0)
+    )
     assert all(a[0].logprob > b[0].logprob + 1 for a, b in zip(cold, hot, strict=True))
+    unasked = session.generate(asked, range(10), Sampling(max_tokens=12, temperature=0.0), 1)
+    assert [c.logprob for [c] in unasked] == [None] * 10
+    assert [c.raw for [c] in unasked] == [c.raw for [c] in cold]
 
 
 def test_only_long_passages_are_truncated(answers):

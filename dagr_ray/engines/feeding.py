@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,6 +45,23 @@ class _Asked:
     request: Request
     call: _Call
     name: str
+
+
+def longest_first(asked: Iterable[tuple[str, Request]]) -> list[Request]:
+    """Requests by falling length, those of one passage side by side as they came, for the prefix cache.
+
+    What a batch holds is then alike in length, and what is left at a run's end is short. A request's seed is its own, so
+    the order changes no draw.
+
+    >>> a, b, c = Request([1] * 3, None), Request([1] * 5, None), Request([1] * 4, None)
+    >>> [len(r.tokens) for r in longest_first([("one", c), ("two", a), ("two", b)])]
+    [3, 5, 4]
+    """
+    asked = list(asked)
+    longest: dict[str, int] = {}
+    for passage, request in asked:
+        longest[passage] = max(longest.get(passage, 0), len(request.tokens))
+    return [request for _, request in sorted(asked, key=lambda each: -longest[each[0]])]
 
 
 class Feeding:

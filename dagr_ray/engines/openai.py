@@ -284,7 +284,9 @@ class _Session:
         for prompt, seed in zip(prompts, seeds, strict=True):
             passage = prompt.passage[: self.config.passage_characters]
             text = tables.clean(prompt.before + passage + prompt.after)
-            request = {"model": self.config.model, "prompt": text, **sampling.model_dump()}
+            request = {"model": self.config.model, "prompt": text, **sampling.model_dump(exclude={"logprob"})}
+            if sampling.logprob:
+                request["logprobs"] = 1
             if prompt.stop:
                 request["stop"] = list(prompt.stop)
             cut = len(passage) < len(prompt.passage)
@@ -361,7 +363,7 @@ class _Session:
     async def _post(self, request: dict[str, Any]) -> list[Completion] | _Failure:
         import aiohttp
 
-        wanted = request | ({"logprobs": 1} if self.tells else {})
+        wanted = {name: value for name, value in request.items() if self.tells or name != "logprobs"}
         url, body = f"{self.config.base_url}/completions", json.dumps(wanted, ensure_ascii=False).encode()
         # Nothing of aiohttp's gets out of here: some of its exceptions hold the request's headers, and so the key.
         try:

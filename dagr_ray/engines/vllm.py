@@ -25,7 +25,7 @@ from dagr_ray.artifact import local_folder
 from dagr_ray.cluster import Pool
 from dagr_ray.config import ConfigError, JsonObject, content_hash
 from dagr_ray.engines import Completion, Engine, Sampling
-from dagr_ray.engines.feeding import Feeding, Request
+from dagr_ray.engines.feeding import Feeding, Request, longest_first
 from dagr_ray.engines.vllm_arguments import (
     check_arguments,
     lora_rank,
@@ -306,12 +306,12 @@ class _Session:
                 max_tokens=sampling.max_tokens,
                 seed=seeds[i],
                 stop=list(prompt.stop),
-                logprobs=0,  # of the token drawn alone
+                logprobs=0 if sampling.logprob else None,  # 0: of the token drawn alone
                 output_kind=RequestOutputKind.FINAL_ONLY,
                 structured_outputs=structured(self.config.json_schema, self.config.regex),
             )
             asked.append((i, cut, Request(tokens, params)))
-        self.feeding.ask([request for _, _, request in asked])
+        self.feeding.ask(longest_first([(prompts[i].passage, request) for i, _, request in asked]))
         for i, cut, request in asked:
             answer = request.answer
             if isinstance(answer, str):

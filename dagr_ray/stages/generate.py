@@ -151,6 +151,11 @@ class Generate(Stage):
         """Completions of one prompt: one, where a strategy words each sample's prompt anew."""
         return 1 if any(strategy.draws() for strategy in self.strategy.asked()) else self.samples
 
+    @property
+    def keeps_logprob(self) -> bool:
+        """Whether the engine is asked for log-probabilities."""
+        return self.sampling.logprob or any(strategy.by_logprob for strategy in self.strategy.asked())
+
     def refuse(self, inputs: Inputs, row: int, reason: str, detail: str) -> Output:
         """A passage that is given up: no completions, and a row in ``rejected``."""
         [doc_id] = inputs["corpus"].slice(self.strategy.reads, row, row + 1)["doc_id"].to_pylist()
@@ -177,13 +182,14 @@ class Generate(Stage):
         session = bill.within_budget(self.engine, folder, pool.workers).open(pool)
         atexit.register(session.close)
         start_s = [time.time() - began]
+        sampling = self.sampling.model_copy(update={"logprob": self.keeps_logprob})
 
         def run(start: int, stop: int) -> Output:
             asked, rejected = self._asked(
                 inputs["corpus"].slice(self.strategy.reads, start, stop), ids, shown, held_out
             )
             before = time.time()
-            answers = session.generate(asked.prompts, self._seeds(asked), self.sampling, self.per_request())
+            answers = session.generate(asked.prompts, self._seeds(asked), sampling, self.per_request())
             spent = {"generate_s": time.time() - before, "engine_start_s": start_s.pop() if start_s else 0.0}
             generations = self._generations(asked, answers)
             samples = [completion for answer in answers for completion in answer]

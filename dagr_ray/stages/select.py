@@ -60,6 +60,11 @@ class Score(Stage):
                 f"score: {self.parsed.folder_name()} was not made of completions, and {self.filter.type!r} reads them; "
                 "give what Parse made of them"
             )
+        if self.filter.reads == "generations" and not getattr(self._completions(), "keeps_logprob", True):
+            raise ConfigError(
+                f"score: the completions of {self.parsed.folder_name()} keep no log-probabilities, and {self.filter.type!r} "
+                "reads them; give Generate sampling=Sampling(logprob=True)"
+            )
         return self
 
     def _completions(self) -> Stage | None:

@@ -100,6 +100,7 @@ class Strategy(Config):
 
     abstract: ClassVar[bool] = True
     parse_version: ClassVar[int] = 1
+    by_logprob: ClassVar[bool] = False  # its completions are chosen by their log-probability, so that is kept
     reads: ClassVar[str] = "corpus"
     writes: ClassVar[str] = "queries"
 

@@ -62,6 +62,7 @@ class Inpars(Written):
 
     abstract: ClassVar[bool] = False
     version: ClassVar[int] = 2
+    by_logprob: ClassVar[bool] = True
     form: Literal["vanilla", "gbq"] = "vanilla"
 
     def name(self) -> str:
