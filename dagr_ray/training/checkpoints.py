@@ -39,7 +39,8 @@ class Checkpoints:
             relative = path.relative_to(files).as_posix()
             listed[relative] = _sha256(path)
             target = f"{self.root}/{name}/{relative}"
-            self.folder.fs.create_dir(target.rsplit("/", 1)[0], recursive=True)
+            if self.folder.local:  # an object store has no folders
+                self.folder.fs.create_dir(target.rsplit("/", 1)[0], recursive=True)
             pafs.copy_files(str(path), target, destination_filesystem=self.folder.fs)
         written = {"workers": self.workers, "files": listed}
         self.folder.write_bytes(f"{FOLDER}/{name}/rank-{self.rank}.json", json.dumps(written).encode())
