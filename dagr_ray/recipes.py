@@ -142,6 +142,7 @@ def refreshed(
     rounds: int,
     steps: int,
     negatives: int = 4,
+    margin: float | None = 0.95,
     searches: Sequence[Stage] = (),
     relabel: Callable[[Mine], Stage] | None = None,
     depth: int = 100,
@@ -165,7 +166,7 @@ def refreshed(
         own = Search(
             index=Index(corpus=corpus, miner=Dense(encoder=base), trained=trained), queries=selected, depth=depth
         )
-        mined = Mine(selected=selected, corpus=corpus, searches=(own, *searches), negatives=negatives)
+        mined = Mine(selected=selected, corpus=corpus, searches=(own, *searches), negatives=negatives, margin=margin)
         trained = Train(
             examples=relabel(mined) if relabel else mined, queries=selected, corpus=corpus, base=base, start=trained,
             steps=steps, seed=seed + number, **training,
