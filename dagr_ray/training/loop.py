@@ -273,11 +273,12 @@ class _Evaluator(TrainerCallback):
         # with FSDP, all workers have to make the same number of passes
         share += order[:1] * (-(-len(texts) // collator.workers) - len(share))
         parts, length, training = [], model.max_seq_length, model.training
+        at_once = TEXTS.get(model.device.type, TEXTS["cuda"])
         model.eval()
         model.max_seq_length = self.encoder.max_length
         with torch.no_grad():
-            for start in range(0, len(share), collator.texts):
-                some = [texts[i] for i in share[start : start + collator.texts]]
+            for start in range(0, len(share), at_once):
+                some = [texts[i] for i in share[start : start + at_once]]
                 tokens = model.preprocess(some, prompt=prompt or None)
                 tokens = {k: v.to(model.device) if torch.is_tensor(v) else v for k, v in tokens.items()}
                 parts.append(normalize(model(tokens)["sentence_embedding"].float(), dim=1))
