@@ -252,7 +252,7 @@ class _Evaluator(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step % self.every == 0 or state.global_step == self.steps:
             self._evaluate(state.global_step)
-            control.should_training_stop = self.trainer.progress.stopped
+            control.should_training_stop |= self.trainer.progress.stopped
 
     def _evaluate(self, step: int) -> None:
         progress = self.trainer.progress
