@@ -28,14 +28,25 @@ class Seen(TrainerCallback):
         self.gradients: dict[str, np.ndarray] = {}
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        named = more["model"].named_parameters()
-        self.gradients = {name: p.grad.numpy().copy() for name, p in named if p.grad is not None}
+        for name, parameter in more["model"].named_parameters():
+            if parameter.grad is not None:
+                gradient = parameter.grad
+                whole = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
+                self.gradients[name] = _some(whole.detach().numpy())
+
+
+def _some(gradient: np.ndarray) -> np.ndarray:
+    """A copy; of an embedding, the rows of the words that occur, with their numbers in front."""
+    if gradient.ndim == 1 or len(gradient) < 10_000:
+        return gradient.copy()
+    rows = np.flatnonzero(np.abs(gradient).max(1))
+    return np.hstack([rows[:, None], gradient[rows]])
 
 
 def steps(
     rank: int, workers: int, port: int, encoder: Encoder, folder: Artifact, cases: dict[str, Settings], out: str
 ) -> None:
-    """Writes {case: (loss, gradients, counts)} of one worker as a file."""
+    """Writes {case: (loss, gradients, counts, weights afterwards by their means)} of one worker as a file."""
     torch.set_num_threads(1)
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(workers), "LOCAL_WORLD_SIZE": str(workers),
@@ -49,7 +60,8 @@ def steps(
         seen = Seen()
         model = retriever.load(encoder, device="cpu")
         made = loop.fit(model, encoder, data, settings, rank=rank, workers=workers, callbacks=[seen])
-        found[name] = (made.losses, seen.gradients, made.counts)
+        weights = {name: (w.mean().item(), w.abs().mean().item()) for name, w in made.weights.items()}
+        found[name] = (made.losses, seen.gradients, made.counts, weights)
     Path(out, f"{workers}-{rank}").write_bytes(pickle.dumps(found))
     if workers > 1:
         torch.distributed.destroy_process_group()

@@ -24,17 +24,21 @@ from dagr_ray.training.dev import Dev
 from dagr_ray.training.losses import InfoNCE
 from dagr_ray.training.settings import Settings
 from tests.object_store import ObjectStore
-from tests.toys import Toy, distance, small, toy_train, weights
+from tests.toys import Toy, distance, tiny, toy_train, weights
 
 ROOT = Path(__file__).parent.parent
-LONG = {"epochs": 6, "batch_size": 8, "dropout": 0.1}
-OFTEN = Pool(workers=0, checkpoint_every=5)
+OFTEN = Pool(workers=0, checkpoint_every=20)
 DRIVER = """
 import sys, torch
 torch.set_num_threads(1)
-from tests.test_train_resume import LONG, OFTEN, Placement, Toy, materialize, toy_train
-materialize(toy_train(Toy(n=40), **LONG), sys.argv[1], Placement(train=OFTEN))
+from tests.test_train_resume import OFTEN, Placement, long, materialize
+materialize(long(dropout=0.1), sys.argv[1], Placement(train=OFTEN))
 """
+
+
+def long(**fields):
+    """300 steps, with a checkpoint every 20 of them."""
+    return toy_train(Toy(n=40), base=tiny(), epochs=60, batch_size=8, **fields)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -61,18 +65,18 @@ def test_what_is_resumed_is_what_was_not_disturbed(tmp_path, cached):
     """Optimizer, schedule, dropout's random numbers, order of the data, best weights, counts: all go on."""
     folder = materialize(Toy(n=40, dev=8), str(tmp_path))
     settings = Settings(
-        losses=(InfoNCE(cached=cached),), epochs=3, batch_size=8, dropout=0.1, lr=2e-4, eval_every=3, precision="float32",
+        losses=(InfoNCE(cached=cached),), epochs=3, batch_size=8, dropout=0.1, lr=1e-3, eval_every=3, precision="float32",
         checkpoint_every=5,
     )  # fmt: skip
 
     def run(where, *faults):
         data = texts.fetch(folder, folder, folder)
         for fault in [*faults, None]:
-            model = retriever.load(small(), device="cpu")
+            model = retriever.load(tiny(), device="cpu")
             to, dev = Checkpoints(Artifact(str(tmp_path), where), f"a{fault}"), Dev(folder, "dev", folder)
             callbacks = [] if fault is None else [Fault(fault)]
             try:
-                made = loop.fit(model, small(), data, settings, dev=dev, checkpoints=to, callbacks=callbacks)
+                made = loop.fit(model, tiny(), data, settings, dev=dev, checkpoints=to, callbacks=callbacks)
             except KeyboardInterrupt:
                 assert fault is not None
         return made, {name: p.detach().numpy() for name, p in model.named_parameters()}
@@ -91,7 +95,7 @@ def test_what_is_resumed_is_what_was_not_disturbed(tmp_path, cached):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    return materialize(toy_train(Toy(n=40), **LONG), str(tmp_path_factory.mktemp("whole")), Placement(train=OFTEN))
+    return materialize(long(dropout=0.1), str(tmp_path_factory.mktemp("whole")), Placement(train=OFTEN))
 
 
 def curve(folder):
@@ -116,7 +120,7 @@ def test_a_killed_driver_goes_on_with_the_same_command(undisturbed, tmp_path):
         driver.wait()
     assert folder.manifest is None, "it was killed too late to be a test"
     saved = sorted(path.name for path in Path(folder.path, "checkpoints").iterdir())
-    made = materialize(toy_train(Toy(n=40), **LONG), str(tmp_path), Placement(train=OFTEN))
+    made = materialize(long(dropout=0.1), str(tmp_path), Placement(train=OFTEN))
     assert saved and curve(made) == curve(undisturbed)
     assert distance(weights(made.path), weights(undisturbed.path)) == 0
     assert not Path(folder.path, "checkpoints").exists()
@@ -126,8 +130,7 @@ def test_a_killed_driver_goes_on_with_the_same_command(undisturbed, tmp_path):
 
 def test_a_killed_worker_is_replaced_and_the_curve_is_the_same(tmp_path):
     connect()
-    fields = LONG | {"dropout": 0.0}
-    stage = toy_train(Toy(n=40), **fields)
+    stage = long()
     one = materialize(stage, str(tmp_path / "one"), Placement(train=OFTEN))
     folder = stage.folder(str(tmp_path / "two"))
     killed = []
@@ -140,12 +143,12 @@ def test_a_killed_worker_is_replaced_and_the_curve_is_the_same(tmp_path):
 
     thread = threading.Thread(target=strike, daemon=True)
     thread.start()
-    two = materialize(stage, folder.runs, Placement(train=Pool(workers=2, cpus=0.9, checkpoint_every=5)))
+    two = materialize(stage, folder.runs, Placement(train=Pool(workers=2, cpus=0.9, checkpoint_every=20)))
     assert killed, "it ended before it was struck"
     ours, theirs = curve(one), curve(two)
     assert [name for name, _ in ours] == [name for name, _ in theirs]
     np.testing.assert_allclose([v for _, v in ours], [v for _, v in theirs], atol=1e-4)
-    assert two.manifest["counts"]["steps"] == 30
+    assert two.manifest["counts"]["steps"] == 300
     assert not Path(two.path, "checkpoints").exists()
 
 

@@ -15,7 +15,7 @@ from dagr_ray.stage import materialize
 from dagr_ray.training.losses import KL, InfoNCE, MarginMSE, Scored
 from dagr_ray.training.settings import Settings
 from tests.gradients import steps
-from tests.toys import Toy, small
+from tests.toys import Toy, tiny
 
 LOSSES = {
     "in-batch": (InfoNCE(),),
@@ -28,6 +28,8 @@ LOSSES = {
 }
 # Clipping would make large gradients equal; the largest difference is taken before it (see gradients.Seen).
 EVERY = {name: Settings(losses=each, steps=1, batch_size=8, precision="float32") for name, each in LOSSES.items()}
+# weights in shares, one for each worker
+EVERY |= {f"{name}-fsdp": replace(EVERY[name], fsdp=True) for name in ("sum", "cached-sum")}
 # 7 rows are no multiple of 2 or 4; of 3 rows, one of 4 workers has no query
 EVERY |= {f"{name}-of-7": replace(EVERY[name], batch_size=7) for name in ("sum", "cached-sum")}
 EVERY |= {f"{name}-of-3": replace(EVERY[name], batch_size=3) for name in ("two-sided", "cached-sum")}
@@ -46,7 +48,7 @@ def found(tmp_path_factory):
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         of = [
-            context.Process(target=steps, args=(rank, workers, port, small(), folder, EVERY, str(out)))
+            context.Process(target=steps, args=(rank, workers, port, tiny(), folder, EVERY, str(out)))
             for rank in range(workers)
         ]
         for each in of:
@@ -60,22 +62,24 @@ def found(tmp_path_factory):
 
 @pytest.mark.parametrize("case", EVERY)
 def test_the_number_of_workers_changes_neither_loss_nor_gradients(found, case):
-    (((step, loss),), gradients, counts) = found[1, 0][case]
+    (((step, loss),), gradients, counts, weights) = found[1, 0][case]
     assert step == 1 and loss > 0
     assert max(np.abs(g).max() for g in gradients.values()) > 1e-3
-    for (workers, _), cases in found.items():
-        (((_, other),), theirs, counted) = cases[case]
+    for (workers, rank), cases in found.items():
+        (((_, other),), theirs, counted, ended) = cases[case]
         assert other == pytest.approx(loss, abs=1e-5), workers
         assert theirs.keys() == gradients.keys()
         assert max(np.abs(theirs[name] - gradients[name]).max() for name in gradients) < 1e-5, workers
         assert counted["effective_negatives"] == counts["effective_negatives"]
+        if rank == 0:
+            assert ended.keys() == weights.keys()
+            np.testing.assert_allclose([ended[name] for name in weights], list(weights.values()), atol=1e-5)
 
 
 def test_gradient_caching_changes_nothing(found):
-    for plain, cached in (("in-batch", "cached"),):
-        (((_, one),), gradients, _), (((_, other),), again, _) = found[1, 0][plain], found[1, 0][cached]
-        assert one == pytest.approx(other, abs=1e-6)
-        assert max(np.abs(again[name] - gradients[name]).max() for name in gradients) < 1e-5
+    (((_, one),), gradients, *_), (((_, other),), again, *_) = found[1, 0]["in-batch"], found[1, 0]["cached"]
+    assert one == pytest.approx(other, abs=1e-6)
+    assert max(np.abs(again[name] - gradients[name]).max() for name in gradients) < 1e-5
 
 
 def test_the_negatives_of_a_query_are_those_of_arithmetic(tmp_path):
@@ -85,7 +89,7 @@ def test_the_negatives_of_a_query_are_those_of_arithmetic(tmp_path):
 
     folder = materialize(Toy(n=48, negatives=(2,)), str(tmp_path))
     settings = Settings(losses=(InfoNCE(),), steps=2, batch_size=4, precision="float32")
-    fitted = loop.fit(retriever.load(small(), device="cpu"), small(), texts.fetch(folder, folder, folder), settings)
+    fitted = loop.fit(retriever.load(tiny(), device="cpu"), tiny(), texts.fetch(folder, folder, folder), settings)
     assert fitted.counts["effective_negatives"] == {"info-nce": 4 * (1 + 2) - 1}
     assert fitted.samples == 8
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import random
+import shutil
+import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -70,6 +74,29 @@ class Toy(Stage):
 def small(**fields: Any) -> Encoder:
     """MiniLM, of which two layers are enough for what is no matter of quality."""
     return Encoder(**{"model": str(models.minilm()), "max_length": 64, "dtype": "float32", "layers": 2} | fields)
+
+
+def tiny(**fields: Any) -> Encoder:
+    """A BERT of two random layers and a million weights: steps and checkpoints take no time."""
+    return Encoder(**{"model": str(_tiny_bert()), "max_length": 64, "dtype": "float32"} | fields)
+
+
+@cache
+def _tiny_bert() -> Path:
+    import torch
+    from transformers import AutoTokenizer, BertConfig, BertModel
+
+    folder = Path(tempfile.mkdtemp(prefix="tiny-")) / "tiny-bert"
+    atexit.register(shutil.rmtree, folder.parent, True)
+    tokenizer = AutoTokenizer.from_pretrained(models.minilm())
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+        max_position_embeddings=128,
+    )  # fmt: skip
+    BertModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def toy_train(toy: Stage | None = None, **fields: Any) -> Train:
