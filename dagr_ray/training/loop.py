@@ -46,7 +46,7 @@ Weights = dict[str, torch.Tensor]
 
 @dataclass
 class Fitted:
-    """What a training came to. ``weights`` are those that it trained, as they ended; with FSDP, rank 0 alone has them."""
+    """What a training came to. ``weights`` are those that it trained, on rank 0 and where the model itself is in shares."""
 
     weights: Weights
     losses: list[tuple[int, float]]  # (step, mean since the last one)
@@ -125,7 +125,9 @@ def fit(
             with torch.nn.attention.sdpa_kernel([backend]) if device == "cpu" else contextlib.nullcontext():
                 trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         seconds = time.time() - started
-        weights = progress.best if progress.dev else trainer.weights()
+        weights: Weights = {}
+        if trainer.sharded:
+            weights = progress.best if progress.dev else trainer.weights()
         tally = _summed(collator.tally, model.device)
     if progress.best and not trainer.sharded:
         model.load_state_dict(progress.best, strict=False)
