@@ -83,7 +83,7 @@ def _read(path: str, what: str, parse: Callable[[list[str]], Any], finish: Calla
     value_type = tables.schema(kind).field("score" if what == "run" else "relevance").type
     problems: list[Problem] = []
     parts, lines = [], 0
-    pending: tuple[list[int], list[str], list[str], list[Any]] = ([], [], [], [])
+    pending: list[list[Any]] = [[], [], [], []]  # line, query, document, value
 
     def flush() -> None:
         line, query, doc, value = (pa.array(c, t) for c, t in zip(pending, types, strict=True))
@@ -107,8 +107,8 @@ def _read(path: str, what: str, parse: Callable[[list[str]], Any], finish: Calla
     flush()
     lines += sum(problem.reason == "wrong-encoding" for problem in problems)
     rows = _once(pa.concat_tables(parts).unify_dictionaries().combine_chunks(), name, problems)
+    problems.sort(key=lambda problem: problem.line)
     if len(problems) > MAX_BAD_SHARE * lines:
-        problems.sort(key=lambda problem: problem.line)
         shown = "; ".join(f"line {p.line}: {p.reason} ({p.detail})" for p in problems[:3])
         wanted = "query Q0 doc rank score tag" if what == "run" else "query 0 doc relevance"
         raise ConfigError(
