@@ -106,7 +106,8 @@ def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
     return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
 
 
-def _scratch() -> str:
+def scratch() -> str:
+    """Where this machine keeps what it can make or fetch again: DAGR_SCRATCH."""
     return os.environ.get("DAGR_SCRATCH", "/tmp/dagr-scratch")
 
 
@@ -139,7 +140,7 @@ def local_folder(folder: str) -> Path:
     files = sorted((f.path, f.size, f.mtime_ns) for f in found if f.is_file)
     if not files:
         raise ConfigError(f"no files at {folder!r}; give the address of a folder")
-    cache = os.path.join(_scratch(), "folders", digest(files), root.rsplit("/", 1)[-1])
+    cache = os.path.join(scratch(), "folders", digest(files), root.rsplit("/", 1)[-1])
     _fetch(fs, root, cache)
     return Path(cache)
 
@@ -167,7 +168,7 @@ class Artifact:
         target = "/".join([self.path, *parts])
         if self.local:
             return target
-        cache = os.path.join(_scratch(), *self.path.split("/"), *parts)
+        cache = os.path.join(scratch(), *self.path.split("/"), *parts)
         _fetch(self.fs, target, cache)
         return cache
 

@@ -31,7 +31,8 @@ class Pool(Config):
 
     ``in_flight`` shards are at work in one worker at once, where its stage can. A range of rows that takes longer than
     ``deadline_s`` has hung: its worker is ended, and the row at fault looked for. ``engine_args`` are options of the
-    engine under its own names that only change its speed.
+    engine under its own names that only change its speed. Of a training: ``checkpoint_every`` so many steps it can go
+    on after a fault, and with ``fsdp`` each worker holds a share of the model's weights and of the optimizer's state.
     """
 
     workers: Annotated[int, Field(ge=0)] = 0
@@ -41,6 +42,8 @@ class Pool(Config):
     in_flight: Annotated[int, Field(ge=1)] = 2
     deadline_s: Annotated[float, Field(gt=0)] = 1800.0
     engine_args: JsonObject = {}
+    checkpoint_every: Annotated[int, Field(ge=1)] = 200
+    fsdp: bool = False
 
 
 class TokenPrices(Config):

@@ -145,7 +145,7 @@ def _new_regions(
         first.setdefault(query_id, i)
     seen = {query_id for query_id, _ in rated if query_id in texts}
     known, new = sorted(seen), [query_id for query_id in first if query_id not in seen][:REGION_POOL]
-    vectors = encode(load(encoder), [texts[q] for q in (*known, *new)], encoder.query_prefix, encoder.dtype)
+    vectors = encode(load(encoder), [texts[q] for q in (*known, *new)], encoder.prompts()[0], encoder.dtype)
     for row, cosine in farthest_first(vectors, len(known)):
         why = "the first query" if cosine == -1 else f"cosine {cosine:.2f} to the nearest query before it"
         yield first[new[row - len(known)]], why

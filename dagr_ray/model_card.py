@@ -12,7 +12,9 @@ from dagr_ray import __version__
 def model_card(settings: dict[str, Any], summary: dict[str, Any]) -> str:
     """The model card: what it was made from and how, with the front matter that hubs read."""
     base, counts = settings["base"], summary["counts"]
-    hyper = {k: v for k, v in settings.items() if k != "type" and not isinstance(v, dict) and k != "fingerprint"}
+    hyper = {
+        k: v for k, v in settings.items() if k not in ("type", "fingerprint", "losses") and not isinstance(v, dict)
+    }
     content = f"revision `{base['revision']}`" if base["revision"] else f"content {settings['base_identity']['model']}"
     found = sorted(set(_origins(settings)))
     last = f"{summary['losses'][-1][1]:.4f}" if summary["losses"] else "not logged"
@@ -33,8 +35,10 @@ def model_card(settings: dict[str, Any], summary: dict[str, Any]) -> str:
         *[f"* {kind}: {text}" for kind, text in found],
         *[f"* {name}: `{source}`" for name, source in settings["sources"].items()],
         f"* examples: {counts['examples']}, with {counts['negatives']:.2f} negatives each on average",
-        f"* steps: {counts['steps']} of {summary['samples'] // counts['steps']} examples",
-        f"* loss: in-batch InfoNCE, {last} at the end; {summary['train_s']:.0f} s of training",
+        f"* steps: {counts['steps']} of {summary['samples'] / counts['steps']:.1f} examples",
+        *[f"* loss: {', '.join(f'{k} {v}' for k, v in loss.items())}" for loss in settings["losses"]],
+        f"* loss at the end: {last}; {summary['train_s']:.0f} s of training",
+        *_chosen(summary["dev"], counts),
         *[f"* {name}: {value}" for name, value in hyper.items()],
         "",
         "Training queries are machine-written where an engine is named above. Check the licences of the corpus, of the",
@@ -42,6 +46,15 @@ def model_card(settings: dict[str, Any], summary: dict[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _chosen(dev: list[tuple[int, float]], counts: dict[str, Any]) -> Iterator[str]:
+    """What the dev set said."""
+    if dev:
+        value_of, best = dict(dev), counts["best_step"]
+        yield f"* nDCG@10 on the dev set: {value_of[0]:.4f} before, {value_of[best]:.4f} after {best} steps, which are kept"
+        if not best:
+            yield "* **this is the base as it was**: no step of the training was better on the dev set"
 
 
 def _origins(value: Any) -> Iterator[tuple[str, str]]:

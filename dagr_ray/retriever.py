@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
 Opened = TypeVar("Opened")
 Dtype = Literal["auto", "float32", "bfloat16"]
+# The names under which a model's card may give its prompt for passages.
+PASSAGE_PROMPTS = ("document", "passage", "corpus")
+CARD = "config_sentence_transformers.json"
 # Texts tokenised at once: enough to sort by length, few enough that a corpus does not stand in memory as lists.
 WINDOW = 8192
 # Padded tokens of one forward pass. On 2 cores 4,096, 8,192 and 16,384 gave 46, 45 and 41 passages/s.
@@ -89,19 +93,58 @@ class Pinned(Config):
 class Encoder(Pinned):
     """A bi-encoder: a model folder (a path, or a URI to fetch it from once), or a hub id with the commit that pins it.
 
-    ``layers`` keeps only the first of the transformer's layers. ``reinitialise`` is a seed: the same embeddings, with
-    all other weights drawn anew, which makes a retriever that is not pre-trained. ``dtype`` ``auto`` computes in
-    bfloat16 where the processor has it (the weights stay float32), and else in float32. Prefixes are put before the
-    text, as E5 and others want.
+    Anything that sentence-transformers opens, decoders too. ``layers`` keeps only the first of the transformer's layers.
+    ``reinitialise`` is a seed: the same embeddings, with all other weights drawn anew, which makes a retriever that is
+    not pre-trained. ``dtype`` ``auto`` computes in bfloat16 where the processor has it (the weights stay float32), and
+    else in float32. Prefixes are put before the text, as E5 and others want. Where they are not given, they are the
+    prompts of the model's card (``config_sentence_transformers.json``), if it has some: see ``prompts``. So is
+    ``pooling`` that of its modules; a model without any is pooled by its last token if it is a causal language model, else by
+    the mean.
     """
 
     model: Annotated[str, Field(min_length=1)] = "sentence-transformers/all-MiniLM-L6-v2"
-    query_prefix: str = ""
-    doc_prefix: str = ""
+    query_prefix: str | None = None
+    doc_prefix: str | None = None
     max_length: Annotated[int, Field(ge=8)] = 256
     dtype: Dtype = "auto"
     reinitialise: Annotated[int, Field(ge=0)] | None = None
     layers: Annotated[int, Field(ge=1)] | None = None
+    pooling: Literal["mean", "cls", "lasttoken"] | None = None
+
+    def identity(self) -> dict[str, Any]:
+        """By the prefixes that are used, where the model is here to say them; without a pooling that is not set."""
+        said = super().identity()
+        if self.pooling is None:
+            del said["pooling"]
+        if self.local:
+            said["query_prefix"], said["doc_prefix"] = self.prompts()
+        return said
+
+    def prompts(self) -> tuple[str, str]:
+        """What is put before a query and before a passage: the prefixes, or the model's own prompts.
+
+        Fetches the card of a hub model, unless both prefixes are given.
+        """
+        if self.query_prefix is not None and self.doc_prefix is not None:
+            return self.query_prefix, self.doc_prefix
+        card = self._card().get("prompts") or {}
+        passage = next((card[name] for name in PASSAGE_PROMPTS if card.get(name)), "")
+        query = card.get("query") or ""
+        given = (self.query_prefix, self.doc_prefix)
+        return query if given[0] is None else given[0], passage if given[1] is None else given[1]
+
+    def _card(self) -> dict[str, Any]:
+        if self.local:
+            path = self.folder / CARD
+            return json.loads(path.read_text()) if path.is_file() else {}
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError
+
+        self.check()
+        try:
+            return json.loads(Path(hf_hub_download(self.model, CARD, revision=self.revision)).read_text())
+        except EntryNotFoundError:
+            return {}
 
     def label(self) -> str:
         name = self.folder.name.lower()
@@ -125,11 +168,22 @@ def load(encoder: Encoder, device: str | None = None, model: str | Path | None =
     if limit is not None and encoder.max_length > limit:
         raise ConfigError(f"encoder: max_length = {encoder.max_length}: {encoder.model!r} reads at most {limit} tokens")
     loaded.max_seq_length = encoder.max_length
+    _pool(loaded, encoder.pooling)
+    if loaded.tokenizer.pad_token is None:  # a decoder that was made to write one text at a time
+        loaded.tokenizer.pad_token = loaded.tokenizer.eos_token
     if encoder.layers is not None:
         _keep_layers(transformer, encoder.layers)
     if encoder.reinitialise is not None:
         _reinitialise(transformer, encoder.reinitialise)
     return loaded.eval()
+
+
+def _pool(model: SentenceTransformer, pooling: str | None) -> None:
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
+    at = next((i for i, module in enumerate(model) if isinstance(module, Pooling)), None)
+    if pooling is not None and at is not None:
+        model[at] = Pooling(model[0].get_embedding_dimension(), pooling)
 
 
 def _keep_layers(transformer: Any, layers: int) -> None:

@@ -211,7 +211,7 @@ class _Work:
             texts = tables.texts(part["text"].filter(pa.array(fresh[at : at + part.num_rows])))
             for start in range(0, len(texts), retriever.WINDOW):
                 some = texts[start : start + retriever.WINDOW]
-                vectors[done : done + len(some)] = retriever.encode(model, some, encoder.query_prefix, encoder.dtype)
+                vectors[done : done + len(some)] = retriever.encode(model, some, encoder.prompts()[0], encoder.dtype)
                 done += len(some)
             at += part.num_rows
         return vectors

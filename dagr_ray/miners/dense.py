@@ -42,7 +42,7 @@ class Dense(Miner):
                 for start in range(0, part.num_rows, retriever.WINDOW):
                     rows = part.slice(start, retriever.WINDOW).to_pylist()
                     texts = [passage_text(row["title"], row["text"]) for row in rows]
-                    vectors = retriever.encode(loaded, texts, self.encoder.doc_prefix, self.encoder.dtype)
+                    vectors = retriever.encode(loaded, texts, self.encoder.prompts()[1], self.encoder.dtype)
                     writer.add([row["doc_id"] for row in rows], vectors)
 
     def open(self, folder: Path, model: Path | None = None) -> DenseIndex:
@@ -61,6 +61,6 @@ class DenseIndex:
         found: list[Hits] = []
         for start in range(0, len(queries), QUERIES_AT_ONCE):
             texts = queries[start : start + QUERIES_AT_ONCE]
-            vectors = retriever.encode(self._model, texts, self.encoder.query_prefix, self.encoder.dtype)
+            vectors = retriever.encode(self._model, texts, self.encoder.prompts()[0], self.encoder.dtype)
             found += self.vectors.search(vectors, k)
         return found

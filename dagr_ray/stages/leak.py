@@ -70,7 +70,7 @@ class LeakScan(Stage):
         def encoded(texts: pa.Array, queries: bool) -> sketch.Floats | None:
             if model is None or self.encoder is None:
                 return None
-            prefix = self.encoder.query_prefix if queries else self.encoder.doc_prefix
+            prefix = self.encoder.prompts()[0 if queries else 1]
             return retriever.encode(model, tables.texts(texts), prefix, self.encoder.dtype)
 
         sets = [_Set(inputs[f"held_out.{i}"], self.split, encoded) for i in range(len(self.held_out))]

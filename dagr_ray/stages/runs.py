@@ -45,7 +45,7 @@ class _TrecFile(Stage):
 class TrecRun(_TrecFile):
     """A run that another system made, as ``candidates``: ``path`` (or a URI) of a TREC run file, plain or gzipped.
 
-    What ``Evaluate`` and ``Fuse`` take as a search. Bad lines are left out, counted and listed in ``rejected`` with file
+    What ``Evaluate`` takes as a search. Bad lines are left out, counted and listed in ``rejected`` with file
     and line; over 1 % of them raises ConfigError. Order and ties are trec_eval's: see ``dagr_ray.trec``.
     """
 

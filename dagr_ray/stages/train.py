@@ -1,4 +1,4 @@
-"""Fine-tunes a bi-encoder with Ray Train on mined examples."""
+"""Fine-tunes a bi-encoder on mined examples with Ray Train. What a worker does is in ``dagr_ray.training``, without Ray."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+import uuid
+from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
-import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.fs as pafs
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from dagr_ray import retriever, tables
 from dagr_ray.artifact import Artifact
@@ -26,32 +26,50 @@ from dagr_ray.config import ConfigError
 from dagr_ray.model_card import model_card
 from dagr_ray.retriever import Encoder
 from dagr_ray.stage import Inputs, Output, Run, Stage
+from dagr_ray.training import texts
+from dagr_ray.training.checkpoints import Checkpoints
+from dagr_ray.training.dev import MEASURE, Dev
+from dagr_ray.training.lora import LoRA
+from dagr_ray.training.losses import InfoNCE, Loss
+from dagr_ray.training.settings import Settings
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-LOG_EVERY = 4
-# Rows sorted by length together, in batches: enough to save padding, few enough that batches stay mixed.
-SORTED_TOGETHER = 8
-CHUNK = 16  # passages of one forward
+log = logging.getLogger("dagr")
+# How often a training goes on from its last checkpoint after a worker has died, besides any number of pre-emptions.
+RESTARTS = 3
 
 
 class Train(Stage):
-    """``base`` fine-tuned on ``examples`` with MultipleNegativesRankingLoss.
+    """``base`` fine-tuned on ``examples`` with the weighted sum of ``losses``.
 
-    That is InfoNCE (van den Oord et al. 2018, arXiv 1807.03748) with in-batch negatives (Henderson et al. 2017, arXiv
-    1705.00652): a query's passage against its own negatives and all passages of the batch, by cosine / ``temperature``.
+    ``batch_size`` is that of a whole step: workers share each batch and gather its embeddings, so that their number
+    changes the order of additions and nothing else (``step``). For that, and because a CPU is faster without it, there is
+    no dropout unless ``dropout`` is set. An epoch takes each example once; its last batch may be smaller. While another
+    order can avoid it, no passage is in a batch twice where it would be one query's positive and another's negative
+    (``repeats`` in the counts says how often it could not), and a passage that some example gives as a query's positive
+    is never its negative in the batch. ``curriculum`` takes easy examples first: those whose positive scores most above
+    their best negative, by the scores in ``examples`` (the first search's, or the teacher's after ``Relabel``).
+    ``steps`` ends the training after so many, and takes as many epochs as that needs.
 
-    ``batch_size`` is that of a whole step: workers share each batch and gather its passages, so that their number
-    changes the order of additions and nothing else. For that, and because a CPU is faster without it, there is no
-    dropout unless ``dropout`` is set. While another order can avoid it, no passage is in a batch twice where it would
-    be one query's positive and another's negative; ``repeats`` in the counts says how often that could not be avoided.
+    ``start`` is a training of the same base whose model this one goes on from. ``warmup`` is the share of the steps in
+    which the rate rises; then it falls to zero in a line or half a cosine, or stays. Passages are cut to ``max_length``
+    tokens in training. ``precision`` ``auto`` computes as the base's ``dtype`` says; weights stay float32.
+    ``lora`` trains adapters in place of the weights; a tenfold ``lr`` suits them.
 
-    ``warmup`` is the share of the steps in which the rate rises; then it falls to zero in a line. Passages are cut to
-    ``max_length`` tokens in training. The metrics hold the mean loss of every few steps as ``loss@<step>``.
+    ``dev`` has queries judged in ``qrels.<dev_split>``, whose passages no example may have as a positive (``DevSplit`` makes
+    one); they are searched in ``dev_corpus`` (the dev set's own corpus, else the training's). Before the first step,
+    every ``eval_every`` steps (a tenth of them) and at the end nDCG@10 is taken; the model with the best value is kept,
+    the base included, and after ``patience`` evaluations without a better one the training ends.
+
+    The metrics hold the mean loss of every few steps as ``loss@<step>``, and ``nDCG@10@<step>`` of split ``dev``. Counts:
+    ``effective_negatives`` is how many negatives a query met on average, by loss; ``padding`` the share of the computed
+    tokens that was none; ``best_step`` 0 says that the base was better than what became of it.
     """
 
     abstract: ClassVar[bool] = False
+    version: ClassVar[int] = 2
     pool: ClassVar[str] = "train"
     starts_workers: ClassVar[bool] = True
     outputs: ClassVar[tuple[str, ...]] = ("metrics",)
@@ -59,54 +77,121 @@ class Train(Stage):
     queries: Stage
     corpus: Stage
     base: Encoder
+    start: Stage | None = None
+    dev: Stage | None = None
+    dev_split: str = "dev"
+    dev_corpus: Stage | None = None
+    eval_every: Annotated[int, Field(ge=1)] | None = None
+    patience: Annotated[int, Field(ge=1)] | None = None
+    losses: Annotated[tuple[Loss, ...], Field(min_length=1)] = (InfoNCE(),)
     epochs: Annotated[int, Field(ge=1)] = 1
+    steps: Annotated[int, Field(ge=1)] | None = None
     batch_size: Annotated[int, Field(ge=1)] = 32
     lr: Annotated[float, Field(gt=0)] = 2e-5
     max_length: Annotated[int, Field(ge=8)] = 128
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    temperature: Annotated[float, Field(gt=0)] = 0.05
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    precision: Literal["auto", "bf16", "float32"] = "auto"
+    gradient_checkpointing: bool = False
+    lora: LoRA | None = None
+    curriculum: bool = False
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _fits(self) -> Train:
+        names = [loss.type for loss in self.losses]
+        if len(set(names)) < len(names):
+            raise ConfigError(
+                f"train: losses = {', '.join(names)}: a kind is there twice; give each once, with its weight"
+            )
+        if self.start is not None and (not isinstance(self.start, Train) or self.start.base != self.base):
+            raise ConfigError(
+                f"train: start = {self.start.label()!r} is no training of the same base; give one that is"
+            )
+        if self.patience is not None and self.dev is None:
+            raise ConfigError(
+                f"train: patience = {self.patience} and no dev set to judge by; set dev, or leave patience out"
+            )
+        if self.dev_corpus is not None and self.dev is None:
+            raise ConfigError("train: dev_corpus is set and dev is not; set dev, or leave dev_corpus out")
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """Without what trades memory for time and changes no result."""
+        return {k: v for k, v in super().identity().items() if k != "gradient_checkpointing"}
 
     def label(self) -> str:
         return self.base.label()
 
+    def job(self, pool: Pool) -> Job:
+        """What the workers are told."""
+        named = {f.name for f in fields(Settings)} & set(Train.model_fields)
+        settings = Settings(
+            **{name: getattr(self, name) for name in named}, checkpoint_every=pool.checkpoint_every, fsdp=pool.fsdp
+        )
+        card = self.to_json() | {"sources": {k: v.folder_name() for k, v in self.inputs().items()}}
+        card |= {"fingerprint": self.fingerprint(), "base_identity": self.base.identity()}
+        return Job(self.base, settings, self.dev_split, card)
+
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
         def run(start: int, stop: int) -> Output:
-            rows = inputs["examples"].count("examples")
-            if not rows:
-                raise ConfigError(
-                    f"train: examples = {inputs['examples'].name!r} has no rows; generate more, or relax the filters "
-                    "(dagr show says which refused what)"
-                )
-            negatives = pc.list_value_length(inputs["examples"].read("examples", ["negative_ids"])["negative_ids"])
-            fewest, most = pc.min_max(negatives).as_py().values()
-            if most and not fewest:
-                raise ConfigError(
-                    f"train: examples = {inputs['examples'].name!r} has rows with negatives and rows without; "
-                    "the loss wants some in every row or in none: mine again, or with negatives=0"
-                )
-            if self.batch_size % max(pool.workers, 1):
-                raise ConfigError(
-                    f"train: batch_size = {self.batch_size} cannot be shared by {pool.workers} workers; set a multiple"
-                )
+            self._check(inputs["examples"])
             started = time.time()
-            settings = self.to_json() | {"sources": {k: v.folder_name() for k, v in self.inputs().items()}}
-            settings |= {"fingerprint": self.fingerprint(), "base_identity": self.base.identity()}
-            result = _fit(settings, inputs, folder, pool)
-            made = tables.table(
-                "metrics", ({"measure": f"loss@{step}", "value": loss} for step, loss in result["losses"])
-            )
-            counts = {"in": rows, "out": rows, **result["counts"]}
+            result = _fit(self, inputs, folder, pool)
+            if "refusal" in result:
+                raise ConfigError(result["refusal"])
+            curve = [{"measure": f"loss@{step}", "value": loss} for step, loss in result["losses"]]
+            dev = [{"measure": f"{MEASURE}@{step}", "value": v, "split": "dev"} for step, v in result["dev"]]
+            counts = {
+                "in": inputs["examples"].count("examples"),
+                "out": result["counts"]["examples"],
+                **result["counts"],
+            }
+            if dev and not counts["best_step"]:
+                log.warning(
+                    "%s: the base is better on the dev set (%s %.4f) than anything that came of it; the base is kept",
+                    folder.name, MEASURE, result["dev"][0][1],
+                )  # fmt: skip
             cost = {"train_s": result["train_s"], "setup_s": time.time() - started - result["train_s"]}
             files = [f"model/{name}" for name in result["files"]]
-            return Output({"metrics": made}, files, counts, cost | {"samples": result["samples"]})
+            Checkpoints(folder, "").clear()
+            return Output(
+                {"metrics": tables.table("metrics", curve + dev)}, files, counts, cost | {"samples": result["samples"]}
+            )
 
         return run
 
+    def _check(self, examples: Artifact) -> None:
+        """Raises ConfigError where the examples cannot be learnt from as the fields say. Holds no more than a range of them."""
+        rows, name = examples.count("examples"), examples.name
+        if not rows:
+            raise ConfigError(
+                f"train: examples = {name!r} has no rows; generate more, or relax the filters "
+                "(dagr show says which refused what)"
+            )
+        if self.lora is not None:
+            self.lora.check()
+        by = next((loss.type for loss in self.losses if loss.needs_scores), "curriculum" if self.curriculum else None)
+        if by is None:
+            return
+        for part in texts.ranges(examples, "examples", ["negative_ids", "positive_score", "negative_scores"]):
+            asked, given = (pc.list_value_length(part[c]) for c in ("negative_ids", "negative_scores"))
+            if pc.any(pc.equal(asked, 0)).as_py():
+                raise ConfigError(
+                    f"train: {by} compares scores, and examples = {name!r} has rows without negatives; mine some"
+                )
+            short = pc.any(pc.not_equal(asked, pc.fill_null(given, -1))).as_py()
+            flat = pc.list_flatten(part["negative_scores"])
+            if short or part["positive_score"].null_count or flat.null_count:
+                raise ConfigError(
+                    f"train: {by} needs a score for every positive and negative, and examples = {name!r} lacks some; "
+                    "have a teacher score them with Label, and put the scores in with Relabel"
+                )
 
-def _fit(settings: dict[str, Any], inputs: Inputs, folder: Artifact, pool: Pool) -> dict[str, Any]:
+
+def _fit(stage: Train, inputs: Inputs, folder: Artifact, pool: Pool) -> dict[str, Any]:
     """Runs the training on the pool's workers (0: here, by Ray Train's local mode); returns rank 0's summary."""
     import ray.train.torch
 
@@ -114,14 +199,25 @@ def _fit(settings: dict[str, Any], inputs: Inputs, folder: Artifact, pool: Pool)
     storage = f"{folder.path}/ray"
     trainer = ray.train.torch.TorchTrainer(
         _work,
-        train_loop_config={"settings": settings, "inputs": inputs, "folder": folder, "workers": pool.workers},
+        train_loop_config={
+            "job": stage.job(pool),
+            "inputs": inputs,
+            "folder": folder,
+            "attempt": uuid.uuid4().hex[:8],
+            "workers": pool.workers,
+        },
         scaling_config=ray.train.ScalingConfig(
             num_workers=pool.workers,
             use_gpu=pool.gpus > 0,
             resources_per_worker={"CPU": pool.cpus, **({"GPU": pool.gpus} if pool.gpus else {})},
         ),
         # every worker must reach the storage, as it does the folder; nothing is kept there
-        run_config=ray.train.RunConfig(name="train", storage_path=storage, storage_filesystem=folder.fs),
+        run_config=ray.train.RunConfig(
+            name="train",
+            storage_path=storage,
+            storage_filesystem=folder.fs,
+            failure_config=ray.train.FailureConfig(max_failures=RESTARTS),
+        ),
     )
     try:
         with _sigint_kept():
@@ -146,22 +242,17 @@ def _sigint_kept() -> Iterator[None]:
 # -- on the workers --------------------------------------------------------------------------------------------------
 
 
-class _Example(NamedTuple):
-    """Row numbers of texts in ``_Texts``; equal passages have one number."""
+class Job(NamedTuple):
+    """What a worker is told: no stages, since a worker may lack the files that these stand for."""
 
-    query: int
-    positive: int
-    negatives: tuple[int, ...]
-
-
-class _Texts(NamedTuple):
-    queries: list[str]
-    passages: list[str]
-    examples: list[_Example]
+    base: Encoder
+    settings: Settings
+    dev_split: str
+    card: dict[str, Any]
 
 
 def _work(config: dict[str, Any]) -> dict[str, Any] | None:
-    """One worker of a training: the whole of it, on its share of each batch."""
+    """One worker of a training. A mistake of the user's is returned: Ray Train would try again what is raised."""
     import ray.train.torch
 
     rank, workers, device = 0, 1, None
@@ -169,274 +260,43 @@ def _work(config: dict[str, Any]) -> dict[str, Any] | None:
         context = ray.train.get_context()
         rank, workers = context.get_world_rank(), context.get_world_size()
         device = str(ray.train.torch.get_device())
-    settings, folder = config["settings"], config["folder"]
-    base = Encoder.model_validate(settings["base"])
-    texts = _join(config["inputs"], base)
-    size = min(settings["batch_size"], len(texts.examples) // workers * workers) or workers
-    order = _plan(texts, size, settings["epochs"], settings["seed"])
-    model = retriever.load(base, device=device)
-    started = time.time()
-    losses = _train(model, base, texts, order, size // workers, workers, settings)
-    train_s = time.time() - started
+    checkpoints = Checkpoints(config["folder"], config["attempt"], rank, workers)
+    try:
+        return _trained(config["job"], config["inputs"], config["folder"], checkpoints, device)
+    except ConfigError as error:
+        return {"refusal": str(error)}
+
+
+def _trained(
+    job: Job, inputs: Inputs, folder: Artifact, checkpoints: Checkpoints, device: str | None
+) -> dict[str, Any] | None:
+    from dagr_ray.training import loop, lora
+
+    rank, workers, settings = checkpoints.rank, checkpoints.workers, job.settings
+    data = texts.fetch(inputs["examples"], inputs["queries"], inputs["corpus"])
+    dev = None
+    if "dev" in inputs:
+        own = inputs["dev"] if "corpus" in inputs["dev"].table_names() else inputs["corpus"]
+        dev = Dev(inputs["dev"], job.dev_split, inputs.get("dev_corpus", own))
+        dev.check(data)
+    before = inputs["start"].local_path("model") if "start" in inputs else None
+    model = retriever.load(job.base, device=device, model=before)
+    fitted = loop.fit(model, job.base, data, settings, rank=rank, workers=workers, dev=dev, checkpoints=checkpoints)
+    data.remove()
     if rank:
         return None
-    negatives = sum(len(set(e.negatives)) for e in texts.examples) / len(texts.examples)
-    counts = {
-        "examples": len(texts.examples),
-        "steps": len(order) // size,
-        "negatives": negatives,
-        "repeats": _repeats(texts, order, size),
-    }
-    summary = {"losses": losses, "counts": counts, "samples": len(order), "train_s": train_s}
-    summary["files"] = _save(model, model_card(settings, summary), folder)
+    if settings.fsdp and workers > 1:  # the model that was trained is in pieces
+        model = retriever.load(job.base, device="cpu", model=before)
+        if settings.lora is not None:
+            lora.adapt(model, settings.lora, settings.seed)
+        model.load_state_dict(fitted.weights, strict=False)
+    if settings.lora is not None:
+        lora.merge(model)
+    counts = fitted.counts | ({"best_step": fitted.best_step} if fitted.dev else {})
+    summary = {"losses": fitted.losses, "dev": fitted.dev, "counts": counts}
+    summary |= {"samples": fitted.samples, "train_s": fitted.seconds}
+    summary["files"] = _save(model, model_card(job.card, summary), folder)
     return summary
-
-
-def _join(inputs: Inputs, base: Encoder) -> _Texts:
-    """The texts of the examples, from the tables that hold them; only the rows needed are kept."""
-    examples = inputs["examples"].read("examples", ["query_id", "positive_id", "negative_ids"])
-    negatives = pc.list_flatten(examples["negative_ids"])
-    wanted = pa.chunked_array([*examples["positive_id"].chunks, *negatives.chunks], tables.TEXT).unique()
-    queries = _rows(inputs["queries"], "queries", examples["query_id"].unique())
-    passages = _rows(inputs["corpus"], "corpus", wanted)
-    query_of = {q["query_id"]: i for i, q in enumerate(queries)}
-    bodies = [tables.passage_text(p["title"], p["text"]) for p in passages]
-    first: dict[str, int] = {}
-    passage_of = {
-        p["doc_id"]: first.setdefault(body, i) for i, (p, body) in enumerate(zip(passages, bodies, strict=True))
-    }
-    widest = pc.max(pc.list_value_length(examples["negative_ids"])).as_py()
-    joined = []
-    for row in examples.to_pylist():
-        own = [passage_of[i] for i in row["negative_ids"]]
-        # the loss wants full columns: an example with fewer negatives repeats its own
-        padded = [own[i % len(own)] for i in range(widest)]
-        joined.append(_Example(query_of[row["query_id"]], passage_of[row["positive_id"]], tuple(padded)))
-    said = [base.query_prefix + q["text"] for q in queries]
-    return _Texts(said, [base.doc_prefix + body for body in bodies], joined)
-
-
-def _rows(source: Artifact, name: str, ids: pa.Array) -> list[dict[str, Any]]:
-    """The rows of a table with these ids, in the order of the ids: the same for any sharding of the table."""
-    key = tables.schema(name).field(0).name
-    parts = [part.filter(pc.is_in(part[key], value_set=ids)) for part in source.scan(name)]
-    found = pa.concat_tables([tables.empty(name), *parts])
-    row_of = {row[key]: row for row in found.to_pylist()}
-    missing = [i for i in ids.to_pylist() if i not in row_of]
-    assert not missing, (
-        f"{len(missing)} rows of the examples are not in {name} of {source.path}, such as {missing[0]!r}"
-    )
-    return [row_of[i] for i in ids.to_pylist()]
-
-
-def _plan(texts: _Texts, size: int, epochs: int, seed: int) -> list[int]:
-    """Example numbers, epoch after epoch, ``size`` to a batch; the last batch is filled up from its epoch's start.
-
-    Depends on nothing but the examples and the seed, so it is the same for any number of workers. Rows that stand in
-    line together are alike in length, and no batch has a passage twice as long as a row without it is in reach.
-    """
-    examples, rng = texts.examples, np.random.default_rng(seed)
-    length = [max(len(texts.passages[p]) for p in (e.positive, *e.negatives)) for e in examples]
-    order: list[int] = []
-    for _ in range(epochs):
-        shuffled = rng.permutation(len(examples)).tolist()
-        whole = -(-len(shuffled) // size) * size
-        shuffled = (shuffled * size)[:whole]
-        batches: list[list[int]] = []
-        for start in range(0, len(shuffled), size * SORTED_TOGETHER):
-            group = sorted(shuffled[start : start + size * SORTED_TOGETHER], key=length.__getitem__)
-            batches += _cut(examples, group, size)
-        order += [row for b in rng.permutation(len(batches)) for row in batches[b]]
-    return order
-
-
-def _cut(examples: Sequence[_Example], rows: Sequence[int], size: int) -> list[list[int]]:
-    """Rows as full batches: each goes to the first with room and none of its texts, the last ones by an exchange."""
-    batches: list[list[int]] = [[] for _ in range(len(rows) // size)]
-    seen = [_Seen() for _ in batches]
-    first, left = 0, []
-    for row in rows:
-        while first < len(batches) and len(batches[first]) == size:
-            first += 1
-        fits = (b for b in range(first, len(batches)) if len(batches[b]) < size and not seen[b].clash(examples[row]))
-        b = next(fits, None)
-        if b is None:
-            left.append(row)
-        else:
-            seen[b].add(examples[row])
-            batches[b].append(row)
-    for row in left:
-        b = next(b for b, batch in enumerate(batches) if len(batch) < size)
-        row = _exchange(examples, batches, row, seen[b]) if seen[b].clash(examples[row]) else row
-        seen[b].add(examples[row])
-        batches[b].append(row)
-    return batches
-
-
-def _exchange(examples: Sequence[_Example], batches: list[list[int]], row: int, room: _Seen) -> int:
-    """Puts ``row`` in the place of one that fits the batch with room, and returns that; ``row`` if there is none."""
-    for batch in batches:
-        for place, other in enumerate(batch):
-            if not room.clash(examples[other]):
-                rest = _Seen()
-                for kept in batch[:place] + batch[place + 1 :]:
-                    rest.add(examples[kept])
-                if not rest.clash(examples[row]):
-                    batch[place] = row
-                    return other
-    return row
-
-
-class _Seen:
-    """The texts of a batch."""
-
-    def __init__(self) -> None:
-        self.queries: set[int] = set()
-        self.positives: set[int] = set()
-        self.negatives: set[int] = set()
-
-    def clash(self, e: _Example) -> bool:
-        """Whether a passage that is relevant to a query would stand in the batch as another's as well."""
-        known = e.query in self.queries or e.positive in self.positives or e.positive in self.negatives
-        return known or not self.positives.isdisjoint(e.negatives)
-
-    def add(self, e: _Example) -> None:
-        self.queries.add(e.query)
-        self.positives.add(e.positive)
-        self.negatives.update(e.negatives)
-
-
-def _repeats(texts: _Texts, order: list[int], size: int) -> int:
-    """Rows whose batch holds one of their texts already."""
-    found = 0
-    for start in range(0, len(order), size):
-        seen = _Seen()
-        for row in order[start : start + size]:
-            found += seen.clash(texts.examples[row])
-            seen.add(texts.examples[row])
-    return found
-
-
-def _train(
-    model: SentenceTransformer,
-    base: Encoder,
-    texts: _Texts,
-    order: list[int],
-    share: int,
-    workers: int,
-    settings: dict[str, Any],
-) -> list[tuple[int, float]]:
-    """Trains the model in place on ``share`` rows a step; returns (step, mean loss since the last one)."""
-    import torch
-    from datasets import Dataset, disable_progress_bars
-    from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
-    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.data import BatchSampler, SequentialSampler
-    from transformers import PrinterCallback
-
-    class Loss(MultipleNegativesRankingLoss):
-        def forward(self, sentence_features: Any, labels: Any) -> Any:
-            """The library pads all passages of a batch to the longest; in chunks of like length the sum is the same."""
-            queries, *columns = list(sentence_features)
-            passages = _embed(self.model, columns)
-            return self.compute_loss_from_embeddings([self.model(queries)["sentence_embedding"], *passages], labels)
-
-    class Trainer(SentenceTransformerTrainer):
-        def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
-            """The library's card counts the data's tokens and asks the hub about the base; ours is `model_card`."""
-
-    disable_progress_bars()
-    model.max_seq_length = settings["max_length"]
-    _set_dropout(model, settings["dropout"])
-    _freeze_unused(model, texts.queries[0])
-    rows = [texts.examples[i] for i in order]
-    columns = {"query": [texts.queries[e.query] for e in rows], "positive": [texts.passages[e.positive] for e in rows]}
-    for k in range(len(rows[0].negatives)):
-        columns[f"negative_{k + 1}"] = [texts.passages[e.negatives[k]] for e in rows]
-    steps = len(order) // (share * workers)
-    device = model.device.type
-    with tempfile.TemporaryDirectory(prefix="dagr-train-") as scratch:
-        trainer = Trainer(
-            model=model,
-            args=SentenceTransformerTrainingArguments(
-                output_dir=scratch,
-                num_train_epochs=1,  # the plan holds all epochs
-                per_device_train_batch_size=share,
-                # worker r takes the r-th share of each batch of the plan: accelerate deals batches out in turn
-                batch_sampler=lambda dataset, batch_size, **_: BatchSampler(
-                    SequentialSampler(dataset), batch_size, True
-                ),
-                dataloader_num_workers=0,
-                dataloader_pin_memory=False,
-                learning_rate=settings["lr"],
-                weight_decay=settings["weight_decay"],
-                warmup_steps=round(settings["warmup"] * steps),
-                lr_scheduler_type="linear",
-                max_grad_norm=1.0,
-                seed=settings["seed"],
-                bf16=retriever.compute_dtype(base.dtype, device) == torch.bfloat16,
-                use_cpu=device == "cpu",
-                ddp_backend=None if workers == 1 else "gloo" if device == "cpu" else "nccl",
-                ddp_find_unused_parameters=False,
-                save_strategy="no",
-                eval_strategy="no",
-                logging_steps=min(LOG_EVERY, steps),
-                report_to="none",
-                disable_tqdm=True,
-                log_level="error",
-            ),
-            train_dataset=Dataset.from_dict(columns),
-            loss=Loss(model, scale=1 / settings["temperature"], gather_across_devices=workers > 1),
-        )
-        trainer.remove_callback(PrinterCallback)
-        # On a CPU the fused attention's backward pass takes longer than the plain one: 15.0 against 11.7 s for 192 rows.
-        with sdpa_kernel([SDPBackend.MATH]) if device == "cpu" else contextlib.nullcontext():
-            trainer.train()
-    model.max_seq_length = base.max_length
-    return [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
-
-
-def _embed(model: Any, columns: list[dict[str, Any]]) -> list[Any]:
-    """One tensor of embeddings for each column of passages, encoded together in chunks of like length on a CPU."""
-    import torch
-    from torch.nn.functional import pad
-
-    masks = [column["attention_mask"] for column in columns]
-    if masks[0].device.type != "cpu" or not all(bool(mask[:, 0].all()) for mask in masks):
-        # a GPU wants few large passes; what is padded at the start cannot be cut at the end
-        return [model(column)["sentence_embedding"] for column in columns]
-    width = max(mask.shape[1] for mask in masks)
-    names = [name for name, value in columns[0].items() if torch.is_tensor(value) and value.ndim == 2]
-    whole = {name: torch.cat([pad(c[name], (0, width - c[name].shape[1])) for c in columns]) for name in names}
-    lengths = whole["attention_mask"].sum(1)
-    order = lengths.argsort(stable=True)
-    vectors = []
-    for rows in order.split(CHUNK):
-        longest = int(lengths[rows].max())
-        vectors.append(model({name: value[rows, :longest] for name, value in whole.items()})["sentence_embedding"])
-    back = torch.cat(vectors)[order.argsort()]
-    return list(back.split([len(mask) for mask in masks]))
-
-
-def _set_dropout(model: SentenceTransformer, share: float) -> None:
-    import torch
-
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = share
-        for name in ("attention_dropout", "attn_dropout", "dropout_prob"):  # numbers given to fused attention
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, share)
-
-
-def _freeze_unused(model: SentenceTransformer, text: str) -> None:
-    """Weights that no embedding depends on (BERT's pooler) get no gradient, on which workers would wait for ever."""
-    model.train()
-    model(dict(model.tokenizer([text], return_tensors="pt").to(model.device)))["sentence_embedding"].sum().backward()
-    for parameter in model.parameters():
-        parameter.requires_grad_(parameter.grad is not None)
-    model.zero_grad(set_to_none=True)
 
 
 def _save(model: SentenceTransformer, card: str, folder: Artifact) -> list[str]:

@@ -1,0 +1,99 @@
+"""Checkpoints of a training as files below the stage's folder, on a disk or an object store.
+
+    checkpoints/00000200-5c1e/weights.safetensors ...   what each worker wrote at step 200
+    checkpoints/00000200-5c1e/rank-0.json               written last by a worker: its files with their checksums
+
+A checkpoint is whole once each of its workers has written its list. Nothing is renamed, and a driver that was taken for
+dead cannot spoil one: each attempt has names of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+from pathlib import Path
+
+import pyarrow.fs as pafs
+
+from dagr_ray.artifact import Artifact
+
+log = logging.getLogger("dagr")
+FOLDER = "checkpoints"
+KEPT = 2  # one to go back to where the last was not finished
+
+
+class Checkpoints:
+    """Those of one training; ``attempt`` is a word that no other attempt at it has."""
+
+    def __init__(self, folder: Artifact, attempt: str, rank: int = 0, workers: int = 1) -> None:
+        self.folder, self.attempt, self.rank, self.workers = folder, attempt, rank, workers
+        self.root = f"{folder.path}/{FOLDER}"
+
+    def put(self, step: int, files: Path) -> None:
+        """Adds what this worker wrote at a step. The first worker removes what is older than the last but one."""
+        name = f"{step:08d}-{self.attempt}"
+        listed = {}
+        for path in sorted(each for each in files.rglob("*") if each.is_file()):
+            relative = path.relative_to(files).as_posix()
+            listed[relative] = _sha256(path)
+            target = f"{self.root}/{name}/{relative}"
+            self.folder.fs.create_dir(target.rsplit("/", 1)[0], recursive=True)
+            pafs.copy_files(str(path), target, destination_filesystem=self.folder.fs)
+        written = {"workers": self.workers, "files": listed}
+        self.folder.write_bytes(f"{FOLDER}/{name}/rank-{self.rank}.json", json.dumps(written).encode())
+        if self.rank == 0:
+            others = [each for each in self._names() if each != name]
+            for old in others[KEPT - 1 :]:
+                self._remove(old)
+
+    def last(self, into: Path) -> int | None:
+        """Copies the last whole checkpoint into a folder and returns its step; None where there is none."""
+        for name in self._names():
+            target = into / name
+            if self._fetch(name, target):
+                for path in target.iterdir():
+                    path.rename(into / path.name)
+                target.rmdir()
+                return int(name.split("-")[0])
+            log.warning("%s: checkpoint %s is not whole; an older one is taken", self.folder.name, name)
+        return None
+
+    def clear(self) -> None:
+        """Removes all."""
+        self._remove("")
+
+    def _names(self) -> list[str]:
+        """Newest first."""
+        found = self.folder.fs.get_file_info(pafs.FileSelector(self.root, allow_not_found=True))
+        return sorted((each.base_name for each in found if each.type == pafs.FileType.Directory), reverse=True)
+
+    def _fetch(self, name: str, target: Path) -> bool:
+        first = self.folder.read_json(f"{FOLDER}/{name}/rank-0.json")
+        lists = [
+            self.folder.read_json(f"{FOLDER}/{name}/rank-{r}.json") for r in range(first["workers"] if first else 1)
+        ]
+        target.mkdir(parents=True)
+        for listed in lists:
+            if listed is None:
+                return False
+            for relative, sha in listed["files"].items():
+                path = target / relative
+                path.parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    pafs.copy_files(f"{self.root}/{name}/{relative}", str(path), source_filesystem=self.folder.fs)
+                except FileNotFoundError:
+                    return False
+                if _sha256(path) != sha:
+                    return False
+        return True
+
+    def _remove(self, name: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self.folder.fs.delete_dir(f"{self.root}/{name}".rstrip("/"))
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

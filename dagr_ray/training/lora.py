@@ -1,0 +1,58 @@
+"""Low-rank adapters: a large base is trained by a few new weights, which are put into its own at the end."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+from pydantic import Field
+
+from dagr_ray.config import Config, ConfigError
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+
+class LoRA(Config):
+    """Adapters of ``rank`` on the linear layers whose names end in one of ``targets`` (all, where none is named).
+
+    Source: Hu et al. 2021, arXiv 2106.09685, by peft. The trained model is saved with the adapters merged in, so nothing
+    that reads it needs peft.
+    """
+
+    type: ClassVar[str] = "lora"
+    rank: Annotated[int, Field(ge=1)] = 16
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    targets: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        """Raises ConfigError where peft is not installed."""
+        try:
+            import peft  # noqa: F401
+        except ImportError:
+            raise ConfigError("lora: peft is not installed; pip install peft") from None
+
+
+def adapt(model: SentenceTransformer, lora: LoRA, seed: int) -> None:
+    """Puts adapters on the transformer and freezes all other weights, in place."""
+    import peft
+    import torch
+
+    torch.manual_seed(seed)  # the same adapters on every worker and after a restart
+    options = peft.LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=list(lora.targets) or "all-linear",
+        task_type=peft.TaskType.FEATURE_EXTRACTION,
+    )
+    transformer = model[0]
+    try:
+        transformer.model = peft.get_peft_model(transformer.auto_model, options)
+    except ValueError as error:
+        raise ConfigError(f"lora: targets = {lora.targets}: {' '.join(str(error).split())[:200]}") from error
+
+
+def merge(model: SentenceTransformer) -> None:
+    """Adds the adapters' products to the weights that they stand beside and removes them, in place."""
+    model[0].model = model[0].model.merge_and_unload()

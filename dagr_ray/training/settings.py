@@ -1,0 +1,33 @@
+"""What a training does, as the loop wants to be told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dagr_ray.training.lora import LoRA
+from dagr_ray.training.losses import InfoNCE, Loss
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Fields of ``Train``, where they are described, and of the pool."""
+
+    losses: tuple[Loss, ...] = (InfoNCE(),)
+    epochs: int = 1
+    steps: int | None = None
+    batch_size: int = 32
+    lr: float = 2e-5
+    max_length: int = 128
+    warmup: float = 0.1
+    schedule: str = "linear"
+    weight_decay: float = 0.01
+    dropout: float = 0.0
+    precision: str = "auto"
+    gradient_checkpointing: bool = False
+    lora: LoRA | None = None
+    curriculum: bool = False
+    seed: int = 0
+    eval_every: int | None = None
+    patience: int | None = None
+    checkpoint_every: int | None = None
+    fsdp: bool = False

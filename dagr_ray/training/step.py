@@ -1,0 +1,175 @@
+"""One step on any number of workers: a batch dealt out by its texts, embedded, gathered, and one loss over all of it.
+
+Every worker computes the loss of the whole global batch from all embeddings, of which only its own carry gradients; the
+workers' gradients then add up to those of one worker. Since DDP and FSDP average gradients, each is multiplied by the number of
+workers first. So the workers' number changes the order of additions and nothing else: negatives are found by index and
+not by place (sentence-transformers #3453, #3862), and a batch need not be divisible.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.losses.gradcache import CachedLossMixin, _create_minibatch, _minibatch_ranges
+from torch import Tensor, nn
+
+from dagr_ray.training.batches import rows_of
+from dagr_ray.training.losses import InfoNCE, Loss, Scored
+from dagr_ray.training.texts import Data, Texts
+
+# Texts of one forward pass. On a CPU small ones cost nothing and save padding; a GPU wants them large.
+TEXTS = {"cpu": 16, "cuda": 128}
+
+
+class Collator:
+    """A batch of example numbers as the share of one worker: its texts as tokens, and what the loss has to know.
+
+    The different passages of a batch are embedded once. Sorted by length, they are dealt out in turn, so workers get
+    the same amount of tokens. A worker without a text of its own takes the first, whose embedding is not used.
+    """
+
+    def __init__(
+        self, model: SentenceTransformer, data: Data, prompts: tuple[str, str], rank: int, workers: int, texts: int
+    ) -> None:
+        self.model, self.data, self.prompts = model, data, prompts
+        self.rank, self.workers, self.texts = rank, workers, texts
+        self.tally: Counter[str] = Counter()
+
+    def __call__(self, numbers: Sequence[int]) -> dict[str, Any]:
+        examples = self.data.examples
+        rows = rows_of(examples, numbers)
+        passages = np.unique(np.array([p for row in rows for p in (row.positive, *row.negatives)]))
+        passages = passages[np.argsort(self.data.passages.bytes[passages], kind="stable")]
+        queries = np.array([row.query for row in rows])
+        by_length = np.argsort(self.data.queries.bytes[queries], kind="stable")
+        rows, queries = [rows[i] for i in by_length], queries[by_length]
+        column = {int(p): i for i, p in enumerate(passages)}
+        widest = max(len(row.negatives) for row in rows)
+        own, given = torch.zeros(len(rows), widest, dtype=torch.long), torch.zeros(len(rows), widest, dtype=torch.bool)
+        teacher = torch.full((len(rows), 1 + widest), torch.nan)
+        known = []
+        for i, (row, number) in enumerate(zip(rows, np.asarray(numbers)[by_length], strict=True)):
+            own[i, : len(row.negatives)] = torch.tensor([column[p] for p in row.negatives], dtype=torch.long)
+            given[i, : len(row.negatives)] = True
+            first, last = examples.starts[number], examples.starts[number + 1]
+            teacher[i, 0] = float(examples.positive_score[number])
+            teacher[i, 1 : 1 + last - first] = torch.from_numpy(examples.negative_scores[first:last].copy())
+            relevant = set(examples.relevant(row.query).tolist()) - {row.positive}
+            known += [(i, column[p]) for p in relevant if p in column]
+        features: dict[str, Any] = {"return_loss": True}
+        back = {}
+        for name, texts, of, prompt in (
+            ("query", self.data.queries, queries, self.prompts[0]),
+            ("passage", self.data.passages, passages, self.prompts[1]),
+        ):
+            tokens, back[name] = self._tokens(texts, of, prompt)
+            features |= {f"{name}_{key}": value for key, value in tokens.items()}
+        features["label"] = {
+            "positive": torch.tensor([column[row.positive] for row in rows]),
+            "own": own,
+            "given": given,
+            "known": torch.tensor(known, dtype=torch.long).reshape(-1, 2),
+            "teacher": teacher,
+            "back": [back["query"], back["passage"]],
+            "total": [len(queries), len(passages)],
+        }
+        self.tally["samples"] += len(rows) if self.rank == 0 else 0
+        return features
+
+    def _tokens(self, texts: Texts, numbers: np.ndarray, prompt: str) -> tuple[dict[str, Any], Tensor]:
+        """This worker's texts, short ones first, and the place of each of its embeddings."""
+        share = numbers[self.rank :: self.workers]
+        share = share if len(share) else numbers[:1]
+        tokens = self.model.preprocess(texts.read(share), prompt=prompt or None)
+        lengths = tokens["attention_mask"].sum(1)
+        order = lengths.argsort(stable=True)
+        for key, value in tokens.items():
+            if torch.is_tensor(value) and value.ndim and len(value) == len(share):
+                tokens[key] = value[order]
+        # what the model computes: each pass is as wide as its longest text (padding stands at the end, see `loop`)
+        self.tally["padded"] += sum(len(some) * int(some[-1]) for some in lengths[order].split(self.texts))
+        self.tally["tokens"] += int(lengths.sum())
+        return tokens, order.argsort()
+
+
+class Objective(CachedLossMixin, nn.Module):
+    """The weighted sum of ``losses`` over the global batch of all workers, as a loss of sentence-transformers.
+
+    With ``cached`` in a loss, by gradient caching (Gao et al. 2021, arXiv 2101.06983), in the library's own way.
+    ``tally`` counts the (query, negative) pairs that entered each loss.
+    """
+
+    def __init__(self, model: SentenceTransformer, losses: Sequence[Loss], texts: int) -> None:
+        super().__init__()
+        self.model, self.losses = model, tuple(losses)
+        self.mini_batch_size = texts
+        self.uses_gradient_cache = cached(losses) is not None
+        self.tally: Counter[str] = Counter()
+
+    def forward(self, sentence_features: Any, labels: dict[str, Any]) -> Tensor:
+        """The loss; the same on every worker, with the gradients of all of them."""
+        features = list(sentence_features)
+        if self.uses_gradient_cache:
+            return self.forward_cached(features, labels)  # type: ignore[arg-type]
+        parts = [
+            [
+                self.model(_create_minibatch(each, start, stop))["sentence_embedding"]
+                for start, stop in _minibatch_ranges(each, self.mini_batch_size)
+            ]
+            for each in features
+        ]
+        loss = self._value(parts, labels)
+        workers = _workers()
+        if loss.requires_grad and workers > 1:
+            loss.register_hook(lambda gradient: gradient * workers)
+        return loss
+
+    def calculate_loss(self, reps: Any, labels: Any = None, *, with_backward: bool = False) -> Tensor:
+        """See ``CachedLossMixin``."""
+        loss = self._value(reps, labels)
+        if with_backward:
+            (loss * _workers()).backward()
+        return loss.detach()
+
+    def _value(self, parts: list[list[Tensor]], labels: dict[str, Any]) -> Tensor:
+        from torch.nn.functional import normalize
+
+        own = [torch.cat(each)[back] for each, back in zip(parts, labels["back"], strict=True)]
+        queries, passages = (
+            normalize(gathered(each, total), dim=1) for each, total in zip(own, labels["total"], strict=True)
+        )
+        cosine = queries.float() @ passages.float().T
+        batch = Scored(cosine, *(labels[name] for name in Scored._fields[1:]))
+        for loss in self.losses:
+            self.tally[loss.type] += loss.negatives(batch)
+        return torch.stack([loss.weight * loss.value(batch) for loss in self.losses]).sum()
+
+
+def cached(losses: Sequence[Loss]) -> int | None:
+    """The mini-batch of gradient caching, if a loss asks for it."""
+    return min((each.cached for each in losses if isinstance(each, InfoNCE) and each.cached), default=None)
+
+
+def _workers() -> int:
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def gathered(own: Tensor, total: int) -> Tensor:
+    """The ``total`` embeddings of all workers in the order in which they were dealt; gradients flow to this worker's own."""
+    workers = _workers()
+    if workers == 1:
+        return own[:total]
+    import torch.distributed as dist
+    from torch.nn.functional import pad
+
+    most = -(-total // workers)
+    padded = pad(own, (0, 0, 0, most - len(own)))
+    every = [torch.empty_like(padded) for _ in range(workers)]
+    dist.all_gather(every, padded.detach().contiguous())
+    every[dist.get_rank()] = padded
+    return torch.stack(every, 1).flatten(0, 1)[:total]
