@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from dagr_ray.config import ConfigError
 from dagr_ray.engines import Engine, Sampling
@@ -43,9 +43,7 @@ from dagr_ray.strategies.promptagator import Promptagator
 from dagr_ray.strategies.retry import Retry
 from dagr_ray.teachers import Teacher
 from dagr_ray.teachers.hybrid import Hybrid
-
-if TYPE_CHECKING:
-    from dagr_ray.training.losses import Loss
+from dagr_ray.training.losses import KL, InfoNCE, Loss
 
 Rung = Literal["in-batch", "mined", "teacher", "filters"]
 RUNGS: tuple[Rung, ...] = get_args(Rung)
@@ -213,8 +211,6 @@ def climb(
     ``teacher`` in the queries that are given: see ``filtered``. Several sources are blended by weight (``Blend``). Queries
     that resemble the test queries of ``held_out`` are left out.
     """
-    from dagr_ray.training.losses import KL, InfoNCE
-
     queries = [_clean(each, held_out, base) for each in sources]
     examples = [_examples(rung, each, corpus, base, negatives, teacher) for each in queries]
     distilled: tuple[Loss, ...] = (KL(), InfoNCE(weight=0.1))

@@ -41,9 +41,9 @@ def ladder(
     if human < 1:
         strategy, engine = generator_named(generator, model)
         asked = Sample(corpus=corpus, n=passages, exclude=exemplars)
+        shown = None if generator == "crop" else exemplars
         written = Generate(
-            corpus=asked, strategy=strategy, engine=engine, sampling=Sampling(max_tokens=32), samples=samples,
-            exemplars=None if generator == "crop" else exemplars,
+            corpus=asked, strategy=strategy, engine=engine, sampling=Sampling(max_tokens=32), samples=samples, exemplars=shown
         )  # fmt: skip
         parsed = Parse(generations=written, corpus=asked)
         kept = filtered(parsed, asked, corpus, max_rank=max_rank, copies=generator == "crop")
