@@ -36,7 +36,6 @@ def ladder(
     exemplars = Exemplars(corpus=corpus, split="dev", k=4)
     if volume == 0:
         return judge(sets, Dense(encoder=encoder), exclude=exemplars)
-
     sources: list[Source] = []
     if human < 1:
         strategy, engine = generator_named(generator, model)
