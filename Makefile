@@ -4,13 +4,14 @@ PYTHON ?= python3
 export VENV
 BIN := $(VENV)/bin
 
-.PHONY: help setup study test bench-scale lint lock clean
+.PHONY: help setup study test bench-scale bench-train lint lock clean
 
 help:
 	@echo "make setup    the environment in $(VENV) (PROFILE=cpu or gpu); minutes once, then nothing"
 	@echo "make study    the quick start: does augmentation help, how much is enough, at what cost"
 	@echo "make test     lint and all tests"
 	@echo "make bench-scale   generation at scale, measured on this machine beside its peers; an hour"
+	@echo "make bench-train   training, measured on this machine beside its peers; 20 minutes"
 	@echo "make lint     ruff, mypy and the import contracts"
 	@echo "make lock     resolve requirements/PROFILE.in into its lock"
 	@echo "make clean    remove caches and build products; results and $(VENV) stay"
@@ -34,6 +35,10 @@ bench-scale: setup
 	$(BIN)/python benchmarks/chaos.py
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/readme.py
+
+bench-train: setup
+	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/training_stream.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -39,7 +39,7 @@ def model_card(settings: dict[str, Any], summary: dict[str, Any]) -> str:
         *[f"* loss: {', '.join(f'{k} {v}' for k, v in loss.items())}" for loss in settings["losses"]],
         f"* loss at the end: {last}; {summary['train_s']:.0f} s of training",
         *_chosen(summary["dev"], counts),
-        *[f"* {name}: {value}" for name, value in hyper.items()],
+        *[f"* {name}: {value}" for name, value in hyper.items() if value is not None],
         "",
         "Training queries are machine-written where an engine is named above. Check the licences of the corpus, of the",
         "base and of the engine's model before you publish this one.",

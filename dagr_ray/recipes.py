@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+<<<<<<< HEAD
 from typing import Any, Literal, NamedTuple, get_args
+=======
+from typing import TYPE_CHECKING, Any
+>>>>>>> h1
 
 from dagr_ray.config import ConfigError
 from dagr_ray.engines import Engine, Sampling
@@ -47,6 +51,9 @@ from dagr_ray.training.losses import KL, InfoNCE, Loss
 
 Rung = Literal["in-batch", "mined", "teacher", "filters"]
 RUNGS: tuple[Rung, ...] = get_args(Rung)
+
+if TYPE_CHECKING:
+    from dagr_ray.stages.train import Train
 
 
 def generator_named(name: str, model: str | None = None) -> tuple[Strategy, Engine]:
@@ -137,6 +144,47 @@ def own_round_trip(
     examples = Mine(selected=unfiltered, corpus=corpus, negatives=0)
     trained = Train(examples=examples, queries=unfiltered, corpus=corpus, base=base, **training)
     return Search(index=Index(corpus=corpus, miner=Dense(encoder=base), trained=trained), queries=parsed, depth=depth)
+
+
+def refreshed(
+    selected: Stage,
+    corpus: Stage,
+    base: Encoder,
+    *,
+    rounds: int,
+    steps: int,
+    negatives: int = 4,
+    margin: float | None = 0.95,
+    searches: Sequence[Stage] = (),
+    relabel: Callable[[Mine], Stage] | None = None,
+    depth: int = 100,
+    **training: Any,
+) -> Train:
+    """A training whose negatives are mined anew by its own last checkpoint every ``steps`` steps, ``rounds`` times.
+
+    The first round mines with ``base``, each later one with the model of the one before, from which it goes on: ANCE
+    (Xiong et al. 2020, arXiv 2007.00808), whose index lags behind in the same way. ``searches`` (BM25's, say) take turns
+    with the retriever's own. ``relabel`` makes examples with a teacher's scores of what was mined. ``training`` are fields of
+    ``Train``; the rate rises and falls once in each round unless they say ``schedule="constant"``. Every round is a
+    stage, so a run that stopped goes on where it was.
+    """
+    from dagr_ray.stages.train import Train  # brings Ray Train and torch
+
+    if rounds < 1:
+        raise ConfigError(f"refreshed: rounds = {rounds}; give 1 or more")
+    trained: Train | None = None
+    seed = training.pop("seed", 0)
+    for number in range(rounds):
+        own = Search(
+            index=Index(corpus=corpus, miner=Dense(encoder=base), trained=trained), queries=selected, depth=depth
+        )
+        mined = Mine(selected=selected, corpus=corpus, searches=(own, *searches), negatives=negatives, margin=margin)
+        trained = Train(
+            examples=relabel(mined) if relabel else mined, queries=selected, corpus=corpus, base=base, start=trained,
+            steps=steps, seed=seed + number, **training,
+        )  # fmt: skip
+    assert trained is not None
+    return trained
 
 
 def refine(

@@ -1,5 +1,6 @@
 """People's and generated pairs as one set: weights, nesting, ids; and a study whose searches are of several kinds."""
 
+import doctest
 import itertools
 from collections import Counter
 
@@ -13,6 +14,7 @@ from dagr_ray.miners.dense import Dense
 from dagr_ray.recipes import judge
 from dagr_ray.retriever import Encoder
 from dagr_ray.stage import Output, Stage, materialize
+from dagr_ray.stages import blend
 from dagr_ray.stages.blend import Blend, Human
 from dagr_ray.stages.corpus import Beir
 from dagr_ray.stages.evaluate import Evaluate, Scorecard
@@ -58,6 +60,10 @@ HUMAN, OURS = Bag(name="human", n=60), Bag(name="ours", n=300, twice=True, score
 
 def blended(tmp_path, *sources, **fields):
     return materialize(Blend(examples=sources, queries=sources, **fields), str(tmp_path), HERE)
+
+
+def test_the_examples_hold():
+    assert doctest.testmod(blend).failed == 0 and doctest.testmod(blend).attempted >= 4
 
 
 def kinds(folder):

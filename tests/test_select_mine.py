@@ -212,6 +212,21 @@ def test_margin_under_zero(build):
     assert examples(mined(build, [hits]))["q0"]["negative_ids"] == ["d4"]
 
 
+def test_a_difference_and_an_absolute_score_are_rules_too(build):
+    hits = {"q0": [("d2", 10.0), ("d0", 10.0), ("d3", 9.6), ("d4", 8.0), ("d5", 1.0)], "q1": [("d3", 9.0), ("d4", 2.0)]}
+    two = parsed(("ask", "d0"), ("else", "d7"))
+
+    def kept(**rules):
+        return {q: row["negative_ids"] for q, row in examples(mined(build, [hits], two, negatives=1, **rules)).items()}
+
+    assert kept(margin=None, difference=1.0) == {"q0": ["d4"], "q1": ["d3"]}, "q1's positive was not found"
+    assert kept(margin=None, difference=0.1) == {"q0": ["d3"], "q1": ["d3"]}
+    assert kept(margin=None, threshold=8.0) == {"q0": ["d5"], "q1": ["d4"]}
+    assert kept(margin=0.9, difference=0.1) == {"q0": ["d4"], "q1": ["d3"]}, "the stricter rule holds"
+    plain, same = Mine(selected=two, corpus=DOCS), Mine(selected=two, corpus=DOCS, threshold=None)
+    assert plain.fingerprint() == same.fingerprint() != Mine(selected=two, corpus=DOCS, threshold=1.0).fingerprint()
+
+
 def test_a_twin_is_neither_negative_nor_counted_twice(build):
     hits = {"q0": [("d1", 9.0), ("d4", 4.0), ("d6", 4.0), ("d5", 3.0)]}
     row = examples(mined(build, [hits], negatives=3))["q0"]

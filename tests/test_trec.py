@@ -1,5 +1,6 @@
 """TREC runs and qrels in and out: ties and order beside trec_eval's own code, bad lines, and runs compared."""
 
+import doctest
 import gzip
 import json
 import random
@@ -124,6 +125,11 @@ def test_too_many_bad_lines_stop_with_the_first(tmp_path):
         trec.read_run(str(path))
     with pytest.raises(ConfigError, match="no file at"):
         TrecRun(path=str(tmp_path / "none")).fingerprint()
+
+
+def test_the_examples_hold():
+    for module in (trec, export):
+        assert doctest.testmod(module).failed == 0 and doctest.testmod(module).attempted
 
 
 def test_a_run_is_named_by_its_content(tmp_path):

@@ -1,13 +1,14 @@
-"""Promptagator's two passes: a retriever that has learnt from the unfiltered queries decides which of them are kept."""
+"""A retriever that has learnt looks again: at the queries (Promptagator's two passes), or for negatives (ANCE's rounds)."""
 
 from dagr_ray import models
 from dagr_ray.cluster import Placement, Pool
 from dagr_ray.filters.length import Length
 from dagr_ray.filters.round_trip import RoundTrip
-from dagr_ray.recipes import own_round_trip
+from dagr_ray.recipes import own_round_trip, refreshed
 from dagr_ray.retriever import Encoder
 from dagr_ray.stage import materialize, walk
 from dagr_ray.stages.select import Score, Select
+from dagr_ray.stages.train import Train
 from tests.test_select_mine import corpus, parsed
 
 # A word that stands for a thing nowhere but in these queries: only a retriever that has learnt from them knows it.
@@ -36,6 +37,18 @@ def test_the_retriever_has_learnt_from_the_queries(tmp_path):
 
     frozen = search.model_copy(update={"index": search.index.model_copy(update={"trained": None})})
     assert kept(frozen) < 12 < 20 < kept(search), "of 24"
+
+    rounds = refreshed(
+        queries, docs, base, rounds=2, steps=8, negatives=1, margin=None, batch_size=6, lr=1e-3, max_length=16, seed=3
+    )
+    first, second = rounds.start, rounds
+    assert isinstance(first, Train) and first.start is None and (first.seed, second.seed) == (3, 4)
+    folder = materialize(rounds, str(tmp_path), HERE)
+    examples = [each.examples.folder(str(tmp_path)).read("examples") for each in (first, second)]
+    before, after = ({name: table[name].to_pylist() for name in ("query_id", "negative_ids")} for table in examples)
+    assert before["query_id"] == after["query_id"] and before["negative_ids"] != after["negative_ids"], "mined anew"
+    losses = [each.folder(str(tmp_path)).read("metrics")["value"].to_pylist() for each in (first, second)]
+    assert losses[1][-1] < losses[0][0] and folder.manifest["counts"]["steps"] == 8
 
     cheap = Select(parsed=queries, scores=(Score(parsed=queries, corpus=docs, filter=Length()),))
     taught = own_round_trip(queries, docs, base, taught_by=cheap)

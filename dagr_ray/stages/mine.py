@@ -28,9 +28,11 @@ class Mine(Stage):
     best of the second, the second of the first, ...), each passage and each text once. Never a negative:
 
     * the positive, a passage with its text, and the positives of other queries that say the same;
-    * a passage that any search scores over ``margin`` times the positive, where that search returned the positive: the
-      positive-aware rule TopK-PercPos of NV-Retriever (arXiv 2407.15831), which raised nDCG@10 there from 0.541 to
-      0.586 at 95 %. ``margin=None`` leaves the rule out.
+    * a passage that a search finds too close. The rules are those of NV-Retriever (arXiv 2407.15831), where PercPos at
+      95 % raised nDCG@10 from 0.541 to 0.586; each holds where it is set. Where the search returned the positive: a
+      score over ``margin`` times the positive's (TopK-PercPos), or over the positive's less ``difference``
+      (TopK-MarginPos). In any case: a score of ``threshold`` or more (TopK-Abs). The last two are in the scale of the
+      searches: give them only searches of one kind.
 
     A query left without any negative is rejected; one with fewer than ``negatives`` is kept and counted as ``short``.
     ``positive_score`` and ``negative_scores`` are those of the first search, null where it did not return the passage.
@@ -43,10 +45,17 @@ class Mine(Stage):
     searches: tuple[Stage, ...] = ()
     negatives: Annotated[int, Field(ge=0)] = 1
     margin: Annotated[float, Field(gt=0)] | None = 0.95
+    difference: Annotated[float, Field(ge=0)] | None = None
+    threshold: float | None = None
     depth: Annotated[int, Field(ge=1)] = 100
 
     def label(self) -> str:
         return f"{len(self.searches)}x{self.negatives}"
+
+    def identity(self) -> dict[str, Any]:
+        """Without the rules that are not set: such mining is what it was before there were these."""
+        later = ("difference", "threshold")
+        return {k: v for k, v in super().identity().items() if k not in later or v is not None}
 
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
         def run(start: int, stop: int) -> Output:
@@ -95,9 +104,15 @@ class Mine(Stage):
         close = set()
         for hits in lists:
             own = max((hit.score for hit in hits if same.text_of[hit.doc_id] == positive), default=None)
+            limits = []
             if own is not None and self.margin is not None:
-                limit = _share_of(own, self.margin)
-                close |= {same.text_of[hit.doc_id] for hit in hits if hit.score > limit}
+                limits.append(_share_of(own, self.margin))
+            if own is not None and self.difference is not None:
+                limits.append(own - self.difference)
+            if limits:
+                close |= {same.text_of[hit.doc_id] for hit in hits if hit.score > min(limits)}
+            if self.threshold is not None:
+                close |= {same.text_of[hit.doc_id] for hit in hits if hit.score >= self.threshold}
         close -= alike
         taken: dict[int, str] = {}
         for hit in _in_turn(lists):

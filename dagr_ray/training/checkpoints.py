@@ -21,7 +21,6 @@ from dagr_ray.artifact import Artifact
 
 log = logging.getLogger("dagr")
 FOLDER = "checkpoints"
-KEPT = 2  # one to go back to where the last was not finished
 
 
 class Checkpoints:
@@ -30,23 +29,25 @@ class Checkpoints:
     def __init__(self, folder: Artifact, attempt: str, rank: int = 0, workers: int = 1) -> None:
         self.folder, self.attempt, self.rank, self.workers = folder, attempt, rank, workers
         self.root = f"{folder.path}/{FOLDER}"
+        self._before = ""  # one that is whole, for a fault while the next is written
 
     def put(self, step: int, files: Path) -> None:
-        """Adds what this worker wrote at a step. The first worker removes what is older than the last but one."""
+        """Adds what this worker wrote at a step. The first worker removes all but this checkpoint and the one before."""
         name = f"{step:08d}-{self.attempt}"
         listed = {}
         for path in sorted(each for each in files.rglob("*") if each.is_file()):
             relative = path.relative_to(files).as_posix()
             listed[relative] = _sha256(path)
             target = f"{self.root}/{name}/{relative}"
-            self.folder.fs.create_dir(target.rsplit("/", 1)[0], recursive=True)
+            if self.folder.local:  # an object store has no folders
+                self.folder.fs.create_dir(target.rsplit("/", 1)[0], recursive=True)
             pafs.copy_files(str(path), target, destination_filesystem=self.folder.fs)
         written = {"workers": self.workers, "files": listed}
         self.folder.write_bytes(f"{FOLDER}/{name}/rank-{self.rank}.json", json.dumps(written).encode())
         if self.rank == 0:
-            others = [each for each in self._names() if each != name]
-            for old in others[KEPT - 1 :]:
+            for old in set(self._names()) - {name, self._before}:
                 self._remove(old)
+        self._before = name  # the workers meet before there is another
 
     def last(self, into: Path) -> int | None:
         """Copies the last whole checkpoint into a folder and returns its step; None where there is none."""
@@ -56,6 +57,7 @@ class Checkpoints:
                 for path in target.iterdir():
                     path.rename(into / path.name)
                 target.rmdir()
+                self._before = name
                 return int(name.split("-")[0])
             log.warning("%s: checkpoint %s is not whole; an older one is taken", self.folder.name, name)
         return None

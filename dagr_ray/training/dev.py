@@ -6,6 +6,8 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from dagr_ray import tables
 from dagr_ray.artifact import Artifact
@@ -40,12 +42,11 @@ class Dev:
 
     def check(self, training: Data) -> None:
         """Raises ConfigError where a dev query's passage is one that the training learns from, under whatever id."""
-        relevant = {doc_id for docs in self.qrels.values() for doc_id in docs}
+        relevant = pa.array({doc_id for docs in self.qrels.values() for doc_id in docs}, tables.TEXT)
         said: dict[str, str] = {}
         for part in ranges(self.corpus, "corpus"):
-            for doc_id, title, text in zip(*(part[c].to_pylist() for c in ("doc_id", "title", "text")), strict=True):
-                if doc_id in relevant:
-                    said[_folded(tables.passage_text(title, text))] = doc_id
+            for row in part.filter(pc.is_in(part["doc_id"], value_set=relevant)).to_pylist():
+                said[_folded(tables.passage_text(row["title"], row["text"]))] = row["doc_id"]
         found = set()
         for number in np.unique(training.examples.positive):
             doc_id = said.get(_folded(training.passages.read([number])[0]))

@@ -228,6 +228,10 @@ class _Saver(TrainerCallback):
     def __init__(self, checkpoints: Checkpoints) -> None:
         self.checkpoints = checkpoints
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step % args.save_steps:  # the library saves at the end too, where the model itself is saved
+            control.should_save = False
+
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         written = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         self.checkpoints.put(state.global_step, written)
@@ -248,7 +252,7 @@ class _Evaluator(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step % self.every == 0 or state.global_step == self.steps:
             self._evaluate(state.global_step)
-            control.should_training_stop = self.trainer.progress.stopped
+            control.should_training_stop |= self.trainer.progress.stopped
 
     def _evaluate(self, step: int) -> None:
         progress = self.trainer.progress
@@ -269,11 +273,12 @@ class _Evaluator(TrainerCallback):
         # with FSDP, all workers have to make the same number of passes
         share += order[:1] * (-(-len(texts) // collator.workers) - len(share))
         parts, length, training = [], model.max_seq_length, model.training
+        at_once = TEXTS.get(model.device.type, TEXTS["cuda"])
         model.eval()
         model.max_seq_length = self.encoder.max_length
         with torch.no_grad():
-            for start in range(0, len(share), collator.texts):
-                some = [texts[i] for i in share[start : start + collator.texts]]
+            for start in range(0, len(share), at_once):
+                some = [texts[i] for i in share[start : start + at_once]]
                 tokens = model.preprocess(some, prompt=prompt or None)
                 tokens = {k: v.to(model.device) if torch.is_tensor(v) else v for k, v in tokens.items()}
                 parts.append(normalize(model(tokens)["sentence_embedding"].float(), dim=1))

@@ -115,7 +115,7 @@ class Objective(CachedLossMixin, nn.Module):
         """The loss; the same on every worker, with the gradients of all of them."""
         features = list(sentence_features)
         if self.uses_gradient_cache:
-            return self.forward_cached(features, labels)  # type: ignore[arg-type]
+            return self.forward_cached(features, labels)
         parts = [
             [
                 self.model(_create_minibatch(each, start, stop))["sentence_embedding"]

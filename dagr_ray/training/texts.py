@@ -88,7 +88,8 @@ class Data(NamedTuple):
 
 def fetch(examples: Artifact, queries: Artifact, corpus: Artifact) -> Data:
     """The texts of the examples. Made by the first worker of a machine, and found by the others and after a restart."""
-    key = digest([f"{each.runs}/{each.name}" for each in (examples, queries, corpus)])
+    # by content: a part that was damaged and built again may hold other texts
+    key = digest([(each.manifest or {})["tables"] for each in (examples, queries, corpus)])
     folder = Path(scratch()) / "training" / key
     with _locked(folder):
         if not (folder / "done").exists():

@@ -1,0 +1,177 @@
+"""One step is one step: on 1, 2 and 4 workers, with every loss; and the losses are what their papers and peers say."""
+
+import multiprocessing
+import pickle
+import socket
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from sentence_transformers.sentence_transformer import losses as theirs
+from sentence_transformers.util import pairwise_cos_sim
+
+from dagr_ray.stage import materialize
+from dagr_ray.training.losses import KL, InfoNCE, MarginMSE, Scored
+from dagr_ray.training.settings import Settings
+from tests.gradients import steps
+from tests.toys import Toy, tiny
+
+LOSSES = {
+    "in-batch": (InfoNCE(),),
+    "two-sided": (InfoNCE(two_sided=True),),
+    "cached": (InfoNCE(cached=3),),
+    "margin-mse": (MarginMSE(),),
+    "kl": (KL(),),
+    "sum": (InfoNCE(weight=0.1), MarginMSE(weight=0.5, scale=2), KL()),
+    "cached-sum": (InfoNCE(weight=0.1, cached=2, two_sided=True), KL()),
+}
+# Clipping would make large gradients equal; the largest difference is taken before it (see gradients.Seen).
+EVERY = {name: Settings(losses=each, steps=1, batch_size=8, precision="float32") for name, each in LOSSES.items()}
+# weights in shares, one for each worker
+EVERY |= {f"{name}-fsdp": replace(EVERY[name], fsdp=True) for name in ("sum", "cached-sum")}
+# 7 rows are no multiple of 2 or 4; of 3 rows, one of 4 workers has no query
+EVERY |= {f"{name}-of-7": replace(EVERY[name], batch_size=7) for name in ("sum", "cached-sum")}
+EVERY |= {f"{name}-of-3": replace(EVERY[name], batch_size=3) for name in ("two-sided", "cached-sum")}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """(workers, rank) -> what each worker saw of each case."""
+    out = tmp_path_factory.mktemp("steps")
+    folder = materialize(Toy(n=24, negatives=(2, 1, 3), scored=True), str(out))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.gradients"])
+    made = {}
+    for workers in (1, 2, 4):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        of = [
+            context.Process(target=steps, args=(rank, workers, port, tiny(), folder, EVERY, str(out)))
+            for rank in range(workers)
+        ]
+        for each in of:
+            each.start()
+        for each in of:
+            each.join(120)
+            assert each.exitcode == 0
+        made |= {(workers, rank): pickle.loads((out / f"{workers}-{rank}").read_bytes()) for rank in range(workers)}
+    return made
+
+
+@pytest.mark.parametrize("case", EVERY)
+def test_the_number_of_workers_changes_neither_loss_nor_gradients(found, case):
+    (((step, loss),), gradients, counts, weights) = found[1, 0][case]
+    assert step == 1 and loss > 0
+    assert max(np.abs(g).max() for g in gradients.values()) > 1e-3
+    for (workers, rank), cases in found.items():
+        (((_, other),), theirs, counted, ended) = cases[case]
+        assert other == pytest.approx(loss, abs=1e-5), workers
+        assert theirs.keys() == gradients.keys()
+        assert max(np.abs(theirs[name] - gradients[name]).max() for name in gradients) < 1e-5, workers
+        assert counted["effective_negatives"] == counts["effective_negatives"]
+        if rank == 0:
+            assert ended.keys() == weights.keys()
+            np.testing.assert_allclose([ended[name] for name in weights], list(weights.values()), atol=1e-5)
+
+
+def test_gradient_caching_changes_nothing(found):
+    (((_, one),), gradients, *_), (((_, other),), again, *_) = found[1, 0]["in-batch"], found[1, 0]["cached"]
+    assert one == pytest.approx(other, abs=1e-6)
+    assert max(np.abs(again[name] - gradients[name]).max() for name in gradients) < 1e-5
+
+
+def test_the_negatives_of_a_query_are_those_of_arithmetic(tmp_path):
+    """b rows with k negatives of their own, all different: b (1 + k) - 1 for each query, on any number of workers."""
+    from dagr_ray import retriever
+    from dagr_ray.training import loop, texts
+
+    folder = materialize(Toy(n=48, negatives=(2,)), str(tmp_path))
+    settings = Settings(losses=(InfoNCE(),), steps=2, batch_size=4, precision="float32")
+    fitted = loop.fit(retriever.load(tiny(), device="cpu"), tiny(), texts.fetch(folder, folder, folder), settings)
+    assert fitted.counts["effective_negatives"] == {"info-nce": 4 * (1 + 2) - 1}
+    assert fitted.samples == 8
+
+
+# -- the formulas -----------------------------------------------------------------------------------------------------
+
+
+def columns(b=5, k=3, d=8):
+    """Embeddings of queries, positives and negatives, as the library has them, and the batch that they make."""
+    drawn = torch.Generator().manual_seed(0)
+    parts = [torch.randn(b, d, generator=drawn).requires_grad_() for _ in range(2 + k)]
+    teacher = torch.randn(b, 1 + k, generator=drawn)
+    unit = [torch.nn.functional.normalize(part, dim=1) for part in parts]
+    own = torch.arange(b * k).reshape(k, b).T + b
+    batch = Scored(
+        unit[0] @ torch.cat(unit[1:]).T, torch.arange(b), own, torch.ones_like(own, dtype=torch.bool),
+        torch.zeros(0, 2, dtype=torch.long), teacher,
+    )  # fmt: skip
+    return parts, batch
+
+
+PEERS = {
+    "in-batch": (InfoNCE(temperature=0.02), lambda: theirs.MultipleNegativesRankingLoss(None, scale=50), 1),
+    "two-sided": (
+        InfoNCE(two_sided=True),
+        lambda: theirs.MultipleNegativesRankingLoss(
+            None, directions=("query_to_doc", "doc_to_query"), partition_mode="per_direction"
+        ),
+        1,
+    ),
+    "margin-mse": (
+        MarginMSE(scale=3),
+        lambda: theirs.MarginMSELoss(None, similarity_fct=lambda a, b: 3 * pairwise_cos_sim(a, b)),
+        1,
+    ),
+    "kl": (
+        KL(teacher_temperature=0.7, temperature=0.1),
+        lambda: theirs.DistillKLDivLoss(
+            None, similarity_fct=pairwise_cos_sim, student_temperature=0.1, teacher_temperature=0.7
+        ),
+        0.1**2,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_a_loss_is_that_of_sentence_transformers(name):
+    ours, peer, factor = PEERS[name]
+    parts, batch = columns()
+    value = ours.value(batch)
+    expected = peer().compute_loss_from_embeddings(parts, batch.teacher) / factor
+    assert value.item() == pytest.approx(expected.item(), rel=1e-5)
+    for one, other in zip(torch.autograd.grad(value, parts), torch.autograd.grad(expected, parts), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+def test_a_query_with_fewer_negatives_is_judged_by_those_that_it_has():
+    _, batch = columns(b=2, k=3)
+    given = torch.tensor([[True, True, True], [True, False, False]])
+    short = batch._replace(given=given)
+    alone = Scored(
+        batch.cosine[1:], batch.positive[1:], batch.own[1:, :1], given[1:, :1], batch.known, short.teacher[1:, :2]
+    )
+    first = Scored(batch.cosine[:1], batch.positive[:1], batch.own[:1], given[:1], batch.known, short.teacher[:1])
+    assert KL().value(short) == pytest.approx((KL().value(first) + KL().value(alone)).item() / 2, rel=1e-5)
+    by_pair = (3 * MarginMSE().value(first) + MarginMSE().value(alone)) / 4
+    assert MarginMSE().value(short) == pytest.approx(by_pair.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("two_sided", [False, True])
+def test_a_passage_that_is_known_to_be_relevant_is_no_negative(two_sided):
+    _, batch = columns(b=3, k=1)
+    loss = InfoNCE(two_sided=two_sided, temperature=1.0)
+    masked = batch._replace(known=torch.tensor([[0, 1]]))
+    scores = batch.cosine.detach()
+    kept = torch.tensor([True, False, True, True, True, True])
+    first = torch.logsumexp(scores[0][kept], 0) - scores[0, 0]
+    rest = torch.logsumexp(scores[1:], 1) - scores[[1, 2], [1, 2]]
+    expected = torch.cat([first[None], rest]).mean()
+    if two_sided:
+        back = scores[:, :3].T.clone()
+        back[1, 0] = -torch.inf
+        expected = (expected + (torch.logsumexp(back, 1) - back.diagonal()).mean()) / 2
+    assert loss.value(masked).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert loss.negatives(masked) == loss.negatives(batch) - 1 == 3 * 5 - 1
