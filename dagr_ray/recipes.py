@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-<<<<<<< HEAD
-from typing import Any, Literal, NamedTuple, get_args
-=======
-from typing import TYPE_CHECKING, Any
->>>>>>> h1
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from dagr_ray.config import ConfigError
 from dagr_ray.engines import Engine, Sampling
