@@ -25,17 +25,23 @@ TREC_NAMES = {
 ASKED = {"ndcg_cut.10", "recall.100", "map", "recip_rank", "success.1,5,10"}
 
 
-def random_run(path, queries, docs, seed, depth=150, tag="other"):
-    """A run file with many equal scores, its lines in no order, and ranks that mean nothing."""
+def random_run(path, candidates, seed):
+    """A run file of some documents for each query, many with equal scores, its lines in no order, ranks that mean nothing."""
     rng = random.Random(seed)
     lines = [
-        f"{q} Q0 {d} 1 {rng.choice([0.5, 1, 1.25, 7e-3, -2, 1 + 1e-9])} {tag}\n"
-        for q in queries
-        for d in rng.sample(docs, min(depth, len(docs)))
+        f"{q} Q0 {d} 1 {rng.choice([0.5, 1, 1.25, 7e-3, -2, 1 + 1e-9])} other\n"
+        for q, docs in candidates.items()
+        for d in docs
     ]
     rng.shuffle(lines)
     path.write_text("".join(lines))
     return path
+
+
+def some(qrels, docs, skip, others=14, seed=0):
+    """For each query but the first ``skip``: what is judged, and others."""
+    rng = random.Random(seed)
+    return {q: sorted({*qrels[q], *rng.sample(docs, others)}) for q in list(qrels)[skip:]}
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +56,7 @@ def test_measures_of_a_run_file_equal_pytrec_eval_on_the_quick_starts_data(quick
     runs, folders = quick_start
     qrels = qrels_of(folders[part], "test")
     docs = folders[part].read("corpus", ["doc_id"])["doc_id"].to_pylist()
-    relevant = sorted({d for judged in qrels.values() for d in judged})
-    near = random.Random(part).sample(docs, 60) + relevant
-    path = random_run(tmp_path / "run.trec", list(qrels)[3:], near, part)
+    path = random_run(tmp_path / "run.trec", some(qrels, docs, skip=3), part)
     with open(path) as handle:
         theirs = pytrec_eval.RelevanceEvaluator(qrels, ASKED).evaluate(pytrec_eval.parse_run(handle))
     data = PyDocs(part=part)
@@ -82,7 +86,7 @@ def test_order_is_that_of_trec_eval_at_32_bits(tmp_path):
 
 
 def test_a_gzipped_run_is_the_same_run(tmp_path):
-    path = random_run(tmp_path / "run.trec", [f"q{i}" for i in range(9)], [f"d{i}" for i in range(40)], 1, depth=30)
+    path = random_run(tmp_path / "run.trec", {f"q{i}": [f"d{k}" for k in range(30)] for i in range(9)}, 1)
     packed = tmp_path / "run.trec.gz"
     packed.write_bytes(gzip.compress(path.read_bytes()))
     one, other = trec.read_run(str(path)), trec.read_run(f"file://{packed}")
@@ -145,7 +149,7 @@ def test_what_is_exported_gives_trec_eval_the_folders_own_figures(quick_start, t
     runs, folders = quick_start
     qrels = qrels_of(folders["numeric"], "test")
     docs = sorted({d for judged in qrels.values() for d in judged})
-    path = random_run(tmp_path / "other.trec", list(qrels)[1:], docs, 5)
+    path = random_run(tmp_path / "other.trec", some(qrels, docs, skip=1), 5)
     made = materialize(Evaluate(search=TrecRun(path=str(path)), data=PyDocs(part="numeric"), name="n"), runs)
     target = str(tmp_path / "out" / "ours.trec")
     counts = export.to_trec(made, runs, target)
