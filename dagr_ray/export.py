@@ -104,9 +104,10 @@ def judged_beside(target: str) -> str:
     >>> judged_beside("out/bm25.trec"), judged_beside("out/bm25.qrels")
     ('out/bm25.qrels', 'out/bm25.qrels.qrels')
     """
-    folder, slash, name = target.rpartition("/")
+    where, mark, options = target.partition("?")
+    folder, slash, name = where.rpartition("/")
     stem = name.rsplit(".", 1)[0] if "." in name and not name.endswith(".qrels") else name
-    return f"{folder}{slash}{stem}.qrels"
+    return f"{folder}{slash}{stem}.qrels{mark}{options}"
 
 
 def _judgements(found: Artifact) -> pa.Table | None:
