@@ -4,12 +4,14 @@ import doctest
 import gzip
 import json
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import pytrec_eval
 
-from dagr_ray import cli, export, trec
+from dagr_ray import cli, commands, export, trec
 from dagr_ray.config import ConfigError
 from dagr_ray.report import compare as comparing
 from dagr_ray.stage import materialize
@@ -230,25 +232,29 @@ def test_runs_are_compared_with_the_first(systems):
 
 def test_compare_from_the_command_line(systems, tmp_path, capsys):
     data, files = systems
+    words = [sys.executable, "-m", "dagr_ray.cli", "compare", data, *files[:2], "--json"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["runs"][1]["changes"]["lost"] == 4
 
-    def dagr(*words):
-        with pytest.raises(SystemExit) as ended:
-            cli.main([*words, "--runs", str(tmp_path)])
-        return ended.value.code, capsys.readouterr()
+    def asked(*words):
+        commands.compare(cli.parser().parse_args(["compare", *words, "--runs", str(tmp_path)]))
+        return capsys.readouterr().out
 
-    code, out = dagr("compare", data, *files[:2], "--json")
-    assert code == 0 and json.loads(out.out)["runs"][1]["changes"]["lost"] == 4
-    code, out = dagr("compare", data, files[0])
-    assert code == 0 and "0.0000" not in out.out and "over" not in out.out
+    assert "over" not in asked(data, files[0])
     for words, said in [
         ((data, files[0], files[0]), "given twice"),
         ((data, files[0], "--measure", "ndcg"), "measure = 'ndcg'; allowed: nDCG@10"),
         ((data, files[0], "--split", "train"), "no split 'train'.*allowed: dev, test"),
         ((data, "none.trec"), "no folder 'none.trec'"),
     ]:
-        code, out = dagr("compare", *words)
-        assert code == 2
-        assert len(out.err.strip().splitlines()) == 1
-        import re
+        with pytest.raises(ConfigError, match=said):
+            asked(*words)
 
-        assert re.search(said, out.err), out.err
+
+def test_a_folder_of_the_runs_folder_is_compared_too(systems, tmp_path):
+    data, files = systems
+    made = materialize(TrecRun(path=files[1]), str(tmp_path))
+    found = comparing.compare(comparing.judged(data, "test"), comparing.named([files[1], made.name], lambda name: made))
+    score = found["runs"][1]["scores"]["nDCG@10"]
+    assert found["runs"][1]["run"] == made.name and score["delta"] == 0 and score["p"] == 1
