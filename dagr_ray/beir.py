@@ -92,6 +92,25 @@ def read(path: str) -> BeirData:
             split = name.removeprefix("qrels/").removesuffix(".tsv")
             rows = list(_judgements(fs, members, name, doc_ids, query_ids, data))
             data.tables[f"qrels.{split}"] = tables.table("qrels", rows)
+    _refuse_if_bad(path, data)
+    return data
+
+
+def judgements(path: str, split: str) -> tuple[pa.Table, pa.Table]:
+    """The ``qrels`` of a split and the ``queries`` of a folder, whose corpus is not read. Bad lines as in ``read``."""
+    fs, members = _members(path)
+    name = f"qrels/{split}.tsv"
+    if name not in members:
+        there = [n.removeprefix("qrels/").removesuffix(".tsv") for n in sorted(members) if n.startswith("qrels/")]
+        raise ConfigError(f"no split {split!r} in {path!r}; allowed: {', '.join(there) or 'none'}")
+    data = BeirData()
+    queries = list(_queries(fs, members, data))
+    rows = list(_judgements(fs, members, name, None, {row["query_id"] for row in queries}, data))
+    _refuse_if_bad(path, data)
+    return tables.table("qrels", rows), tables.table("queries", queries)
+
+
+def _refuse_if_bad(path: str, data: BeirData) -> None:
     for name, lines in data.lines.items():
         bad = [p for p in data.problems if p.file == name and not p.mended]
         if len(bad) > MAX_BAD_SHARE * lines:
@@ -100,7 +119,6 @@ def read(path: str) -> BeirData:
                 f"{path}/{name}: {len(bad)} of {lines} lines are bad, over the limit of {MAX_BAD_SHARE:.0%} ({shown}); "
                 "mend the file"
             )
-    return data
 
 
 def _lines(
@@ -164,7 +182,7 @@ def _judgements(
     fs: pafs.FileSystem,
     members: dict[str, pafs.FileInfo],
     name: str,
-    doc_ids: set[str],
+    doc_ids: set[str] | None,
     query_ids: set[str],
     data: BeirData,
 ) -> Iterator[dict[str, Any]]:
@@ -181,7 +199,7 @@ def _judgements(
             continue
         if query_id not in query_ids:
             data.problems.append(Problem(name, number, "unknown-query", query_id))
-        elif doc_id not in doc_ids:
+        elif doc_ids is not None and doc_id not in doc_ids:
             data.problems.append(Problem(name, number, "unknown-document", doc_id))
         elif (query_id, doc_id) in seen:
             data.problems.append(Problem(name, number, "duplicate-id", f"{query_id} {doc_id}"))

@@ -24,6 +24,7 @@ VERBS = {
     "bill": "what a stage, a study or a whole runs folder cost, and where that went",
     "trace": "one row back to its passage, prompt, raw output, scores and price",
     "report": "the table and the page of a study",
+    "compare": "score TREC runs by the judgements of a data set, and compare them with the first",
     "export": "write a folder as a BEIR, sentence-transformers or TREC data set",
     "annotate": "export the pairs that a person should rate first, import the ratings",
     "plugins": "the strategies, engines, filters, miners and stages that are installed",
@@ -58,10 +59,10 @@ def parser() -> argparse.ArgumentParser:
             "--guard", action="append", default=[], metavar="NAME=SHARE",
             help="the largest share of truncated, cut_off, unparsed or copied rows with which a canary passes",
         )  # fmt: skip
-    for name in ("check", "run", "study", "ls", "show", "bill", "trace", "report", "export", "annotate"):
+    for name in ("check", "run", "study", "ls", "show", "bill", "trace", "report", "compare", "export", "annotate"):
         default = os.environ.get("DAGR_RUNS", "runs")
         made[name].add_argument("--runs", default=default, help="folder or URI of the results (default: %(default)s)")
-    for name in ("check", "ls", "show", "bill", "report", "trace", "doctor", "annotate"):
+    for name in ("check", "ls", "show", "bill", "report", "compare", "trace", "doctor", "annotate"):
         made[name].add_argument("--json", action="store_true", help="print JSON")
     made["check"].add_argument("--one", action="store_true", help="the single run of `dagr run`, not the job's sweep")
     made["check"].add_argument(
@@ -78,8 +79,19 @@ def parser() -> argparse.ArgumentParser:
     made["trace"].add_argument("id", help="a query_id or gen_id")
     made["report"].add_argument("study", nargs="?", help="a study's folder (default: the newest)")
     made["report"].add_argument("--markdown", action="store_true", help="print a Markdown table")
+    made["compare"].add_argument("data", help="a BEIR folder, or a TREC qrels file")
+    made["compare"].add_argument(
+        "run", nargs="+", help="a TREC run file (.gz too), or an evaluate or search folder; the first is the baseline"
+    )
+    made["compare"].add_argument("--split", default="test", help="the BEIR folder's split (default: %(default)s)")
+    made["compare"].add_argument(
+        "--measure", default="nDCG@10", help="the one whose changed queries are shown (default: %(default)s)"
+    )
     made["export"].add_argument("folder", help="a select, mine or take folder, or an evaluate folder for TREC")
-    made["export"].add_argument("target", help="folder (beir), JSONL file (sentence-transformers) or run file (trec)")
+    made["export"].add_argument(
+        "target",
+        help="folder (beir), JSONL file (sentence-transformers) or run file (trec; the qrels file is put beside it)",
+    )
     made["export"].add_argument("--format", choices=("beir", "sentence-transformers", "trec"), default="beir")
     _annotate(made["annotate"])
     made["track"].add_argument("runs", nargs="?", default=os.environ.get("DAGR_RUNS", "runs"), help="runs folder")

@@ -433,6 +433,19 @@ def report(args: Args) -> int | None:
     return None
 
 
+def compare(args: Args) -> int | None:
+    """``dagr compare``."""
+    from dagr_ray.report import compare as comparing
+
+    systems = comparing.named(args.run, lambda name: find(args.runs, name))
+    found = comparing.compare(comparing.judged(args.data, args.split), systems, args.measure)
+    if args.json:
+        _print_json(found)
+    else:
+        print(comparing.text(found))
+    return None
+
+
 def export(args: Args) -> int | None:
     """``dagr export``."""
     from dagr_ray import export as exports
@@ -446,7 +459,7 @@ def export(args: Args) -> int | None:
         "trec": exports.to_trec,
     }
     for name, lines in write[args.format](folder, args.runs, args.target).items():
-        print(f"{Path(args.target) / name if args.format == 'beir' else args.target}: {lines:,} lines")
+        print(f"{Path(args.target) / name if args.format == 'beir' else name}: {lines:,} lines")
     return None
 
 

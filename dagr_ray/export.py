@@ -1,11 +1,14 @@
-"""Finished folders in other tools' formats: BEIR folders, sentence-transformers JSONL, TREC runs."""
+"""Finished folders in other tools' formats: BEIR folders, sentence-transformers JSONL, TREC runs and qrels."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
 
-from dagr_ray import beir, tables
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from dagr_ray import beir, tables, trec
 from dagr_ray.artifact import Artifact, filesystem
 from dagr_ray.config import ConfigError
 
@@ -79,11 +82,48 @@ def to_sentence_transformers(folder: Artifact, runs: str, target: str) -> dict[s
 
 
 def to_trec(folder: Artifact, runs: str, target: str) -> dict[str, int]:
-    """A TREC run file of a folder's candidates: query id, Q0, doc id, rank, score, tag."""
-    rows = ancestor(folder, "candidates").read("candidates").to_pylist()
-    tag = folder.name
-    lines = (f"{r['query_id']} Q0 {r['doc_id']} {r['rank']} {r['score']:.6f} {tag}" for r in rows)
-    return {target: _write_lines(target, lines)}
+    """A TREC run file of a folder's candidates and, where its queries are judged, a qrels file beside it.
+
+    The qrels file is named as the run with ``.qrels`` for its last ending. They are those that the folder was judged by
+    (for an evaluation, of the queries that count), so ``trec_eval -c`` of both files gives the folder's own figures.
+    """
+    found = ancestor(folder, "candidates")
+    rows = zip(*(c.to_pylist() for c in found.read("candidates").columns), strict=True)
+    counts = {target: _write_lines(target, trec.run_lines(rows, folder.name))}
+    judged = _judgements(found)
+    if judged is not None:
+        where = judged_beside(target)
+        lines = trec.qrels_lines(zip(*(c.to_pylist() for c in judged.columns), strict=True))
+        counts[where] = _write_lines(where, lines)
+    return counts
+
+
+def judged_beside(target: str) -> str:
+    """The qrels file that is written beside a run.
+
+    >>> judged_beside("out/bm25.trec"), judged_beside("out/bm25.qrels")
+    ('out/bm25.qrels', 'out/bm25.qrels.qrels')
+    """
+    where, mark, options = target.partition("?")
+    folder, slash, name = where.rpartition("/")
+    stem = name.rsplit(".", 1)[0] if "." in name and not name.endswith(".qrels") else name
+    return f"{folder}{slash}{stem}.qrels{mark}{options}"
+
+
+def _judgements(found: Artifact) -> pa.Table | None:
+    """What the queries of a search or an evaluation are judged by; None where they are not."""
+    manifest = found.manifest or {"inputs": {}, "stage": {}, "tables": {}}
+    split = manifest["stage"].get("split")
+    name = f"qrels.{split}" if split else "qrels"
+    for field in ("data", "queries"):
+        source = manifest["inputs"].get(field)
+        if source and name in ((Artifact(found.runs, source).manifest or {}).get("tables") or {}):
+            rows = Artifact(found.runs, source).read(name)
+            if "metrics" in manifest["tables"]:
+                counted = found.read("metrics", ["query_id"])["query_id"].drop_null().unique()
+                rows = rows.filter(pc.is_in(rows["query_id"], value_set=counted))
+            return rows
+    return None
 
 
 def _write_lines(target: str, lines: Iterator[str]) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from dagr_ray.config import ConfigError
 from dagr_ray.engines import Engine, Sampling
@@ -24,21 +24,29 @@ from dagr_ray.miners.bm25 import BM25
 from dagr_ray.miners.dense import Dense
 from dagr_ray.retriever import Encoder
 from dagr_ray.stage import Stage
+from dagr_ray.stages.blend import Blend
 from dagr_ray.stages.evaluate import Evaluate, Scorecard
 from dagr_ray.stages.generate import Generate, Parse
+from dagr_ray.stages.label import Label
 from dagr_ray.stages.leak import LeakGate, LeakScan
-from dagr_ray.stages.mine import Mine
+from dagr_ray.stages.mine import Mine, Relabel
 from dagr_ray.stages.mix import Mix
 from dagr_ray.stages.pairs import Pairs
 from dagr_ray.stages.refine import Best, Criticised, Left
 from dagr_ray.stages.retrieve import Index, Search
 from dagr_ray.stages.rewrite import Rewrite
-from dagr_ray.stages.select import Score, Select
+from dagr_ray.stages.select import Score, Select, Take
 from dagr_ray.strategies import Strategy
 from dagr_ray.strategies.critique import Critique
 from dagr_ray.strategies.crop import Crop
 from dagr_ray.strategies.promptagator import Promptagator
 from dagr_ray.strategies.retry import Retry
+from dagr_ray.teachers import Teacher
+from dagr_ray.teachers.hybrid import Hybrid
+from dagr_ray.training.losses import KL, InfoNCE, Loss
+
+Rung = Literal["in-batch", "mined", "teacher", "filters"]
+RUNGS: tuple[Rung, ...] = get_args(Rung)
 
 if TYPE_CHECKING:
     from dagr_ray.stages.train import Train
@@ -217,6 +225,70 @@ def refine(
     return Mix(arms=tuple(accepted)), tuple(accepted)
 
 
+class Source(NamedTuple):
+    """Queries to train on: their weight, the stage that holds them, and the corpus that holds their passages."""
+
+    weight: float
+    queries: Stage
+    passages: Stage
+
+
+def climb(
+    rung: Rung,
+    sources: Sequence[Source],
+    corpus: Stage,
+    base: Encoder,
+    *,
+    n: int,
+    negatives: int = 7,
+    teacher: Teacher | None = None,
+    held_out: Sequence[Stage] = (),
+) -> tuple[Stage, Stage, tuple[Loss, ...]]:
+    """``n`` examples of some queries at a rung of the ladder, the stage with their queries, and the losses to train with.
+
+    * ``in-batch``: a query and its passage, against the other passages of its batch;
+    * ``mined``: and against one that BM25 or ``base`` confuse with it, by the positive-aware rule (``Mine``);
+    * ``teacher`` and ``filters``: and ``negatives`` of them, which are learnt in the order and at the distances that a
+      teacher finds (listwise KL, as in Ren et al., arXiv 2110.07367), with a tenth of the in-batch loss.
+
+    The teacher is, unless another is given, the weighted mean of BM25's and ``base``'s z-scores. ``filters`` differs from
+    ``teacher`` in the queries that are given: see ``filtered``. Several sources are blended by weight (``Blend``). Queries
+    that resemble the test queries of ``held_out`` are left out.
+    """
+    queries = [_clean(each, held_out, base) for each in sources]
+    examples = [_examples(rung, each, corpus, base, negatives, teacher) for each in queries]
+    distilled: tuple[Loss, ...] = (KL(), InfoNCE(weight=0.1))
+    losses = (InfoNCE(),) if rung in ("in-batch", "mined") else distilled
+    if len(sources) == 1:
+        return Take(mined=examples[0], n=n), queries[0], losses
+    weights = tuple(each.weight for each in sources)
+    blend = Blend(examples=tuple(examples), queries=tuple(queries), weights=weights, n=n)
+    return blend, blend, losses
+
+
+def _clean(source: Source, held_out: Sequence[Stage], base: Encoder) -> Stage:
+    if not held_out:
+        return source.queries
+    scan = LeakScan(selected=source.queries, corpus=source.passages, held_out=tuple(held_out), encoder=base)
+    return LeakGate(selected=source.queries, scan=scan)
+
+
+def _examples(
+    rung: Rung, queries: Stage, corpus: Stage, base: Encoder, negatives: int, teacher: Teacher | None
+) -> Stage:
+    if rung == "in-batch":
+        return Mine(selected=queries, corpus=corpus, negatives=0)
+    miners: tuple[Miner, ...] = (BM25(), Dense(encoder=base))
+    searches = tuple(Search(index=Index(corpus=corpus, miner=m), queries=queries, depth=100) for m in miners)
+    if rung == "mined":
+        return Mine(selected=queries, corpus=corpus, searches=searches, negatives=1)
+    # what is relevant besides the positive is the teacher's to say: nothing is left out for scoring near it
+    mined = Mine(selected=queries, corpus=corpus, searches=searches, negatives=negatives, margin=None)
+    teacher = teacher or Hybrid(fusion="z-score", weights=(0.6, 0.4))
+    labels = Label(teacher=teacher, queries=queries, corpus=corpus, searches=searches, examples=mined)
+    return Relabel(mined=mined, labels=labels)
+
+
 def judge(
     sets: Mapping[str, Stage],
     miner: Miner,
@@ -225,18 +297,35 @@ def judge(
     exclude: Stage | None = None,
     split: str = "test",
     leaks: Stage | None = None,
+    prefixes: Mapping[str, tuple[str, str]] | None = None,
 ) -> Scorecard:
     """The scorecard of a retriever on several data sets, the in-distribution one first.
+
+    ``prefixes`` gives a set its own query and passage prefixes in place of the encoder's, as models with instructions
+    want them (``{"arguana": ("query: ", "query: ")}``); BM25 has none.
 
     With ``leaks`` (a ``LeakGate``) each set is there twice: as it is, and as ``NAME-untouched`` without the queries that
     the training data resembles.
     """
+    unknown = sorted((prefixes or {}).keys() - sets.keys())
+    if unknown:
+        raise ConfigError(f"judge: prefixes for {unknown[0]!r}, which is no set; allowed: {', '.join(sets)}")
     evaluations = []
     for position, (name, data) in enumerate(sets.items()):
-        search = Search(index=Index(corpus=data, miner=miner, trained=trained), queries=data, split=split, depth=100)
+        own = _prefixed(miner, prefixes[name]) if prefixes and name in prefixes else miner
+        search = Search(index=Index(corpus=data, miner=own, trained=trained), queries=data, split=split, depth=100)
         held_out = exclude if position == 0 else None
         evaluations.append(Evaluate(search=search, data=data, split=split, exclude=held_out, name=name))
     if leaks is not None:
         clean = [each.model_copy(update={"name": f"{each.name}-untouched", "leaks": leaks}) for each in evaluations]
         evaluations += clean
     return Scorecard(evaluations=tuple(evaluations))
+
+
+def _prefixed(miner: Miner, prefixes: tuple[str, str]) -> Miner:
+    encoder = getattr(miner, "encoder", None)
+    if not isinstance(encoder, Encoder):
+        return miner
+    query, passage = prefixes
+    changed = encoder.model_copy(update={"query_prefix": query, "doc_prefix": passage})
+    return miner.model_copy(update={"encoder": changed})

@@ -28,8 +28,8 @@ from dagr_ray.cluster import Placement
 from dagr_ray.config import ConfigError, digest, explain, from_json
 from dagr_ray.miners.bm25 import BM25
 from dagr_ray.stage import Observer, Progress, Stage, materialize, survey, walk
-from dagr_ray.stages.evaluate import Evaluate, Scorecard
-from dagr_ray.stages.retrieve import Index, Search
+from dagr_ray.stages.evaluate import Scorecard
+from dagr_ray.stages.retrieve import Search
 
 log = logging.getLogger("dagr")
 Recipe = Callable[..., Stage]
@@ -176,22 +176,38 @@ def plan_study(job: Job, axes: Mapping[str, Sequence[Any]]) -> Study:
 
 
 def _baselines(arm: Json, card: Stage) -> Iterable[tuple[str, Json, Stage]]:
-    """BM25 and the frozen base, judged exactly as ``card`` judges its own retriever."""
-    if not isinstance(card, Scorecard):
+    """BM25 and the frozen base, judged exactly as ``card`` judges its own retriever; none for runs of other systems."""
+    if not isinstance(card, Scorecard) or not all(_searches(e.search) for e in card.evaluations):
         return
-    yield "bm25", {}, _judged_by(card, miner=BM25(), trained=None)
+
+    def with_search(change: Callable[[Stage], Stage]) -> Scorecard:
+        swapped = (e.model_copy(update={"search": change(e.search)}) for e in card.evaluations)
+        return card.model_copy(update={"evaluations": tuple(swapped)})
+
+    yield "bm25", {}, with_search(lambda search: _indexed(_searches(search)[0], miner=BM25(), trained=None))
     frozen = {name: value for name, value in arm.items() if name == "base"}
-    yield "frozen", frozen, _judged_by(card, trained=None)
+    yield "frozen", frozen, with_search(lambda search: _indexed(search, trained=None))
 
 
-def _judged_by(card: Scorecard, **change: Any) -> Scorecard:
-    def swap(evaluation: Stage) -> Stage:
-        assert isinstance(evaluation, Evaluate) and isinstance(evaluation.search, Search)
-        assert isinstance(evaluation.search.index, Index)
-        index = evaluation.search.index.model_copy(update=change)
-        return evaluation.model_copy(update={"search": evaluation.search.model_copy(update={"index": index})})
+def _searches(stage: Stage) -> list[Search]:
+    """The searches of an index that a search is, or that it puts together."""
+    if isinstance(stage, Search):
+        return [stage]
+    return [found for value in _several(stage).values() for inner in value for found in _searches(inner)]
 
-    return card.model_copy(update={"evaluations": tuple(swap(e) for e in card.evaluations)})
+
+def _indexed(stage: Stage, **change: Any) -> Stage:
+    """A search, or what puts several together, with other fields of each ``Index``."""
+    if isinstance(stage, Search):
+        return stage.model_copy(update={"index": stage.index.model_copy(update=change)})
+    found = {name: tuple(_indexed(inner, **change) for inner in value) for name, value in _several(stage).items()}
+    return stage.model_copy(update=found)
+
+
+def _several(stage: Stage) -> dict[str, tuple[Stage, ...]]:
+    """The fields of a stage that hold several stages."""
+    held = {name: getattr(stage, name) for name in stage.__class__.model_fields}
+    return {n: v for n, v in held.items() if isinstance(v, tuple) and v and all(isinstance(x, Stage) for x in v)}
 
 
 def run_study(

@@ -161,7 +161,7 @@ class _Pass:
     def _child(self, trial: Json, parent: str) -> None:
         from mlflow.entities import RunTag
 
-        row = next(t for t in self.summary["trials"] if t["trial"] == trial["trial"])
+        row = _row(self.summary, trial)
         finished = self.folders.found(trial["folder"])["finished"]
         name = " ".join(str(x) for x in (row["base"], row["label"], row["used"] or "") if x)
         tags = {
@@ -234,6 +234,16 @@ class _Pass:
 
 def _note(summary: Json) -> str:
     return "\n".join([summary["verdict"]["headline"], *(f"* {s}" for s in summary["verdict"]["sentences"])])[:5000]
+
+
+def _row(summary: Json, trial: Json) -> Json:
+    """What the summary says of a trial; of one seed of several only its own means, because the tests are of all of them."""
+    arm = next(t for t in summary["trials"] if trial["trial"] in {each["trial"] for each in t["seeds"]})
+    row = {**arm, "folder": trial["folder"], "seconds": trial["seconds"]}
+    if len(arm["seeds"]) > 1:
+        means = next(each["means"] for each in arm["seeds"] if each["trial"] == trial["trial"])
+        row["scores"] = {data: {m: {"mean": mean} for m, mean in found.items()} for data, found in means.items()}
+    return row
 
 
 def _params(values: dict[str, Any]) -> list[Any]:

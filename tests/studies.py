@@ -64,13 +64,13 @@ def card(runs: str, name: str, scores: dict[str, list[float]], data: str, traine
 def made_study(
     root: Path,
     frozen: dict[str, list[float]],
-    arms: dict[int, dict[str, list[float]]],
+    arms: dict[int, dict[str, list[float]]] | dict[tuple[int, int], dict[str, list[float]]],
     engine: Engine | None = None,
     gated: bool = False,
 ) -> tuple[str, str]:
     """(runs, study folder) of a study with a frozen base, BM25, and an arm for each number of rows trained on.
 
-    ``gated``: the queries went through a leak gate that holds out the corpus's own test split.
+    A key may be (rows, seed). ``gated``: the queries went through a leak gate that holds out the corpus's own test split.
     """
     runs = str(root / "runs")
     tiny_beir(root / "set")
@@ -93,12 +93,15 @@ def made_study(
     materialize(mined, runs, here)
     add("bm25", {}, card(runs, "scorecard-bm25", {k: [0.3] * len(v) for k, v in frozen.items()}, data))
     add("frozen", {"base": "minilm"}, card(runs, "scorecard-frozen", frozen, data))
-    for rows, scores in arms.items():
+    for key, scores in arms.items():
+        rows, *seed = key if isinstance(key, tuple) else (key,)
+        name = "-".join(map(str, (rows, *seed)))
         take = materialize(Take(mined=mined, n=rows), runs, here)
-        train = put(runs, f"train-{rows}", {"examples": take.name}, {}, {}, {"train_s": 1.0}, price=0.01 * rows)
-        made = card(runs, f"scorecard-{rows}", scores, data, train)
-        add("augmented", {"base": "minilm", "generator": "crop", "volume": rows}, made)
-    study = {"name": "made", "job": "jobs/made.py", "axes": {"volume": list(arms)}, "created": 1.8e9}
+        train = put(runs, f"train-{name}", {"examples": take.name}, {}, {}, {"train_s": 1.0}, price=0.01 * rows)
+        made = card(runs, f"scorecard-{name}", scores, data, train)
+        params = {"base": "minilm", "generator": "crop", "volume": rows} | ({"seed": seed[0]} if seed else {})
+        add("augmented", params, made)
+    study = {"name": "made", "job": "jobs/made.py", "axes": {"volume": list(map(str, arms))}, "created": 1.8e9}
     study |= {"machine": {"cores": 2}, "wall_s": 60.0, "trials": trials}
     Artifact(runs, "study-made-1").write_json("study.json", study)
     return runs, "study-made-1"

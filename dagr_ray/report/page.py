@@ -12,6 +12,7 @@ from dagr_ray.report import verdict
 from dagr_ray.report.charts import curves_svg
 from dagr_ray.report.lineage import Folders
 from dagr_ray.report.rows import samples
+from dagr_ray.report.text import seed_lines
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -32,7 +33,7 @@ def render(summary: Json, runs: str) -> str:
     shown = [(generator, samples(folders, generator)) for generator in summary["generators"]]
     # what matplotlib wrote is markup, with its labels escaped; everything else on the page is text
     template = _environment().get_template("page.html")
-    return template.render(s=summary, samples=shown, chart=curves_svg(summary))
+    return template.render(s=summary, samples=shown, chart=curves_svg(summary), seeds=seed_lines(summary))
 
 
 @lru_cache(maxsize=1)

@@ -152,9 +152,11 @@ def samples(folders: Folders, generator: Json, accepted: int = 6, rejected: int 
         return []
     generated = folders.found(parsed)["inputs"]["generations"]
     refusals = [r for n in reversed(chain) for r in _first(folders, n, "rejected")]
-    kept = sorted(r["query_id"] for r in _first(folders, mined, "examples"))[:accepted]
+    # some may be people's, which have no completion: of many rows enough are generated
+    kept = sorted(r["query_id"] for r in _first(folders, mined, "examples"))[: 100 * accepted]
     artifact, written = folders.artifact(parsed), folders.artifact(generated)
     gen_of = {r["id"]: r["gen_id"] for r in _rows(artifact, "lineage", "id", [*kept, *(r["id"] for r in refusals)])}
+    kept = [query_id for query_id in kept if query_id in gen_of][:accepted]
     known = {r["gen_id"] for r in _rows(written, "generations", "gen_id", [r["id"] for r in refusals])}
     chosen: list[tuple[str, str | None, Json | None]] = [(gen_of[i], i, None) for i in kept]
     refused = [

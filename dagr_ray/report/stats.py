@@ -1,6 +1,7 @@
-"""Intervals and tests over queries: paired bootstrap, paired randomisation test, Holm's correction.
+"""Intervals and tests: paired bootstrap over queries, and over seeds too; paired randomisation test; Holm's correction.
 
-All of them take queries as the sample. What another training seed would change is not in them.
+The randomisation test takes queries as the sample: it speaks of the very models that were trained. Where an arm was
+trained with several seeds, ``over_seeds`` brings into an interval what other seeds would have changed.
 """
 
 from __future__ import annotations
@@ -29,6 +30,27 @@ def resampled_means(values: Floats, resamples: int = RESAMPLES, seed: int = SEED
         weights = np.bincount(drawn.ravel(), minlength=size * queries).reshape(size, queries)
         means.append(weights @ values / queries)
     return np.concatenate(means)
+
+
+def over_seeds(means: Floats, arms: Sequence[Sequence[int]], seed: int = SEED) -> Floats:
+    """Resampled means of arms, each the mean of its seeds: ``[resamples, systems]`` -> ``[resamples, len(arms)]``.
+
+    ``arms`` holds the columns of each arm's seeds. Rows of ``means`` are samples of queries, and here the seeds are
+    resampled too, independently of them: the two-way ("pigeonhole") bootstrap of Owen (2007, arXiv 0712.1111). Of S seeds,
+    S - 1 are drawn, because a sample of S has only (S - 1) / S of the variance of a mean of S (Rao and Wu 1988,
+    https://doi.org/10.1080/01621459.1988.10478591). Arms with as many seeds see the same draws, as all see the same
+    queries. An arm of one seed is as it was: nothing is known of what another would do.
+    """
+    found = []
+    for columns in arms:
+        own = means[:, list(columns)]
+        if len(columns) > 1:
+            several = len(columns)
+            random = np.random.default_rng([seed, several])
+            drawn = random.multinomial(several - 1, np.full(several, 1 / several), len(means))
+            own = own * drawn * (several / (several - 1))
+        found.append(own.mean(axis=1))
+    return np.stack(found, axis=1)
 
 
 def interval(samples: Floats, level: float = 0.95) -> tuple[float, float]:

@@ -1,24 +1,20 @@
-"""A study as one JSON value: means with intervals, gains over the frozen base with tests, curves, costs, filters."""
+"""A study as one JSON value: its arms with what they scored (see ``boards``), curves, costs, filters, the verdict."""
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-import numpy as np
-
 from dagr_ray.artifact import Artifact, Json
 from dagr_ray.config import ConfigError, digest
-from dagr_ray.report import stats
+from dagr_ray.report.boards import MEASURE, averages, boards_of
 from dagr_ray.report.leaks import leaks
 from dagr_ray.report.lineage import Arm, Folders, funnel
 from dagr_ray.report.verdict import verdict
 
-MEASURE = "nDCG@10"
 # Parameters that set how many rows an arm is trained on: they move along a curve, the others tell curves apart.
 AMOUNTS = ("volume", "density", "coverage")
 
@@ -36,8 +32,9 @@ def summarise(runs: str, study_folder: str) -> Json:
     rows = [Row(folders, trial, study.get("defaults", {})) for trial in study["trials"]]
     for row in rows:
         row.name(rows)
-    boards = _boards(rows, warnings)
-    trials = sorted((row.described(rows) for row in rows), key=_place)
+    arms = _by_seed(rows, warnings)
+    boards = boards_of(arms, warnings)
+    trials = sorted((row.described(rows) for row in arms), key=_place)
     for trial in trials:
         trial["scores"] = {}
     by_name = {trial["trial"]: trial for trial in trials}
@@ -55,10 +52,11 @@ def summarise(runs: str, study_folder: str) -> Json:
         "wall_s": study.get("wall_s", 0.0),
         "measure": MEASURE,
         "sets": sets,
+        "averages": averages(boards, by_name),
         "trials": trials,
         "curves": curves,
         "generators": (made := generators(rows)),
-        "leaks": leaks(folders, rows, made, MEASURE),
+        "leaks": leaks(folders, arms, made, MEASURE),
         "changes": [change for board in boards for change in board.changes(by_name)],
         "stages": _stages(folders, rows),
         "warnings": warnings,
@@ -75,14 +73,34 @@ def _place(trial: Json) -> tuple[Any, ...]:
     return kind > 0, trial["base"], kind, trial["label"], trial["used"], trial["trial"]
 
 
+def _by_seed(rows: list[Row], warnings: list[str]) -> list[Row]:
+    """The rows, but of trials that differ in nothing but ``seed`` only the first that has scores, which knows the others."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        same = {k: v for k, v in row.params.items() if k != "seed"}
+        key = json.dumps(same, sort_keys=True) if row.kind == "augmented" else row.id
+        groups.setdefault(key, []).append(row)
+    found = []
+    for group in groups.values():
+        first = next((row for row in group if row.scores), group[0])
+        first.seeds = [row for row in group if row.scores and row.judged_on == first.judged_on] or [first]
+        first.trials = group
+        found.append(first)
+        if 0 < len(first.seeds) < len(group) and first.scores:
+            warnings.append(f"{first.base} {first.label}: {len(first.seeds)} of {len(group)} seeds have a result")
+    return found
+
+
 @dataclass
 class Row:
-    """A trial with what its scorecard holds."""
+    """A trial with what its scorecard holds; ``seeds`` are the trials of the same arm that have a result, itself one of them."""
 
     folders: Folders
     trial: Json
     defaults: Json = field(default_factory=dict)
     label: str = ""
+    seeds: list[Row] = field(default_factory=list)
+    trials: list[Row] = field(default_factory=list)
 
     @property
     def id(self) -> str:
@@ -156,18 +174,20 @@ class Row:
     def generator(self) -> str:
         if self.kind != "augmented":
             return ""
+        if self.arm.taken and not self.arm.generated:
+            return "human"  # nothing that it was trained on was generated
         named = self.params.get("generator")
         stage = self.folders.found(self.arm.generated)["stage"] if self.arm.generated else {}
         return str(named or stage.get("strategy", {}).get("type") or "generated")
 
     def series(self) -> str:
         """Equal for arms that differ only in how many rows they were trained on."""
-        return json.dumps({k: v for k, v in self.params.items() if k not in AMOUNTS}, sort_keys=True)
+        return json.dumps({k: v for k, v in self.params.items() if k not in (*AMOUNTS, "seed")}, sort_keys=True)
 
     def name(self, rows: list[Row]) -> None:
         """Sets ``label``: base, generator, and what else varies among the arms."""
         arms = [r.params for r in rows if r.kind == "augmented"]
-        known = ("base", "generator", "volume")
+        known = ("base", "generator", "volume", "seed")
         extra = [k for k in self.params if k not in known and len({json.dumps(p.get(k)) for p in arms}) > 1]
         parts = [f"{k}={self.params[k]}" for k in extra] if self.kind == "augmented" else []
         self.label = " ".join([self.generator or {"frozen": "frozen"}.get(self.kind, ""), *parts]).strip()
@@ -187,208 +207,31 @@ class Row:
             "bm25": bm25.id if bm25 else None,
             "cost": self.arm.cost() if arm and self.arm.train else None,
             "seconds": self.trial.get("seconds", 0.0),
-        }
-
-
-def _boards(rows: list[Row], warnings: list[str]) -> list[Board]:
-    """One board for each judged data set, the in-distribution one first."""
-    boards: list[Board] = []
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        if row.scores:
-            groups.setdefault(row.judged_on, []).append(row)
-    names = Counter(name for group in groups.values() for name in group[0].scores)
-    for key, group in groups.items():
-        for position, name in enumerate(group[0].scores):
-            members = [row for row in group if MEASURE in row.scores.get(name, {})]
-            if not members:
-                continue
-            asked = [set(row.scores[name][MEASURE]) for row in members]
-            queries = sorted(set.intersection(*asked))
-            if len(queries) < max(len(a) for a in asked):
-                warnings.append(f"{name}: rows are compared on the {len(queries)} queries that all of them have")
-            if queries:
-                shown = name if names[name] == 1 else f"{name} ({key[:4]})"
-                boards.append(Board(shown, name, "in" if position == 0 else "out", members, queries))
-    return sorted(boards, key=lambda board: board.role != "in")
-
-
-@dataclass
-class Board:
-    """All trials on one data set: values by query, and bootstrap means that all trials share."""
-
-    name: str
-    key: str
-    role: str
-    rows: list[Row]
-    queries: list[str]
-    boots: dict[str, stats.Floats] = field(default_factory=dict)
-
-    def described(self) -> Json:
-        return {"name": self.name, "role": self.role, "queries": len(self.queries), "measures": self.measures}
-
-    @cached_property
-    def measures(self) -> list[str]:
-        return [m for m in self.rows[0].scores[self.key] if all(m in r.scores[self.key] for r in self.rows)]
-
-    @cached_property
-    def column(self) -> dict[str, int]:
-        return {row.id: i for i, row in enumerate(self.rows)}
-
-    def values(self, measure: str) -> stats.Floats:
-        """``[queries, trials]``."""
-        return np.array([[row.scores[self.key][measure][q] for row in self.rows] for q in self.queries])
-
-    def score(self, trials: dict[str, Json]) -> None:
-        """Adds this data set's means, gains, intervals and tests to the trials."""
-        for measure in self.measures:
-            values = self.values(measure)
-            boots = self.boots[measure] = stats.resampled_means(values)
-            means = values.mean(axis=0)
-            for i, row in enumerate(self.rows):
-                low, high = stats.interval(boots[:, i])
-                scores = trials[row.id]["scores"].setdefault(self.name, {})
-                scores[measure] = {"mean": float(means[i]), "low": low, "high": high}
-            arms = [row for row in self.rows if trials[row.id]["frozen"] in self.column]
-            if not arms:
-                continue
-            gains = np.stack([values[:, self.column[r.id]] - self._other(values, trials, r) for r in arms], axis=1)
-            tested = stats.randomisation_p(gains).tolist()
-            for row, p, corrected in zip(arms, tested, stats.holm(tested), strict=True):
-                found = trials[row.id]["scores"][self.name][measure]
-                found |= self.gap(measure, row.id, trials[row.id]["frozen"]) | {"p": p, "p_holm": corrected}
-                if trials[row.id]["bm25"] in self.column:
-                    found["over_bm25"] = self.gap(measure, row.id, trials[row.id]["bm25"])
-
-    def _other(self, values: stats.Floats, trials: dict[str, Json], row: Row) -> stats.Floats:
-        return values[:, self.column[trials[row.id]["frozen"]]]
-
-    def gap(self, measure: str, trial: str, other: str) -> Json:
-        """The mean of ``trial`` minus that of ``other``, with a paired interval."""
-        i, j = self.column[trial], self.column[other]
-        values = self.values(measure)
-        low, high = stats.interval(self.boots[measure][:, i] - self.boots[measure][:, j])
-        return {"delta": float((values[:, i] - values[:, j]).mean()), "delta_low": low, "delta_high": high}
-
-    def curves(self, trials: dict[str, Json]) -> list[Json]:
-        """Each generator and base over volume, from the frozen base at 0 on."""
-        groups: dict[str, list[Row]] = {}
-        for row in self.rows:
-            if trials[row.id]["frozen"] in self.column:
-                groups.setdefault(row.series(), []).append(row)
-        found = []
-        for group in groups.values():
-            frozen = trials[group[0].id]["frozen"]
-            ordered = [frozen, *(r.id for r in sorted(group, key=lambda r: trials[r.id]["used"]))]
-            points = [{"trial": t, "used": trials[t]["used"], "price": _price(trials[t])} for t in ordered]
-            for point in points:
-                point |= trials[point["trial"]]["scores"][self.name][MEASURE]
-            found.append(
-                {
-                    "set": self.name,
-                    "base": group[0].base,
-                    "generator": group[0].generator,
-                    "label": group[0].label,
-                    "points": points,
-                    **self._enough(points),
-                    "steps": self._steps(points),
-                }
-            )
-        return found
-
-    def _enough(self, points: list[Json]) -> Json:
-        """The best point, and the smallest one that is not shown to be below it (paired interval includes 0)."""
-        best = max(points, key=lambda point: point["mean"])
-        for point in points:
-            behind = self.gap(MEASURE, best["trial"], point["trial"])
-            if point is best or behind["delta_low"] <= 0:
-                return {"best": best["used"], "enough": point["used"], "best_over_enough": behind}
-        raise AssertionError("the best point is one of the points")
-
-    def _steps(self, points: list[Json]) -> list[Json]:
-        """What each larger volume added, for 100 more rows and for a dollar more."""
-        steps = []
-        for before, after in itertools.pairwise(points):
-            gap = self.gap(MEASURE, after["trial"], before["trial"])
-            rows, price = after["used"] - before["used"], after["price"] - before["price"]
-            steps.append(
-                {
-                    "from": before["used"],
-                    "to": after["used"],
-                    **gap,
-                    "per_100_rows": gap["delta"] / rows * 100 if rows > 0 else None,
-                    "per_dollar": gap["delta"] / price if price > 0 else None,
-                }
-            )
-        return steps
-
-    def changes(self, trials: dict[str, Json]) -> list[Json]:
-        """For the best arm of each base: queries won and lost against the frozen base, and the ten that changed most."""
-        best: dict[str, Row] = {}
-        for row in self.rows:
-            if trials[row.id]["frozen"] in self.column:
-                now = best.setdefault(row.base, row)
-                if self._mean(trials, row) > self._mean(trials, now):
-                    best[row.base] = row
-        return [self._changed(trials, row) for row in best.values()]
-
-    def _mean(self, trials: dict[str, Json], row: Row) -> float:
-        return trials[row.id]["scores"][self.name][MEASURE]["mean"]
-
-    def _changed(self, trials: dict[str, Json], row: Row) -> Json:
-        values = self.values(MEASURE)
-        after, before = values[:, self.column[row.id]], self._other(values, trials, row)
-        gains = after - before
-        most = np.argsort(-np.abs(gains), kind="stable")[:10]
-        said = _query_texts(row, self.key, {self.queries[i] for i in most})
-        return {
-            "set": self.name,
-            "base": row.base,
-            "trial": row.id,
-            "label": row.label,
-            "used": trials[row.id]["used"],
-            "won": int((gains > 1e-9).sum()),
-            "lost": int((gains < -1e-9).sum()),
-            "same": int((np.abs(gains) <= 1e-9).sum()),
-            "queries": [
-                {
-                    "query_id": self.queries[i],
-                    "text": said.get(self.queries[i], ""),
-                    "before": float(before[i]),
-                    "after": float(after[i]),
-                }
-                for i in most
-                if abs(gains[i]) > 1e-9
+            "seeds": [
+                {"trial": row.id, "seed": row.params.get("seed"), "state": row.trial.get("state"), "means": row.means}
+                for row in self.trials or [self]
             ],
         }
 
-
-def _price(trial: Json) -> float:
-    return (trial["cost"] or {}).get("price", 0.0)
-
-
-def _query_texts(row: Row, name: str, wanted: set[str]) -> dict[str, str]:
-    """The wording of some judged queries, out of the data that the evaluation of that name read."""
-    folders = row.folders
-    for inner in folders.found(row.trial["folder"])["inputs"].values():
-        manifest = folders.found(inner)
-        data = manifest["inputs"].get("data")
-        if manifest["stage"].get("name") == name.split("/")[0] and data and folders.manifest(data):
-            rows = folders.artifact(data).read("queries").to_pylist()
-            return {r["query_id"]: r["text"] for r in rows if r["query_id"] in wanted}
-    return {}
+    @property
+    def means(self) -> dict[str, dict[str, float]]:
+        """Data set -> measure -> mean of this trial alone."""
+        return {
+            name: {m: sum(values.values()) / len(values) for m, values in measures.items() if values}
+            for name, measures in self.scores.items()
+        }
 
 
 def generators(rows: list[Row]) -> list[Json]:
-    """The funnel of each set of examples that arms were drawn from, once."""
+    """The funnel of each set of examples that arms were drawn from, once; none for people's pairs."""
     seen: dict[str, Row] = {}
     for row in rows:
-        if row.kind == "augmented" and row.arm.mined:
+        if row.kind == "augmented" and row.arm.mined and row.arm.generated:
             seen.setdefault(row.arm.mined, row)
     twice = Counter(row.generator for row in seen.values())
     found = []
     for mined, row in seen.items():
-        label = row.generator if twice[row.generator] == 1 else f"{row.generator} ({mined[-4:]})"
+        label = row.generator if twice[row.generator] == 1 else f"{row.label or row.generator} ({mined[-4:]})"
         found.append(funnel(row.arm, label) | {"mined": mined, "trial": row.id})
     return found
 

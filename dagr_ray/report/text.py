@@ -8,7 +8,7 @@ from dagr_ray.report.verdict import dollars, duration, is_gain, is_loss, p_text,
 
 def terminal_table(summary: Json) -> str:
     """One line a trial, then the verdict. A star marks gains and losses that stand after correction."""
-    measure, sets = summary["measure"], summary["sets"]
+    measure, sets = summary["measure"], [*summary["sets"], *summary["averages"]]
     head = ["base", "generator", "rows"]
     for data in sets:
         head += [f"{data['name']} {measure}", "over frozen [95 % CI]"]
@@ -59,12 +59,11 @@ def markdown_table(summary: Json) -> str:
     """A table for each data set with all measures, and the verdict as a list."""
     words = summary["verdict"]
     lines = [f"**{words['headline']}**", "", *(f"- {sentence}" for sentence in words["sentences"])]
-    for data in summary["sets"]:
+    for data in [*summary["sets"], *summary["averages"]]:
         measures = data["measures"]
         first = summary["measure"]
         others = [m for m in measures if m != first]
-        where = {"in": "in distribution", "out": "out of distribution"}[data["role"]]
-        lines += ["", f"`{data['name']}`, {where}, {data['queries']:,} queries:", ""]
+        lines += ["", f"{_titled(data)}:", ""]
         head = ["base", "generator", "rows", f"{first} [95 % CI]", "over frozen [95 % CI]", "p (Holm)", *others, "cost"]
         lines += ["| " + " | ".join(head) + " |", "|" + "|".join(["---"] * 2 + ["---:"] * (len(head) - 2)) + "|"]
         for trial in summary["trials"]:
@@ -83,5 +82,52 @@ def markdown_table(summary: Json) -> str:
                 cells += [f"{scores[m]['mean']:.3f}" for m in others]
                 cells.append(dollars(trial["cost"]["price"]) if trial["cost"] else "")
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    if any(len(trial["seeds"]) > 1 for trial in summary["trials"]):
+        lines += ["", *_seeds(summary)]
     lines += [f"\nNote: {warning}" for warning in summary["warnings"]]
     return "\n".join(lines)
+
+
+def _titled(data: Json) -> str:
+    if "role" not in data:
+        return f"{data['name'][0].upper()}{data['name'][1:]} ({', '.join(data['sets'])})"
+    where = {"in": "in distribution", "out": "out of distribution"}[data["role"]]
+    return f"`{data['name']}`, {where}, {data['queries']:,} queries"
+
+
+def _seeds(summary: Json) -> list[str]:
+    """A Markdown table of the arms with several seeds: what varies between seeds, and what between queries."""
+    measure = summary["measure"]
+    head = f"| data set | base | generator | {measure} by seed | SD of seeds | SE over seeds | SE over queries |"
+    lines = [head, "|---|---|---|---|---:|---:|---:|"]
+    for line in seed_lines(summary):
+        means = ", ".join(f"{mean:.3f}" for mean in line["means"])
+        errors = " | ".join(f"{line[key]:.4f}" for key in ("seed_sd", "seed_se", "query_se"))
+        lines.append(f"| {line['set']} | {line['base']} | {line['label']} | {means} | {errors} |")
+    return lines
+
+
+def seed_lines(summary: Json) -> list[Json]:
+    """For each arm of several seeds and each data set: the seeds' means and their standard deviation, and two standard
+    errors of the arm's gain over its frozen base: that of seeds and that of queries."""
+    found = []
+    for data in summary["sets"]:
+        for trial in summary["trials"]:
+            score = trial["scores"].get(data["name"], {}).get(summary["measure"], {})
+            if "seed_sd" not in score:
+                continue
+            key = data.get("key", data["name"])
+            every = [each["means"].get(key, {}).get(summary["measure"]) for each in trial["seeds"]]
+            means = [mean for mean in every if mean is not None]
+            found.append(
+                {
+                    "set": data["name"],
+                    "base": trial["base"],
+                    "label": trial["label"],
+                    "means": means,
+                    "seed_sd": score["seed_sd"],
+                    "seed_se": score["seed_sd"] / len(means) ** 0.5,
+                    "query_se": score.get("query_se", 0.0),
+                }
+            )
+    return found

@@ -17,16 +17,17 @@ def verdict(summary: Json) -> Json:
     answers = [_answer(summary, s, base, arms) for s in summary["sets"] for base, arms in _arms(summary, s["name"])]
     sentences = [
         *(answer["sentence"] for answer in answers),
+        *_average(summary),
+        *_harm(summary),
         *_enough(summary, answers),
         *_generators(summary),
         *_bm25(summary),
         *_cost(summary),
     ]
-    failed = [t for t in summary["trials"] if t["state"] != "done"]
+    states = [each["state"] for t in summary["trials"] for each in t.get("seeds", [t])]
+    failed = [state for state in states if state != "done"]
     if failed:
-        sentences.append(
-            f"{len(failed)} of {len(summary['trials'])} trials have no result, so the answers are partial."
-        )
+        sentences.append(f"{len(failed)} of {len(states)} trials have no result, so the answers are partial.")
     return {"headline": _headline(answers), "sentences": sentences, "answers": answers}
 
 
@@ -57,9 +58,10 @@ def _answer(summary: Json, data: Json, base: str, arms: list[Json]) -> Json:
     scores = {arm["trial"]: arm["scores"][name][measure] for arm in arms}
     gained = [arm for arm in arms if is_gain(scores[arm["trial"]])]
     lost = [arm for arm in arms if is_loss(scores[arm["trial"]])]
-    best = max(gained or arms, key=lambda arm: scores[arm["trial"]]["mean"])
-    score = scores[best["trial"]]
-    what = f"{best['used']:,} {best['label']} queries"
+    chosen = best_arm(scores)
+    best = next(arm for arm in arms if arm["trial"] == chosen)
+    score = scores[chosen]
+    what = _what(best)
     change = f"{signed(score['delta'])}, 95 % CI {signed(score['delta_low'])} to {signed(score['delta_high'])}"
     before = score["mean"] - score["delta"]
     moved = f"{what} took {measure} from {before:.3f} to {score['mean']:.3f} ({change}"
@@ -77,6 +79,8 @@ def _answer(summary: Json, data: Json, base: str, arms: list[Json]) -> Json:
         answer, why = "cannot tell", f"of {len(arms)} arms the best, {moved}; {p_text(score['p_holm'])}): {reason}"
     if lost and answer != "worse":
         why += f"; {len(lost)} of {len(arms)} arms lost"
+    if "won" in score:
+        why += f"; {score['won']:,} queries won, {score['lost']:,} lost, {score['same']:,} tied"
     many = len({t["base"] for t in summary["trials"] if t["kind"] == "augmented"}) > 1
     return {
         "set": name,
@@ -87,6 +91,57 @@ def _answer(summary: Json, data: Json, base: str, arms: list[Json]) -> Json:
         "delta": score["delta"],
         "sentence": f"{name} ({WHERE[data['role']]}){f', {base}' if many else ''}: {SAID[answer]}. {why[0].upper()}{why[1:]}.",
     }
+
+
+def best_arm(scores: dict[str, Json]) -> str:
+    """The arm that the answer is about, of the scores of a base's arms: the best that gained, else the best."""
+    gained = [trial for trial in scores if is_gain(scores[trial])]
+    return max(gained or scores, key=lambda trial: scores[trial]["mean"])
+
+
+def _what(arm: Json) -> str:
+    """What an arm was trained on, in words."""
+    seeds = sum("means" in each and bool(each["means"]) for each in arm.get("seeds", ()))
+    return f"{arm['used']:,} {arm['label']} {'pairs' if 'human' in arm['label'] else 'queries'}" + (
+        f" ({seeds} seeds)" if seeds > 1 else ""
+    )
+
+
+def _harm(summary: Json) -> list[str]:
+    """Every arm whose mean is more than ``WORTH`` under its frozen base's, whatever a test says of it."""
+    names = [data["name"] for data in summary["sets"]]
+    rows = [
+        (trial, name, score)
+        for name in names
+        for trial in summary["trials"]
+        if (score := trial["scores"].get(name, {}).get(summary["measure"], {})).get("delta", 0) < -WORTH
+    ]
+    if not rows:
+        return []
+    rows.sort(key=lambda row: row[2]["delta"])
+    shown = [
+        f"{_what(trial)}, {trial['base']}, on {name} ({signed(score['delta'])}"
+        f"{'' if is_loss(score) else ', not shown by the test'})"
+        for trial, name, score in rows[:5]
+    ]
+    more = f"; and {len(rows) - 5} more" if len(rows) > 5 else ""
+    return [f"Worse than the frozen base by more than {WORTH} {summary['measure']}: {'; '.join(shown)}{more}."]
+
+
+def _average(summary: Json) -> list[str]:
+    """The best arm by the mean over all data sets, for each base."""
+    said = []
+    for average in summary["averages"]:
+        for base, arms in _arms(summary, average["name"]):
+            scores = {arm["trial"]: arm["scores"][average["name"]][summary["measure"]] for arm in arms}
+            chosen = best_arm(scores)
+            best, score = next(arm for arm in arms if arm["trial"] == chosen), scores[chosen]
+            said.append(
+                f"{average['name'][0].upper()}{average['name'][1:]}, {base}: at best {score['mean']:.3f} with "
+                f"{_what(best)}, {signed(score['delta'])} over frozen (95 % CI {signed(score['delta_low'])} to "
+                f"{signed(score['delta_high'])}; {p_text(score['p_holm'])})."
+            )
+    return said
 
 
 SAID = {"yes": "yes, it helped", "no": "no", "worse": "no, it made things worse", "cannot tell": "cannot tell"}
@@ -121,7 +176,8 @@ def _and(words: Iterable[str]) -> str:
 def _enough(summary: Json, answers: list[Json]) -> list[str]:
     """How much is enough, for each curve that gained on the in-distribution data."""
     said = []
-    for curve in _in_curves(summary):
+    several = [curve for curve in _in_curves(summary) if len(curve["points"]) > 2]
+    for curve in several:
         if not any("p_holm" in p and is_gain(p) for p in curve["points"]):
             continue
         who = _who(summary, curve)
@@ -141,7 +197,7 @@ def _enough(summary: Json, answers: list[Json]) -> list[str]:
                 f"How much is enough, {who}: {enough:,} queries; {best:,} add {signed(gap['delta'])} "
                 f"({signed(gap['delta_low'])} to {signed(gap['delta_high'])}), which is not shown to be a gain.{rate}"
             )
-    if not said and answers:
+    if not said and answers and several:
         said.append("How much is enough: no volume that was tried is shown to beat the frozen base in distribution.")
     return said
 

@@ -1,4 +1,4 @@
-"""Judge a run: nDCG@10, R@100 and RR@10 by ir_measures, per query and as means, and a run file for trec_eval."""
+"""Judge a run: nDCG@10, recall, reciprocal rank, AP and success by ir_measures, by query and as means, and a TREC run."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import model_validator
 
-from dagr_ray import tables
+from dagr_ray import tables, trec
 from dagr_ray.artifact import Artifact
 from dagr_ray.cluster import Pool
 from dagr_ray.config import ConfigError
 from dagr_ray.index import Hits, best_first
 from dagr_ray.stage import Inputs, Output, Run, Stage
 
-MEASURES = ("nDCG@10", "R@100", "RR@10")
+MEASURES = ("nDCG@10", "R@100", "RR@10", "AP", "Success@1", "Success@5", "Success@10")
 TREC_RUN = "run.trec"
 
 Qrels = dict[str, dict[str, int]]
@@ -28,7 +28,8 @@ def measure(qrels: Qrels, run: Rankings) -> dict[str, dict[str, float]]:
     """Measure -> query -> value, for each query of ``qrels``; a query that ``run`` lacks has 0.
 
     A run is ordered as trec_eval orders it: by score, ties by falling doc_id. The implementations behind ir_measures
-    break ties differently, so each gets the finished order as scores without ties.
+    break ties differently, so each gets the finished order as scores without ties. ``AP`` is trec_eval's ``map``: over
+    all that the run holds, so over 100 passages where it is a search of depth 100.
 
     >>> measure({"q": {"a": 1}}, {"q": [("b", 1.0), ("a", 1.0)]})["RR@10"]
     {'q': 0.5}
@@ -54,6 +55,9 @@ def measure(qrels: Qrels, run: Rankings) -> dict[str, dict[str, float]]:
 class Evaluate(Stage):
     """The measures of a search on the judgements ``qrels.<split>`` of ``data``, under the name ``name``.
 
+    ``search`` is any stage with ``candidates``: a ``Search``, a fusion of several, or another system's ``TrecRun``. The
+    ``metrics`` hold a row for each measure and query, and one with the mean, whose ``query_id`` is null.
+
     As in BEIR (Thakur et al., arXiv 2104.08663) a passage with the id of its query is no answer to it, unless it was
     judged as one; a judged query without results scores 0. Queries of ``exclude`` (exemplars that stood in a prompt),
     by id or by the same wording, are left out and counted: the model was made from them. With ``leaks`` (a ``LeakGate``)
@@ -61,6 +65,7 @@ class Evaluate(Stage):
     """
 
     abstract: ClassVar[bool] = False
+    version: ClassVar[int] = 2  # AP and success@k
     outputs: ClassVar[tuple[str, ...]] = ("metrics", "candidates")
     search: Stage
     data: Stage
@@ -78,14 +83,17 @@ class Evaluate(Stage):
 
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
         def run(start: int, stop: int) -> Output:
-            judged = _qrels(inputs["data"], self.split)
+            judged = qrels_of(inputs["data"], self.split)
             excluded = (_exemplars(inputs) | _touched(inputs)) & judged.keys()
             qrels = {query_id: docs for query_id, docs in judged.items() if query_id not in excluded}
             if not qrels:
                 raise ConfigError(f"evaluate: split = {self.split!r} of {inputs['data'].name} has no judged query left")
-            ranked, itself = _ranked(inputs["search"].read("candidates"), qrels)
+            ranked, itself = rankings(inputs["search"].read("candidates"), qrels)
             candidates = _table(ranked)
-            folder.write_bytes(TREC_RUN, "".join(_trec(ranked, self.search.label() or "dagr")).encode())
+            lines = trec.run_lines(
+                zip(*(c.to_pylist() for c in candidates.columns), strict=True), self.search.label() or "dagr"
+            )
+            folder.write_bytes(TREC_RUN, "".join(f"{line}\n" for line in lines).encode())
             counts = {
                 "in": len(judged),
                 "out": len(qrels),
@@ -107,14 +115,20 @@ class Evaluate(Stage):
         return tables.table("metrics", rows)
 
 
-def _qrels(data: Artifact, split: str) -> Qrels:
+def qrels_of(data: Artifact, split: str) -> Qrels:
+    """The judgements of a split. Raises ConfigError where there are none."""
     name = f"qrels.{split}"
     if name not in data.table_names():
         splits = [t.removeprefix("qrels.") for t in data.table_names() if t.startswith("qrels.")]
         raise ConfigError(f"evaluate: split = {split!r} is not in {data.name}; allowed: {', '.join(splits) or 'none'}")
+    return as_qrels(data.read(name))
+
+
+def as_qrels(table: pa.Table) -> Qrels:
+    """A ``qrels`` table as query -> passage -> relevance."""
     judged: Qrels = defaultdict(dict)
-    for row in data.read(name).to_pylist():
-        judged[row["query_id"]][row["doc_id"]] = row["relevance"]
+    for query_id, doc_id, relevance in zip(*(column.to_pylist() for column in table.columns), strict=True):
+        judged[query_id][doc_id] = relevance
     return dict(judged)
 
 
@@ -124,7 +138,9 @@ def _exemplars(inputs: Inputs) -> set[str]:
         return set()
     shown = inputs["exclude"].read("exemplars", ["query_id", "query"]).to_pylist()
     wordings = {_wording(row["query"]) for row in shown}
-    same = {row["query_id"] for row in inputs["data"].read("queries").to_pylist() if _wording(row["text"]) in wordings}
+    # judgements out of a TREC file come without wordings
+    texts = tables.texts_of(inputs["data"].read("queries")) if "queries" in inputs["data"].table_names() else {}
+    same = {query_id for query_id, text in texts.items() if _wording(text) in wordings}
     return same | {row["query_id"] for row in shown}
 
 
@@ -144,8 +160,11 @@ def _wording(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
-def _ranked(candidates: pa.Table, qrels: Qrels) -> tuple[Rankings, int]:
-    """The judged queries' hits, best first, without the query itself; and how often that was taken out."""
+def rankings(candidates: pa.Table, qrels: Qrels) -> tuple[Rankings, int]:
+    """The judged queries' hits, best first, without the query itself; and how often that was taken out.
+
+    As BEIR does it (``ignore_identical_ids``), but for passages that were judged for the query of their id.
+    """
     hits: dict[str, Hits] = defaultdict(list)
     itself = 0
     columns = (candidates[name].to_pylist() for name in ("query_id", "doc_id", "score"))
@@ -165,15 +184,6 @@ def _table(ranked: Rankings) -> pa.Table:
     columns = zip(*rows, strict=True) if rows else ([], [], [], [])
     schema = tables.schema("candidates")
     return pa.table([pa.array(c, f.type) for c, f in zip(columns, schema, strict=True)], schema=schema)
-
-
-def _trec(ranked: Rankings, tag: str) -> list[str]:
-    # nine digits give a float32 back exactly; white space would break the columns of the format
-    return [
-        f"{'_'.join(q.split())} Q0 {'_'.join(doc_id.split())} {rank} {score:.9g} {tag}\n"
-        for q, hits in ranked.items()
-        for rank, (doc_id, score) in enumerate(hits, 1)
-    ]
 
 
 class Scorecard(Stage):

@@ -1,0 +1,291 @@
+"""What the whole chain brings, on the quick start's data and on BEIR folders: the ladder, both bases at each scale, people's pairs.
+
+    python benchmarks/results.py [DATA ...] [--runs DIR] [--volume 1500] [--seeds 1] [--parts ladder,scale,human]
+
+Each DATA is judged on its own test split and, out of distribution, on those of the others. Work is `dagr study
+jobs/ladder.py`, so what is there already is not done again: a run that was stopped goes on where it was. Writes
+docs/results.md, anew after each study, with every study of the runs folder; each row with the commit that made it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dagr_ray import report
+from dagr_ray.artifact import Artifact
+from dagr_ray.report import stats
+from dagr_ray.report.verdict import dollars, duration, is_gain, is_loss, p_text, signed
+from dagr_ray.stages.corpus import Beir
+
+ROOT = Path(__file__).parent.parent
+MEASURE = "nDCG@10"
+RUNGS = ("in-batch", "mined", "teacher", "filters")
+STEPS = dict(
+    zip(RUNGS, ("+ generated queries, in-batch", "+ mined negatives", "+ teacher's scores", "+ filters"), strict=True)
+)
+BASES = ("minilm", "scratch")
+Json = dict[str, Any]
+
+
+def planned(args: argparse.Namespace) -> Iterable[tuple[str, str, list[str]]]:
+    """(collection, part, words after `dagr study`) of every study that was asked for."""
+    seeds = ",".join(map(str, range(args.seeds)))
+    for data in [*([None] if args.quick_start else []), *args.data]:
+        own = [f"data={data}"] if data else []
+        others = [each for each in args.data if each != data] if data else []
+        own += [f"ood={'+'.join(others)}"] if others else []
+        own += [f"passages={args.passages}", f"samples={args.samples}", *args.more]
+        volume = args.volume if data else min(args.volume, args.quick_volume)
+        label = Beir(path=data).label() if data else "pydocs-stdlib"
+        if "ladder" in args.parts:
+            words = [f"rung={','.join(RUNGS)}", f"base={','.join(BASES)}", f"volume={volume}", f"seed={seeds}"]
+            yield label, "ladder", [*own, *words]
+        if "scale" in args.parts:
+            volumes = ",".join(str(volume // 4**k) for k in (2, 1, 0))
+            yield (
+                label,
+                "scale",
+                [*own, "rung=filters", f"base={','.join(BASES)}", f"volume={volumes}", f"seed={seeds}"],
+            )
+        if "human" in args.parts and data and any((Path(data) / "qrels").glob("train.tsv*")):
+            pairs = min(volume, args.human_volume or volume)
+            yield (
+                label,
+                "human",
+                [*own, "rung=teacher", "base=minilm", "human=0,0.5,1", f"volume={pairs}", f"seed={seeds}"],
+            )
+
+
+def run(words: Sequence[str], runs: str) -> str:
+    """The study's folder, once all of it is there."""
+    command = [sys.executable, "-m", "dagr_ray.cli", "study", "jobs/ladder.py", *words, "--runs", runs, "--no-track"]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    page = next(line for line in reversed(done.stdout.splitlines()) if line.startswith("page: "))
+    return Path(page.removeprefix("page: ")).parent.name
+
+
+def commit() -> str:
+    """The commit of this checkout; with a plus where files differ from it."""
+    head = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+    changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=ROOT, capture_output=True, text=True).stdout
+    return (head or "?") + ("+" if changed.strip() else "")
+
+
+def main() -> int:
+    """Runs what is missing and writes the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", nargs="*", help="BEIR folders")
+    parser.add_argument("--runs", default="runs/results")
+    parser.add_argument("--parts", type=lambda text: text.split(","), default=["ladder", "scale", "human"])
+    parser.add_argument("--volume", type=int, default=1500, help="pairs to train on (default: %(default)s)")
+    parser.add_argument("--quick-volume", type=int, default=448, help="at most so many on the quick start's data")
+    parser.add_argument(
+        "--human-volume", type=int, help="pairs of people, and as many generated ones (default: --volume)"
+    )
+    parser.add_argument("--passages", type=int, default=1500, help="passages to ask about (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=2, help="queries a passage (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=1, help="training seeds of each arm (default: %(default)s)")
+    parser.add_argument("--no-quick-start", dest="quick_start", action="store_false")
+    parser.add_argument(
+        "--more", nargs="*", default=[], metavar="NAME=VALUE", help="other parameters of jobs/ladder.py"
+    )
+    parser.add_argument("--page", default=str(ROOT / "docs" / "results.md"))
+    args = parser.parse_args()
+    runs = os.path.abspath(args.runs)
+    known = Artifact(runs, "results")
+    studies: Json = known.read_json("studies.json") or {}
+    todo = list(planned(args))
+    for number, (label, part, words) in enumerate(todo, 1):
+        print(f"[{number}/{len(todo)}] {label}: {part}", flush=True)
+        started = time.time()
+        folder = run(words, runs)
+        key = f"{label}/{part}"
+        again = studies.get(key, {})
+        if again.get("folder") != folder:
+            studies[key] = {"folder": folder, "commit": commit()}
+            known.write_json("studies.json", studies)
+        Path(args.page).write_text(page(runs, studies))
+        print(f"[{number}/{len(todo)}] {label}: {part}: {duration(time.time() - started)}", flush=True)
+    return 0
+
+
+# -- the page -----------------------------------------------------------------------------------------------------------
+
+
+class Study:
+    """A finished study: its summary, and the values by query of any of its arms."""
+
+    def __init__(self, runs: str, folder: str, made: str) -> None:
+        self.runs, self.made = runs, made
+        self.summary = report.summarise(runs, folder)
+        self.folder_of = {t["trial"]: t["folder"] for t in Artifact(runs, folder).read_json("study.json")["trials"]}
+        self.home = self.summary["sets"][0]
+        self.outside = [s for s in self.summary["sets"] if s["role"] == "out"]
+
+    def arms(self, **params: Any) -> list[Json]:
+        """The arms with these parameters, and a result."""
+        found = [t for t in self.summary["trials"] if t["kind"] == "augmented" and t["scores"]]
+        return [t for t in found if all(t["params"].get(k) == v for k, v in params.items())]
+
+    def frozen(self, base: str) -> Json:
+        return next(t for t in self.summary["trials"] if t["kind"] == "frozen" and t["base"] == base)
+
+    def values(self, arm: Json, data: Json) -> np.ndarray:
+        """By query, in one order for all arms: the mean over the arm's seeds."""
+        runs = []
+        for each in arm["seeds"]:
+            rows = Artifact(self.runs, self.folder_of[each["trial"]]).read("metrics").to_pylist()
+            mine = [r for r in rows if r["measure"] == MEASURE and r["query_id"] is not None]
+            found = {r["query_id"]: r["value"] for r in mine if r["data"] == data["key"].split("/")[0]}
+            runs.append([found[query_id] for query_id in sorted(found)])
+        return np.mean(runs, axis=0)
+
+    def cells(self, arm: Json) -> str:
+        """Seconds, dollars and the commit."""
+        cost = arm["cost"] or {"seconds": 0.0, "price": 0.0}
+        return f"{duration(cost['seconds'])} | {dollars(cost['price'])} | `{self.made}`"
+
+
+def gap(values: np.ndarray) -> Json:
+    """A mean of differences by query with its 95 % bootstrap interval and p."""
+    low, high = stats.interval(stats.resampled_means(values[:, None])[:, 0])
+    return {"delta": float(values.mean()), "delta_low": low, "delta_high": high,
+            "p": float(stats.randomisation_p(values[:, None])[0])}  # fmt: skip
+
+
+def told(score: Json) -> str:
+    """A difference with its interval; bold where it stands after correction."""
+    mark = "**" if "p_holm" in score and (is_gain(score) or is_loss(score)) else ""
+    return f"{mark}{signed(score['delta'])}{mark} [{signed(score['delta_low'])}, {signed(score['delta_high'])}]"
+
+
+def p_of(score: Json) -> str:
+    return p_text(score["p_holm"]).removeprefix("p = ").removeprefix("p ")
+
+
+def outside(study: Study, arm: Json) -> str:
+    """The mean over the other data sets, and the gain there over the frozen base."""
+    if not study.outside:
+        return " | "
+    averages = [a for a in study.summary["averages"] if "out of" in a["name"]]
+    name = averages[0]["name"] if averages else study.outside[0]["name"]
+    score = arm["scores"][name][MEASURE]
+    return f"{score['mean']:.3f} | {told(score) if 'delta' in score else ''}"
+
+
+def ladder(study: Study) -> list[str]:
+    """A table for each base, from the frozen base up."""
+    home, lines = study.home, []
+    where = ", ".join(s["name"] for s in study.outside) or "none"
+    bm25 = next((t for t in study.summary["trials"] if t["kind"] == "bm25"), None)
+    level = f"; BM25 {bm25['scores'][home['name']][MEASURE]['mean']:.3f}" if bm25 else ""
+    lines += [f"### {home['name']}", "", f"{home['queries']:,} test queries{level}; out of distribution: {where}.", ""]
+    head = ["base", "step", "pairs", MEASURE, "over frozen [95 % CI]", "p (Holm)", "over the step before [95 % CI]"]
+    head += ["p (Holm)", "R@100", f"{MEASURE} out", "over frozen, out [95 % CI]", "seconds", "cost", "commit"]
+    lines += [f"| {' | '.join(head)} |", "|---|---|---:|---:|---|---:|---|---:|---:|---:|---|---:|---:|---|"]
+    for base in BASES:
+        frozen = study.frozen(base)
+        arms = [arm for rung in RUNGS for arm in study.arms(rung=rung, base=base)]
+        own = frozen["scores"][home["name"]]
+        first = f"| {base} | frozen | 0 | {own[MEASURE]['mean']:.3f} | | | | | {own['R@100']['mean']:.3f} | "
+        lines.append(f"{first}{outside(study, frozen)} | | | `{study.made}` |")
+        chain = [study.values(each, home) for each in (frozen, *arms)]
+        steps = [gap(after - before) for before, after in zip(chain, chain[1:])]  # noqa: B905, RUF007
+        for step, p in zip(steps, stats.holm([step["p"] for step in steps]), strict=True):
+            step["p_holm"] = p
+        for arm, step in zip(arms, steps, strict=True):
+            score = arm["scores"][home["name"]]
+            cells = [base, STEPS[arm["params"]["rung"]], f"{arm['used']:,}", f"{score[MEASURE]['mean']:.3f}"]
+            cells += [
+                told(score[MEASURE]),
+                p_of(score[MEASURE]),
+                told(step),
+                p_of(step),
+                f"{score['R@100']['mean']:.3f}",
+            ]
+            lines.append(f"| {' | '.join(cells)} | {outside(study, arm)} | {study.cells(arm)} |")
+    return [*lines, ""]
+
+
+def scale(study: Study) -> list[str]:
+    """A line for each volume: both bases' gains, and how much more the base gains that is not pre-trained."""
+    home, lines = study.home, []
+    volumes = sorted({t["params"]["volume"] for t in study.arms()})
+    frozen = {base: study.values(study.frozen(base), home) for base in BASES}
+    for volume in volumes:
+        arms = {base: arm for base in BASES for arm in study.arms(volume=volume, base=base)[:1]}
+        if len(arms) < len(BASES):
+            continue
+        gains = {base: study.values(arm, home) - frozen[base] for base, arm in arms.items()}
+        more = gap(gains["scratch"] - gains["minilm"])
+        scores = {base: arm["scores"][home["name"]][MEASURE] for base, arm in arms.items()}
+        cells = [home["name"], f"{arms['minilm']['used']:,}"]
+        for base in BASES:
+            cells += [f"{frozen[base].mean():.3f} to {scores[base]['mean']:.3f}", told(scores[base])]
+        more["p_holm"] = more["p"]
+        lines.append(f"| {' | '.join(cells)} | {told(more)} | {study.cells(arms['scratch'])} |")
+    return lines
+
+
+def human(study: Study) -> list[str]:
+    """A line for each mixture of people's and generated pairs, at equal numbers."""
+    home, lines = study.home, []
+    ours = next(iter(study.arms(human=0.0)), None)
+    for arm in sorted(study.arms(), key=lambda t: t["params"]["human"]):
+        share, score = arm["params"]["human"], arm["scores"][home["name"]][MEASURE]
+        what = {0.0: "generated", 1.0: "people's"}.get(share, f"{share:.0%} people's")
+        cells = [home["name"], what, f"{arm['used']:,}", f"{score['mean']:.3f}", told(score), p_of(score)]
+        over = told(gap(study.values(arm, home) - study.values(ours, home))) if ours and arm is not ours else ""
+        lines.append(f"| {' | '.join(cells)} | {over} | {study.cells(arm)} |")
+    return lines
+
+
+def page(runs: str, studies: Json) -> str:
+    """docs/results.md out of all studies that are there."""
+    found = {key: Study(runs, value["folder"], value["commit"]) for key, value in studies.items()}
+
+    def of(part: str) -> list[Study]:
+        return [study for key, study in found.items() if key.endswith(f"/{part}")]
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    lines = [
+        "# Results", "",
+        f"Written by `benchmarks/results.py`, which runs `jobs/ladder.py`; {platform.machine()}, {cores} cores. Intervals are "
+        "paired bootstraps over the test queries (and over the seeds, where an arm has several), p values those of paired "
+        "randomisation tests after Holm's correction over the arms of a table; bold: the interval excludes 0 and p < 0.05. "
+        "Seconds and cost are an arm's share of making its data, and its training with one seed. `scratch` is MiniLM with two "
+        "re-initialised layers; what it learns from was mined and scored with the help of the pre-trained MiniLM, as for "
+        "`minilm` itself. Test questions that training queries resemble were held out of training.", "",
+    ]  # fmt: skip
+    if of("ladder"):
+        lines += ["## The ladder", ""]
+        lines += [line for study in of("ladder") for line in ladder(study)]
+        said = [answer["sentence"] for study in of("ladder") for answer in study.summary["verdict"]["answers"]]
+        lines += ["In words:", "", *(f"- {sentence}" for sentence in said), ""]
+    if of("scale"):
+        lines += ["## What a base gains that is not pre-trained", ""]
+        head = "| data set | pairs | minilm | gain [95 % CI] | scratch | gain [95 % CI] | scratch gains more by [95 % CI] | "
+        lines += [head + "seconds | cost | commit |", "|---|---:|---|---|---|---|---|---:|---:|---|"]
+        lines += [line for study in of("scale") for line in scale(study)] + [""]
+    if of("human"):
+        lines += ["## People's pairs and generated ones, at equal numbers", ""]
+        head = f"| data set | pairs of | number | {MEASURE} | over frozen [95 % CI] | p (Holm) | over generated [95 % CI] | "
+        lines += [head + "seconds | cost | commit |", "|---|---|---:|---:|---|---:|---|---:|---:|---|"]
+        lines += [line for study in of("human") for line in human(study)] + [""]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

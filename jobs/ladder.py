@@ -1,0 +1,60 @@
+"""The ladder: what each step from generated queries to a trained retriever adds. ``dagr study jobs/ladder.py data=DIR``."""
+
+from typing import Literal
+
+from dagr_ray.engines import Sampling
+from dagr_ray.miners.dense import Dense
+from dagr_ray.models import minilm
+from dagr_ray.recipes import RUNGS, Rung, Source, climb, filtered, generator_named, judge
+from dagr_ray.retriever import Encoder
+from dagr_ray.stages.blend import Human
+from dagr_ray.stages.corpus import Beir, PyDocs, Sample
+from dagr_ray.stages.evaluate import Scorecard
+from dagr_ray.stages.generate import Exemplars, Generate, Parse
+from dagr_ray.stages.train import Train
+
+STUDY = {"rung": RUNGS, "base": ("minilm", "scratch")}
+
+
+def ladder(
+    data: str | None = None, ood: str | None = None, rung: Rung = "filters", base: str = "minilm", human: float = 0.0,
+    volume: int = 1500, generator: Literal["smollm2", "crop", "llm"] = "smollm2", model: str | None = None,
+    passages: int = 1500, samples: int = 2, negatives: int = 7, max_rank: int = 20, epochs: int | None = None,
+    lr: float | None = None, seed: int = 0,
+) -> Scorecard:  # fmt: skip
+    """A retriever trained on ``volume`` pairs at a rung, judged on ``data`` (a BEIR folder, or none: Python's documentation).
+
+    ``ood``: more folders to be judged on, joined by ``+``; ``base``: ``minilm``, ``scratch`` (two re-initialised layers)
+    or a folder; ``human``: the share of pairs out of the train split; ``volume=0`` is the frozen base.
+    """
+    corpus = Beir(path=data) if data else PyDocs(part="stdlib")
+    sets = {corpus.label(): corpus}
+    others = [Beir(path=path) for path in ood.split("+")] if ood else [] if data else [PyDocs(part="numeric")]
+    sets |= {each.label(): each for each in others}
+    frozen = Encoder(model=str(minilm()) if base in ("minilm", "scratch") else base, max_length=256 if data else 48)
+    encoder = frozen.model_copy(update={"reinitialise": 0, "layers": 2}) if base == "scratch" else frozen
+    exemplars = Exemplars(corpus=corpus, split="dev", k=4)
+    if volume == 0:
+        return judge(sets, Dense(encoder=encoder), exclude=exemplars)
+    sources: list[Source] = []
+    if human < 1:
+        strategy, engine = generator_named(generator, model)
+        asked = Sample(corpus=corpus, n=passages, exclude=exemplars)
+        shown = None if generator == "crop" else exemplars
+        written = Generate(
+            corpus=asked, strategy=strategy, engine=engine, sampling=Sampling(max_tokens=32), samples=samples, exemplars=shown
+        )  # fmt: skip
+        parsed = Parse(generations=written, corpus=asked)
+        kept = filtered(parsed, asked, corpus, max_rank=max_rank, copies=generator == "crop")
+        sources.append(Source(1 - human, kept if rung == "filters" else parsed, asked))
+    if human > 0:
+        sources.append(Source(human, Human(data=corpus), corpus))
+    examples, queries, losses = climb(
+        rung, sources, corpus, frozen, n=volume, negatives=negatives, held_out=tuple(sets.values())
+    )
+    trained = Train(
+        examples=examples, queries=queries, corpus=corpus, base=encoder, losses=losses, batch_size=32, seed=seed,
+        max_length=160 if data else 48, epochs=epochs or (2 if base == "scratch" else 1),
+        lr=lr or (5e-4 if base == "scratch" else 3e-5),
+    )  # fmt: skip
+    return judge(sets, Dense(encoder=encoder), trained=trained, exclude=exemplars)
