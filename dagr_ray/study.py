@@ -29,7 +29,7 @@ from dagr_ray.config import ConfigError, digest, explain, from_json
 from dagr_ray.miners.bm25 import BM25
 from dagr_ray.stage import Observer, Progress, Stage, materialize, survey, walk
 from dagr_ray.stages.evaluate import Evaluate, Scorecard
-from dagr_ray.stages.retrieve import Index, Search
+from dagr_ray.stages.retrieve import Fuse, Search
 
 log = logging.getLogger("dagr")
 Recipe = Callable[..., Stage]
@@ -186,10 +186,19 @@ def _baselines(arm: Json, card: Stage) -> Iterable[tuple[str, Json, Stage]]:
 
 def _judged_by(card: Scorecard, **change: Any) -> Scorecard:
     def swap(evaluation: Stage) -> Stage:
-        assert isinstance(evaluation, Evaluate) and isinstance(evaluation.search, Search)
-        assert isinstance(evaluation.search.index, Index)
-        index = evaluation.search.index.model_copy(update=change)
-        return evaluation.model_copy(update={"search": evaluation.search.model_copy(update={"index": index})})
+        assert isinstance(evaluation, Evaluate)
+        found: Stage = evaluation.search
+        if isinstance(found, Fuse) and "miner" not in change:
+            # a hybrid is judged beside the hybrid with the frozen base
+            return evaluation.model_copy(
+                update={"search": found.model_copy(update={"searches": tuple(map(on, found.searches))})}
+            )
+        alone = found.searches[0] if isinstance(found, Fuse) else found
+        assert isinstance(alone, Search)
+        return evaluation.model_copy(update={"search": on(alone)})
+
+    def on(search: Search) -> Search:
+        return search.model_copy(update={"index": search.index.model_copy(update=change)})
 
     return card.model_copy(update={"evaluations": tuple(swap(e) for e in card.evaluations)})
 
