@@ -29,7 +29,8 @@ from dagr_ray.config import ConfigError, digest, explain, from_json
 from dagr_ray.miners.bm25 import BM25
 from dagr_ray.stage import Observer, Progress, Stage, materialize, survey, walk
 from dagr_ray.stages.evaluate import Evaluate, Scorecard
-from dagr_ray.stages.retrieve import Fuse, Search
+from dagr_ray.stages.fuse import Fuse
+from dagr_ray.stages.retrieve import Search
 
 log = logging.getLogger("dagr")
 Recipe = Callable[..., Stage]
@@ -194,10 +195,10 @@ def _judged_by(card: Scorecard, **change: Any) -> Scorecard:
                 update={"search": found.model_copy(update={"searches": tuple(map(on, found.searches))})}
             )
         alone = found.searches[0] if isinstance(found, Fuse) else found
-        assert isinstance(alone, Search)
         return evaluation.model_copy(update={"search": on(alone)})
 
-    def on(search: Search) -> Search:
+    def on(search: Stage) -> Search:
+        assert isinstance(search, Search)
         return search.model_copy(update={"index": search.index.model_copy(update=change)})
 
     return card.model_copy(update={"evaluations": tuple(swap(e) for e in card.evaluations)})

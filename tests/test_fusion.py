@@ -13,7 +13,8 @@ from dagr_ray.index import best_first
 from dagr_ray.miners.bm25 import BM25
 from dagr_ray.stage import Output, Stage, materialize
 from dagr_ray.stages.evaluate import Evaluate
-from dagr_ray.stages.retrieve import Fuse, Index, Search
+from dagr_ray.stages.fuse import Fuse
+from dagr_ray.stages.retrieve import Index, Search
 from dagr_ray.tables import table
 
 

@@ -8,12 +8,14 @@ import pytest
 
 from dagr_ray import retriever
 from dagr_ray.approximate import Hnsw, IvfPq
+from dagr_ray.artifact import Artifact
 from dagr_ray.cluster import Placement, Pool, connect
 from dagr_ray.config import ConfigError, from_json
 from dagr_ray.miners.bm25 import BM25
 from dagr_ray.miners.dense import Dense
 from dagr_ray.retriever import Encoder
 from dagr_ray.stage import Output, Stage, materialize
+from dagr_ray.stages import retrieve
 from dagr_ray.stages.retrieve import Approximate, Index, Probe, Search
 from dagr_ray.tables import table
 
@@ -150,6 +152,19 @@ def test_encoding_goes_on_where_it_stopped(tmp_path, whole, monkeypatch):
     assert {f"index/{path.name}" for path in Path(folder.path, "index").iterdir()} == left
     monkeypatch.undo()
     assert found(stage, tmp_path, here(1)).keys() == whole.keys()
+
+
+def test_a_large_index_is_searched_slab_by_slab(tmp_path, whole, monkeypatch):
+    monkeypatch.setattr(retrieve, "SLAB", 64)
+    monkeypatch.setattr(retrieve, "CELL", 15)
+    stage = search(100, Dense(encoder=SMALL))
+    assert found(stage, tmp_path, here(1)) == pytest.approx(whole, abs=1e-5)
+    [slabs] = tmp_path.glob("slabs-*")
+    cells = Artifact(str(tmp_path), slabs.name)
+    assert len(cells.read_json("plan.json")["shards"]) == 2 * 3 and cells.count("candidates") == 2 * 40 * 10
+    assert shards(stage, tmp_path) == 3
+    ranks = materialize(stage, str(tmp_path)).read("candidates")["rank"].to_pylist()
+    assert ranks == list(range(1, 11)) * 40
 
 
 def test_workers_build_and_search_parts(tmp_path, whole):

@@ -77,6 +77,13 @@ class DenseIndex:
         self._find = vectors.search
         self._model = retriever.load(encoder, model=model)
 
+    def over(self, parts: Sequence[Path]) -> DenseIndex:
+        """The same encoder over the vectors of other folders."""
+        other = copy.copy(self)
+        other.vectors = VectorIndex.open(*parts)
+        other._find = other.vectors.search
+        return other
+
     def approximately(self, method: Method, file: Path) -> DenseIndex:
         """The same index, searched by a structure that ``approximate.write`` wrote."""
         other = copy.copy(self)

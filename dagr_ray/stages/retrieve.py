@@ -8,20 +8,23 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.fs as pafs
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from dagr_ray import approximate, fusion, tables
+from dagr_ray import approximate, tables
 from dagr_ray.approximate import Method
 from dagr_ray.artifact import Artifact
 from dagr_ray.cluster import Pool
-from dagr_ray.config import ConfigError
+from dagr_ray.index import Hits
 from dagr_ray.miners import Miner, Searcher
 from dagr_ray.miners.dense import Dense, DenseIndex
 from dagr_ray.stage import Inputs, Output, Run, Stage
@@ -31,7 +34,9 @@ ROWS_AT_ONCE = 8192
 QUERIES_AT_ONCE = 16384
 # Queries of one shard of a search, in rows of a placement's shard: an exact search reads all vectors for each shard.
 SEARCHED = 64
-PART = re.compile(r"index/(\d{10}-[0-9a-f]{8})/")
+# An index of more vectors is searched slab by slab, so many queries at once, and what the slabs give is merged.
+SLAB, CELL = 2_000_000, 16384
+PART = re.compile(r"index/((\d{10})-[0-9a-f]{8})/")
 
 
 def _model(inputs: Inputs, name: str) -> Path | None:
@@ -102,14 +107,25 @@ def _written(folder: Artifact, name: str, write: Any) -> list[str]:
     return files
 
 
-def _parts(index: Artifact) -> list[Path]:
+def _parts(index: Artifact, slab: slice = slice(None)) -> list[Path]:
     """The folders of an index's parts on this machine, in the order of the corpus."""
     named = (PART.match(file) for file in (index.manifest or {})["files"])
     # one without parts has its files below index/ itself
-    return [
-        Path(index.local_path("index", *part))
-        for part in dict.fromkeys(name.groups() if name else () for name in named)
-    ]
+    names = dict.fromkeys(name.groups()[:1] if name else () for name in named)
+    return [Path(index.local_path("index", *part)) for part in list(names)[slab]]
+
+
+def _slabs(index: Artifact) -> list[slice]:
+    """The parts of an index in groups of at most SLAB passages, or one part."""
+    named = (PART.match(file) for file in (index.manifest or {})["files"])
+    starts = sorted({int(name[2]) for name in named if name})
+    ends = [*starts[1:], (index.manifest or {})["counts"]["in"]]
+    groups, first = [], 0
+    for part, end in enumerate(ends):
+        if part > first and end - starts[first] > SLAB:
+            groups.append(slice(first, part))
+            first = part
+    return [*groups, slice(first, len(ends))]
 
 
 class Approximate(Stage):
@@ -178,9 +194,22 @@ class Asking(Stage):
             found["index.approximate"] = Approximate(index=self.index)
         return found
 
-    def _searcher(self, inputs: Inputs) -> Searcher:
-        """Of the whole index, exact."""
-        return self.index.miner.open(*_parts(inputs["index"]), model=_model(inputs, "index.trained"))
+    def _asked(self) -> dict[str, Any]:
+        return {"index": self.index, "queries": self.queries, "split": self.split, "depth": self.depth}
+
+    def _wanted(self, inputs: Inputs) -> pa.Table:
+        """The query rows, or those with a judgement in the split. Raises ConfigError where there is no such split."""
+        queries = inputs["queries"]
+        rows = queries.read("queries")
+        if self.split is None:
+            return rows
+        name = tables.judgements(queries.table_names(), self.split, "search", queries.name)
+        judged = queries.read(name, ["query_id"])["query_id"].unique()
+        return rows.filter(pc.is_in(rows["query_id"], value_set=judged))
+
+    def _searcher(self, inputs: Inputs, slab: slice = slice(None)) -> Searcher:
+        """Of the whole index or a slab, exact."""
+        return self.index.miner.open(*_parts(inputs["index"], slab), model=_model(inputs, "index.trained"))
 
     def _approximately(self, inputs: Inputs, searcher: Searcher) -> DenseIndex | None:
         made = inputs["index.approximate"]
@@ -199,7 +228,7 @@ class Probe(Asking):
 
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
         def run(start: int, stop: int) -> Output:
-            queries = _wanted(inputs["queries"], self.split)
+            queries = self._wanted(inputs)
             drawn = sorted((tables.unit_of("probe", q), i) for i, q in enumerate(queries["query_id"].to_pylist()))
             sample = [i for _, i in drawn[: _method(self.index).sample]]
             texts = queries["text"].take(pa.array(sample, pa.int64())).to_pylist()
@@ -217,175 +246,159 @@ class Probe(Asking):
         return run
 
 
-def _timed(searcher: Searcher, texts: Sequence[str], depth: int) -> tuple[list[list[tuple[str, float]]], float]:
+def _timed(searcher: Searcher, texts: Sequence[str], depth: int) -> tuple[list[Hits], float]:
     began = time.time()
     return searcher.search(texts, depth), time.time() - began
+
+
+class Slabs(Asking):
+    """The best of each slab of a large index for each range of queries: workers hold a slab each, not all vectors.
+
+    The candidates of a query are there once for each slab; ``Search`` merges them.
+    """
+
+    abstract: ClassVar[bool] = False
+    outputs: ClassVar[tuple[str, ...]] = ("candidates",)
+
+    def size(self, inputs: Inputs) -> int:
+        return len(_slabs(inputs["index"])) * len(_cells(self._wanted(inputs)))
+
+    def ranges(self, inputs: Inputs, step: int) -> list[tuple[int, int]]:
+        """A shard is one slab and one range of queries."""
+        return super().ranges(inputs, 1)
+
+    def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
+        slabs, queries = _slabs(inputs["index"]), self._wanted(inputs)
+        cells = _cells(queries)
+        whole = self._searcher(inputs, slabs[0])
+        assert isinstance(whole, DenseIndex)
+        over = lru_cache(maxsize=1)(lambda slab: whole.over(_parts(inputs["index"], slabs[slab])))
+        encoded = lru_cache(maxsize=4)(lambda cell: whole.encoded(queries["text"].slice(*cells[cell]).to_pylist()))
+
+        def run(start: int, stop: int) -> Output:
+            began = time.time()
+            slab, cell = divmod(start, len(cells))
+            hits = over(slab).vectors.search(encoded(cell), self.depth)
+            found = _table(queries["query_id"].slice(*cells[cell]).to_pylist(), hits)
+            counts = {"in": len(hits), "out": found.num_rows}
+            return Output({"candidates": found}, counts=counts, cost={"search_s": time.time() - began})
+
+        return run
+
+
+def _cells(queries: pa.Table) -> list[tuple[int, int]]:
+    """The ranges of queries that a slab is searched for: first and number."""
+    return [(first, CELL) for first in range(0, queries.num_rows, CELL)]
+
+
+def _merged(slabs: Artifact, cell: int, cells: int, depth: int) -> pa.Table:
+    """What all slabs found for a range of queries, the best of each query."""
+    rows = [part["rows"] for part in (slabs.manifest or {})["tables"]["candidates"]["parts"]]
+    starts = [0, *accumulate(rows)]
+    found = pa.concat_tables(slabs.slice("candidates", starts[i], starts[i + 1]) for i in range(cell, len(rows), cells))
+    number = pc.index_in(found["query_id"], value_set=found["query_id"].unique())
+    order = [("number", "ascending"), ("score", "descending"), ("doc_id", "descending")]
+    found = found.append_column("number", number).sort_by(order)
+    numbers = found["number"].to_numpy()
+    rank = np.arange(len(numbers)) - np.searchsorted(numbers, numbers) + 1
+    found = found.drop_columns("number").set_column(2, found.schema.field("rank"), pa.array(rank, pa.int32()))
+    return found.filter(pa.array(rank <= depth)).combine_chunks()
 
 
 class Search(Asking):
     """The ``depth`` best passages of each query, rank 1 first; ``split`` takes the queries judged in ``qrels.<split>``.
 
-    Sharded over the queries. An approximate search is probed first (``Probe``) and is exact where its recall is under
-    what its method asks for; the counts then have ``exact`` = 1, and ``recall`` in any case.
-    Cost: ``queries`` and ``search_s``; the counts have ``no_hits``, the queries that found nothing.
+    Sharded over the queries, and over the vectors of a large index too (``Slabs``). An approximate search is probed first
+    (``Probe``) and is exact where its recall is under what its method asks for; the counts then have ``exact`` = 1, and
+    ``recall`` in any case. Cost: ``queries`` and ``search_s``; the counts have ``no_hits``, the queries that found nothing.
     """
 
     abstract: ClassVar[bool] = False
+    grows: ClassVar[bool] = True
     outputs: ClassVar[tuple[str, ...]] = ("candidates",)
 
     def inputs(self) -> dict[str, Stage]:
         """And the probe of an approximate search."""
-        shared = {"index": self.index, "queries": self.queries, "split": self.split, "depth": self.depth}
-        return super().inputs() | ({"probe": Probe(**shared)} if self._approximate else {})  # type: ignore[arg-type]
+        return super().inputs() | ({"probe": Probe(**self._asked())} if self._approximate else {})
+
+    def grow(self, inputs: Inputs, build: Callable[[Stage], Artifact]) -> Inputs:
+        """A large index is searched slab by slab first."""
+        if self._approximate:
+            self._notice(inputs)  # here, because nobody reads what a worker says
+        dense = isinstance(self.index.miner, Dense) and not self._approximate
+        large = dense and len(_slabs(inputs["index"])) > 1
+        return {"slabs": build(Slabs(**self._asked()))} if large else {}
 
     def size(self, inputs: Inputs) -> int:
-        return _wanted(inputs["queries"], self.split).num_rows
+        return self._wanted(inputs).num_rows
 
     def ranges(self, inputs: Inputs, step: int) -> list[tuple[int, int]]:
-        return super().ranges(inputs, step * SEARCHED) or [(0, 0)]
+        """What the slabs found is merged as they were asked."""
+        return super().ranges(inputs, CELL if "slabs" in inputs else step * SEARCHED) or [(0, 0)]
 
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
-        searcher = self._searcher(inputs)
+        queries = self._wanted(inputs)
         probed = self._probed(inputs) if self._approximate else {}
-        if probed and not probed["exact"]:
-            searcher = self._approximately(inputs, searcher) or searcher
-        queries = _wanted(inputs["queries"], self.split)
+        if "slabs" in inputs:
+            find = self._merging(inputs, queries)
+        else:
+            find = self._searching(inputs, queries, exact=bool(probed.get("exact", True)))
 
         def run(start: int, stop: int) -> Output:
             started = time.time()
-            some = queries.slice(start, stop - start)
-            ids, texts = some["query_id"].to_pylist(), some["text"].to_pylist()
-            parts = list(_candidates(searcher, ids, texts, self.depth))
-            found = pa.concat_tables([tables.empty("candidates"), *parts])
-            no_hits = len(ids) - pc.count_distinct(found["query_id"]).as_py()
-            counts = {"in": len(ids), "out": found.num_rows, "no_hits": no_hits} | (probed if start == 0 else {})
-            return Output({"candidates": found}, [], counts, {"queries": len(ids), "search_s": time.time() - started})
+            found = find(start, stop)
+            no_hits = stop - start - pc.count_distinct(found["query_id"]).as_py()
+            counts = {"in": stop - start, "out": found.num_rows, "no_hits": no_hits} | (probed if start == 0 else {})
+            return Output(
+                {"candidates": found}, [], counts, {"queries": stop - start, "search_s": time.time() - started}
+            )
 
         return run
+
+    def _merging(self, inputs: Inputs, queries: pa.Table) -> Callable[[int, int], pa.Table]:
+        cells = len(_cells(queries))
+        return lambda start, stop: _merged(inputs["slabs"], start // CELL, cells, self.depth)
+
+    def _searching(self, inputs: Inputs, queries: pa.Table, exact: bool) -> Callable[[int, int], pa.Table]:
+        searcher = self._searcher(inputs)
+        if not exact:
+            searcher = self._approximately(inputs, searcher) or searcher
+
+        def find(start: int, stop: int) -> pa.Table:
+            parts = [tables.empty("candidates")]
+            for first in range(start, stop, QUERIES_AT_ONCE):
+                some = queries.slice(first, min(QUERIES_AT_ONCE, stop - first))
+                hits = searcher.search(some["text"].to_pylist(), self.depth)
+                parts.append(_table(some["query_id"].to_pylist(), hits))
+            return pa.concat_tables(parts)
+
+        return find
 
     def _probed(self, inputs: Inputs) -> dict[str, float]:
         """What the probe found: ``recall``, and ``exact`` = 1 where the search falls back."""
         found = inputs["probe"].read("metrics")["value"].to_pylist()
-        method = _method(self.index)
-        if not found:
+        low = not found or found[0] < _method(self.index).min_recall
+        return {"recall": found[0] if found else 1.0, "exact": int(low)}
+
+    def _notice(self, inputs: Inputs) -> None:
+        """Says where an approximate search falls back, and why."""
+        method, probed = _method(self.index), self._probed(inputs)
+        if not inputs["probe"].count("metrics"):
             log.warning("%s: too few passages for %s; searched exactly", self.folder_name(), method.type)
-            return {"recall": 1.0, "exact": 1}
-        low = found[0] < method.min_recall
-        if low:
+        elif probed["exact"]:
             log.warning(
                 "%s: %s finds %.3f of the exact hits, under min_recall = %g; searched exactly",
-                *(self.folder_name(), method.type, found[0], method.min_recall),
+                *(self.folder_name(), method.type, probed["recall"], method.min_recall),
             )
-        return {"recall": found[0], "exact": int(low)}
 
 
-def _wanted(queries: Artifact, split: str | None) -> pa.Table:
-    """The query rows, or those with a judgement in a split. Raises ConfigError where there is no such split."""
-    rows = queries.read("queries")
-    if split is None:
-        return rows
-    judged = _judgements(queries, split, "search")["query_id"].unique()
-    return rows.filter(pc.is_in(rows["query_id"], value_set=judged))
-
-
-def _judgements(data: Artifact, split: str, who: str) -> pa.Table:
-    name = f"qrels.{split}"
-    if name not in data.table_names():
-        splits = [t.removeprefix("qrels.") for t in data.table_names() if t.startswith("qrels.")]
-        raise ConfigError(f"{who}: split = {split!r} is not in {data.name}; allowed: {', '.join(splits) or 'none'}")
-    return data.read(name)
-
-
-def _candidates(searcher: Searcher, ids: Sequence[str], texts: Sequence[str], depth: int) -> Iterator[pa.Table]:
-    schema = tables.schema("candidates")
-    for start in range(0, len(ids), QUERIES_AT_ONCE):
-        names = ids[start : start + QUERIES_AT_ONCE]
-        found = searcher.search(texts[start : start + QUERIES_AT_ONCE], depth)
-        columns = {
-            "query_id": [name for name, hits in zip(names, found, strict=True) for _ in hits],
-            "doc_id": [doc_id for hits in found for doc_id, _ in hits],
-            "rank": [rank for hits in found for rank in range(1, len(hits) + 1)],
-            "score": [score for hits in found for _, score in hits],
-        }
-        yield pa.table(columns, schema=schema)
-
-
-class Fuse(Stage):
-    """Several searches of the same queries as one: ``candidates`` ordered by all of them, the ``depth`` best of each query.
-
-    ``rrf``: reciprocal ranks, sum of 1 / (``k`` + rank). Source: Cormack, Clarke and Buettcher, SIGIR 2009.
-    ``weights``: the weighted sum of the searches' scores, each scaled by the query's hits to mean 0 and deviation 1
-    (``z-score``) or from 0 to 1 (``min-max``); a passage that a search did not find has its lowest. ``weights`` are given,
-    or tuned: those of a grid of ``steps`` on the simplex whose nDCG@10 on the judgements ``dev_split`` of ``dev`` is best,
-    where the same searches are made of those queries. Source: Bruch, Gai and Ingber, arXiv 2210.11934.
-
-    The counts have ``weights`` by search and, where they were tuned, ``dev_ndcg`` of the fusion and of each search alone.
-    """
-
-    abstract: ClassVar[bool] = False
-    outputs: ClassVar[tuple[str, ...]] = ("candidates",)
-    searches: tuple[Search, ...]
-    method: Literal["rrf", "weights"] = "rrf"
-    k: Annotated[int, Field(ge=1)] = 60
-    scale: Literal["z-score", "min-max"] = "min-max"
-    weights: tuple[Annotated[float, Field(ge=0)], ...] | None = None
-    dev: Stage | None = None
-    dev_split: str = "dev"
-    steps: Annotated[int, Field(ge=1, le=100)] = 20
-    depth: Annotated[int, Field(ge=1)] = 100
-
-    @model_validator(mode="after")
-    def _fields_agree(self) -> Fuse:
-        if len(self.searches) < 2:
-            raise ConfigError(f"fuse: {len(self.searches)} searches; give at least two")
-        asked = {(search.queries.fingerprint(), search.split) for search in self.searches}
-        if len(asked) > 1:
-            raise ConfigError("fuse: the searches are not of the same queries and split; give them the same")
-        if self.weights is not None and len(self.weights) != len(self.searches):
-            raise ConfigError(f"fuse: weights = {self.weights} for {len(self.searches)} searches; give one for each")
-        if self.weights is not None and not any(self.weights):
-            raise ConfigError(f"fuse: weights = {self.weights} are all 0; give one that is not")
-        if self.method == "rrf" and (self.weights is not None or self.dev is not None):
-            raise ConfigError(
-                "fuse: method = 'rrf' has no weights; leave weights and dev out, or set method = 'weights'"
-            )
-        if self.method == "weights" and (self.weights is None) == (self.dev is None):
-            raise ConfigError("fuse: method = 'weights' wants either weights, or dev (judged queries) to tune them on")
-        if self.dev is not None and (self.dev.fingerprint(), self.dev_split) in asked:
-            raise ConfigError(
-                f"fuse: dev_split = {self.dev_split!r} is what is searched: weights tuned on it would say too much; give another"
-            )
-        return self
-
-    def label(self) -> str:
-        tuned = "tuned" if self.dev is not None else self.method
-        return "-".join([tuned, *(search.index.miner.type for search in self.searches)])[:60]
-
-    def inputs(self) -> dict[str, Stage]:
-        """And the same searches of the queries that weights are tuned on."""
-        found = super().inputs()
-        if self.dev is not None:
-            change = {"queries": self.dev, "split": self.dev_split}
-            found |= {f"tuning.{i}": search.model_copy(update=change) for i, search in enumerate(self.searches)}
-        return found
-
-    def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
-        def run(start: int, stop: int) -> Output:
-            names = [f"{i} {search.label()}" for i, search in enumerate(self.searches)]
-            counts: dict[str, Any] = {}
-            weights = self.weights
-            if self.dev is not None:
-                qrels = _judgements(inputs["dev"], self.dev_split, "fuse")
-                lists = fusion.Lists([inputs[f"tuning.{i}"].read("candidates") for i in range(len(names))])
-                weights, tuned, alone = fusion.tune(lists, qrels, self.scale, self.steps)
-                counts["dev_ndcg"] = {"fused": tuned} | dict(zip(names, alone, strict=True))
-            lists = fusion.Lists([inputs[f"searches.{i}"].read("candidates") for i in range(len(names))])
-            if weights is None:
-                made = lists.ranked(lists.reciprocal(self.k), self.depth)
-            else:
-                counts["weights"] = dict(zip(names, weights, strict=True))
-                made = lists.ranked(lists.weighted(weights, self.scale), self.depth)
-            counts |= {"in": lists.rows, "out": made.num_rows}
-            return Output({"candidates": made}, counts=counts)
-
-        return run
+def _table(query_ids: Sequence[str], found: Sequence[Hits]) -> pa.Table:
+    """The candidates of queries."""
+    return tables.columns(
+        "candidates",
+        sum(map(len, found)),
+        query_id=[name for name, hits in zip(query_ids, found, strict=True) for _ in hits],
+        doc_id=[doc_id for hits in found for doc_id, _ in hits],
+        rank=[rank for hits in found for rank in range(1, len(hits) + 1)],
+        score=[score for hits in found for _, score in hits],
+    )
