@@ -162,6 +162,29 @@ def _method(index: Index) -> Method:
     return index.miner.search
 
 
+class _Questions:
+    """The queries of a stage, or those with a judgement in a split. Raises ConfigError where there is no such split."""
+
+    def __init__(self, inputs: Inputs, split: str | None) -> None:
+        self.queries, self.judged = inputs["queries"], None
+        if split is not None:
+            name = tables.judgements(self.queries.table_names(), split, "search", self.queries.name)
+            judged, rows = self.queries.read(name, ["query_id"])["query_id"].unique(), self.queries.read("queries")
+            self.judged = rows.filter(pc.is_in(rows["query_id"], value_set=judged))
+
+    def __len__(self) -> int:
+        return self.queries.count("queries") if self.judged is None else len(self.judged)
+
+    def some(self, start: int, stop: int) -> tuple[list[str], list[str]]:
+        """Ids and texts of the queries from ``start`` to ``stop``; of all others, nothing is read where there is no split."""
+        rows = (
+            self.queries.slice("queries", start, stop)
+            if self.judged is None
+            else self.judged.slice(start, stop - start)
+        )
+        return rows["query_id"].to_pylist(), rows["text"].to_pylist()
+
+
 class Asking(Stage):
     """What a search and its probe have in common."""
 
@@ -197,16 +220,6 @@ class Asking(Stage):
     def _asked(self) -> dict[str, Any]:
         return {"index": self.index, "queries": self.queries, "split": self.split, "depth": self.depth}
 
-    def _wanted(self, inputs: Inputs) -> pa.Table:
-        """The query rows, or those with a judgement in the split. Raises ConfigError where there is no such split."""
-        queries = inputs["queries"]
-        rows = queries.read("queries")
-        if self.split is None:
-            return rows
-        name = tables.judgements(queries.table_names(), self.split, "search", queries.name)
-        judged = queries.read(name, ["query_id"])["query_id"].unique()
-        return rows.filter(pc.is_in(rows["query_id"], value_set=judged))
-
     def _searcher(self, inputs: Inputs, slab: slice = slice(None)) -> Searcher:
         """Of the whole index or a slab, exact."""
         return self.index.miner.open(*_parts(inputs["index"], slab), model=_model(inputs, "index.trained"))
@@ -228,10 +241,11 @@ class Probe(Asking):
 
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
         def run(start: int, stop: int) -> Output:
-            queries = self._wanted(inputs)
-            drawn = sorted((tables.unit_of("probe", q), i) for i, q in enumerate(queries["query_id"].to_pylist()))
-            sample = [i for _, i in drawn[: _method(self.index).sample]]
-            texts = queries["text"].take(pa.array(sample, pa.int64())).to_pylist()
+            queries = _Questions(inputs, self.split)
+            drawn = sorted(
+                (tables.unit_of("probe", q), text) for q, text in zip(*queries.some(0, len(queries)), strict=True)
+            )
+            texts = [text for _, text in drawn[: _method(self.index).sample]]
             exact = self._searcher(inputs)
             quick = self._approximately(inputs, exact)
             found, times = 1.0, {}
@@ -240,7 +254,7 @@ class Probe(Asking):
                 hits, times["approximate_s"] = _timed(quick, texts, self.depth)
                 found = approximate.recall(hits, truth)
             rows = [{"measure": f"recall@{self.depth}", "value": found}] if quick is not None else []
-            counts = {"in": queries.num_rows, "out": len(texts)}
+            counts = {"in": len(queries), "out": len(texts)}
             return Output({"metrics": tables.table("metrics", rows)}, counts=counts, cost=times)
 
         return run
@@ -261,34 +275,34 @@ class Slabs(Asking):
     outputs: ClassVar[tuple[str, ...]] = ("candidates",)
 
     def size(self, inputs: Inputs) -> int:
-        return len(_slabs(inputs["index"])) * len(_cells(self._wanted(inputs)))
+        return len(_slabs(inputs["index"])) * len(_cells(_Questions(inputs, self.split)))
 
     def ranges(self, inputs: Inputs, step: int) -> list[tuple[int, int]]:
         """A shard is one slab and one range of queries."""
         return super().ranges(inputs, 1)
 
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
-        slabs, queries = _slabs(inputs["index"]), self._wanted(inputs)
+        slabs, queries = _slabs(inputs["index"]), _Questions(inputs, self.split)
         cells = _cells(queries)
         whole = self._searcher(inputs, slabs[0])
         assert isinstance(whole, DenseIndex)
         over = lru_cache(maxsize=1)(lambda slab: whole.over(_parts(inputs["index"], slabs[slab])))
-        encoded = lru_cache(maxsize=4)(lambda cell: whole.encoded(queries["text"].slice(*cells[cell]).to_pylist()))
+        encoded = lru_cache(maxsize=4)(lambda cell: whole.encoded(queries.some(*cells[cell])[1]))
 
         def run(start: int, stop: int) -> Output:
             began = time.time()
             slab, cell = divmod(start, len(cells))
             hits = over(slab).vectors.search(encoded(cell), self.depth)
-            found = _table(queries["query_id"].slice(*cells[cell]).to_pylist(), hits)
+            found = _table(queries.some(*cells[cell])[0], hits)
             counts = {"in": len(hits), "out": found.num_rows}
             return Output({"candidates": found}, counts=counts, cost={"search_s": time.time() - began})
 
         return run
 
 
-def _cells(queries: pa.Table) -> list[tuple[int, int]]:
-    """The ranges of queries that a slab is searched for: first and number."""
-    return [(first, CELL) for first in range(0, queries.num_rows, CELL)]
+def _cells(queries: _Questions) -> list[tuple[int, int]]:
+    """The ranges of queries that a slab is searched for."""
+    return [(first, min(first + CELL, len(queries))) for first in range(0, len(queries), CELL)]
 
 
 def _merged(slabs: Artifact, cell: int, cells: int, depth: int) -> pa.Table:
@@ -330,14 +344,14 @@ class Search(Asking):
         return {"slabs": build(Slabs(**self._asked()))} if large else {}
 
     def size(self, inputs: Inputs) -> int:
-        return self._wanted(inputs).num_rows
+        return len(_Questions(inputs, self.split))
 
     def ranges(self, inputs: Inputs, step: int) -> list[tuple[int, int]]:
         """What the slabs found is merged as they were asked."""
         return super().ranges(inputs, CELL if "slabs" in inputs else step * SEARCHED) or [(0, 0)]
 
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
-        queries = self._wanted(inputs)
+        queries = _Questions(inputs, self.split)
         probed = self._probed(inputs) if self._approximate else {}
         if "slabs" in inputs:
             find = self._merging(inputs, queries)
@@ -355,11 +369,11 @@ class Search(Asking):
 
         return run
 
-    def _merging(self, inputs: Inputs, queries: pa.Table) -> Callable[[int, int], pa.Table]:
+    def _merging(self, inputs: Inputs, queries: _Questions) -> Callable[[int, int], pa.Table]:
         cells = len(_cells(queries))
         return lambda start, stop: _merged(inputs["slabs"], start // CELL, cells, self.depth)
 
-    def _searching(self, inputs: Inputs, queries: pa.Table, exact: bool) -> Callable[[int, int], pa.Table]:
+    def _searching(self, inputs: Inputs, queries: _Questions, exact: bool) -> Callable[[int, int], pa.Table]:
         searcher = self._searcher(inputs)
         if not exact:
             searcher = self._approximately(inputs, searcher) or searcher
@@ -367,9 +381,8 @@ class Search(Asking):
         def find(start: int, stop: int) -> pa.Table:
             parts = [tables.empty("candidates")]
             for first in range(start, stop, QUERIES_AT_ONCE):
-                some = queries.slice(first, min(QUERIES_AT_ONCE, stop - first))
-                hits = searcher.search(some["text"].to_pylist(), self.depth)
-                parts.append(_table(some["query_id"].to_pylist(), hits))
+                ids, texts = queries.some(first, min(first + QUERIES_AT_ONCE, stop))
+                parts.append(_table(ids, searcher.search(texts, self.depth)))
             return pa.concat_tables(parts)
 
         return find
