@@ -47,6 +47,18 @@ def test_a_window_is_not_an_edge(monkeypatch):
     np.testing.assert_allclose(retriever.encode(model(), TEXTS, dtype="float32"), whole, atol=1e-5)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_batches_are_those_of_the_tokenizer(monkeypatch, side):
+    tokenizer, rows = model().tokenizer, np.array([3, 0, 5, 2])
+    monkeypatch.setattr(tokenizer, "padding_side", side)
+    ours = dict(retriever._Window(model(), TEXTS).batch(rows))
+    alone = [tokenizer(TEXTS[i], truncation=True, max_length=model().max_seq_length) for i in rows]
+    theirs = tokenizer.pad({name: [each[name] for each in alone] for name in alone[0]}, return_tensors="pt")
+    assert set(ours) == set(theirs)
+    for name, expected in theirs.items():
+        np.testing.assert_array_equal(ours[name].numpy(), expected.numpy())
+
+
 def test_bfloat16_is_close_to_float32():
     exact = retriever.encode(model(), TEXTS, dtype="float32")
     rough = retriever.encode(model(), TEXTS, dtype="bfloat16")
