@@ -184,7 +184,7 @@ class _Tile:
         scores = _exact(self.queries, vectors, queries, places)
         pool = tuple(np.concatenate(both) for both in zip(self.pool, (queries, places + first, scores), strict=True))
         self._raise(pool[0], pool[2])
-        kept = pool[2] >= self.floor[pool[0]]
+        kept = pool[2] >= self.floor[pool[0]] - DOUBT
         self.pool = (pool[0][kept], pool[1][kept], pool[2][kept])
         if len(self.pool[0]) > ENTRIES // 4 + 2 * self.whole.k * len(self.queries):
             self.pool = cut(*self.pool, self.whole.k, self.whole.names)

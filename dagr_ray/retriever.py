@@ -198,19 +198,20 @@ def encode(
     budget = tokens_per_batch or TOKENS.get(device, TOKENS["cpu"])
     amp = compute_dtype(dtype, device)
     vectors = np.empty((len(texts), int(model.get_embedding_dimension() or 0)), np.float32)
-    with torch.inference_mode():
+    # around all batches: weights are cast once for it
+    with torch.inference_mode(), torch.autocast(device, dtype=amp, enabled=amp != torch.float32):
         for start, window in _read_ahead(model, texts, prefix):
             order: list[np.ndarray] = []
             found: list[torch.Tensor] = []
             for rows in _batches(window.lengths, budget):
                 features = {name: values.to(model.device, non_blocking=True) for name, values in window.batch(rows)}
-                with torch.autocast(device, dtype=amp, enabled=amp != torch.float32):
-                    out = model[0](features)
+                out = model[0](features)
                 out = {k: v.float() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in out.items()}
-                for module in list(model)[1:]:
-                    out = module(out)
+                with torch.autocast(device, enabled=False):
+                    for module in list(model)[1:]:
+                        out = module(out)
+                    found.append(torch.nn.functional.normalize(out["sentence_embedding"], dim=1))
                 order.append(rows)
-                found.append(torch.nn.functional.normalize(out["sentence_embedding"], dim=1))
             # once for each window: a GPU would stand still for every batch that is waited for
             vectors[start + np.concatenate(order)] = torch.cat(found).cpu().numpy()
     if not np.isfinite(vectors).all():
