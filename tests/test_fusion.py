@@ -6,13 +6,13 @@ import ir_measures
 import numpy as np
 import pytest
 
-from dagr_ray import fusion, tables
+from dagr_ray import fusion, study, tables
 from dagr_ray.config import from_json
 from dagr_ray.fusion import Lists
 from dagr_ray.index import best_first
 from dagr_ray.miners.bm25 import BM25
 from dagr_ray.stage import Output, Stage, materialize
-from dagr_ray.stages.evaluate import Evaluate
+from dagr_ray.stages.evaluate import Evaluate, Scorecard
 from dagr_ray.stages.fuse import Fuse
 from dagr_ray.stages.retrieve import Index, Search
 from dagr_ray.tables import table
@@ -157,6 +157,16 @@ def test_a_hybrid_is_judged_like_any_search_with_weights_tuned_on_other_queries(
     assert materialize(given, str(tmp_path)).read("candidates").equals(fused.folder(str(tmp_path)).read("candidates"))
     assert made.manifest["counts"]["out"] == 10
     assert from_json(fused.to_json(), Stage) == fused
+
+
+def test_a_hybrid_in_a_study_is_judged_beside_bm25_and_the_hybrid_of_the_frozen_base():
+    first, second = searches()
+    trained = second.model_copy(update={"index": second.index.model_copy(update={"trained": Zoo()})})
+    fused = Fuse(searches=(first, trained))
+    card = Scorecard(evaluations=(Evaluate(search=fused, data=ZOO),))
+    kinds = {kind: stage.evaluations[0].search for kind, _, stage in study._baselines({}, card)}
+    assert kinds["frozen"].fingerprint() == Fuse(searches=searches()).fingerprint() != fused.fingerprint()
+    assert kinds["bm25"].fingerprint() == first.fingerprint()
 
 
 def test_one_index_serves_every_k1_and_b(tmp_path):
