@@ -21,45 +21,48 @@ QUERIES_AT_ONCE = 1024
 
 
 class Method(Config):
-    """How vectors are searched. An approximate method is probed before it is used.
+    """How vectors are searched."""
+
+    abstract: ClassVar[bool] = True
+
+
+class Exact(Method):
+    """Every vector is compared with every query: see ``dagr_ray.exact``. Nothing to set.
+
+    >>> Exact().to_json()
+    {'type': 'exact'}
+    """
+
+    abstract: ClassVar[bool] = False
+
+
+class Approximation(Method):
+    """A structure that looks at some of the vectors. It is probed before it is used.
 
     ``sample`` queries are searched exactly too; where fewer than ``min_recall`` of the exact hits are among those found,
     all queries are searched exactly.
     """
 
     abstract: ClassVar[bool] = True
-    approximate: ClassVar[bool] = True
+    at_search: ClassVar[tuple[str, ...]] = ()  # fields that only decide how the structure is searched
     min_recall: Annotated[float, Field(ge=0, le=1)] = 0.95
     sample: Annotated[int, Field(ge=1)] = 200
 
-    def built(self) -> Method:
-        """The method without what only decides how its structure is searched."""
-        probe = {name: type(self).model_fields[name].default for name in ("min_recall", "sample", *self._at_search)}
-        return self.model_copy(update=probe)
-
-    _at_search: ClassVar[tuple[str, ...]] = ()
+    def built(self) -> Approximation:
+        """The method without what only decides how its structure is searched and probed."""
+        names = ("min_recall", "sample", *self.at_search)
+        return self.model_copy(update={name: type(self).model_fields[name].default for name in names})
 
     def build(self, vectors: VectorIndex) -> Any:
         """The faiss index of vectors. Raises ConfigError where it cannot be built."""
         raise NotImplementedError
 
     def opened(self, index: Any, count: int) -> tuple[Any, int]:
-        """The index set up for searching, and how many hits to look at for each that is wanted."""
+        """The index set up for ``count`` hits, and how many to look at for each that is wanted."""
         raise NotImplementedError
 
 
-class Exact(Method):
-    """Every vector is compared with every query: see ``dagr_ray.exact``. Nothing to set.
-
-    >>> Exact().approximate
-    False
-    """
-
-    abstract: ClassVar[bool] = False
-    approximate: ClassVar[bool] = False
-
-
-class IvfPq(Method):
+class IvfPq(Approximation):
     """Inverted lists of product codes: ``bytes`` for each vector, ``probes`` of ``lists`` searched for each query.
 
     ``refine`` times as many as are wanted are scored exactly. None takes 4 sqrt(n) lists and an eighth of them as probes.
@@ -71,7 +74,7 @@ class IvfPq(Method):
     """
 
     abstract: ClassVar[bool] = False
-    _at_search: ClassVar[tuple[str, ...]] = ("probes", "refine")
+    at_search: ClassVar[tuple[str, ...]] = ("probes", "refine")
     lists: Annotated[int, Field(ge=1)] | None = None
     bytes: Annotated[int, Field(ge=1)] = 48
     probes: Annotated[int, Field(ge=1)] | None = None
@@ -100,7 +103,7 @@ class IvfPq(Method):
         return index, self.refine
 
 
-class Hnsw(Method):
+class Hnsw(Approximation):
     """A graph of ``links`` to near vectors, walked from far to near with a list of ``ef_search`` of the best so far.
 
     Source: Malkov and Yashunin, Hierarchical Navigable Small World graphs, TPAMI 2018. Holds all vectors in memory.
@@ -110,7 +113,7 @@ class Hnsw(Method):
     """
 
     abstract: ClassVar[bool] = False
-    _at_search: ClassVar[tuple[str, ...]] = ("ef_search",)
+    at_search: ClassVar[tuple[str, ...]] = ("ef_search",)
     links: Annotated[int, Field(ge=2)] = 32
     ef_construction: Annotated[int, Field(ge=8)] = 200
     ef_search: Annotated[int, Field(ge=1)] = 256
@@ -135,7 +138,7 @@ def _filled(index: Any, vectors: VectorIndex) -> Any:
     return index
 
 
-def write(method: Method, vectors: VectorIndex, folder: Path) -> bool:
+def write(method: Approximation, vectors: VectorIndex, folder: Path) -> bool:
     """Builds the structure of ``method`` and writes it below ``folder``; False where there are too few vectors for one."""
     import faiss
 
@@ -145,7 +148,7 @@ def write(method: Method, vectors: VectorIndex, folder: Path) -> bool:
     return True
 
 
-def opened(method: Method, vectors: VectorIndex, file: Path) -> Callable[[np.ndarray, int], list[Hits]]:
+def opened(method: Approximation, vectors: VectorIndex, file: Path) -> Callable[[np.ndarray, int], list[Hits]]:
     """A search by the structure in ``file``: for each row of queries [m, dimension] the ``k`` best that it finds.
 
     Scores and their order are those of exact search.

@@ -16,7 +16,7 @@ from dagr_ray.miners.dense import Dense
 from dagr_ray.retriever import Encoder
 from dagr_ray.stage import Output, Stage, materialize
 from dagr_ray.stages import retrieve
-from dagr_ray.stages.retrieve import Approximate, Index, Probe, Search
+from dagr_ray.stages.retrieve import Index, Probe, Search
 from dagr_ray.stages.rewrite import Expand
 from dagr_ray.tables import table
 
@@ -40,7 +40,7 @@ class Places(Stage):
 
         made = {
             "corpus": table(
-                "corpus", [{"doc_id": f"d{i}", "title": "", "text": text(rng.randint(1, 9))} for i in range(self.docs)]
+                "corpus", [{"doc_id": f"d{i}", "title": "", "text": text(rng.randint(3, 9))} for i in range(self.docs)]
             ),
             "queries": table("queries", [{"query_id": f"q{i}", "text": text(3)} for i in range(40)]),
         }
@@ -86,7 +86,7 @@ def test_bm25_over_parts_has_the_scores_of_one_index(tmp_path, miner):
 
 
 def test_bm25_is_built_in_parts_and_searched_in_shards_of_queries(tmp_path):
-    stage = search(5000, BM25())
+    stage = search(1500, BM25())
     whole, parts = found(stage, tmp_path / "whole", here(2)), found(stage, tmp_path / "parts", here(1))
     assert (shards(stage.index, tmp_path / "whole"), shards(stage.index, tmp_path / "parts")) == (1, 2)
     assert parts == whole and len(whole) > 300
@@ -191,7 +191,7 @@ def test_a_large_index_is_searched_slab_by_slab(tmp_path, whole, monkeypatch):
 def test_workers_build_and_search_parts(tmp_path, whole):
     connect()
     assert found(search(100, Dense(encoder=SMALL)), tmp_path, here(1, workers=2)) == pytest.approx(whole, abs=1e-5)
-    lexical = search(5000, BM25())
+    lexical = search(1500, BM25())
     assert found(lexical, tmp_path, here(1, workers=2)) == found(lexical, tmp_path / "here", here(1))
 
 
@@ -214,7 +214,7 @@ def test_a_graph_finds_what_exact_search_finds(runs):
     assert counts["exact"] == 0 and counts["recall"] > 0.9
     # the probe asked all 40 queries, so its recall is that of the search
     assert len(hits.keys() & truth.keys()) / len(truth) == pytest.approx(counts["recall"], abs=1e-9)
-    assert all(hits[pair] == truth[pair] for pair in hits.keys() & truth.keys())
+    assert all(hits[pair] == pytest.approx(truth[pair], abs=2e-6) for pair in hits.keys() & truth.keys())
     assert len(list(runs.glob("index-*"))) == 1, "the vectors were encoded for each way to search them"
 
 
@@ -251,7 +251,8 @@ def test_only_what_decides_a_result_is_in_its_fingerprint():
     plain, graph = search(9, Dense(encoder=SMALL)), search(9, Dense(encoder=SMALL, search="hnsw"))
     wider = search(9, Dense(encoder=SMALL, search=Hnsw(ef_search=999)))
     assert plain.index.fingerprint() == graph.index.fingerprint() == wider.index.fingerprint()
-    assert Approximate(index=graph.index).fingerprint() == Approximate(index=wider.index).fingerprint()
+    made = [each.inputs()["index.approximate"].fingerprint() for each in (graph, wider)]
+    assert made[0] == made[1]
     assert len({each.fingerprint() for each in (plain, graph, wider)}) == 3
     probes = [Probe(index=each.index, queries=each.queries) for each in (graph, wider)]
     assert probes[0].fingerprint() != probes[1].fingerprint()

