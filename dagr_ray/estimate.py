@@ -184,7 +184,7 @@ class _Estimator:
 
     def _rows_made(self, stage: Stage) -> int | None:
         manifest = stage.folder(self.runs).manifest
-        if manifest is not None and stage.outputs and stage.type not in ("search", "evaluate"):
+        if manifest is not None and stage.outputs and stage.type not in ("search", "fuse", "evaluate"):
             return manifest["tables"][stage.outputs[0]]["rows"]
         if isinstance(stage, PyDocs):
             return PYDOCS_ROWS[stage.part]

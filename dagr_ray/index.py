@@ -1,21 +1,19 @@
-"""Exact top-k search over vectors: blocks of a memory-mapped .npy through faiss, so that a corpus may exceed memory."""
+"""Vectors on disk with their ids, read block by block for exact search, so that a corpus may exceed memory."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dagr_ray.exact import Nearest
+
 BLOCK_ROWS = 131072
-SLACK = 32
-# Scores equal to so many decimals count as a tie: the same vector scores differently by 1e-7 from block to block.
-DECIMALS = 6
-GPU_MAX_K = 2048
 VECTORS, IDS = "vectors.npy", "ids.parquet"
 
 Hits = list[tuple[str, float]]
@@ -68,70 +66,69 @@ class VectorWriter:
 
 
 class VectorIndex:
-    """Vectors [n, dimension] (an array or a memory map) with their ids. Scores are inner products."""
+    """Vectors [n, dimension] in one or several parts (arrays or memory maps), with their ids. Scores are inner products."""
 
-    def __init__(self, ids: Sequence[str] | pa.ChunkedArray, vectors: np.ndarray) -> None:
-        assert len(ids) == len(vectors), f"{len(ids)} ids for {len(vectors)} vectors"
+    def __init__(self, ids: Sequence[str] | pa.ChunkedArray, *parts: np.ndarray) -> None:
         self.ids = ids if isinstance(ids, pa.ChunkedArray) else pa.chunked_array([pa.array(ids, pa.large_string())])
-        self.vectors = vectors
+        self.parts = [part for part in parts if len(part)]
+        self.starts = np.cumsum([0, *map(len, self.parts)])
+        assert len(self.ids) == self.starts[-1], f"{len(self.ids)} ids for {self.starts[-1]} vectors"
 
     @classmethod
-    def open(cls, folder: Path) -> VectorIndex:
-        """The index that a VectorWriter wrote; the vectors stay on disk."""
-        ids = pq.read_table(folder / IDS)["doc_id"]
+    def open(cls, *folders: Path) -> VectorIndex:
+        """The index that VectorWriters wrote into these folders, one after the other; the vectors stay on disk."""
+        ids = [pq.read_table(folder / IDS)["doc_id"] for folder in folders]
+        chunks = [chunk for each in ids for chunk in each.chunks]
         # a memory map of no rows is refused by the operating system
-        return cls(ids, np.load(folder / VECTORS, mmap_mode="r" if len(ids) else None))
+        filled = [folder for folder, each in zip(folders, ids, strict=True) if len(each)]
+        parts = [np.load(folder / VECTORS, mmap_mode="r") for folder in filled]
+        return cls(pa.chunked_array(chunks, pa.large_string()), *parts)
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def search(self, queries: np.ndarray, k: int) -> list[Hits]:
-        """For each row of ``queries`` [m, dimension] the ``k`` nearest, best first, ties by falling doc_id.
+    def blocks(self, step: int | None = None) -> Iterator[np.ndarray]:
+        """All vectors in order as float32, ``step`` (BLOCK_ROWS) of them at once."""
+        step = step or BLOCK_ROWS
+        for start in range(0, len(self), step):
+            yield self.rows(start, min(start + step, len(self)))
 
-        Exact also where a tie spans the cut: such a query is searched again, deeper, until the tie ends.
-        """
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """The vectors ``start`` to ``stop`` as float32: a copy."""
+        found, first = np.empty((stop - start, self.parts[0].shape[1]), np.float32), start
+        while first < stop:
+            part = int(np.searchsorted(self.starts, first, side="right")) - 1
+            last = min(stop, int(self.starts[part + 1]))
+            inside = slice(first - int(self.starts[part]), last - int(self.starts[part]))
+            found[first - start : last - start] = self.parts[part][inside]
+            first = last
+        return found
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        """The vectors of any rows as float32 [len(rows), dimension]."""
+        found = np.empty((len(rows), self.parts[0].shape[1]), np.float32)
+        part_of = np.searchsorted(self.starts, rows, side="right") - 1
+        for part in np.unique(part_of):
+            inside = part_of == part
+            found[inside] = self.parts[part][rows[inside] - self.starts[part]]
+        return found
+
+    def names(self, rows: np.ndarray) -> pa.ChunkedArray:
+        """The ids of rows."""
+        return self.ids.take(pa.array(rows))
+
+    def search(self, queries: np.ndarray, k: int) -> list[Hits]:
+        """For each row of ``queries`` [m, dimension] the ``k`` nearest, best first, ties by falling doc_id. Exact."""
         k = min(k, len(self))
         if k < 1 or not len(queries):
             return [[] for _ in queries]
-        found: list[Hits] = [[] for _ in queries]
-        pending, depth = np.arange(len(queries)), min(k + SLACK, len(self))
-        while len(pending):
-            scores, rows = self._nearest(queries[pending], depth)
-            scores = np.round(scores, DECIMALS)
-            cut_in_tie = scores[:, k - 1] == scores[:, -1] if depth < len(self) else np.zeros(len(pending), bool)
-            unique, inverse = np.unique(rows[~cut_in_tie], return_inverse=True)
-            names = np.array(self.ids.take(pa.array(unique)).to_pylist(), dtype=object)[inverse].reshape(-1, depth)
-            for query, ids, values in zip(pending[~cut_in_tie], names, scores[~cut_in_tie].tolist(), strict=True):
-                found[query] = best_first(zip(ids, values, strict=True), k)
-            pending, depth = pending[cut_in_tie], min(depth * 4, len(self))
-        return found
+        nearest = Nearest(queries, k, self.names)
+        for block in self.blocks():
+            nearest.add(block)
+        return self.hits(len(queries), *nearest.best())
 
-    def _nearest(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Scores and rows [m, k] of the nearest vectors, best first, block by block."""
-        queries = np.ascontiguousarray(queries, np.float32)
-        best, rows = np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
-        for start in range(0, len(self), BLOCK_ROWS):
-            block = np.ascontiguousarray(self.vectors[start : start + BLOCK_ROWS], np.float32)
-            near, where = _knn(queries, block, min(k, len(block)))
-            best, rows = np.hstack([best, near]), np.hstack([rows, where + start])
-            order = np.argsort(-best, axis=1, kind="stable")[:, :k]
-            best, rows = np.take_along_axis(best, order, 1), np.take_along_axis(rows, order, 1)
-        return best, rows
-
-
-def _knn(queries: np.ndarray, block: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    import faiss
-
-    if k <= GPU_MAX_K and hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus():
-        return faiss.knn_gpu(_gpu(faiss), queries, block, k, metric=faiss.METRIC_INNER_PRODUCT)
-    return faiss.knn(queries, block, k, metric=faiss.METRIC_INNER_PRODUCT)
-
-
-_resources: list[Any] = []
-
-
-def _gpu(faiss: Any) -> Any:
-    # faiss sets aside scratch memory on the GPU with each of these objects, so a process has one
-    if not _resources:
-        _resources.append(faiss.StandardGpuResources())
-    return _resources[0]
+    def hits(self, count: int, queries: np.ndarray, rows: np.ndarray, scores: np.ndarray) -> list[Hits]:
+        """The hits of each of ``count`` queries, from entries that are sorted by query."""
+        named = list(zip(self.names(rows).to_pylist(), scores.tolist(), strict=True))
+        ends = np.searchsorted(queries, np.arange(count + 1)).tolist()
+        return [named[start:stop] for start, stop in pairwise(ends)]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
@@ -250,31 +252,76 @@ def encode(
     budget = tokens_per_batch or TOKENS.get(device, TOKENS["cpu"])
     amp = compute_dtype(dtype, device)
     vectors = np.empty((len(texts), int(model.get_embedding_dimension() or 0)), np.float32)
-    with torch.inference_mode():
-        for start in range(0, len(texts), WINDOW):
-            window = [prefix + text for text in texts[start : start + WINDOW]]
-            tokens = model.tokenizer(window, truncation=True, max_length=model.max_seq_length)
-            for rows in _batches([len(ids) for ids in tokens["input_ids"]], budget):
-                batch = {name: [values[i] for i in rows] for name, values in tokens.items()}
-                features = model.tokenizer.pad(batch, return_tensors="pt").to(model.device)
-                with torch.autocast(device, dtype=amp, enabled=amp != torch.float32):
-                    out = model[0](dict(features))
+    # around all batches: weights are cast once for it
+    with torch.inference_mode(), torch.autocast(device, dtype=amp, enabled=amp != torch.float32):
+        for start, window in _read_ahead(model, texts, prefix):
+            order: list[np.ndarray] = []
+            found: list[torch.Tensor] = []
+            for rows in _batches(window.lengths, budget):
+                features = {name: values.to(model.device, non_blocking=True) for name, values in window.batch(rows)}
+                out = model[0](features)
                 out = {k: v.float() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in out.items()}
-                for module in list(model)[1:]:
-                    out = module(out)
-                unit = torch.nn.functional.normalize(out["sentence_embedding"], dim=1)
-                vectors[[start + i for i in rows]] = unit.cpu().numpy()
+                with torch.autocast(device, enabled=False):
+                    for module in list(model)[1:]:
+                        out = module(out)
+                    found.append(torch.nn.functional.normalize(out["sentence_embedding"], dim=1))
+                order.append(rows)
+            # once for each window: a GPU would stand still for every batch that is waited for
+            vectors[start + np.concatenate(order)] = torch.cat(found).cpu().numpy()
     if not np.isfinite(vectors).all():
         raise FloatingPointError("the encoder gives vectors that are not finite: its training has diverged; lower lr")
     return vectors
 
 
-def _batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+class _Window:
+    """Texts as tokens, laid end to end."""
+
+    def __init__(self, model: SentenceTransformer, texts: Sequence[str]) -> None:
+        self.tokenizer = model.tokenizer
+        tokens = self.tokenizer(list(texts), truncation=True, max_length=model.max_seq_length)
+        self.lengths = np.fromiter(map(len, tokens["input_ids"]), np.int64, len(texts))
+        self.starts = np.cumsum(self.lengths) - self.lengths
+        self.ids = np.fromiter(itertools.chain.from_iterable(tokens["input_ids"]), np.int64, int(self.lengths.sum()))
+        self.typed = "token_type_ids" in tokens
+
+    def batch(self, rows: np.ndarray) -> Iterator[tuple[str, torch.Tensor]]:
+        """What the tokenizer's own ``pad`` makes of these rows, without a Python number for each token."""
+        import torch
+
+        lengths, longest = self.lengths[rows], max(int(self.lengths[rows].max()), 1)
+        places = np.arange(longest)
+        left = self.tokenizer.padding_side == "left"
+        mask = places >= (longest - lengths)[:, None] if left else places < lengths[:, None]
+        ids = np.full(mask.shape, self.tokenizer.pad_token_id or 0, np.int64)
+        within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        ids[mask] = self.ids[np.repeat(self.starts[rows], lengths) + within]
+        yield "input_ids", torch.from_numpy(ids)
+        yield "attention_mask", torch.from_numpy(mask.astype(np.int64))
+        if self.typed:
+            yield "token_type_ids", torch.full(mask.shape, 0, dtype=torch.int64)
+
+
+def _read_ahead(model: SentenceTransformer, texts: Sequence[str], prefix: str) -> Iterator[tuple[int, _Window]]:
+    """The texts in windows of tokens; while one is encoded, the next is read in a thread."""
+
+    def read(start: int) -> _Window:
+        return _Window(model, [prefix + text for text in texts[start : start + WINDOW]])
+
+    with ThreadPoolExecutor(1) as thread:
+        following = thread.submit(read, 0) if texts else None
+        for start in range(0, len(texts), WINDOW):
+            assert following is not None
+            window, after = following.result(), start + WINDOW
+            following = thread.submit(read, after) if after < len(texts) else None
+            yield start, window
+
+
+def _batches(lengths: np.ndarray, budget: int) -> Iterator[np.ndarray]:
     """Rows by falling length, cut so that rows x longest stays within the budget (one row always goes)."""
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    order = np.argsort(-lengths, kind="stable")
     start = 0
     while start < len(order):
-        stop = start + max(1, budget // max(lengths[order[start]], 1))
+        stop = start + max(1, budget // max(int(lengths[order[start]]), 1))
         yield order[start:stop]
         start = stop
 

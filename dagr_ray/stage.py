@@ -165,7 +165,9 @@ def _build_on_sound_inputs(
         if shards:
             log.warning("%s: rebuilding %d damaged shard(s): %s", name, len(shards), next(iter(shards.values())))
             inputs[name].revoke(shards)
-            materialize(stage.inputs()[name], runs, placement, observe)
+            # what a stage has found by building it (``grow``) is not among its ``inputs``
+            damaged_one = stage.inputs().get(name) or load_stage(inputs[name])
+            materialize(damaged_one, runs, placement, observe)
     return _build_on_sound_inputs(stage, inputs, runs, placement, observe, tries - 1)
 
 

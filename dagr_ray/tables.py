@@ -15,6 +15,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from dagr_ray.config import ConfigError
+
 TEXT = pa.large_string()
 _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 
@@ -188,6 +190,15 @@ def texts_of(queries: pa.Table) -> dict[str, str]:
 def relevant(qrels: pa.Table) -> pa.Table:
     """The judgements of a ``qrels`` table that call a passage relevant, to whatever degree."""
     return qrels.filter(pc.greater(qrels["relevance"], 0))
+
+
+def judgements(there: Iterable[str], split: str, who: str, where: str) -> str:
+    """The name of the table of a split's judgements. Raises ConfigError where it is not among the tables that are ``there``."""
+    name, names = f"qrels.{split}", set(there)
+    if name not in names:
+        splits = sorted(n.removeprefix("qrels.") for n in names if n.startswith("qrels."))
+        raise ConfigError(f"{who}: split = {split!r} is not in {where}; allowed: {', '.join(splits) or 'none'}")
+    return name
 
 
 def clean(text: str) -> str:

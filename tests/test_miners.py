@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -102,6 +103,16 @@ def test_many_queries_stay_in_order(lucene, monkeypatch):
     monkeypatch.setattr(bm25, "QUERIES_AT_ONCE", 3)
     found = BM25().open(lucene).search(["heat", "wing"] * 5, 10)
     assert [hits[0][0] for hits in found] == ["d1", "d3"] * 5
+
+
+def test_java_gets_its_signal_back_from_what_takes_it(lucene):
+    searcher = BM25().open(lucene)
+    signal.signal(signal.SIGSEGV, signal.SIG_DFL)
+    assert bm25._handler() != bm25._java_signals[0]
+    assert searcher.search(["heat"], 1)[0] and bm25._handler() == bm25._java_signals[0]
+    signal.signal(signal.SIGSEGV, signal.SIG_DFL)
+    BM25().open(lucene)
+    assert bm25._handler() == bm25._java_signals[0]
 
 
 def test_lucene_says_nothing(tmp_path):

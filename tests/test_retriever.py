@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dagr_ray import index, retriever
+from dagr_ray import exact, index, retriever
 from dagr_ray.config import ConfigError, from_json
 from dagr_ray.index import VectorIndex, VectorWriter, best_first
 from dagr_ray.retriever import Encoder
@@ -45,6 +45,18 @@ def test_a_window_is_not_an_edge(monkeypatch):
     whole = retriever.encode(model(), TEXTS, dtype="float32")
     monkeypatch.setattr(retriever, "WINDOW", 2)
     np.testing.assert_allclose(retriever.encode(model(), TEXTS, dtype="float32"), whole, atol=1e-5)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_batches_are_those_of_the_tokenizer(monkeypatch, side):
+    tokenizer, rows = model().tokenizer, np.array([3, 0, 5, 2])
+    monkeypatch.setattr(tokenizer, "padding_side", side)
+    ours = dict(retriever._Window(model(), TEXTS).batch(rows))
+    alone = [tokenizer(TEXTS[i], truncation=True, max_length=model().max_seq_length) for i in rows]
+    theirs = tokenizer.pad({name: [each[name] for each in alone] for name in alone[0]}, return_tensors="pt")
+    assert set(ours) == set(theirs)
+    for name, expected in theirs.items():
+        np.testing.assert_array_equal(ours[name].numpy(), expected.numpy())
 
 
 def test_bfloat16_is_close_to_float32():
@@ -134,7 +146,7 @@ def test_pickles_and_too_long_inputs_are_refused(tmp_path):
 
 
 def naive(ids, vectors, query, k):
-    return best_first(zip(ids, np.round(vectors @ query, index.DECIMALS).tolist(), strict=True), k)
+    return best_first(zip(ids, np.round(vectors @ query, exact.DECIMALS).tolist(), strict=True), k)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -147,7 +159,8 @@ def test_search_is_exact_across_blocks_and_a_round_trip(tmp_path, monkeypatch, d
         for start in range(0, 100, 33):
             writer.add(ids[start : start + 33], vectors[start : start + 33])
     loaded = VectorIndex.open(tmp_path / "index")
-    assert isinstance(loaded.vectors, np.memmap) and loaded.vectors.dtype == dtype
+    [part] = loaded.parts
+    assert isinstance(part, np.memmap) and part.dtype == dtype
     np.testing.assert_array_equal(np.load(tmp_path / "index" / "vectors.npy"), vectors)
     queries = rng.integers(-8, 9, (5, 8)).astype(np.float32) / 8
     for query, hits in zip(queries, loaded.search(queries, 10), strict=True):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, TypeVar
 
 import pyarrow as pa
 
 from dagr_ray.config import Config
+
+Self = TypeVar("Self", bound="Miner")
+Build = Callable[[Iterable[pa.Table], Path], None]
 
 
 class Searcher(Protocol):
@@ -20,14 +23,27 @@ class Searcher(Protocol):
 
 
 class Miner(Config):
-    """Base of the miners. ``model`` is the folder of a fine-tuned encoder, which a miner without one ignores."""
+    """Base of the miners. ``model`` is the folder of a fine-tuned encoder, which a miner without one ignores.
+
+    ``part`` says how many passages one part of an index holds, in rows of a placement's shard; None for a miner that can
+    only search what was built in one piece.
+    """
 
     abstract: ClassVar[bool] = True
+    part: ClassVar[int | None] = None
+
+    def builder(self, model: Path | None = None) -> Build:
+        """Loads what is heavy; returns the function that writes the index of some passages as files below a folder."""
+        raise NotImplementedError
 
     def build(self, corpus: Iterable[pa.Table], folder: Path, model: Path | None = None) -> None:
         """Writes the index of a corpus (``corpus`` tables, part by part) as files below ``folder``."""
+        self.builder(model)(corpus, folder)
+
+    def open(self, *parts: Path, model: Path | None = None) -> Searcher:
+        """Loads an index from the folders of its parts. What it finds does not depend on how it was cut."""
         raise NotImplementedError
 
-    def open(self, folder: Path, model: Path | None = None) -> Searcher:
-        """Loads an index that ``build`` wrote."""
-        raise NotImplementedError
+    def built(self: Self) -> Self:
+        """The miner without what only decides how its index is searched: all that have this in common share the index."""
+        return self

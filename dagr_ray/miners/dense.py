@@ -1,52 +1,72 @@
-"""Dense retrieval: the vectors of a bi-encoder, searched exactly."""
+"""Dense retrieval: the vectors of a bi-encoder, searched exactly or by faiss's approximate structures."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
+import numpy as np
 import pyarrow as pa
 
-from dagr_ray import retriever
+from dagr_ray import approximate, retriever
+from dagr_ray.approximate import Approximation, Exact, Method
 from dagr_ray.index import Hits, VectorIndex, VectorWriter
-from dagr_ray.miners import Miner
+from dagr_ray.miners import Build, Miner
 from dagr_ray.retriever import Encoder
 from dagr_ray.tables import passage_text
 
-QUERIES_AT_ONCE = 4096
+QUERIES_AT_ONCE = 16384
 MINILM_COMMIT = "c9745ed1d9f207416be6d2e6f8de32d1f16199bf"
 
 
 class Dense(Miner):
-    """Exact cosine search over the vectors of ``encoder``; ``storage`` float16 halves the index at 3 digits' precision.
+    """Cosine search over the vectors of ``encoder``; ``storage`` float16 halves the index at 3 digits' precision.
 
+    ``search`` is ``exact``, or an approximate method by name or with its fields: ``ivf-pq``, ``hnsw``.
     Source: Karpukhin et al., Dense Passage Retrieval, arXiv 2004.04906, with an exact instead of an approximate index.
 
     >>> Dense(encoder=Encoder(model="/models/e5", query_prefix="query: ")).storage
     'float32'
+    >>> Dense(search="hnsw").search.ef_search
+    256
     """
 
     abstract: ClassVar[bool] = False
+    part: ClassVar[int] = 32
     encoder: Encoder = Encoder(revision=MINILM_COMMIT)
     storage: Literal["float32", "float16"] = "float32"
+    search: Method = Exact()
+
+    def identity(self) -> dict[str, Any]:
+        """Without ``search`` where it is exact: such an index is what it was before there was anything else."""
+        return {k: v for k, v in super().identity().items() if k != "search" or self.search != Exact()}
 
     def label(self) -> str:
         return self.encoder.label()
 
-    def build(self, corpus: Iterable[pa.Table], folder: Path, model: Path | None = None) -> None:
-        """Encodes the corpus part by part into ``vectors.npy`` and ``ids.parquet``."""
-        loaded = retriever.load(self.encoder, model=model)
-        with VectorWriter(folder, int(loaded.get_embedding_dimension() or 0), self.storage) as writer:
-            for part in corpus:
-                for start in range(0, part.num_rows, retriever.WINDOW):
-                    rows = part.slice(start, retriever.WINDOW).to_pylist()
-                    texts = [passage_text(row["title"], row["text"]) for row in rows]
-                    vectors = retriever.encode(loaded, texts, self.encoder.prompts()[1], self.encoder.dtype)
-                    writer.add([row["doc_id"] for row in rows], vectors)
+    def built(self) -> Dense:
+        """The vectors are the same however they are searched."""
+        return self.model_copy(update={"search": Exact()})
 
-    def open(self, folder: Path, model: Path | None = None) -> DenseIndex:
-        return DenseIndex(self.encoder, VectorIndex.open(folder), model)
+    def builder(self, model: Path | None = None) -> Build:
+        """Of ``vectors.npy`` and ``ids.parquet``: the encoder is loaded once for all that it is given."""
+        loaded = retriever.load(self.encoder, model=model)
+
+        def build(corpus: Iterable[pa.Table], folder: Path) -> None:
+            with VectorWriter(folder, int(loaded.get_embedding_dimension() or 0), self.storage) as writer:
+                for part in corpus:
+                    for start in range(0, part.num_rows, retriever.WINDOW):
+                        rows = part.slice(start, retriever.WINDOW).to_pylist()
+                        texts = [passage_text(row["title"], row["text"]) for row in rows]
+                        vectors = retriever.encode(loaded, texts, self.encoder.prompts()[1], self.encoder.dtype)
+                        writer.add([row["doc_id"] for row in rows], vectors)
+
+        return build
+
+    def open(self, *parts: Path, model: Path | None = None) -> DenseIndex:
+        return DenseIndex(self.encoder, VectorIndex.open(*parts), model)
 
 
 class DenseIndex:
@@ -54,13 +74,29 @@ class DenseIndex:
 
     def __init__(self, encoder: Encoder, vectors: VectorIndex, model: Path | None = None) -> None:
         self.encoder, self.vectors = encoder, vectors
+        self._find = vectors.search
         self._model = retriever.load(encoder, model=model)
+
+    def over(self, parts: Sequence[Path]) -> DenseIndex:
+        """The same encoder over the vectors of other folders."""
+        other = copy.copy(self)
+        other.vectors = VectorIndex.open(*parts)
+        other._find = other.vectors.search
+        return other
+
+    def approximately(self, method: Approximation, file: Path) -> DenseIndex:
+        """The same index, searched by a structure that ``approximate.write`` wrote."""
+        other = copy.copy(self)
+        other._find = approximate.opened(method, self.vectors, file)
+        return other
+
+    def encoded(self, queries: Sequence[str]) -> np.ndarray:
+        """The vectors of queries."""
+        return retriever.encode(self._model, queries, self.encoder.prompts()[0], self.encoder.dtype)
 
     def search(self, queries: Sequence[str], k: int) -> list[Hits]:
         """See ``Searcher``."""
         found: list[Hits] = []
         for start in range(0, len(queries), QUERIES_AT_ONCE):
-            texts = queries[start : start + QUERIES_AT_ONCE]
-            vectors = retriever.encode(self._model, texts, self.encoder.prompts()[0], self.encoder.dtype)
-            found += self.vectors.search(vectors, k)
+            found += self._find(self.encoded(queries[start : start + QUERIES_AT_ONCE]), k)
         return found

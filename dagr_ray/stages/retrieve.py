@@ -1,27 +1,42 @@
-"""Index a corpus with a miner, and search it: BM25, a frozen encoder or a fine-tuned one, through one interface."""
+"""Index a corpus with a miner, and search it: BM25, a frozen encoder or a fine-tuned one, alone or fused."""
 
 from __future__ import annotations
 
+import logging
+import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.fs as pafs
 from pydantic import Field
 
-from dagr_ray import tables
+from dagr_ray import approximate, tables
+from dagr_ray.approximate import Approximation
 from dagr_ray.artifact import Artifact
 from dagr_ray.cluster import Pool
-from dagr_ray.config import ConfigError
+from dagr_ray.index import Hits
 from dagr_ray.miners import Miner, Searcher
+from dagr_ray.miners.dense import Dense, DenseIndex
 from dagr_ray.stage import Inputs, Output, Run, Stage
 
-QUERIES_AT_ONCE = 1024
+log = logging.getLogger("dagr")
+ROWS_AT_ONCE = 8192
+QUERIES_AT_ONCE = 16384
+# Queries of one shard of a search, in rows of a placement's shard: an exact search reads all vectors for each shard.
+SEARCHED = 64
+# An index of more vectors is searched slab by slab, so many queries at once, and what the slabs give is merged.
+SLAB, CELL = 2_000_000, 16384
+PART = re.compile(r"index/((\d{10})-[0-9a-f]{8})/")
 
 
 def _model(inputs: Inputs, name: str) -> Path | None:
@@ -29,9 +44,11 @@ def _model(inputs: Inputs, name: str) -> Path | None:
 
 
 class Index(Stage):
-    """The index of a corpus as files below ``index/``. ``trained`` (a training stage) replaces the encoder's weights.
+    """The index of a corpus as files below ``index/``, in parts. ``trained`` (a training stage) replaces the encoder's weights.
 
-    Cost: ``passages`` and ``index_s``, the seconds spent on them (for a dense miner, loading and encoding).
+    A part is a shard: it is built once, on any worker, and what is built stays when others fail. How the corpus is cut
+    into parts (``Miner.part``) changes nothing that a search finds. Miners that differ only in how they search share it.
+    Cost: ``passages`` and ``index_s``, the seconds spent on them (for a dense miner, encoding).
     """
 
     abstract: ClassVar[bool] = False
@@ -43,35 +60,133 @@ class Index(Stage):
     def label(self) -> str:
         return "-".join(part for part in (self.miner.type, "trained" if self.trained else self.miner.label()) if part)
 
+    def identity(self) -> dict[str, Any]:
+        """The miner by what its index is made of."""
+        return super().identity() | {"miner": self.miner.built().fingerprint()}
+
+    def size(self, inputs: Inputs) -> int | None:
+        return None if self.miner.part is None else inputs["corpus"].count("corpus")
+
+    def ranges(self, inputs: Inputs, step: int) -> list[tuple[int, int]]:
+        """An empty corpus has an empty index."""
+        return super().ranges(inputs, step * (self.miner.part or 1)) or [(0, 0)]
+
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
+        build = self.miner.builder(_model(inputs, "trained"))
+
         def run(start: int, stop: int) -> Output:
             started = time.time()
-            with tempfile.TemporaryDirectory(prefix="dagr-index-") as scratch:
-                target = Path(folder.path if folder.local else scratch) / "index"
-                # what an earlier try left is no part of this index
-                shutil.rmtree(target, ignore_errors=True)
-                target.mkdir(parents=True)
-                self.miner.build(inputs["corpus"].scan("corpus"), target, _model(inputs, "trained"))
-                files = sorted(f"index/{p.relative_to(target).as_posix()}" for p in target.rglob("*") if p.is_file())
-                if not folder.local:
-                    folder.fs.create_dir(f"{folder.path}/index", recursive=True)
-                    pafs.copy_files(str(target), f"{folder.path}/index", destination_filesystem=folder.fs)
-            passages = inputs["corpus"].count("corpus")
-            cost = {"passages": passages, "index_s": time.time() - started}
-            return Output({}, files, {"in": passages, "out": passages}, cost)
+            if self.miner.part is None:
+                stop = inputs["corpus"].count("corpus")
+            files = _written(folder, f"index/{start:010d}", lambda place: build(_passages(inputs, start, stop), place))
+            cost = {"passages": stop - start, "index_s": time.time() - started}
+            return Output({}, files, {"in": stop - start, "out": stop - start}, cost)
 
         return run
 
 
-class Search(Stage):
-    """The ``depth`` best passages of each query, rank 1 first; ``split`` takes the queries judged in ``qrels.<split>``.
+def _passages(inputs: Inputs, start: int, stop: int) -> Iterator[pa.Table]:
+    for first in range(start, stop, ROWS_AT_ONCE):
+        yield inputs["corpus"].slice("corpus", first, min(first + ROWS_AT_ONCE, stop))
 
-    Cost: ``queries`` and ``search_s``; the counts have ``no_hits``, the queries that found nothing.
+
+def _written(folder: Artifact, name: str, write: Any) -> list[str]:
+    """What ``write`` put into a sub-folder ``name`` of its own: two writers of one shard cannot mix their files."""
+    with tempfile.TemporaryDirectory(prefix="dagr-index-") as scratch:
+        home = Path(folder.path if folder.local else scratch)
+        for left in home.glob(f"{name}-*") if folder.local else ():
+            shutil.rmtree(left, ignore_errors=True)  # by an earlier try, which no receipt names
+        name = f"{name}-{uuid.uuid4().hex[:8]}"
+        target = home / name
+        target.mkdir(parents=True)
+        write(target)
+        files = sorted(f"{name}/{p.relative_to(target).as_posix()}" for p in target.rglob("*") if p.is_file())
+        if not folder.local:
+            folder.fs.create_dir(f"{folder.path}/{name}", recursive=True)
+            pafs.copy_files(str(target), f"{folder.path}/{name}", destination_filesystem=folder.fs)
+    return files
+
+
+def _parts(index: Artifact, slab: slice = slice(None)) -> list[Path]:
+    """The folders of an index's parts on this machine, in the order of the corpus."""
+    named = (PART.match(file) for file in (index.manifest or {})["files"])
+    # one without parts has its files below index/ itself
+    names = dict.fromkeys(name.groups()[:1] if name else () for name in named)
+    return [Path(index.local_path("index", *part)) for part in list(names)[slab]]
+
+
+def _slabs(index: Artifact) -> list[slice]:
+    """The parts of an index in groups of at most SLAB passages, or one part."""
+    named = (PART.match(file) for file in (index.manifest or {})["files"])
+    starts = sorted({int(name[2]) for name in named if name})
+    ends = [*starts[1:], (index.manifest or {})["counts"]["in"]]
+    groups, first = [], 0
+    for part, end in enumerate(ends):
+        if part > first and end - starts[first] > SLAB:
+            groups.append(slice(first, part))
+            first = part
+    return [*groups, slice(first, len(ends))]
+
+
+class Approximate(Stage):
+    """The structure by which an approximate ``method`` searches the vectors of an index, as a file below ``approximate/``.
+
+    Nothing where there are too few vectors for one. Cost: ``passages`` and ``approximate_s``.
     """
 
     abstract: ClassVar[bool] = False
     pool: ClassVar[str] = "retrieve"
-    outputs: ClassVar[tuple[str, ...]] = ("candidates",)
+    index: Index
+    method: Approximation
+
+    def label(self) -> str:
+        return self.method.type
+
+    def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
+        def run(start: int, stop: int) -> Output:
+            started = time.time()
+            vectors = approximate.VectorIndex.open(*_parts(inputs["index"]))
+            files = _written(folder, "approximate/0", lambda place: approximate.write(self.method, vectors, place))
+            cost = {"passages": len(vectors), "approximate_s": time.time() - started}
+            return Output({}, files, {"in": len(vectors), "out": len(vectors) if files else 0}, cost)
+
+        return run
+
+
+def _method(index: Index) -> Approximation | None:
+    """How a dense index is searched where that is not exact."""
+    found = index.miner.search if isinstance(index.miner, Dense) else None
+    return found if isinstance(found, Approximation) else None
+
+
+class _Questions:
+    """The queries of a stage, or those with a judgement in a split. Raises ConfigError where there is no such split."""
+
+    def __init__(self, inputs: Inputs, split: str | None) -> None:
+        self.queries, self.judged = inputs["queries"], None
+        if split is not None:
+            name = tables.judgements(self.queries.table_names(), split, "search", self.queries.name)
+            judged, rows = self.queries.read(name, ["query_id"])["query_id"].unique(), self.queries.read("queries")
+            self.judged = rows.filter(pc.is_in(rows["query_id"], value_set=judged))
+
+    def __len__(self) -> int:
+        return self.queries.count("queries") if self.judged is None else len(self.judged)
+
+    def some(self, start: int, stop: int) -> tuple[list[str], list[str]]:
+        """Ids and texts of the queries from ``start`` to ``stop``; of all others, nothing is read where there is no split."""
+        rows = (
+            self.queries.slice("queries", start, stop)
+            if self.judged is None
+            else self.judged.slice(start, stop - start)
+        )
+        return rows["query_id"].to_pylist(), rows["text"].to_pylist()
+
+
+class Asking(Stage):
+    """What a search and its probe have in common."""
+
+    abstract: ClassVar[bool] = True
+    pool: ClassVar[str] = "retrieve"
     index: Index
     queries: Stage
     split: str | None = None
@@ -80,49 +195,219 @@ class Search(Stage):
     def label(self) -> str:
         return "-".join(part for part in (self.index.miner.type, self.split) if part)
 
+    def identity(self) -> dict[str, Any]:
+        """The miner too, where its index stands for several."""
+        miner = self.index.miner
+        shared = miner.built().fingerprint() != miner.fingerprint()
+        return super().identity() | ({"miner": miner.fingerprint()} if shared else {})
+
     def inputs(self) -> dict[str, Stage]:
-        """The index's trained encoder is an input of the search too: it encodes the queries."""
-        trained = self.index.trained
-        return super().inputs() | ({"index.trained": trained} if trained is not None else {})
+        """The index's trained encoder encodes the queries; an approximate search has a structure of its own."""
+        found = super().inputs()
+        if self.index.trained is not None:
+            found["index.trained"] = self.index.trained
+        method = _method(self.index)
+        if method is not None:
+            found["index.approximate"] = Approximate(index=self.index, method=method.built())
+        return found
+
+    def _asked(self) -> dict[str, Any]:
+        return {"index": self.index, "queries": self.queries, "split": self.split, "depth": self.depth}
+
+    def _searcher(self, inputs: Inputs, slab: slice = slice(None)) -> Searcher:
+        """Of the whole index or a slab, exact."""
+        return self.index.miner.open(*_parts(inputs["index"], slab), model=_model(inputs, "index.trained"))
+
+    def _approximately(self, inputs: Inputs, exact: Searcher) -> DenseIndex | None:
+        """The same index searched by its structure; None where there were too few vectors for one."""
+        made, method = inputs["index.approximate"], _method(self.index)
+        assert isinstance(exact, DenseIndex) and method is not None
+        files = [Path(made.local_path(*file.split("/"))) for file in (made.manifest or {})["files"]]
+        return exact.approximately(method, files[0]) if files else None
+
+
+class Probe(Asking):
+    """How many of the exact hits an approximate search finds, for a sample of the queries: ``recall@<depth>`` in ``metrics``."""
+
+    abstract: ClassVar[bool] = False
+    outputs: ClassVar[tuple[str, ...]] = ("metrics",)
 
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
-        searcher = self.index.miner.open(Path(inputs["index"].local_path("index")), _model(inputs, "index.trained"))
-
         def run(start: int, stop: int) -> Output:
-            started = time.time()
-            queries = _wanted(inputs["queries"], self.split)
-            ids, texts = queries["query_id"].to_pylist(), queries["text"].to_pylist()
-            parts = list(_candidates(searcher, ids, texts, self.depth))
-            found = pa.concat_tables([tables.empty("candidates"), *parts])
-            no_hits = len(ids) - pc.count_distinct(found["query_id"]).as_py()
-            counts = {"in": len(ids), "out": found.num_rows, "no_hits": no_hits}
-            return Output({"candidates": found}, [], counts, {"queries": len(ids), "search_s": time.time() - started})
+            queries, method = _Questions(inputs, self.split), _method(self.index)
+            assert method is not None, f"{self.index.miner.type} is searched exactly: nothing to probe"
+            drawn = sorted(
+                (tables.unit_of("probe", q), text) for q, text in zip(*queries.some(0, len(queries)), strict=True)
+            )
+            texts = [text for _, text in drawn[: method.sample]]
+            exact = self._searcher(inputs)
+            quick = self._approximately(inputs, exact)
+            found, times = 1.0, {}
+            if quick is not None:
+                truth, times["exact_s"] = _timed(exact, texts, self.depth)
+                hits, times["approximate_s"] = _timed(quick, texts, self.depth)
+                found = approximate.recall(hits, truth)
+            rows = [{"measure": f"recall@{self.depth}", "value": found}] if quick is not None else []
+            counts = {"in": len(queries), "out": len(texts)}
+            return Output({"metrics": tables.table("metrics", rows)}, counts=counts, cost=times)
 
         return run
 
 
-def _wanted(queries: Artifact, split: str | None) -> pa.Table:
-    """The query rows, or those with a judgement in a split. Raises ConfigError where there is no such split."""
-    rows = queries.read("queries")
-    if split is None:
-        return rows
-    name = f"qrels.{split}"
-    if name not in queries.table_names():
-        splits = [t.removeprefix("qrels.") for t in queries.table_names() if t.startswith("qrels.")]
-        raise ConfigError(f"search: split = {split!r} is not in {queries.name}; allowed: {', '.join(splits) or 'none'}")
-    judged = queries.read(name, ["query_id"])["query_id"].unique()
-    return rows.filter(pc.is_in(rows["query_id"], value_set=judged))
+def _timed(searcher: Searcher, texts: Sequence[str], depth: int) -> tuple[list[Hits], float]:
+    began = time.time()
+    return searcher.search(texts, depth), time.time() - began
 
 
-def _candidates(searcher: Searcher, ids: Sequence[str], texts: Sequence[str], depth: int) -> Iterator[pa.Table]:
-    schema = tables.schema("candidates")
-    for start in range(0, len(ids), QUERIES_AT_ONCE):
-        names = ids[start : start + QUERIES_AT_ONCE]
-        found = searcher.search(texts[start : start + QUERIES_AT_ONCE], depth)
-        columns = {
-            "query_id": [name for name, hits in zip(names, found, strict=True) for _ in hits],
-            "doc_id": [doc_id for hits in found for doc_id, _ in hits],
-            "rank": [rank for hits in found for rank in range(1, len(hits) + 1)],
-            "score": [score for hits in found for _, score in hits],
-        }
-        yield pa.table(columns, schema=schema)
+class Slabs(Asking):
+    """The best of each slab of a large index for each range of queries: workers hold a slab each, not all vectors.
+
+    The candidates of a query are there once for each slab; ``Search`` merges them.
+    """
+
+    abstract: ClassVar[bool] = False
+    outputs: ClassVar[tuple[str, ...]] = ("candidates",)
+
+    def size(self, inputs: Inputs) -> int:
+        return len(_slabs(inputs["index"])) * len(_cells(_Questions(inputs, self.split)))
+
+    def ranges(self, inputs: Inputs, step: int) -> list[tuple[int, int]]:
+        """A shard is one slab and one range of queries."""
+        return super().ranges(inputs, 1)
+
+    def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
+        slabs, queries = _slabs(inputs["index"]), _Questions(inputs, self.split)
+        cells = _cells(queries)
+        whole = self._searcher(inputs, slabs[0])
+        assert isinstance(whole, DenseIndex)
+        over = lru_cache(maxsize=1)(lambda slab: whole.over(_parts(inputs["index"], slabs[slab])))
+        encoded = lru_cache(maxsize=4)(lambda cell: whole.encoded(queries.some(*cells[cell])[1]))
+
+        def run(start: int, stop: int) -> Output:
+            began = time.time()
+            slab, cell = divmod(start, len(cells))
+            hits = over(slab).vectors.search(encoded(cell), self.depth)
+            found = _table(queries.some(*cells[cell])[0], hits)
+            counts = {"in": len(hits), "out": found.num_rows}
+            return Output({"candidates": found}, counts=counts, cost={"search_s": time.time() - began})
+
+        return run
+
+
+def _cells(queries: _Questions) -> list[tuple[int, int]]:
+    """The ranges of queries that a slab is searched for."""
+    return [(first, min(first + CELL, len(queries))) for first in range(0, len(queries), CELL)]
+
+
+def _merged(slabs: Artifact, cell: int, cells: int, depth: int) -> pa.Table:
+    """What all slabs found for a range of queries, the best of each query."""
+    rows = [part["rows"] for part in (slabs.manifest or {})["tables"]["candidates"]["parts"]]
+    starts = [0, *accumulate(rows)]
+    found = pa.concat_tables(slabs.slice("candidates", starts[i], starts[i + 1]) for i in range(cell, len(rows), cells))
+    number = pc.index_in(found["query_id"], value_set=found["query_id"].unique())
+    order = [("number", "ascending"), ("score", "descending"), ("doc_id", "descending")]
+    found = found.append_column("number", number).sort_by(order)
+    numbers = found["number"].to_numpy()
+    rank = np.arange(len(numbers)) - np.searchsorted(numbers, numbers) + 1
+    found = found.drop_columns("number").set_column(2, found.schema.field("rank"), pa.array(rank, pa.int32()))
+    return found.filter(pa.array(rank <= depth)).combine_chunks()
+
+
+class Search(Asking):
+    """The ``depth`` best passages of each query, rank 1 first; ``split`` takes the queries judged in ``qrels.<split>``.
+
+    Sharded over the queries, and over the vectors of a large index too (``Slabs``). An approximate search is probed first
+    (``Probe``) and is exact where its recall is under what its method asks for; the counts then have ``exact`` = 1, and
+    ``recall`` in any case. Cost: ``queries`` and ``search_s``; the counts have ``no_hits``, the queries that found nothing.
+    """
+
+    abstract: ClassVar[bool] = False
+    grows: ClassVar[bool] = True
+    outputs: ClassVar[tuple[str, ...]] = ("candidates",)
+
+    def inputs(self) -> dict[str, Stage]:
+        """And the probe of an approximate search."""
+        return super().inputs() | ({"probe": Probe(**self._asked())} if _method(self.index) else {})
+
+    def grow(self, inputs: Inputs, build: Callable[[Stage], Artifact]) -> Inputs:
+        """A large index is searched slab by slab first."""
+        method = _method(self.index)
+        if method is not None:
+            self._notice(inputs, method)  # here, because nobody reads what a worker says
+        elif isinstance(self.index.miner, Dense) and len(_slabs(inputs["index"])) > 1:
+            return {"slabs": build(Slabs(**self._asked()))}
+        return {}
+
+    def size(self, inputs: Inputs) -> int:
+        return len(_Questions(inputs, self.split))
+
+    def ranges(self, inputs: Inputs, step: int) -> list[tuple[int, int]]:
+        """What the slabs found is merged as they were asked."""
+        return super().ranges(inputs, CELL if "slabs" in inputs else step * SEARCHED) or [(0, 0)]
+
+    def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
+        queries = _Questions(inputs, self.split)
+        method = _method(self.index)
+        probed = self._probed(inputs, method) if method is not None else {}
+        if "slabs" in inputs:
+            find = self._merging(inputs, queries)
+        else:
+            find = self._searching(inputs, queries, exact=bool(probed.get("exact", True)))
+
+        def run(start: int, stop: int) -> Output:
+            started = time.time()
+            found = find(start, stop)
+            no_hits = stop - start - pc.count_distinct(found["query_id"]).as_py()
+            counts = {"in": stop - start, "out": found.num_rows, "no_hits": no_hits} | (probed if start == 0 else {})
+            return Output(
+                {"candidates": found}, [], counts, {"queries": stop - start, "search_s": time.time() - started}
+            )
+
+        return run
+
+    def _merging(self, inputs: Inputs, queries: _Questions) -> Callable[[int, int], pa.Table]:
+        cells = len(_cells(queries))
+        return lambda start, stop: _merged(inputs["slabs"], start // CELL, cells, self.depth)
+
+    def _searching(self, inputs: Inputs, queries: _Questions, exact: bool) -> Callable[[int, int], pa.Table]:
+        searcher = self._searcher(inputs)
+        if not exact:
+            searcher = self._approximately(inputs, searcher) or searcher
+
+        def find(start: int, stop: int) -> pa.Table:
+            parts = [tables.empty("candidates")]
+            for first in range(start, stop, QUERIES_AT_ONCE):
+                ids, texts = queries.some(first, min(first + QUERIES_AT_ONCE, stop))
+                parts.append(_table(ids, searcher.search(texts, self.depth)))
+            return pa.concat_tables(parts)
+
+        return find
+
+    def _probed(self, inputs: Inputs, method: Approximation) -> dict[str, float]:
+        """What the probe found: ``recall``, and ``exact`` = 1 where the search falls back."""
+        found = inputs["probe"].read("metrics")["value"].to_pylist()
+        low = not found or found[0] < method.min_recall
+        return {"recall": found[0] if found else 1.0, "exact": int(low)}
+
+    def _notice(self, inputs: Inputs, method: Approximation) -> None:
+        """Says where an approximate search falls back, and why."""
+        probed = self._probed(inputs, method)
+        if not inputs["probe"].count("metrics"):
+            log.warning("%s: too few passages for %s; searched exactly", self.folder_name(), method.type)
+        elif probed["exact"]:
+            log.warning(
+                "%s: %s finds %.3f of the exact hits, under min_recall = %g; searched exactly",
+                *(self.folder_name(), method.type, probed["recall"], method.min_recall),
+            )
+
+
+def _table(query_ids: Sequence[str], found: Sequence[Hits]) -> pa.Table:
+    """The candidates of queries."""
+    return tables.columns(
+        "candidates",
+        sum(map(len, found)),
+        query_id=[name for name, hits in zip(query_ids, found, strict=True) for _ in hits],
+        doc_id=[doc_id for hits in found for doc_id, _ in hits],
+        rank=[rank for hits in found for rank in range(1, len(hits) + 1)],
+        score=[score for hits in found for _, score in hits],
+    )

@@ -1,0 +1,143 @@
+"""Passages encoded per second beside `SentenceTransformer.encode` at its defaults, and whether the ranking stays the same.
+
+    python benchmarks/encoding.py BEIR_FOLDER [--split test] [--rounds 3] [--workers 1 2]
+
+Both encode the whole collection, in turns, in one process; the model is the packaged all-MiniLM-L6-v2. Then a stage
+encodes it in shards on pools of Ray workers that share the machine's cores. Bounds on a CPU: at least 2.5 times the
+passages per second (the median of the rounds' ratios), and nDCG@10 that differs by at most 0.001. On a machine with a GPU
+the peer is the best of several batch sizes in bfloat16 instead, and the bound is 0.95 of it for each GPU.
+Writes benchmarks/encoding.md.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import ir_measures
+import numpy as np
+import torch  # noqa: TID253
+
+from dagr_ray import beir, cluster, retriever
+from dagr_ray.cluster import Placement, Pool
+from dagr_ray.index import VectorIndex
+from dagr_ray.miners.dense import Dense
+from dagr_ray.models import minilm
+from dagr_ray.retriever import Encoder
+from dagr_ray.stage import materialize
+from dagr_ray.stages.corpus import Beir
+from dagr_ray.stages.retrieve import Index
+from dagr_ray.tables import passage_text
+
+BOUND, SAME = 2.5, 0.001
+GPU_BOUND, GPU_BATCHES = 0.95, (64, 256, 1024)
+
+
+def theirs(model: Any, texts: list[str]) -> tuple[np.ndarray, float]:
+    """Vectors of the library's own loop, and seconds."""
+    batches = GPU_BATCHES if torch.cuda.is_available() else (32,)
+    best, vectors = float("inf"), np.empty(0)
+    for batch in batches:
+        began = time.perf_counter()
+        with torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_available()):
+            vectors = model.encode(texts, batch_size=batch, normalize_embeddings=True, show_progress_bar=False)
+        best = min(best, time.perf_counter() - began)
+    return vectors, best
+
+
+def ours(model: Any, texts: list[str]) -> tuple[np.ndarray, float]:
+    """Vectors of `retriever.encode`, and seconds."""
+    began = time.perf_counter()
+    vectors = retriever.encode(model, texts)
+    return vectors, time.perf_counter() - began
+
+
+def ndcg(
+    data: beir.BeirData, split: str, ids: list[str], passages: np.ndarray, queries: dict[str, np.ndarray]
+) -> float:
+    """nDCG@10 of exact search."""
+    qrels = [ir_measures.Qrel(*row.values()) for row in data.tables[f"qrels.{split}"].to_pylist()]
+    asked = sorted({row.query_id for row in qrels} & queries.keys())
+    hits = VectorIndex(ids, passages).search(np.stack([queries[q] for q in asked]), 100)
+    run = [
+        ir_measures.ScoredDoc(q, d, float(-rank))
+        for q, found in zip(asked, hits, strict=True)
+        for rank, (d, _) in enumerate(found)
+    ]
+    return float(ir_measures.calc_aggregate([ir_measures.nDCG @ 10], qrels, run)[ir_measures.nDCG @ 10])
+
+
+def staged(path: str, workers: int, home: str) -> float:
+    """Passages per second of the stage on so many workers, from its first shard to its last."""
+    cores, gpus = os.cpu_count() or 1, torch.cuda.device_count()
+    each = max(cores // workers, 1)
+    pool = Pool(workers=workers, cpus=each, gpus=min(gpus / workers, 1), shard_rows=4)
+    stage = Index(corpus=Beir(path=path), miner=Dense(encoder=Encoder(model=str(minilm()))))
+    folder = materialize(stage, f"{home}/{workers}", Placement(retrieve=pool))
+    receipts = folder.receipts().values()
+    begun = min(receipt["at"] - receipt["cost"]["busy_s"] for receipt in receipts)
+    return sum(receipt["counts"]["in"] for receipt in receipts) / (max(r["at"] for r in receipts) - begun)
+
+
+def main() -> int:
+    """Prints figures and bounds."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", metavar="BEIR_FOLDER")
+    parser.add_argument("--split", default="test")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--workers", type=int, nargs="*", default=[1, 2])
+    args = parser.parse_args()
+    data, lines = beir.read(args.data), []
+
+    def say(line: str) -> None:
+        lines.append(line)
+        print(line, flush=True)
+
+    corpus, asked = data.tables["corpus"].to_pylist(), data.tables["queries"].to_pylist()
+    texts = [passage_text(row["title"], row["text"]) for row in corpus]
+    model = retriever.load(Encoder(model=str(minilm())))
+    found = {}
+    for encode in (theirs, ours):
+        encode(model, texts[:64])
+    ratios, rates = [], {theirs: 0.0, ours: 0.0}
+    for _ in range(args.rounds):
+        seconds = {}
+        for encode in (theirs, ours):
+            found[encode], seconds[encode] = encode(model, texts)
+            rates[encode] = max(rates[encode], len(texts) / seconds[encode])
+        ratios.append(seconds[theirs] / seconds[ours])
+    values = {}
+    for encode, passages in found.items():
+        vectors, _ = encode(model, [row["text"] for row in asked])
+        queries = dict(zip((row["query_id"] for row in asked), vectors, strict=True))
+        values[encode] = ndcg(data, args.split, [row["doc_id"] for row in corpus], passages, queries)
+    gpu = torch.cuda.is_available()
+    bound, ratio, off = GPU_BOUND if gpu else BOUND, median(ratios), abs(values[ours] - values[theirs])
+    name = Beir(path=args.data).label()
+    say(
+        f"{len(texts):,} passages of {name}, {args.rounds} rounds, {'one GPU' if gpu else f'{os.cpu_count()} cores'}.\n"
+    )
+    say("| | passages/s, best | ratio | nDCG@10 |\n|---|---:|---:|---:|")
+    say(f"| `SentenceTransformer.encode` | {rates[theirs]:.1f} | 1.00 | {values[theirs]:.4f} |")
+    say(f"| `retriever.encode` | {rates[ours]:.1f} | {ratio:.2f} | {values[ours]:.4f} |")
+    say(f"| bound | | {bound} | ±{SAME} |")
+    say(f"\nRatios of the rounds: {', '.join(f'{r:.2f}' for r in ratios)}.")
+    short = 0
+    if args.workers:
+        say("\n| stage on Ray workers | passages/s |\n|---:|---:|")
+        cluster.connect()
+        with tempfile.TemporaryDirectory(prefix="dagr-encoding-") as home:
+            for workers in args.workers:
+                rate = staged(args.data, workers, home)
+                say(f"| {workers} | {rate:.1f} |")
+                short += gpu and rate < GPU_BOUND * rates[theirs] * min(workers, torch.cuda.device_count())
+    Path(__file__).with_suffix(".md").write_text("\n".join(lines) + "\n")
+    return int(ratio < bound or off > SAME or short > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,105 @@
+"""Several searches as one: by reciprocal ranks or by weights, which may be tuned on judged queries."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from dagr_ray import fusion, tables
+from dagr_ray.artifact import Artifact
+from dagr_ray.cluster import Pool
+from dagr_ray.config import ConfigError
+from dagr_ray.stage import Inputs, Output, Run, Stage
+
+
+class Fuse(Stage):
+    """Several searches of the same queries as one: ``candidates`` ordered by all of them, the ``depth`` best of each query.
+
+    ``rrf``: reciprocal ranks, sum of 1 / (``k`` + rank). Source: Cormack, Clarke and Buettcher, SIGIR 2009.
+    ``weights``: the weighted sum of the searches' scores, each scaled by the query's hits to mean 0 and deviation 1
+    (``z-score``) or from 0 to 1 (``min-max``); a passage that a search did not find has its lowest. ``weights`` are given,
+    or tuned: those of a grid of ``steps`` on the simplex whose nDCG@10 on the judgements ``dev_split`` of ``dev`` is best,
+    where the same searches are made of those queries. Source: Bruch, Gai and Ingber, arXiv 2210.11934.
+
+    The counts have ``weights`` by search and, where they were tuned, ``dev_ndcg`` of the fusion and of each search alone.
+    """
+
+    abstract: ClassVar[bool] = False
+    outputs: ClassVar[tuple[str, ...]] = ("candidates",)
+    searches: tuple[Stage, ...]
+    method: Literal["rrf", "weights"] = "rrf"
+    k: Annotated[int, Field(ge=1)] = 60
+    scale: Literal["z-score", "min-max"] = "min-max"
+    weights: tuple[Annotated[float, Field(ge=0)], ...] | None = None
+    dev: Stage | None = None
+    dev_split: str = "dev"
+    steps: Annotated[int, Field(ge=1, le=100)] = 20
+    depth: Annotated[int, Field(ge=1)] = 100
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> Fuse:
+        if len(self.searches) < 2:
+            raise ConfigError(f"fuse: {len(self.searches)} searches; give at least two")
+        strange = next(
+            (each.type for each in self.searches if not {"queries", "split"} <= type(each).model_fields.keys()), None
+        )
+        if strange is not None:
+            raise ConfigError(f"fuse: {strange!r} is no search; give searches")
+        asked = {_asked(search) for search in self.searches}
+        if len(asked) > 1:
+            raise ConfigError("fuse: the searches are not of the same queries and split; give them the same")
+        if self.weights is not None and len(self.weights) != len(self.searches):
+            raise ConfigError(f"fuse: weights = {self.weights} for {len(self.searches)} searches; give one for each")
+        if self.weights is not None and not any(self.weights):
+            raise ConfigError(f"fuse: weights = {self.weights} are all 0; give one that is not")
+        if self.method == "rrf" and (self.weights is not None or self.dev is not None):
+            raise ConfigError(
+                "fuse: method = 'rrf' has no weights; leave weights and dev out, or set method = 'weights'"
+            )
+        if self.method == "weights" and (self.weights is None) == (self.dev is None):
+            raise ConfigError("fuse: method = 'weights' wants either weights, or dev (judged queries) to tune them on")
+        if self.dev is not None and (self.dev.fingerprint(), self.dev_split) in asked:
+            raise ConfigError(
+                f"fuse: dev_split = {self.dev_split!r} is what is searched: weights tuned on it would say too much; give another"
+            )
+        return self
+
+    def label(self) -> str:
+        tuned = "tuned" if self.dev is not None else self.method
+        return "-".join([tuned, *(search.label() for search in self.searches)])[:60]
+
+    def inputs(self) -> dict[str, Stage]:
+        """And the same searches of the queries that weights are tuned on."""
+        found = super().inputs()
+        if self.dev is not None:
+            change = {"queries": self.dev, "split": self.dev_split}
+            found |= {f"tuning.{i}": search.model_copy(update=change) for i, search in enumerate(self.searches)}
+        return found
+
+    def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
+        def run(start: int, stop: int) -> Output:
+            names = [f"{i} {search.label()}" for i, search in enumerate(self.searches)]
+            counts: dict[str, Any] = {}
+            weights = self.weights
+            if self.dev is not None:
+                qrels = inputs["dev"].read(
+                    tables.judgements(inputs["dev"].table_names(), self.dev_split, "fuse", inputs["dev"].name)
+                )
+                lists = fusion.Lists([inputs[f"tuning.{i}"].read("candidates") for i in range(len(names))])
+                weights, tuned, alone = fusion.tune(lists, qrels, self.scale, self.steps)
+                counts["dev_ndcg"] = {"fused": tuned} | dict(zip(names, alone, strict=True))
+            lists = fusion.Lists([inputs[f"searches.{i}"].read("candidates") for i in range(len(names))])
+            if weights is None:
+                made = lists.ranked(lists.reciprocal(self.k), self.depth)
+            else:
+                counts["weights"] = dict(zip(names, weights, strict=True))
+                made = lists.ranked(lists.weighted(weights, self.scale), self.depth)
+            counts |= {"in": lists.rows, "out": made.num_rows}
+            return Output({"candidates": made}, counts=counts)
+
+        return run
+
+
+def _asked(search: Any) -> tuple[str, str | None]:
+    return search.queries.fingerprint(), search.split
