@@ -9,14 +9,17 @@ docs/catalogue.md. Every number comes from a folder of the study. Exits 1 where 
 from __future__ import annotations
 
 import argparse
+import math
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dagr_ray import report
-from dagr_ray.catalogue import arm, strategy_named
+from dagr_ray.catalogue import Arm, arm, strategy_named, teacher_scores
 from dagr_ray.cluster import Placement
 from dagr_ray.engines.vllm import VLLM
 from dagr_ray.models import minilm, smollm2
@@ -38,6 +41,8 @@ as a low share of answers that parse, and says nothing about a larger model. Int
 * *asked*: completions; *parsed*: texts that came out of them; *accepted*: those that all filters keep (texts that are no
   queries pass no filter but the parser). *$/1,000* is for accepted ones, all that their stages cost included.
 * *distinct-2*, *overlap*: of the queries that were accepted (the share of a query's words that its passage has).
+* *teacher*: the mean score of the rows' passages by the hybrid teacher, 0.6 and 0.4 of BM25's and the base's z-scores among
+  a query's 100 best.
 * *gain*: nDCG@10 over the frozen base on the test split; *p* is Holm's over the table.
 """
 
@@ -77,11 +82,22 @@ def line(name: str, data: str | None, runs: str, args: argparse.Namespace, trial
     price = cost.get("generation_usd", cost.get("usd"))
     cells.append("" if price is None or not accepted else dollars(1000 * price / accepted))
     cells += [f"{found['distinct@2']:.2f}", f"{found.get('overlap', 0):.2f}", f"{found['form:distance']:.2f}"]
+    cells.append(f"{teacher_score(made, encoder, runs):.2f}")
     scores = next(iter(trial["scores"].values()))["nDCG@10"] if trial and trial["scores"] else None
     if scores is None or "delta" not in scores:
         return [*cells, str(min(accepted, args.volume)), "", "", ""]
     gain = f"{signed(scores['delta'])} ({signed(scores['delta_low'])} to {signed(scores['delta_high'])})"
     return [*cells, str(trial["used"]), f"{scores['mean']:.4f}", gain, f"{scores['p_holm']:.3f}"]
+
+
+def teacher_score(made: Arm, encoder: Encoder, runs: str) -> float:
+    """The mean score of the positives of an arm's examples."""
+    labels = materialize(teacher_scores(made, encoder), runs, Placement()).read("scores")
+    examples = materialize(made.examples, runs, Placement()).read("examples", ["query_id", "positive_id"])
+    columns = (labels[n].to_pylist() for n in ("query_id", "doc_id", "score"))
+    score_of = {(q, d): score for q, d, score in zip(*columns, strict=True)}
+    pairs = zip(*(examples[n].to_pylist() for n in examples.column_names), strict=True)
+    return float(np.mean([score_of[pair] for pair in pairs if pair in score_of] or [math.nan]))
 
 
 def main() -> int:
@@ -109,9 +125,7 @@ def main() -> int:
             missing += sum(not row[-2] for row in rows)
             title = Path(data).name if data else "Python's standard library"
             parts += [f"## {title}\n", f"The frozen base: {base:.4f}.\n"]
-            names = (
-                "strategy|asked|parsed|accepted|$/1,000|distinct-2|overlap|form distance|rows trained on|nDCG@10|gain|p"
-            )
+            names = "strategy|asked|parsed|accepted|$/1,000|distinct-2|overlap|form distance|teacher|rows trained on|nDCG@10|gain|p"
             parts += ["| " + " | ".join(names.split("|")) + " |", "|---|" + "---:|" * names.count("|")]
             parts += ["| " + " | ".join(row) + " |" for row in rows] + [""]
     text = "\n".join(parts)

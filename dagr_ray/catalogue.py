@@ -1,29 +1,46 @@
-"""One arm for each strategy of the catalogue: from passages to mined examples, whatever the strategy reads and writes."""
+"""Arms to compare: one for each strategy, from passages to mined examples; for each source of negatives; for each filter."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dagr_ray.config import ConfigError, plugins
 from dagr_ray.engines import Engine, Sampling
 from dagr_ray.engines.crop import CropEngine
 from dagr_ray.engines.keyboard import KeyboardEngine
+from dagr_ray.filters.diversity import Diversity
+from dagr_ray.filters.logprob import Logprob
+from dagr_ray.filters.teacher import Teacher
 from dagr_ray.miners.bm25 import BM25
 from dagr_ray.miners.dense import Dense
 from dagr_ray.recipes import augment, filtered
 from dagr_ray.retriever import Encoder
 from dagr_ray.stage import Stage
 from dagr_ray.stages.generate import Generate, Parse
-from dagr_ray.stages.mine import Mine
+from dagr_ray.stages.label import Label
+from dagr_ray.stages.mine import Mine, Relabel
 from dagr_ray.stages.pairs import AsQueries, Linked, Pairs, Topics
 from dagr_ray.stages.retrieve import Index, Search
 from dagr_ray.stages.rewrite import Rewrite, Together, WithNegatives
-from dagr_ray.stages.select import Select
+from dagr_ray.stages.select import Score, Select
 from dagr_ray.strategies import Strategy
+from dagr_ray.strategies.hard_negative import HardNegative
 from dagr_ray.strategies.promptagator import Promptagator
+from dagr_ray.teachers.hybrid import Hybrid
 
+NEGATIVES = ("bm25", "dense", "llm", "mixed", "llm-filtered")
+EXTRA = ("logprob", "teacher-score", "diversity")
 # How many tokens an answer may have, by what is written.
 TOKENS = {"queries": 32, "passages": 96, "negatives": 96, "triples": 224}
+
+
+def teacher_scores(made: Arm, encoder: Encoder) -> Label:
+    """What the hybrid teacher says about the examples of an arm: BM25's and ``encoder``'s z-scores among a query's hits."""
+    miners = (BM25(), Dense(encoder=encoder))
+    searches = tuple(Search(index=Index(corpus=made.corpus, miner=m), queries=made.queries, depth=100) for m in miners)
+    teacher = Hybrid(fusion="z-score", weights=(0.6, 0.4))
+    return Label(teacher=teacher, queries=made.queries, corpus=made.corpus, searches=searches, examples=made.examples)
 
 
 @dataclass(frozen=True)
@@ -111,3 +128,77 @@ def _rewritten(strategy: Strategy, engine: Engine, asked: Stage, sampling: Sampl
     return Rewrite(
         generations=Generate(corpus=asked, strategy=strategy, engine=engine, sampling=sampling, samples=several)
     )
+
+
+def negatives_from(
+    source: str, queries: Stage, corpus: Stage, encoder: Encoder, engine: Engine, *, k: int = 5
+) -> tuple[Stage, Stage]:
+    """Examples of ``queries`` with ``k`` negatives each out of ``source``, and the corpus with all their passages.
+
+    * ``bm25``, ``dense``: what that search returns besides the positive, by the positive-aware rule of ``Mine``;
+    * ``llm``: written by ``engine`` (``HardNegative``), and none besides;
+    * ``mixed``: written ones and those of both searches in equal parts;
+    * ``llm-filtered``: written ones without those that a teacher (the weighted z-scores of both searches over passages and
+      negatives together) scores at 95 % of the positive or above.
+
+    Source: arXiv 2504.21015, which compares them at ``k`` = 5. Raises ConfigError for another source.
+    """
+    if source not in NEGATIVES:
+        raise ConfigError(f"negatives = {source!r}; allowed: {', '.join(NEGATIVES)}")
+    miners = {"bm25": BM25(), "dense": Dense(encoder=encoder)}
+
+    def searches(over: Stage, names: Sequence[str]) -> tuple[Search, ...]:
+        return tuple(Search(index=Index(corpus=over, miner=miners[n]), queries=queries, depth=100) for n in names)
+
+    mined = Mine(
+        selected=queries, corpus=corpus, searches=searches(corpus, [source] if source in miners else list(miners)), negatives=k
+    )  # fmt: skip
+    if source in miners:
+        return mined, corpus
+    made = _rewritten(HardNegative(), engine, Pairs(queries=queries, corpus=corpus), Sampling(max_tokens=96), k)
+    both = Together(corpora=(corpus, made))
+    if source == "mixed":
+        return WithNegatives(mined=mined, written=(made,), total=k, written_share=1 / 3), both
+    written = WithNegatives(mined=mined, written=(made,), total=k)
+    if source == "llm":
+        return written, both
+    teacher = Hybrid(fusion="z-score", weights=(0.6, 0.4))
+    labels = Label(
+        teacher=teacher, queries=queries, corpus=both, searches=searches(both, list(miners)), examples=written
+    )
+    return Relabel(mined=written, labels=labels, share=0.95, relevant="drop", negatives=k), both
+
+
+def filtered_by(
+    setting: str, parsed: Parse, passages: Stage, corpus: Stage, encoder: Encoder, *, max_rank: int
+) -> Select:
+    """The queries of ``parsed`` by ``all`` the filters of ``filtered``, ``none``, all ``without-NAME``, or all ``with-NAME`` too.
+
+    NAME is a filter's type; with ``logprob`` and ``teacher-score`` (the margin of a hybrid teacher) the better half is kept,
+    and ``diversity`` keeps half of what all others kept, that which covers the space best. Raises ConfigError for another.
+    """
+    every = filtered(parsed, passages, corpus, max_rank=max_rank)
+    names = [score.filter.type for score in every.scores]
+    word, _, name = setting.partition("-")
+    if setting == "all":
+        return every
+    if setting == "none":
+        return Select(parsed=parsed)
+    if word == "without" and name in names:
+        return filtered(parsed, passages, corpus, max_rank=max_rank, without=(name,))
+    if word == "with" and name == "diversity":
+        order = Score(parsed=every, corpus=passages, filter=Diversity(encoder=encoder, share=0.5))
+        return Select(parsed=every, scores=(order,))
+    if word == "with" and name in ("logprob", "teacher-score"):
+        if name == "logprob":
+            more = Score(parsed=parsed, corpus=passages, filter=Logprob(top_share=0.5))
+        else:
+            searches = tuple(
+                Search(index=Index(corpus=corpus, miner=m), queries=parsed, depth=100) for m in (BM25(), Dense(encoder=encoder))
+            )  # fmt: skip
+            teacher = Hybrid(fusion="z-score", weights=(0.6, 0.4))
+            labels = Label(teacher=teacher, queries=parsed, corpus=corpus, searches=searches)
+            more = Score(parsed=parsed, corpus=corpus, filter=Teacher(by="margin", top_share=0.5), labels=labels)
+        return every.model_copy(update={"scores": (*every.scores, more)})
+    allowed = ["all", "none", *(f"without-{n}" for n in names), *(f"with-{n}" for n in EXTRA)]
+    raise ConfigError(f"filters = {setting!r}; allowed: {', '.join(allowed)}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from dagr_ray.config import ConfigError
@@ -110,18 +110,26 @@ def augment(
 
 
 def filtered(
-    parsed: Stage, passages: Stage, corpus: Stage, *, max_rank: int, copies: bool = False, extra: Sequence[Filter] = ()
+    parsed: Stage,
+    passages: Stage,
+    corpus: Stage,
+    *,
+    max_rank: int,
+    copies: bool = False,
+    extra: Sequence[Filter] = (),
+    without: Collection[str] = (),
 ) -> Select:
     """The queries of ``parsed`` that pass the cheap filters, ``extra``, and a round trip through BM25 over ``corpus``.
 
-    ``passages`` are those that they were written for; ``copies`` says that the queries may be copies of them.
+    ``passages`` are those that they were written for; ``copies`` says that the queries may be copies of them. ``without``
+    names filters, by type, that are left out.
     """
     cheap: list[Filter] = [Format(), Length(), Repetition(), Refusal(), Template(), Duplicate()]
     cheap += [] if copies else [Copied()]
     scores = [Score(parsed=parsed, corpus=passages, filter=f, search=None) for f in [*cheap, *extra]]
     search = Search(index=Index(corpus=corpus, miner=BM25()), queries=parsed, depth=100)
     scores.append(Score(parsed=parsed, corpus=corpus, filter=RoundTrip(max_rank=max_rank), search=search))
-    return Select(parsed=parsed, scores=tuple(scores))
+    return Select(parsed=parsed, scores=tuple(score for score in scores if score.filter.type not in without))
 
 
 def own_round_trip(

@@ -25,7 +25,9 @@ BLOCK = 1024  # vectors that are compared with all others at once
 
 
 class Diversity(Filter):
-    """Keeps ``n`` queries that cover the space of all; the score is a query's place in the order that they are chosen in.
+    """Keeps ``n`` queries, or ``share`` of them, that cover the space of all.
+
+    The score is a query's place in the order that they are chosen in.
 
     ``by`` says what covers: ``k-centre`` always takes the query that is farthest from those taken, so the largest
     distance of any query to its nearest is within twice the least possible (Gonzalez 1985; as a choice of training data
@@ -44,8 +46,8 @@ class Diversity(Filter):
     >>> first = [text for score, text in sorted(zip(scores, texts)) if score < 3]
     >>> len(first), sum("dict" in text for text in first)
     (3, 1)
-    >>> Diversity(n=3).room(5), Diversity(n=3).keep(1e7)
-    (3, 'not-reached')
+    >>> Diversity(n=3).room(5), Diversity(share=0.5).room(8), Diversity(n=3).keep(1e7)
+    (3, 4, 'not-reached')
     """
 
     abstract: ClassVar[bool] = False
@@ -55,6 +57,7 @@ class Diversity(Filter):
     encoder: Encoder | None = None
     most: Annotated[int, Field(ge=1, lt=ABSENT)] = 10_000
     n: Annotated[Annotated[int, Field(ge=1)] | None, Threshold()] = None
+    share: Annotated[Annotated[float, Field(gt=0, le=1)] | None, Threshold()] = None
 
     def score(self, rows: Sequence[Candidate], search: pa.Table | None) -> list[float]:
         order = sorted(
@@ -75,7 +78,8 @@ class Diversity(Filter):
         return "not-reached" if score >= ABSENT else None
 
     def room(self, rows: int) -> int | None:
-        return self.n
+        limits = [self.n] if self.n is not None else []
+        return min(limits + ([round(self.share * rows)] if self.share is not None else []), default=None)
 
 
 def encoded(encoder: Encoder, texts: Sequence[str]) -> Vectors:

@@ -1,0 +1,62 @@
+"""What each filter is worth: training with and without it, on equally many queries. ``dagr study jobs/filters.py``."""
+
+from typing import Literal
+
+from dagr_ray.catalogue import filtered_by
+from dagr_ray.engines import Sampling
+from dagr_ray.miners.bm25 import BM25
+from dagr_ray.miners.dense import Dense
+from dagr_ray.models import minilm
+from dagr_ray.recipes import generator_named, judge
+from dagr_ray.retriever import Encoder
+from dagr_ray.stages.corpus import Beir, PyDocs, Sample
+from dagr_ray.stages.evaluate import Scorecard
+from dagr_ray.stages.generate import Exemplars, Generate, Parse
+from dagr_ray.stages.mine import Mine
+from dagr_ray.stages.retrieve import Index, Search
+from dagr_ray.stages.select import Take
+from dagr_ray.stages.train import Train
+
+STUDY = {
+    "filters": (
+        "all", "none", "without-copied", "without-duplicate", "without-template", "without-round-trip", "with-logprob",
+        "with-teacher-score", "with-diversity",
+    )
+}  # fmt: skip
+
+
+def filters(
+    filters: str = "all",
+    data: str | None = None,
+    volume: int = 300,
+    base: Literal["minilm", "scratch"] = "minilm",
+    model: str | None = None,
+    passages: int = 800,
+    samples: int = 2,
+    max_rank: int = 20,
+    seed: int = 0,
+) -> Scorecard:
+    """A retriever trained on ``volume`` queries that pass ``filters``, judged on ``data`` (none: Python's documentation)."""
+    corpus = Beir(path=data) if data else PyDocs(part="stdlib")
+    sets = {corpus.label(): corpus}
+    frozen = encoder = Encoder(model=str(minilm()), max_length=256 if data else 48)
+    if base == "scratch":
+        encoder = encoder.model_copy(update={"reinitialise": 0, "layers": 2})
+    exemplars = Exemplars(corpus=corpus, split="dev", k=4)
+    if volume == 0:
+        return judge(sets, Dense(encoder=encoder), exclude=exemplars)
+    strategy, engine = generator_named("llm" if model else "smollm2", model)
+    asked = Sample(corpus=corpus, n=passages, exclude=exemplars)
+    sampling = Sampling(max_tokens=32, logprob=True)
+    raw = Generate(
+        corpus=asked, strategy=strategy, engine=engine, sampling=sampling, samples=samples, exemplars=exemplars
+    )
+    parsed = Parse(generations=raw, corpus=asked)
+    selected = filtered_by(filters, parsed, asked, corpus, frozen, max_rank=max_rank)
+    search = Search(index=Index(corpus=corpus, miner=BM25()), queries=parsed, depth=100)
+    mined = Mine(selected=selected, corpus=corpus, searches=(search,), negatives=1)
+    trained = Train(
+        examples=Take(mined=mined, n=volume), queries=selected, corpus=corpus, base=encoder, seed=seed,
+        lr=5e-4 if base == "scratch" else 2e-5, epochs=2 if base == "scratch" else 1, max_length=160 if data else 48,
+    )  # fmt: skip
+    return judge(sets, Dense(encoder=encoder), trained=trained, exclude=exemplars)

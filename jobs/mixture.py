@@ -1,0 +1,60 @@
+"""What each strategy adds to a mixture: alone, all, all but one. ``dagr study jobs/mixture.py``."""
+
+from dagr_ray.catalogue import arm, strategy_named
+from dagr_ray.config import ConfigError
+from dagr_ray.engines.vllm import VLLM
+from dagr_ray.miners.bm25 import BM25
+from dagr_ray.miners.dense import Dense
+from dagr_ray.models import minilm, smollm2
+from dagr_ray.recipes import judge
+from dagr_ray.retriever import Encoder
+from dagr_ray.stages.corpus import Beir, PyDocs, Sample
+from dagr_ray.stages.evaluate import Scorecard
+from dagr_ray.stages.generate import Exemplars
+from dagr_ray.stages.mine import Mine
+from dagr_ray.stages.mix import Mix
+from dagr_ray.stages.retrieve import Index, Search
+from dagr_ray.stages.select import Take
+from dagr_ray.stages.train import Train
+
+STRATEGIES = ("promptagator", "typed", "crop")
+STUDY = {"mix": ("all", *(f"only-{s}" for s in STRATEGIES), *(f"without-{s}" for s in STRATEGIES))}
+
+
+def mixture(
+    mix: str = "all",
+    strategies: str = "+".join(STRATEGIES),
+    data: str | None = None,
+    volume: int = 450,
+    model: str | None = None,
+    passages: int = 800,
+    max_rank: int = 20,
+    lr: float = 2e-5,
+    seed: int = 0,
+) -> Scorecard:
+    """A retriever trained on ``volume`` queries of ``strategies`` in equal parts, judged on ``data``'s test split.
+
+    ``mix`` is ``all`` of them, ``only-NAME`` or ``without-NAME``, always at the same volume. ``volume=0`` is the frozen base.
+    """
+    corpus = Beir(path=data) if data else PyDocs(part="stdlib")
+    sets = {corpus.label(): corpus}
+    encoder = Encoder(model=str(minilm()), max_length=256 if data else 48)
+    exemplars = Exemplars(corpus=corpus, split="dev", k=4)
+    if volume == 0:
+        return judge(sets, Dense(encoder=encoder), exclude=exemplars)
+    names, (word, _, one) = strategies.split("+"), mix.partition("-")
+    kept = {"all": names, "only": [one], "without": [n for n in names if n != one]}.get(word, [])
+    if (one and one not in names) or not kept or (word == "all") != (not one):
+        raise ConfigError(f"mix = {mix!r}; allowed: all, and only-NAME or without-NAME with one of {', '.join(names)}")
+    asked, engine = Sample(corpus=corpus, n=passages, exclude=exemplars), VLLM(model=model or str(smollm2()))
+    arms = [
+        arm(strategy_named(n), engine, asked, corpus, encoder, exemplars=exemplars, max_rank=max_rank) for n in kept
+    ]
+    queries = Mix(arms=tuple(each.queries for each in arms), weights=(1.0,) * len(arms), n=volume)
+    search = Search(index=Index(corpus=corpus, miner=BM25()), queries=queries, depth=100)
+    mined = Mine(selected=queries, corpus=corpus, searches=(search,), negatives=1)
+    trained = Train(
+        examples=Take(mined=mined, n=volume), queries=queries, corpus=corpus, base=encoder, lr=lr,
+        max_length=160 if data else 48, seed=seed,
+    )  # fmt: skip
+    return judge(sets, Dense(encoder=encoder), trained=trained, exclude=exemplars)

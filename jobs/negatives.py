@@ -1,0 +1,50 @@
+"""Where hard negatives come from (arXiv 2504.21015): searches, an LLM, or both. ``dagr study jobs/negatives.py data=DIR``."""
+
+from dagr_ray.catalogue import NEGATIVES, negatives_from
+from dagr_ray.miners.dense import Dense
+from dagr_ray.models import minilm
+from dagr_ray.recipes import generator_named, judge
+from dagr_ray.retriever import Encoder
+from dagr_ray.stage import Stage
+from dagr_ray.stages.blend import Human
+from dagr_ray.stages.corpus import Beir
+from dagr_ray.stages.evaluate import Scorecard
+from dagr_ray.stages.leak import LeakGate, LeakScan
+from dagr_ray.stages.train import Train
+
+STUDY = {"source": NEGATIVES}
+
+
+def negatives(
+    data: str,
+    source: str = "bm25",
+    queries: int = 400,
+    k: int = 5,
+    base: str = "minilm",
+    model: str | None = None,
+    batch_size: int = 16,
+    epochs: int = 1,
+    lr: float = 2e-5,
+    seed: int = 0,
+) -> Scorecard:
+    """A retriever trained on people's queries of the train split with ``k`` negatives each out of ``source``.
+
+    ``base`` is ``minilm``, ``scratch`` (two re-initialised layers) or the folder of an encoder; ``model`` the folder of the
+    language model, or none for the quick start's. ``queries=0`` is the frozen base.
+    """
+    corpus = Beir(path=data)
+    sets = {corpus.label(): corpus}
+    encoder = Encoder(model=base if base not in ("minilm", "scratch") else str(minilm()), max_length=256)
+    if base == "scratch":
+        encoder = encoder.model_copy(update={"reinitialise": 0, "layers": 2})
+    if queries == 0:
+        return judge(sets, Dense(encoder=encoder))
+    _, engine = generator_named("llm" if model else "smollm2", model)
+    asked: Stage = Human(data=corpus, n=queries)
+    asked = LeakGate(selected=asked, scan=LeakScan(selected=asked, corpus=corpus, held_out=(corpus,), encoder=encoder))
+    examples, passages = negatives_from(source, asked, corpus, encoder, engine, k=k)
+    trained = Train(
+        examples=examples, queries=asked, corpus=passages, base=encoder, batch_size=batch_size, epochs=epochs, lr=lr,
+        max_length=160, seed=seed,
+    )  # fmt: skip
+    return judge(sets, Dense(encoder=encoder), trained=trained)
