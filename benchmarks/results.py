@@ -66,9 +66,9 @@ def planned(args: argparse.Namespace) -> Iterable[tuple[str, str, list[str]]]:
             )
 
 
-def run(words: Sequence[str], runs: str) -> str:
+def run(job: str, words: Sequence[str], runs: str) -> str:
     """The study's folder, once all of it is there."""
-    command = [sys.executable, "-m", "dagr_ray.cli", "study", "jobs/ladder.py", *words, "--runs", runs, "--no-track"]
+    command = [sys.executable, "-m", "dagr_ray.cli", "study", job, *words, "--runs", runs, "--no-track"]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     page = next(line for line in reversed(done.stdout.splitlines()) if line.startswith("page: "))
     return Path(page.removeprefix("page: ")).parent.name
@@ -110,7 +110,7 @@ def main() -> int:
     for number, (label, part, words) in enumerate(todo, 1):
         print(f"[{number}/{len(todo)}] {label}: {part}", flush=True)
         started = time.time()
-        folder = run(words, runs)
+        folder = run("jobs/ladder.py", words, runs)
         key = f"{label}/{part}"
         again = studies.get(key, {})
         if again.get("folder") != folder:

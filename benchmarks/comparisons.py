@@ -1,0 +1,145 @@
+"""One thing changed at a time, at equal numbers of training rows: a filter, the source of hard negatives, a strategy of a mixture.
+
+    python benchmarks/comparisons.py [DATA ...] [--parts filters,negatives,mixture] [--runs DIR] [--more NAME=VALUE ...]
+
+Runs jobs/filters.py and jobs/mixture.py on Python's documentation and each DATA (a BEIR folder), and jobs/negatives.py on
+each DATA that has a train split. What is there already is not done again. Writes docs/comparisons.md, anew after each
+study, with every study of the runs folder; each row with the commit that made it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from benchmarks.results import MEASURE, ROOT, Study, commit, gap, p_of, run, told
+from dagr_ray.artifact import Artifact
+from dagr_ray.report import stats
+from dagr_ray.report.verdict import duration
+from dagr_ray.stages.corpus import Beir
+
+Json = dict[str, Any]
+
+
+class Part(NamedTuple):
+    """A question, the recipe that answers it, its axis, and the setting that the others are compared with."""
+
+    title: str
+    about: str
+    job: str
+    axis: str
+    reference: str
+
+
+PARTS = {
+    "filters": Part(
+        "With and without each filter",
+        "The generator is SmolLM2-135M. `all`: format, length, repetition, refusal, template, duplicate, copied, round trip "
+        "through BM25; `with-...` adds one that keeps the better half.",
+        "jobs/filters.py", "filters", "all",
+    ),
+    "negatives": Part(
+        "Where hard negatives come from",
+        "After arXiv 2504.21015: people's training queries, 5 negatives each, in-batch loss. Negatives by a 135M model say "
+        "little about those of a large one.",
+        "jobs/negatives.py", "source", "bm25",
+    ),
+    "mixture": Part(
+        "What a strategy adds to a mixture",
+        "Queries of several strategies in equal parts, always the same number in all.",
+        "jobs/mixture.py", "mix", "all",
+    ),
+}  # fmt: skip
+
+
+def planned(args: argparse.Namespace) -> Iterable[tuple[str, str, list[str]]]:
+    """(collection, part, words after the recipe) of every study that was asked for."""
+    for data in [*([None] if args.quick_start else []), *args.data]:
+        label = Beir(path=data).label() if data else "pydocs-stdlib"
+        trained = data and any((Path(data) / "qrels").glob("train.tsv*"))
+        for part in args.parts:
+            if part != "negatives" or trained:
+                seeds = f"seed={','.join(map(str, range(args.seeds)))}"
+                yield label, part, [*([f"data={data}"] if data else []), seeds, *args.more]
+
+
+def lines_of(study: Study, part: Part) -> list[str]:
+    """A row for each setting, the reference first."""
+    home, found = study.home, []
+    arms = sorted(study.arms(), key=lambda arm: arm["params"][part.axis] != part.reference)
+    first = study.values(arms[0], home)
+    gaps = [gap(study.values(arm, home) - first) for arm in arms[1:]]
+    for each, p in zip(gaps, stats.holm([each["p"] for each in gaps]), strict=True):
+        each["p_holm"] = p
+    for arm, own in zip(arms, [None, *gaps], strict=True):
+        score = arm["scores"][home["name"]][MEASURE]
+        cells = [home["name"], f"`{arm['params'][part.axis]}`", f"{arm['used']:,}", f"{score['mean']:.4f}", told(score)]
+        cells += [told(own), p_of(own)] if own else ["", ""]
+        found.append(f"| {' | '.join(cells)} | {study.cells(arm)} |")
+    return found
+
+
+def page(runs: str, studies: Json) -> str:
+    """docs/comparisons.md out of all studies that are there."""
+    lines = [
+        "# Comparisons", "",
+        "Written by `benchmarks/comparisons.py`. The base is MiniLM. Intervals are paired bootstraps over the test queries, p "
+        "values those of paired randomisation tests after Holm's correction over a table's arms; bold: the interval excludes 0 "
+        "and p < 0.05.", "",
+    ]  # fmt: skip
+    for name, part in PARTS.items():
+        found = [
+            Study(runs, each["folder"], each["commit"]) for key, each in studies.items() if key.endswith(f"/{name}")
+        ]
+        if not found:
+            continue
+        head = ["data set", part.axis, "rows", MEASURE, "over frozen [95 % CI]", f"over `{part.reference}` [95 % CI]"]
+        head += ["p (Holm)", "seconds", "cost", "commit"]
+        lines += [
+            f"## {part.title}",
+            "",
+            part.about,
+            "",
+            f"| {' | '.join(head)} |",
+            "|---|---|---:|---:|---|---|---:|---:|---:|---|",
+        ]
+        lines += [line for study in found for line in lines_of(study, part)] + [""]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Runs what is missing and writes the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", nargs="*", help="BEIR folders")
+    parser.add_argument("--runs", default="runs/comparisons")
+    parser.add_argument("--parts", type=lambda text: text.split(","), default=list(PARTS))
+    parser.add_argument("--seeds", type=int, default=1, help="training seeds of each arm (default: %(default)s)")
+    parser.add_argument("--no-quick-start", dest="quick_start", action="store_false")
+    parser.add_argument("--more", nargs="*", default=[], metavar="NAME=VALUE", help="other parameters of the recipes")
+    parser.add_argument("--page", default=str(ROOT / "docs" / "comparisons.md"))
+    args = parser.parse_args()
+    runs = os.path.abspath(args.runs)
+    known = Artifact(runs, "comparisons")
+    studies: Json = known.read_json("studies.json") or {}
+    todo = list(planned(args))
+    for number, (label, part, words) in enumerate(todo, 1):
+        began = time.time()
+        print(f"[{number}/{len(todo)}] {label}: {part}", flush=True)
+        folder, key = run(PARTS[part].job, words, runs), f"{label}/{part}"
+        if studies.get(key, {}).get("folder") != folder:
+            studies[key] = {"folder": folder, "commit": commit()}
+            known.write_json("studies.json", studies)
+        Path(args.page).write_text(page(runs, studies))
+        print(f"[{number}/{len(todo)}] {label}: {part}: {duration(time.time() - began)}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
