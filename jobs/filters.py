@@ -17,12 +17,8 @@ from dagr_ray.stages.retrieve import Index, Search
 from dagr_ray.stages.select import Take
 from dagr_ray.stages.train import Train
 
-STUDY = {
-    "filters": (
-        "all", "none", "without-copied", "without-duplicate", "without-template", "without-round-trip", "with-logprob",
-        "with-teacher-score", "with-diversity",
-    )
-}  # fmt: skip
+ALONE = ("without-copied", "without-duplicate", "without-template", "without-round-trip")
+STUDY = {"filters": ("all", "none", *ALONE, "with-logprob", "with-teacher-score", "with-diversity")}
 
 
 def filters(
