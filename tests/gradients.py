@@ -60,7 +60,8 @@ def steps(
         seen = Seen()
         model = retriever.load(encoder, device="cpu")
         made = loop.fit(model, encoder, data, settings, rank=rank, workers=workers, callbacks=[seen])
-        weights = {name: (w.mean().item(), w.abs().mean().item()) for name, w in made.weights.items()}
+        ended = made.weights or {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+        weights = {name: (w.mean().item(), w.abs().mean().item()) for name, w in ended.items()} if rank == 0 else {}
         found[name] = (made.losses, seen.gradients, made.counts, weights)
     Path(out, f"{workers}-{rank}").write_bytes(pickle.dumps(found))
     if workers > 1:

@@ -25,10 +25,11 @@ from sentence_transformers import (
 from torch.nn.functional import normalize
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, TrainerCallback
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from dagr_ray import retriever
 from dagr_ray.retriever import Encoder
-from dagr_ray.training import lora as adapters
+from dagr_ray.training import lora as adapters, sharded
 from dagr_ray.training.batches import plan, repeats
 from dagr_ray.training.checkpoints import Checkpoints
 from dagr_ray.training.dev import Dev
@@ -45,7 +46,7 @@ Weights = dict[str, torch.Tensor]
 
 @dataclass
 class Fitted:
-    """What a training came to. ``weights`` are those that it trained, as they ended; with FSDP, rank 0 alone has them."""
+    """What a training came to. ``weights`` are those that it trained, on rank 0 and where the model itself is in shares."""
 
     weights: Weights
     losses: list[tuple[int, float]]  # (step, mean since the last one)
@@ -102,6 +103,8 @@ def fit(
             model=model, args=arguments, train_dataset=batches, loss=objective, data_collator=collator, callbacks=[]
         )
         trainer.remove_callback(PrinterCallback)
+        if settings.fsdp and workers > 1:
+            trainer.shard()
         progress = trainer.progress
         if dev is not None:
             trainer.add_callback(_Evaluator(trainer, dev, encoder, settings, len(batches)))
@@ -122,9 +125,11 @@ def fit(
             with torch.nn.attention.sdpa_kernel([backend]) if device == "cpu" else contextlib.nullcontext():
                 trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         seconds = time.time() - started
-        weights = progress.best if progress.dev else trainer.weights()
+        weights: Weights = {}
+        if trainer.sharded:
+            weights = progress.best if progress.dev else trainer.weights()
         tally = _summed(collator.tally, model.device)
-    if progress.best and not settings.fsdp:
+    if progress.best and not trainer.sharded:
         model.load_state_dict(progress.best, strict=False)
     done = len(progress.losses)
     return Fitted(
@@ -154,6 +159,7 @@ class _Trainer(SentenceTransformerTrainer):
     def __init__(self, *, data_collator: Collator, loss: Objective, **options: Any) -> None:
         super().__init__(data_collator=data_collator, loss=loss, **options)
         self.collator, self.objective, self.progress = data_collator, loss, _Progress()
+        self.sharded = False
 
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
         """The library's card counts the data's tokens and asks the hub about the base; ours is `model_card`."""
@@ -172,23 +178,28 @@ class _Trainer(SentenceTransformerTrainer):
         self.progress.losses.append(loss)
         return loss
 
+    def shard(self) -> None:
+        """Spreads the model over the workers. To be called before it is trained."""
+        sharded.shard(self.model)
+        # the library's word for a model whose placement is its own affair: not to be wrapped in DDP
+        self.is_distributed_loading_by_transformers = self.sharded = True
+
     def weights(self) -> Weights:
-        """A copy of the weights that are trained. With FSDP, rank 0 alone has them."""
-        if self.is_fsdp_enabled:
-            whole = self.accelerator.get_state_dict(self.model)
-            trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
-            return {name: value.cpu() for name, value in whole.items() if name in trained}
+        """A copy of the weights that are trained. Where they are sharded, the first worker alone has them."""
+        if self.sharded:
+            return sharded.weights(self.model)
         found = self.model.named_parameters()
         return {name: p.detach().cpu().clone() for name, p in found if p.requires_grad}
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
+        weights = self.weights()
+        if not self.args.should_save:
+            return
+        folder, progress = Path(output_dir or self.args.output_dir), self.progress
         folder.mkdir(parents=True, exist_ok=True)
-        if not self.is_fsdp_enabled:
-            save_file({name: value.contiguous() for name, value in self.weights().items()}, folder / WEIGHTS)
-        if self.progress.best:
-            save_file(self.progress.best, folder / BEST)
-        progress = self.progress
+        save_file({name: value.contiguous() for name, value in weights.items()}, folder / WEIGHTS)
+        if progress.best:
+            save_file({name: value.contiguous() for name, value in progress.best.items()}, folder / BEST)
         kept = {
             "losses": [float(loss) for loss in progress.losses],
             "dev": progress.dev,
@@ -197,6 +208,25 @@ class _Trainer(SentenceTransformerTrainer):
             "negatives": self.objective.tally,
         }
         (folder / PROGRESS).write_text(json.dumps(kept))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.sharded:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = sharded.optimizer_state(self.model, self.optimizer.optimizer)
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.sharded or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        state, schedule = (
+            torch.load(Path(checkpoint) / name, weights_only=True) for name in (OPTIMIZER_NAME, SCHEDULER_NAME)
+        )
+        sharded.load_optimizer_state(self.model, self.optimizer.optimizer, state)
+        self.lr_scheduler.load_state_dict(schedule)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -214,12 +244,11 @@ class _Trainer(SentenceTransformerTrainer):
                 self.collator.tally.update(json.loads(file.read_text()))
 
     def _load_from_checkpoint(self, checkpoint_path: str, model: Any = None) -> None:
-        if self.is_fsdp_enabled:
-            from accelerate.utils import load_fsdp_model
-
-            load_fsdp_model(self.accelerator.state.fsdp_plugin, self.accelerator, model, checkpoint_path)
-            return
-        self.model.load_state_dict(load_file(Path(checkpoint_path) / WEIGHTS), strict=False)
+        weights = load_file(Path(checkpoint_path) / WEIGHTS)
+        if self.sharded:
+            sharded.load_weights(self.model, weights)
+        else:
+            self.model.load_state_dict(weights, strict=False)
 
 
 class _Saver(TrainerCallback):
@@ -315,7 +344,6 @@ def _arguments(
         use_cpu=device == "cpu",
         ddp_backend=None if workers == 1 else "gloo" if device == "cpu" else "nccl",
         ddp_find_unused_parameters=False,
-        fsdp=settings.fsdp and workers > 1,
         save_strategy="steps" if saves and settings.checkpoint_every else "no",
         save_steps=settings.checkpoint_every or 1,
         eval_strategy="no",
