@@ -100,7 +100,7 @@ def test_fewer_negatives_and_none_are_fine(tmp_path):
 
 def test_a_training_goes_on_from_another_for_so_many_steps(here, tmp_path):
     runs = here.runs
-    more = materialize(toy_train(start=toy_train(), steps=2, lr=1e-4, schedule="constant"), runs, HERE)
+    more = materialize(toy_train(start=toy_train(), steps=2, lr=1e-5, schedule="constant"), runs, HERE)
     assert more.manifest["counts"]["steps"] == 2
     assert 0 < distance(weights(more.path), weights(here.path)) < distance(weights(more.path), weights_of_base(here))
 
@@ -116,9 +116,13 @@ def test_mistakes_are_one_line_before_anything_starts(tmp_path):
     assert "kl needs a score for every positive" in message(toy=Toy(n=8), losses=(KL(),))
     assert "kl compares scores" in message(toy=Toy(n=8, negatives=(1, 0), scored=True), losses=(KL(),))
     assert "curriculum needs a score" in message(toy=Toy(n=8), curriculum=True)
-    assert "no dev set to judge by" in message(patience=2)
-    assert "a kind is there twice" in message(losses=(InfoNCE(), InfoNCE(weight=2)))
-    assert "is no training of the same base" in message(start=toy_train(base=small(max_length=32)))
+    for says, fields in {
+        "no dev set to judge by": {"patience": 2},
+        "a kind is there twice": {"losses": (InfoNCE(), InfoNCE(weight=2))},
+        "is no training of the same base": {"start": toy_train(base=small(max_length=32))},
+    }.items():
+        with pytest.raises(ValueError, match=says):
+            toy_train(**fields)
 
 
 # -- the dev set ------------------------------------------------------------------------------------------------------
