@@ -67,11 +67,13 @@ def planned(args: argparse.Namespace) -> Iterable[tuple[str, str, list[str]]]:
 
 
 def run(job: str, words: Sequence[str], runs: str) -> str:
-    """The study's folder, once all of it is there."""
+    """The study's folder, once all of it is there; a trial that failed has no row. Raises where there is no study."""
     command = [sys.executable, "-m", "dagr_ray.cli", "study", job, *words, "--runs", runs, "--no-track"]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
-    page = next(line for line in reversed(done.stdout.splitlines()) if line.startswith("page: "))
-    return Path(page.removeprefix("page: ")).parent.name
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
+    pages = [line for line in done.stdout.splitlines() if line.startswith("page: ")]
+    if not pages:
+        raise SystemExit(f"{' '.join(command)} ended with {done.returncode}; run this script again to go on")
+    return Path(pages[-1].removeprefix("page: ")).parent.name
 
 
 def commit() -> str:
