@@ -243,9 +243,9 @@ class Generate(Stage):
         """The rows of the table, samples of one passage in a row. Columns, because a dict for each row takes 8 times as long."""
         prompts = len(asked.prompts)
         assert len(answers) == prompts, f"{self.engine.type} answered {len(answers)} of {prompts} prompts"
-        each = range(self.per_passage())
+        each, together = range(self.per_passage()), self.per_request()
         for answer in answers:
-            assert len(answer) == self.per_request(), f"{self.engine.type} gave {len(answer)} of {self.per_request()}"
+            assert len(answer) == together, f"{self.engine.type} gave {len(answer)} of {together}"
         numbers = [tables.part(i) for i in each]
         shas = [_sha256(prompt.text.encode("utf-8", "surrogatepass")).hexdigest()[:16] for prompt in asked.prompts]
         made = [completion for answer in answers for completion in answer]
@@ -257,7 +257,7 @@ class Generate(Stage):
             source_id=[doc_id for doc_id in asked.ids for _ in each],
             sample=[i for _ in asked.ids for i in each],
             seed=[seed + i for seed in asked.seeds for i in each],
-            prompt_sha=[sha for sha in shas for _ in range(self.per_request())],
+            prompt_sha=[sha for sha in shas for _ in range(together)],
             truncated=[c.truncated for c in made],
             raw=[None if c.raw is None else clean(c.raw) for c in made],
             finish_reason=[c.finish_reason for c in made],
@@ -371,13 +371,15 @@ class Parse(Stage):
             source_ids: list[str] = []
             types: list[str] = []
             texts_of = map(tables.texts, rows.select(columns[:4]).columns)
+            last, controls = None, None
             for gen_id, source_id, raw, error, strategy in zip(*texts_of, asked_by, strict=True):
                 if error is not None or raw is None:
                     rejected.add(gen_id, "generate", "error", error)
                     continue
                 at = place[source_id]
                 parsed = strategy.parse(Passage(source_id, titles[at] or "", texts[at]), raw)
-                controls = controlled(strategy)
+                if strategy is not last:
+                    last, controls = strategy, controlled(strategy)
                 for i, text in enumerate(parsed.kept):
                     if controls and (miss := missed(controls, text)):
                         rejected.add(gen_id, "control", miss[0], tables.clean(f"{miss[1]}: {text}"[:200]))
