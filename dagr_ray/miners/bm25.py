@@ -89,6 +89,8 @@ class LuceneIndex:
         java = start_java()
         keep_java_signals()
         self._list = java("java.util.ArrayList")
+        # one with passages first: Anserini takes an empty index for that of an older Lucene, and breaks ties otherwise
+        parts = sorted(parts, key=lambda part: not any(part.glob("*.si")))
         searcher = self._searcher = java("io.anserini.search.SimpleSearcher")(str(parts[0]))
         if len(parts) > 1:
             place, reader = java("java.io.File"), java("org.apache.lucene.index.DirectoryReader")
