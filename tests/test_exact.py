@@ -49,6 +49,14 @@ def test_vectors_that_bfloat16_cannot_tell_apart(rough):
     is_exact(vectors, np.concatenate([centre, centre + 1e-4 * unit(rng, 9, 64)]), 10)
 
 
+def test_scores_that_are_smaller_than_what_rounding_loses(rough):
+    """Vectors almost at right angles to the query: products of large numbers that cancel."""
+    rng = np.random.default_rng(6)
+    query, vectors = unit(rng, 1, 64), unit(rng, 1500, 64)
+    vectors += (rng.uniform(0, 1e-3, (1500, 1)) - vectors @ query.T).astype(np.float32) * query
+    is_exact(vectors, query, 10)
+
+
 def test_scores_below_zero_and_vectors_of_any_length(rough):
     rng = np.random.default_rng(2)
     vectors = -np.abs(rng.standard_normal((1200, 32))).astype(np.float32) * rng.uniform(0.1, 9, (1200, 1)).astype(

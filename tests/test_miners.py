@@ -108,11 +108,12 @@ def test_many_queries_stay_in_order(lucene, monkeypatch):
 def test_java_gets_its_signal_back_from_what_takes_it(lucene):
     searcher = BM25().open(lucene)
     signal.signal(signal.SIGSEGV, signal.SIG_DFL)
-    assert bm25._handler() != bm25._java_signals[0]
-    assert searcher.search(["heat"], 1)[0] and bm25._handler() == bm25._java_signals[0]
+    java = bm25._java_signals[0][:8]
+    assert bm25._handler()[:8] != java
+    assert searcher.search(["heat"], 1)[0] and bm25._handler()[:8] == java
     signal.signal(signal.SIGSEGV, signal.SIG_DFL)
     BM25().open(lucene)
-    assert bm25._handler() == bm25._java_signals[0]
+    assert bm25._handler()[:8] == java
 
 
 def test_lucene_says_nothing(tmp_path):

@@ -89,6 +89,8 @@ class LuceneIndex:
         java = start_java()
         keep_java_signals()
         self._list = java("java.util.ArrayList")
+        # one with passages first: Anserini takes an empty index for that of an older Lucene, and breaks ties otherwise
+        parts = sorted(parts, key=lambda part: not any(part.glob("*.si")))
         searcher = self._searcher = java("io.anserini.search.SimpleSearcher")(str(parts[0]))
         if len(parts) > 1:
             place, reader = java("java.io.File"), java("org.apache.lucene.index.DirectoryReader")
@@ -168,7 +170,8 @@ def keep_java_signals() -> None:
     Java works with that signal (it stops threads by it) and dies where another handler answers. It was the last to
     install its own and passes on what is not its own to the one before; one that came later is put out of work.
     """
-    if _java_signals and _handler() != _java_signals[0]:
+    # what answers stands first in the structure; what pads it is any bytes
+    if _java_signals and _handler()[:8] != _java_signals[0][:8]:
         ctypes.CDLL(None).sigaction(signal.SIGSEGV, _java_signals[0], None)
 
 
