@@ -97,8 +97,10 @@ def test_smaller_sets_lie_inside_larger_ones(tmp_path):
         now = {(r["query_id"], r["positive_id"]) for r in made}
         assert len(now) == n and before < now, f"{n} does not hold what fewer held"
         before = now
-    dealt = Blend(examples=(HUMAN,) * 3, queries=(HUMAN,) * 3, weights=(0.61, 0.2, 0.19))
-    seats = [dealt.model_copy(update={"n": n}).wanted([999] * 3) for n in range(1, 300)]
+    # weights at which largest remainders, and turns that begin at the whole parts, take a seat away again
+    weights = (0.0244, 0.0859, 0.4259, 0.0512, 0.0233, 0.3894)
+    dealt = Blend(examples=(HUMAN,) * 6, queries=(HUMAN,) * 6, weights=weights)
+    seats = [dealt.model_copy(update={"n": n}).wanted([999] * 6) for n in range(1, 300)]
     assert all(sum(k) == n for n, k in enumerate(seats, 1))
     assert all(a <= b for one, more in itertools.pairwise(seats) for a, b in zip(one, more, strict=True))
 
