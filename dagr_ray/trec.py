@@ -98,7 +98,7 @@ def _read(path: str, what: str, parse: Callable[[list[str]], Any], finish: Calla
         lines += 1
         found = parse(text.split())
         if found is None:
-            problems.append(Problem(name, number, "broken-line", text[:100]))
+            problems.append(Problem(name, number, "broken-line", text.strip()[:100]))
             continue
         for column, cell in zip(pending, (number, *found), strict=True):
             column.append(cell)

@@ -98,12 +98,12 @@ def _titled(data: Json) -> str:
 def _seeds(summary: Json) -> list[str]:
     """A Markdown table of the arms with several seeds: what varies between seeds, and what between queries."""
     measure = summary["measure"]
-    head = f"| data set | base | generator | {measure} by seed | SD of seeds | SE over seeds | SE over queries |"
-    lines = [head, "|---|---|---|---|---:|---:|---:|"]
+    head = f"| data set | base | generator | rows | {measure} by seed | SD of seeds | SE over seeds | SE over queries |"
+    lines = [head, "|---|---|---|---:|---|---:|---:|---:|"]
     for line in seed_lines(summary):
         means = ", ".join(f"{mean:.3f}" for mean in line["means"])
         errors = " | ".join(f"{line[key]:.4f}" for key in ("seed_sd", "seed_se", "query_se"))
-        lines.append(f"| {line['set']} | {line['base']} | {line['label']} | {means} | {errors} |")
+        lines.append(f"| {line['set']} | {line['base']} | {line['label']} | {line['used']:,} | {means} | {errors} |")
     return lines
 
 
@@ -124,6 +124,7 @@ def seed_lines(summary: Json) -> list[Json]:
                     "set": data["name"],
                     "base": trial["base"],
                     "label": trial["label"],
+                    "used": trial["used"],
                     "means": means,
                     "seed_sd": score["seed_sd"],
                     "seed_se": score["seed_sd"] / len(means) ** 0.5,
