@@ -2,10 +2,13 @@
 
 import json
 import os
+import signal
 from pathlib import Path
 
 # Ray workers and the JVM in one process: both handle SIGSEGV.
 os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
+# A shell's background job, and xdist, ignore Ctrl-C, by which a row that hangs in this process is ended.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def tiny_beir(path: Path, docs: int = 60) -> Path:
