@@ -7,7 +7,6 @@ import pytest
 
 from dagr_ray import models, tables
 from dagr_ray.cluster import Placement, Pool
-from dagr_ray.config import ConfigError
 from dagr_ray.engines import Sampling
 from dagr_ray.engines.crop import CropEngine
 from dagr_ray.filters import Candidate, Filter
@@ -300,7 +299,7 @@ def test_completions_are_those_of_the_queries(tmp_path):
     queries = Parse(generations=raw, corpus=docs)
     chosen = Select(parsed=queries, scores=(Score(parsed=queries, corpus=docs, filter=Length(max_words=12)),))
     untold = Parse(generations=Generate(corpus=docs, strategy=Crop(), engine=CropEngine()), corpus=docs)
-    with pytest.raises(ConfigError, match=r"keep no log-probabilities, .*Sampling\(logprob=True\)"):
+    with pytest.raises(ValueError, match=r"keep no log-probabilities, .*Sampling\(logprob=True\)"):
         Score(parsed=untold, corpus=docs, filter=Logprob())
     for source in (queries, chosen):
         scored = Score(parsed=source, corpus=docs, filter=Logprob())
