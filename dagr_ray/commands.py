@@ -491,7 +491,6 @@ def plugins(args: Args) -> int | None:
         for name, found in registered(base).items():
             rows.append([kind, name, (found.__doc__ or "").strip().splitlines()[0]])
     _print_table(rows, ["kind", "name", "what it does"])
-    return None
 
 
 def doctor(args: Args) -> int | None:

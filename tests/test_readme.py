@@ -77,5 +77,6 @@ def test_paths_and_links_of_the_readme_exist() -> None:
     assert not missing
     tree = next(body for _, body in BLOCKS if body.startswith("dagr_ray/"))
     modules = set(re.findall(r"\b(\w+\.py)\b", tree))
-    there = {p.name for p in (ROOT / "dagr_ray").glob("*.py")} - {"__init__.py"} | {"quickstart.py", "beir.py"}
+    there = {p.name for p in (ROOT / "dagr_ray").glob("*.py")} - {"__init__.py"}
+    there |= {p.name for p in (ROOT / "jobs").glob("*.py")}
     assert modules == there
