@@ -94,16 +94,16 @@ def fit(
         adapters.adapt(model, settings.lora, settings.seed)
     _set_dropout(model, settings.dropout)
     _freeze_unused(model, encoder)
-    texts = cached(settings.losses) or TEXTS.get(device, TEXTS["cuda"])
     with _prepared(model, settings.max_length), tempfile.TemporaryDirectory(prefix="dagr-train-") as scratch:
-        collator = Collator(model, data, encoder.prompts(), rank, workers, texts)
-        objective = Objective(model, settings.losses, texts)
+        sharing = settings.fsdp and workers > 1
+        collator = Collator(model, data, encoder.prompts(), rank, workers, cached(settings.losses), sharing)
+        objective = Objective(model, settings.losses)
         arguments = _arguments(settings, encoder, device, workers, len(batches), scratch, checkpoints is not None)
         trainer = _Trainer(
             model=model, args=arguments, train_dataset=batches, loss=objective, data_collator=collator, callbacks=[]
         )
         trainer.remove_callback(PrinterCallback)
-        if settings.fsdp and workers > 1:
+        if sharing:
             trainer.shard()
         progress = trainer.progress
         if dev is not None:
@@ -344,6 +344,7 @@ def _arguments(
         use_cpu=device == "cpu",
         ddp_backend=None if workers == 1 else "gloo" if device == "cpu" else "nccl",
         ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,  # at each pass, of which workers do not make the same number
         save_strategy="steps" if saves and settings.checkpoint_every else "no",
         save_steps=settings.checkpoint_every or 1,
         eval_strategy="no",

@@ -15,15 +15,17 @@ from typing import Any
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.losses.gradcache import CachedLossMixin, _create_minibatch, _minibatch_ranges
+from sentence_transformers.base.losses.gradcache import CachedLossMixin, _create_minibatch
 from torch import Tensor, nn
 
 from dagr_ray.training.batches import rows_of
 from dagr_ray.training.losses import InfoNCE, Loss, Scored
 from dagr_ray.training.texts import Data, Texts
 
-# Texts of one forward pass. On a CPU small ones cost nothing and save padding; a GPU wants them large.
-TEXTS = {"cpu": 16, "cuda": 128}
+# Texts of one forward pass, sorted by length: at least and at most so many. A pass ends where its padding would exceed a
+# share of its tokens. On a CPU small ones cost nothing; a GPU wants them large.
+LEAST, TEXTS = {"cpu": 4, "cuda": 32}, {"cpu": 16, "cuda": 128}
+SLACK = 0.04
 
 
 class Collator:
@@ -34,10 +36,18 @@ class Collator:
     """
 
     def __init__(
-        self, model: SentenceTransformer, data: Data, prompts: tuple[str, str], rank: int, workers: int, texts: int
+        self,
+        model: SentenceTransformer,
+        data: Data,
+        prompts: tuple[str, str],
+        rank: int = 0,
+        workers: int = 1,
+        texts: int | None = None,  # of one pass; None: by their lengths
+        even: bool = False,  # as many passes on each worker, which have to meet in each where they share the weights
     ) -> None:
         self.model, self.data, self.prompts = model, data, prompts
-        self.rank, self.workers, self.texts = rank, workers, texts
+        self.rank, self.workers, self.even = rank, workers, even
+        self.texts = texts or (TEXTS.get(model.device.type, TEXTS["cuda"]) if even else None)
         self.tally: Counter[str] = Counter()
 
     def __call__(self, numbers: Sequence[int]) -> dict[str, Any]:
@@ -62,12 +72,13 @@ class Collator:
             relevant = set(examples.relevant(row.query).tolist()) - {row.positive}
             known += [(i, column[p]) for p in relevant if p in column]
         features: dict[str, Any] = {"return_loss": True}
-        back = {}
+        back, cuts = {}, []
         for name, texts, of, prompt in (
             ("query", self.data.queries, queries, self.prompts[0]),
             ("passage", self.data.passages, passages, self.prompts[1]),
         ):
-            tokens, back[name] = self._tokens(texts, of, prompt)
+            tokens, back[name], cut = self._tokens(texts, of, prompt)
+            cuts.append(cut)
             features |= {f"{name}_{key}": value for key, value in tokens.items()}
         features["label"] = {
             "positive": torch.tensor([column[row.positive] for row in rows]),
@@ -77,24 +88,48 @@ class Collator:
             "teacher": teacher,
             "back": [back["query"], back["passage"]],
             "total": [len(queries), len(passages)],
+            "passes": cuts,
         }
         self.tally["samples"] += len(rows) if self.rank == 0 else 0
         return features
 
-    def _tokens(self, texts: Texts, numbers: np.ndarray, prompt: str) -> tuple[dict[str, Any], Tensor]:
-        """This worker's texts, short ones first, and the place of each of its embeddings."""
+    def _tokens(
+        self, texts: Texts, numbers: np.ndarray, prompt: str
+    ) -> tuple[dict[str, Any], Tensor, list[tuple[int, int]]]:
+        """This worker's texts, short ones first, the place of each of its embeddings, and the passes over them."""
         share = numbers[self.rank :: self.workers]
-        share = share if len(share) else numbers[:1]
+        least = -(-len(numbers) // self.workers) if self.even else 1
+        share = np.concatenate([share, np.repeat(numbers[:1], max(least - len(share), 0))])
         tokens = self.model.preprocess(texts.read(share), prompt=prompt or None)
         lengths = tokens["attention_mask"].sum(1)
         order = lengths.argsort(stable=True)
         for key, value in tokens.items():
             if torch.is_tensor(value) and value.ndim and len(value) == len(share):
                 tokens[key] = value[order]
+        sizes, device = lengths[order].tolist(), self.model.device.type
+        cut = passes(sizes, LEAST.get(device, LEAST["cuda"]), TEXTS.get(device, TEXTS["cuda"]))
+        if self.texts is not None:
+            cut = [(i, min(i + self.texts, len(sizes))) for i in range(0, len(sizes), self.texts)]
         # what the model computes: each pass is as wide as its longest text (padding stands at the end, see `loop`)
-        self.tally["padded"] += sum(len(some) * int(some[-1]) for some in lengths[order].split(self.texts))
-        self.tally["tokens"] += int(lengths.sum())
-        return tokens, order.argsort()
+        self.tally["padded"] += sum((stop - start) * sizes[stop - 1] for start, stop in cut)
+        self.tally["tokens"] += sum(sizes)
+        return tokens, order.argsort(), cut
+
+
+def passes(lengths: Sequence[int], least: int, most: int) -> list[tuple[int, int]]:
+    """Ranges of texts of rising length, of ``least`` to ``most`` texts (the last of what is left), with little padding.
+
+    >>> passes([5, 5, 5, 9, 9, 10], 2, 4)
+    [(0, 3), (3, 5), (5, 6)]
+    """
+    found, start, real = [], 0, 0
+    for stop, length in enumerate(lengths):
+        rows = stop - start
+        if rows == most or (rows >= least and (rows + 1) * length > (1 + SLACK) * (real + length)):
+            found.append((start, stop))
+            start, real = stop, 0
+        real += length
+    return [*found, (start, len(lengths))]
 
 
 class Objective(CachedLossMixin, nn.Module):
@@ -104,10 +139,10 @@ class Objective(CachedLossMixin, nn.Module):
     ``tally`` counts the (query, negative) pairs that entered each loss.
     """
 
-    def __init__(self, model: SentenceTransformer, losses: Sequence[Loss], texts: int) -> None:
+    def __init__(self, model: SentenceTransformer, losses: Sequence[Loss]) -> None:
         super().__init__()
         self.model, self.losses = model, tuple(losses)
-        self.mini_batch_size = texts
+        self.mini_batch_size = cached(losses) or 0
         self.uses_gradient_cache = cached(losses) is not None
         self.tally: Counter[str] = Counter()
 
@@ -117,11 +152,8 @@ class Objective(CachedLossMixin, nn.Module):
         if self.uses_gradient_cache:
             return self.forward_cached(features, labels)
         parts = [
-            [
-                self.model(_create_minibatch(each, start, stop))["sentence_embedding"]
-                for start, stop in _minibatch_ranges(each, self.mini_batch_size)
-            ]
-            for each in features
+            [self.model(_create_minibatch(each, start, stop))["sentence_embedding"] for start, stop in cut]
+            for each, cut in zip(features, labels["passes"], strict=True)
         ]
         loss = self._value(parts, labels)
         workers = _workers()
