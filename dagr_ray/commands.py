@@ -488,9 +488,9 @@ def plugins(args: Args) -> int | None:
         ("teacher", Teacher),
         ("stage", Stage),
     ):
-        for name, found in registered(base).items():
-            rows.append([kind, name, (found.__doc__ or "").strip().splitlines()[0]])
+        rows += [[kind, name, (c.__doc__ or "").strip().splitlines()[0]] for name, c in registered(base).items()]
     _print_table(rows, ["kind", "name", "what it does"])
+    return None
 
 
 def doctor(args: Args) -> int | None:

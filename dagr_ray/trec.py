@@ -82,7 +82,8 @@ def _read(path: str, what: str, parse: Callable[[list[str]], Any], finish: Calla
     kind = "candidates" if what == "run" else "qrels"
     value_type = tables.schema(kind).field("score" if what == "run" else "relevance").type
     problems: list[Problem] = []
-    parts, lines = [], 0
+    parts: list[pa.Table] = []
+    lines = 0
     pending: list[list[Any]] = [[], [], [], []]  # line, query, document, value
 
     def flush() -> None:

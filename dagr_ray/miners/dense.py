@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -74,7 +74,7 @@ class DenseIndex:
 
     def __init__(self, encoder: Encoder, vectors: VectorIndex, model: Path | None = None) -> None:
         self.encoder, self.vectors = encoder, vectors
-        self._find = vectors.search
+        self._find: Callable[[np.ndarray, int], list[Hits]] = vectors.search
         self._model = retriever.load(encoder, model=model)
 
     def over(self, parts: Sequence[Path]) -> DenseIndex:

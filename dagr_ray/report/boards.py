@@ -259,7 +259,7 @@ def averages(boards: list[Board], trials: dict[str, Json]) -> list[Json]:
     for board in boards:
         if not _evaluation(board.rows[0], board.key).get("leaks"):
             groups.setdefault(tuple(row.id for row in board.rows), []).append(board)
-    found = []
+    found: list[Any] = []
     for group in groups.values():
         outside = [board for board in group if board.role == "out"]
         for chosen, what in ((group, "sets"), (outside, "sets out of distribution")):
