@@ -64,10 +64,10 @@ ASSUMED = {
 }  # fmt: skip
 REPLACED = {
     "mine": "sharded over parts of the queries; the texts of the candidates looked up by hash, not from a table in memory",
-    "select": "sharded over parts, which line up: the scores of a part are those of its queries",
-    "score duplicate": "one pass that deals queries out by the hash of their text, then sharded over the buckets",
+    "select": "sharded already: more workers",
+    "whole": "sharded over the buckets into which it deals queries by the hash of their text",
     "score round-trip": "sharded over parts of the queries, each with its part of the candidates",
-    "score": "sharded over parts of the queries, each with its own passages, as `Parse` is",
+    "score": "sharded already: more workers",
     "search": "an index cut into parts of 10 million passages, one to a worker; queries sharded; the best of each part merged",
     "index": "one index for each part of the corpus, built at the same time",
     "sample": "sharded; with `n`, a first pass over the hashes alone finds the threshold",
