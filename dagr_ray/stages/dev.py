@@ -77,8 +77,10 @@ def _folded(corpus: Artifact, ids: pa.ChunkedArray) -> dict[str, str]:
     found: dict[str, str] = {}
     for part in corpus.scan("corpus"):
         part = part.filter(pc.is_in(part["doc_id"], value_set=ids))
-        said = zip(*(tables.folded(part[name]).to_pylist() for name in ("title", "text")), strict=True)
-        found |= dict(zip(part["doc_id"].to_pylist(), map(" ".join, said), strict=True))
+        texts = pc.binary_join_element_wise(
+            tables.folded(part["title"]), tables.folded(part["text"]), pa.scalar(" ", tables.TEXT)
+        )
+        found |= dict(zip(part["doc_id"].to_pylist(), texts.to_pylist(), strict=True))
     return found
 
 

@@ -293,7 +293,7 @@ def _trained(
     if settings.lora is not None:
         lora.merge(model)
     counts = fitted.counts | ({"best_step": fitted.best_step} if fitted.dev else {})
-    summary = {"losses": fitted.losses, "dev": fitted.dev, "counts": counts}
+    summary: dict[str, Any] = {"losses": fitted.losses, "dev": fitted.dev, "counts": counts}
     summary |= {"samples": fitted.samples, "train_s": fitted.seconds}
     summary["files"] = _save(model, model_card(job.card, summary), folder)
     return summary

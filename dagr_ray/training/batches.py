@@ -21,7 +21,7 @@ class Row(NamedTuple):
     negatives: tuple[int, ...]
 
 
-def rows_of(examples: Examples, numbers: Sequence[int]) -> list[Row]:
+def rows_of(examples: Examples, numbers: Sequence[int] | np.ndarray) -> list[Row]:
     """Examples by number."""
     return [
         Row(int(examples.query[i]), int(examples.positive[i]), tuple(examples.of(i).tolist()))

@@ -41,7 +41,7 @@ def adapt(model: SentenceTransformer, lora: LoRA, seed: int) -> None:
     torch.manual_seed(seed)  # the same adapters on every worker and after a restart
     options = peft.LoraConfig(
         r=lora.rank,
-        lora_alpha=lora.alpha,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # it scales by a number
         lora_dropout=lora.dropout,
         target_modules=list(lora.targets) or "all-linear",
         task_type=peft.TaskType.FEATURE_EXTRACTION,

@@ -39,7 +39,7 @@ def weights(model: SentenceTransformer) -> dict[str, torch.Tensor]:
     first, found = torch.distributed.get_rank() == 0, {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            whole = parameter.detach().full_tensor()  # type: ignore[operator]
+            whole = parameter.detach().full_tensor()
             if first:
                 found[name] = whole.cpu()
     return found
