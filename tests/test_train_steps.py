@@ -55,9 +55,13 @@ def found(tmp_path_factory):
         ]
         for each in of:
             each.start()
-        for each in of:
-            each.join(120)
-            assert each.exitcode == 0
+        try:
+            for each in of:
+                each.join(60)
+                assert each.exitcode == 0, (workers, each.exitcode)
+        finally:
+            for each in of:
+                each.kill()
         made |= {(workers, rank): pickle.loads((out / f"{workers}-{rank}").read_bytes()) for rank in range(workers)}
     return made
 

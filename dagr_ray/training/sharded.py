@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
 
@@ -29,6 +29,9 @@ def shard(model: SentenceTransformer) -> None:
         if type(module).__name__ in layers:
             fully_shard(module, mesh=mesh)
     fully_shard(model, mesh=mesh)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_force_sum_reduction_for_comms(True)  # and then divided: gloo cannot average
 
 
 def weights(model: SentenceTransformer) -> dict[str, torch.Tensor]:
