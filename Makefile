@@ -1,6 +1,8 @@
 PROFILE ?= cpu
 VENV ?= .venv
 PYTHON ?= python3
+# Test files that run side by side.
+TEST_WORKERS ?= 2
 export VENV
 BIN := $(VENV)/bin
 
@@ -25,7 +27,7 @@ study: setup
 test: setup
 	-@$(BIN)/python -m tests.browser
 	$(MAKE) lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 
 bench-scale: setup
 	$(BIN)/python benchmarks/generation.py

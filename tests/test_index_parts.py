@@ -109,7 +109,7 @@ def test_an_index_of_before_there_were_parts_is_still_read(tmp_path):
     assert found(stage, tmp_path / "old", here(1)) == new
 
 
-class Written(Stage):
+class TablesGiven(Stage):
     """A query that was written for d3, in a word that no passage has."""
 
     def open(self, inputs, folder, pool):
@@ -123,8 +123,8 @@ class Written(Stage):
 def test_bm25_searches_passages_expanded_by_queries(tmp_path):
     data = Places(docs=60)
     hits = []
-    for corpus in (data, Expand(corpus=data, queries=Written())):
-        stage = Search(index=Index(corpus=corpus, miner=BM25()), queries=Written())
+    for corpus in (data, Expand(corpus=data, queries=TablesGiven())):
+        stage = Search(index=Index(corpus=corpus, miner=BM25()), queries=TablesGiven())
         hits.append(found(stage, tmp_path, here(1)))
     assert hits[0] == {} and list(hits[1]) == [("w", "d3")]
 

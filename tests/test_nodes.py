@@ -63,6 +63,8 @@ def cluster() -> Iterator[Any]:
     finally:
         for node in made.list_all_nodes():
             node.kill_all_processes(check_alive=False, allow_graceful=False)
+        # else this process ends once the cluster has not answered it for a minute
+        made.global_state.disconnect()
 
 
 def at_work(folder: Artifact) -> dict[str, list[int]]:
