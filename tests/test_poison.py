@@ -98,7 +98,7 @@ def test_rows_that_raise_or_answer_nothing_are_given_up_alone(tmp_path, workers)
 
 def test_a_row_that_kills_its_worker_and_one_that_hangs_are_found_and_the_rest_is_kept(tmp_path):
     connect()
-    pool = Pool(workers=1, cpus=0.5, shard_rows=20, in_flight=2, deadline_s=2)
+    pool = Pool(workers=1, cpus=0.5, shard_rows=20, in_flight=2, deadline_s=5)
     calm = materialize(asked(tmp_path), str(tmp_path / "calm"), Placement(generate=pool))
     (tmp_path / "log").unlink()
     folder = materialize(asked(tmp_path, n3="die", n33="hang"), str(tmp_path / "runs"), Placement(generate=pool))

@@ -29,9 +29,14 @@ from tests.toys import Toy, distance, tiny, toy_train, weights
 ROOT = Path(__file__).parent.parent
 OFTEN = Pool(workers=0, checkpoint_every=20)
 DRIVER = """
-import sys, torch
+import sys, time, torch
 torch.set_num_threads(1)
-from tests.test_train_resume import OFTEN, Placement, long, materialize
+from tests.test_train_resume import OFTEN, Checkpoints, Placement, long, materialize
+put = Checkpoints.put
+def slow(*args, **fields):  # time to see the checkpoint, and to kill
+    put(*args, **fields)
+    time.sleep(0.3)
+Checkpoints.put = slow
 materialize(long(dropout=0.1), sys.argv[1], Placement(train=OFTEN))
 """
 

@@ -97,7 +97,9 @@ class LuceneIndex:
             directory = java("org.apache.lucene.store.FSDirectory")
             others = [reader.open(directory.open(place(str(part)).toPath())) for part in parts[1:]]
             # it is opened for one folder; its reader is asked only when it first searches
-            searcher.reader = java("org.apache.lucene.index.MultiReader")([searcher.reader, *others], True)
+            together = java("org.apache.lucene.index.MultiReader")([searcher.reader, *others], True)
+            # not by assignment: pyjnius 1.7 releases what it puts into a field as if it were its own, and Java crashes later
+            java("org.apache.commons.lang3.reflect.FieldUtils").writeField(searcher, "reader", together, True)
         searcher.set_bm25(k1, b)
         self._threads = min(len(os.sched_getaffinity(0)), 8)
         # open files and memory maps are Java's, which does not know when Python has forgotten them
