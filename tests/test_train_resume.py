@@ -29,21 +29,16 @@ from tests.toys import Toy, distance, tiny, toy_train, weights
 ROOT = Path(__file__).parent.parent
 OFTEN = Pool(workers=0, checkpoint_every=20)
 DRIVER = """
-import sys, time, torch
+import sys, torch
 torch.set_num_threads(1)
-from tests.test_train_resume import OFTEN, Checkpoints, Placement, long, materialize
-put = Checkpoints.put
-def slow(*args, **fields):  # time to see the checkpoint, and to kill
-    put(*args, **fields)
-    time.sleep(0.3)
-Checkpoints.put = slow
-materialize(long(dropout=0.1), sys.argv[1], Placement(train=OFTEN))
+from tests.test_train_resume import OFTEN, Placement, long, materialize, tiny
+materialize(long(base=tiny(model=sys.argv[2]), dropout=0.1), sys.argv[1], Placement(train=OFTEN))
 """
 
 
 def long(**fields):
     """300 steps, with a checkpoint every 20 of them."""
-    return toy_train(Toy(n=40), base=tiny(), epochs=60, batch_size=8, **fields)
+    return toy_train(Toy(n=40), **{"base": tiny(), "epochs": 60, "batch_size": 8} | fields)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -116,7 +111,7 @@ def wait_for_checkpoint(folder, alive):
 
 def test_a_killed_driver_goes_on_with_the_same_command(undisturbed, tmp_path):
     folder = Artifact(str(tmp_path), undisturbed.name)
-    words = [sys.executable, "-c", DRIVER, str(tmp_path)]
+    words = [sys.executable, "-c", DRIVER, str(tmp_path), tiny().model]
     driver = subprocess.Popen(words, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
     try:
         wait_for_checkpoint(folder, lambda: driver.poll() is None)
