@@ -90,10 +90,15 @@ def load_job(path: str) -> Job:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
+    except ModuleNotFoundError as error:
+        from dagr_ray.doctor import pip_install
+
+        package = (error.name or "").partition(".")[0]
+        if not package or package == "dagr_ray" or importlib.util.find_spec(package) is not None:
+            raise ConfigError(f"{path}: {error}; mend the job file") from None
+        raise ConfigError(f"{path} imports {package}, which is not installed; run: {pip_install(package)}") from None
     except (ImportError, SyntaxError) as error:
-        raise ConfigError(
-            f"{path}: {type(error).__name__}: {error}; mend the job file or install what it imports"
-        ) from None
+        raise ConfigError(f"{path}: {type(error).__name__}: {error}; mend the job file") from None
     found = {n: f for n, f in vars(module).items() if inspect.isfunction(f) and f.__module__ == module.__name__}
     public = {name: function for name, function in found.items() if not name.startswith("_")}
     recipe = public.get(file.stem) or (next(iter(public.values())) if len(public) == 1 else None)

@@ -224,7 +224,7 @@ class _Worker:
                 output = self.run(start, stop)
             self.tries.forget([mark])
             return output
-        except (ConfigError, StageFailed, Damaged, KeyboardInterrupt) as stop:
+        except (ConfigError, StageFailed, Damaged, ModuleNotFoundError, KeyboardInterrupt) as stop:
             if not (isinstance(stop, KeyboardInterrupt) and mark.cause == HUNG):
                 self.tries.ended(mark, STOPPED, str(stop))
                 raise
