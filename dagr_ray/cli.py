@@ -140,6 +140,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
         code = getattr(commands, args.verb)(args) or 0
     except (KeyboardInterrupt, BrokenPipeError) as stop:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)  # a second one would leave processes behind
         told = isinstance(stop, _Stopped)
         code = 0 if told else 130
         if isinstance(stop, KeyboardInterrupt):

@@ -229,14 +229,19 @@ def map_shards(
 
     ``factory`` is called once in each worker and returns the callable that does a shard, in ``threads`` threads at
     once. An exception of the user's code ends the run; a dead worker is replaced by Ray and its shards done again.
-    ``name`` is the tag ``stage`` in Ray's metrics.
+    ``name`` is the tag ``stage`` in Ray's metrics, which tell of this process's own work too, where Ray runs.
     """
     if not shards:
         return
     if pool.workers == 0:
+        ray = sys.modules.get("ray")
+        here = _Meter(name, len(shards)) if ray is not None and ray.is_initialized() else None
         worker = factory()
         for shard in shards:
-            yield worker(shard)
+            receipt = worker(shard)
+            if here is not None:
+                here.add(receipt)
+            yield receipt
         return
     import ray
 

@@ -110,7 +110,10 @@ def walk(*stages: Stage) -> list[Stage]:
 
 @dataclass
 class Progress:
-    """How far a stage is: sent to the observer of ``materialize`` at the start, after every shard and at the end."""
+    """How far a stage is: sent to the observer of ``materialize`` at the start, after every shard and at the end.
+
+    ``state`` is cached, start, running, done or failed; a study's own are trials (some under way) and trial (one ended).
+    """
 
     stage: Stage
     state: str
@@ -186,7 +189,11 @@ def _build(stage: Stage, inputs: Inputs, runs: str, placement: Placement, observ
                 "%s: rebuilding %d damaged shard(s): %s", folder.name, len(damaged), next(iter(damaged.values()))
             )
             folder.revoke(damaged)
-        _Builder(stage, inputs, folder, placement, observe).run()
+        try:
+            _Builder(stage, inputs, folder, placement, observe).run()
+        except BaseException:
+            observe(Progress(stage, "failed"))
+            raise
     return folder
 
 

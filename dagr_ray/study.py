@@ -291,7 +291,11 @@ def _tune(
             name=folder.name, storage_path=scratch, verbose=0, callbacks=[_watcher(by_name, observe, save)]
         ),
     )
-    results = tuner.fit()
+    try:
+        results = tuner.fit()
+    except BaseException:
+        observe(Progress(trials[0].card, "failed"))
+        raise
     for result in results:
         trial = by_name[result.config["trial"]] if result.config else None
         if trial is not None and result.error is not None:
