@@ -94,6 +94,8 @@ class Engine(Config):
     """Base of the engines. What changes the text (model, dtype, quantisation) is a field."""
 
     abstract: ClassVar[bool] = True
+    # Prompts are tokenised elsewhere, where a special token that a passage spells out may become one.
+    reads_markers: ClassVar[bool] = False
 
     def open(self, pool: Pool) -> Session:
         """Loads the model in this process (or in processes of its own). Raises ConfigError naming cause and remedy."""
