@@ -20,6 +20,7 @@ from dagr_ray.artifact import Artifact, Attempt, Json, add_up
 from dagr_ray.bill import Rates
 from dagr_ray.cluster import Placement, Pool
 from dagr_ray.config import Config, ConfigError, fingerprints_held, from_json
+from dagr_ray.engines import cores_held
 from dagr_ray.worker import Inputs, Opener, Output, Run, StageFailed
 
 __all__ = ["Inputs", "Output", "Run", "Stage", "StageFailed", "materialize", "survey", "walk"]
@@ -216,7 +217,7 @@ class _Builder:
             pending=len(pending),
             of=len(plan["shards"]),
             placement=self.placement.to_json(),
-            holds=bill.holds(self.pool, self.stage.starts_workers),
+            holds=bill.holds(self.pool, self.stage.starts_workers, cores_held(self.stage, self.pool)),
         )
         progress = Progress(self.stage, "start", len(done), len(plan["shards"]), plan["rows"])
         for receipt in done.values():
