@@ -387,7 +387,7 @@ def test_the_cores_that_an_engine_takes_are_billed_and_older_folders_still_are(t
     corpus = Beir(path=str(tiny_beir(tmp_path / "set")))
     stage = Generate(corpus=corpus, strategy=Crop(), engine=Wide())
     runs = str(tmp_path / "runs")
-    [guess] = [g for g in estimate([stage], runs, HERE).values()]
+    [guess] = list(estimate([stage], runs, HERE).values())
     folder = materialize(stage, runs, HERE)
     whole = adds_up(runs, folder.name)
     assert whole["seconds"]["held_cpu"] == pytest.approx(3 * whole["seconds"]["held"])
