@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 CODE = """
 import sys, time
 import ray
+from dagr_ray import study
 from dagr_ray.cluster import Placement, Pool
 from dagr_ray.engines.openai import OpenAIServer
 from dagr_ray.stage import materialize
@@ -26,14 +27,15 @@ from dagr_ray.strategies.crop import Crop
 
 home, port, url = sys.argv[1:]
 ray.init(
-    address="local", include_dashboard=False, num_cpus=2, _metrics_export_port=int(port), log_to_driver=False,
+    address="local", include_dashboard=False, num_cpus=2, num_gpus=3, resources={"accelerator_type:H200": 1},
+    _metrics_export_port=int(port), log_to_driver=False,
     _system_config={"metrics_report_interval_ms": 500},
 )
 corpus, engine = Beir(path=f"{home}/set"), OpenAIServer(model="m", base_url=url)
 stage = Generate(corpus=corpus, strategy=Crop(), engine=engine, samples=2)
 pool = Pool(workers=1, cpus=1, shard_rows=5)
 folder = materialize(Parse(generations=stage, corpus=corpus), f"{home}/runs", Placement(generate=pool))
-print(stage.folder_name(), folder.name, flush=True)
+print(stage.folder_name(), folder.name, study._device(), sep="\t", flush=True)
 time.sleep(60)
 """
 
@@ -59,8 +61,9 @@ def metrics(tmp_path):
         )
         try:
             assert driver.stdout is not None
-            names = driver.stdout.readline().split()
+            *names, device = driver.stdout.readline().strip().split("\t")
             assert len(names) == 2, "the stages did not end"
+            assert device == "3 x H200"  # what a study records of its cluster
             page, until = "", time.time() + 30
             while time.time() < until and not re.search(r"dagr_rows_rejected\S*\{[^}]*\} 60", page):
                 time.sleep(0.5)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -56,6 +57,7 @@ def test_study_holds_baselines_and_arms(place) -> None:
     study = _study_folder(place).read_json("study.json")
     assert [t["kind"] for t in study["trials"]] == ["bm25", "frozen", "augmented", "augmented"]
     assert {t["state"] for t in study["trials"]} == {"done"}
+    assert re.fullmatch(r"no GPU|\d+ x .+", study["machine"]["device"])
     text = (place / "first.txt").read_text()
     for word in ("bm25", "frozen", "nDCG@10"):
         assert word.lower() in text.lower()
