@@ -37,7 +37,7 @@ bench-scale: setup
 	@$(call EVERY,generation prefix orchestration tail chaos scaling readme)
 
 bench-train: setup
-	@$(call EVERY,training training_stream readme)
+	@$(call EVERY,training training_stream)
 
 lint: setup
 	$(BIN)/ruff check .
