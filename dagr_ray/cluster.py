@@ -234,8 +234,8 @@ def map_shards(
     if not shards:
         return
     if pool.workers == 0:
-        ray = sys.modules.get("ray")
-        here = _Meter(name, len(shards)) if ray is not None and ray.is_initialized() else None
+        loaded = sys.modules.get("ray")
+        here = _Meter(name, len(shards)) if loaded is not None and loaded.is_initialized() else None
         worker = factory()
         for shard in shards:
             receipt = worker(shard)
