@@ -29,18 +29,15 @@ test: setup
 	$(MAKE) lint
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 
+# Each of the scripts, whatever became of those before it; fails in the end where one of them missed a bound.
+EVERY = missed=; for each in $(1); do $(BIN)/python benchmarks/$$each.py || missed="$$missed $$each"; done; \
+	if [ -n "$$missed" ]; then echo "missed:$$missed"; exit 1; fi
+
 bench-scale: setup
-	$(BIN)/python benchmarks/generation.py
-	$(BIN)/python benchmarks/prefix.py
-	$(BIN)/python benchmarks/orchestration.py
-	$(BIN)/python benchmarks/tail.py
-	$(BIN)/python benchmarks/chaos.py
-	$(BIN)/python benchmarks/scaling.py
-	$(BIN)/python benchmarks/readme.py
+	@$(call EVERY,generation prefix orchestration tail chaos scaling readme)
 
 bench-train: setup
-	$(BIN)/python benchmarks/training.py
-	$(BIN)/python benchmarks/training_stream.py
+	@$(call EVERY,training training_stream)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -29,6 +29,7 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.default_table import write_table
 from benchmarks.nodes import Nodes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -459,7 +460,7 @@ def main() -> int:
     print(text)
     if args.json:
         Path(args.json).write_text(json.dumps(found, indent=1))
-    Path(__file__).with_suffix(".md").write_text(text + "\n")
+    write_table(__file__, text, parser, args, free=("json", "table"))
     ours = found.get("ours")
     return int(ours is not None and not (ours["exact"] and ours["within"] and ours["finished"]))
 

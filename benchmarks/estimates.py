@@ -3,8 +3,8 @@
     python benchmarks/estimates.py DATA [DATA ...] [--generator crop,smollm2] [--passages 300] [--json FILE]
 
 DATA are BEIR folders. For each of them and each generator, `dagr check --canary` and then `dagr run` work in a runs
-folder of their own. Times are those of the stages: what a program needs to start is in neither. Exits with 1 where a
-number is off by more than the bound.
+folder of their own. Times are those of the stages: what a program needs to start is in neither. Writes
+benchmarks/estimates.md. Exits with 1 where a number is off by more than the bound.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.default_table import write_table
 from dagr_ray.artifact import Artifact
 
 BOUND = 0.25
@@ -75,6 +78,17 @@ def compare(data: str, generator: str, passages: int) -> list[dict]:
         return lines
 
 
+def table(lines: list[dict]) -> str:
+    """A line for each data set, generator and number."""
+    head = ["| data | generator | number | estimate | actual | off by |", "|---|---|---|---:|---:|---:|"]
+    cells = (
+        f"| {each['data']} | {each['generator']} | {each['number']} | {each['estimate']:,.6g} | {each['actual']:,.6g} "
+        f"| {each['off']:+.1%} |"
+        for each in lines
+    )
+    return "\n".join([*head, *cells])
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", nargs="+")
@@ -97,6 +111,8 @@ def main() -> int:
         Path(args.json).write_text(json.dumps({"bound": BOUND, "lines": lines}, indent=1))
     worst = max(lines, key=lambda line: abs(line["off"]))
     passed = abs(worst["off"]) <= BOUND
+    said = f"{args.passages:,} passages, estimated from a canary of 64; bound: at most {BOUND:.0%} off."
+    write_table(__file__, f"{said}\n\n{table(lines)}", parser, args, free=("json", "data"))
     which = ", ".join([worst["number"], worst["data"], worst["generator"]])
     print(f"worst {worst['off']:+.1%} ({which}); bound {BOUND:.0%}: {'ok' if passed else 'OVER'}")
     return 0 if passed else 1

@@ -20,6 +20,9 @@ from pathlib import Path
 from statistics import median
 from unittest import mock
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.default_table import write_table
 from dagr_ray.cluster import Pool
 from dagr_ray.engines import Sampling
 from dagr_ray.engines.feeding import Request
@@ -90,7 +93,7 @@ def main() -> int:
         Path(args.json).write_text(
             json.dumps({"ratios": ratios, "seconds": seconds, "cached": cached, "prompt_tokens": prompt})
         )
-    Path(__file__).with_suffix(".md").write_text(text + "\n")
+    write_table(__file__, text, parser, args)
     return int(median(ratios) < BOUND)
 
 

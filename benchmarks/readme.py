@@ -30,7 +30,8 @@ def studies(runs: str) -> list[dict]:
 def machine(summary: dict) -> str:
     """Where a study ran, in words."""
     where = summary["machine"]
-    return f"{where['cores']} cores, {where['platform'].split('-')[0]}, Python {where['python']}, no GPU"
+    device = f", {where['device']}" if "device" in where else ""  # older studies do not say
+    return f"{where['cores']} cores, {where['platform'].split('-')[0]}, Python {where['python']}{device}"
 
 
 def quickstart(runs: str) -> str:

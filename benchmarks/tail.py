@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.chaos import write_set
+from benchmarks.default_table import write_table
 from benchmarks.slow_engine import SlowCrop
 from dagr_ray.cluster import Placement, Pool, connect
 from dagr_ray.stage import materialize
@@ -58,7 +59,7 @@ def main() -> int:
     print("\n".join(lines))
     if args.json:
         Path(args.json).write_text(json.dumps(report | {"at": time.time()}, indent=1))
-    Path(__file__).with_suffix(".md").write_text("\n".join(lines) + "\n")
+    write_table(__file__, "\n".join(lines), parser, args)
     return int(len(ends) != args.workers or spread > shard_s)
 
 

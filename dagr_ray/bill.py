@@ -52,12 +52,15 @@ class Rates:
         }
 
 
-def holds(pool: Pool, together: bool = False) -> Json:
-    """What an attempt occupies from its start to its end, for its log. ``together``: each shard takes all the workers."""
+def holds(pool: Pool, together: bool = False, cpus: float | None = None) -> Json:
+    """What an attempt occupies from its start to its end, for its log. ``together``: each shard takes all the workers.
+
+    ``cpus`` are the cores that a worker really takes, as far as the driver knows; its receipts know it better.
+    """
     workers = max(pool.workers, 1)
     return {
         "workers": workers,
-        "cpus": max(pool.cpus, 1),
+        "cpus": cpus or max(pool.cpus, 1),
         "gpus": pool.gpus,
         "workers_of_a_shard": workers if together else 1,
     }
@@ -86,7 +89,10 @@ class Attempt:
 
 
 def attempts(folder: Artifact, receipts: Iterable[Json]) -> dict[str, Attempt]:
-    """Every attempt by name. One without an end (killed, or still at work) lasts to the last receipt that it wrote."""
+    """Every attempt by name. One without an end (killed, or still at work) lasts to the last receipt that it wrote.
+
+    Where receipts tell how many cores their workers took, on machines that may differ, the largest number counts.
+    """
     found: dict[str, Attempt] = {}
     for file in sorted(folder.listing("attempts")):
         name = file.removesuffix(".jsonl")
@@ -95,10 +101,15 @@ def attempts(folder: Artifact, receipts: Iterable[Json]) -> dict[str, Attempt]:
         if events:
             held = next((event["holds"] for event in events if "holds" in event), holds(Pool()))
             found[name] = Attempt(name, events[0]["at"], events[-1]["at"], held)
+    told: dict[str, float] = {}
     for receipt in receipts:
         attempt = attempt_of(receipt, found)
         if attempt is not None:
             attempt.ended = max(attempt.ended, receipt["at"])
+            told[attempt.name] = max(told.get(attempt.name, 0.0), receipt.get("cpus", 0.0))
+    for name, cpus in told.items():
+        if cpus:
+            found[name].holds = found[name].holds | {"cpus": cpus}
     return found
 
 

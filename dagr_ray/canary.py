@@ -30,7 +30,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Guards(Config):
-    """The largest shares with which a run goes on. A prompt with two start tokens never passes.
+    """The largest shares with which a run goes on. A prompt with two start tokens, or without one, never passes.
 
     ``truncated`` of the passages, which were cut to fit; ``cut_off`` of the completions, which ended at ``max_tokens``;
     ``unparsed`` of the completions, in which the strategy found no query; ``copied`` of the queries, refused as copies
@@ -129,7 +129,7 @@ def fly(
     for canary in canaries(stages):
         for stage in canary.generate.inputs().values():
             materialize(stage, runs, placement, observe)
-        found = [_starts(canary, runs)]
+        found = _starts(canary, runs)
         _stop_at(found, canary)
         try:
             materialize(canary.selected, runs, placement, observe)
@@ -147,13 +147,16 @@ def _stop_at(found: list[Finding], canary: Canary) -> None:
         return
     what = {
         "start": "prompts begin with more than one start token; take it out of the strategy's prompt or of the tokenizer",
+        "no_start": "prompts begin without the start token that add_bos_token in tokenizer_config.json promises; add it to "
+        "the post_processor of tokenizer.json, or correct add_bos_token",
         "truncated": "passages were cut to fit; raise max_model_len, split the passages",
         "cut_off": "completions were cut off at max_tokens; raise it, or give a prompt that stops",
         "unparsed": "completions hold no query; look at the prompt with `dagr preview`",
         "copied": "queries are copies of their passage; change the prompt or the temperature",
     }[bad.guard]
-    over = "" if bad.guard == "start" else f", or go on with --guard {bad.guard}={min(bad.share + 0.05, 1):.2f}"
-    limit = "none may" if bad.guard == "start" else f"the limit is {bad.limit:.0%}"
+    never = bad.guard in ("start", "no_start")
+    over = "" if never else f", or go on with --guard {bad.guard}={min(bad.share + 0.05, 1):.2f}"
+    limit = "none may" if never else f"the limit is {bad.limit:.0%}"
     name = canary.generate.label()
     raise GuardFailed(f"canary {name}: {bad.found} of {bad.of} {what}{over} ({limit})", bad.rows)
 
@@ -172,22 +175,42 @@ def leading_starts(tokenizer: Any, text: str) -> int:
     return next((i for i, token in enumerate(tokens) if token != tokenizer.bos_token_id), len(tokens))
 
 
-def _starts(canary: Canary, runs: str) -> Finding:
-    """Prompts that begin with more than one start token. Only a model whose tokenizer is at hand can be looked at."""
+def promised_starts(tokenizer: Any, settings: Json) -> int:
+    """How many start tokens a text should begin with: one where the tokenizer adds it to an empty text, or where its
+    ``tokenizer_config.json`` (``settings``) says ``add_bos_token``, which transformers 5 does not heed beside a
+    ``tokenizer.json``.
+    """
+    start = tokenizer.bos_token_id
+    return int(start is not None and (bool(settings.get("add_bos_token")) or start in tokenizer("").input_ids[:1]))
+
+
+def _starts(canary: Canary, runs: str) -> list[Finding]:
+    """Prompts that begin with more than one start token, or without the one that they should begin with.
+
+    Only a model whose tokenizer is at hand can be looked at.
+    """
     engine = canary.generate.engine
     if not isinstance(engine, VLLM):
-        return Finding("start", 0, 0, 0.0)
+        return [Finding("start", 0, 0, 0.0), Finding("no_start", 0, 0, 0.0)]
     from transformers import AutoTokenizer
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
     source = str(engine.folder) if engine.folder.is_dir() else engine.model
     tokenizer = AutoTokenizer.from_pretrained(source, revision=engine.revision)
+    least = promised_starts(tokenizer, get_tokenizer_config(source, revision=engine.revision))
     inputs = {name: stage.folder(runs) for name, stage in canary.generate.inputs().items()}
     ids = inputs["corpus"].read("corpus", ["doc_id"])["doc_id"].to_pylist()
     prompts = canary.generate.prompts(inputs, ids)
     # what a prompt begins with, not all of it: a chat's turns may each begin with the same token
-    bad = {doc_id: n for doc_id, text in prompts.items() if (n := leading_starts(tokenizer, text[:500])) > 1}
-    rows = [f"{doc_id}: {n} x {tokenizer.bos_token!r}, {prompts[doc_id][:120]!r}" for doc_id, n in bad.items()]
-    return Finding("start", len(bad), len(prompts), 0.0, rows[:SHOWN])
+    counts = {doc_id: leading_starts(tokenizer, text[:500]) for doc_id, text in prompts.items()}
+    found = []
+    for guard, bad in (
+        ("start", [doc_id for doc_id, n in counts.items() if n > 1]),
+        ("no_start", [doc_id for doc_id, n in counts.items() if n < least]),
+    ):
+        rows = [f"{i}: {counts[i]} x {tokenizer.bos_token!r}, {prompts[i][:120]!r}" for i in bad[:SHOWN]]
+        found.append(Finding(guard, len(bad), len(prompts), 0.0, rows))
+    return found
 
 
 # -- completions --------------------------------------------------------------------------------------------------------

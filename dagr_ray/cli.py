@@ -140,6 +140,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
         code = getattr(commands, args.verb)(args) or 0
     except (KeyboardInterrupt, BrokenPipeError) as stop:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)  # a second one would leave processes behind
         told = isinstance(stop, _Stopped)
         code = 0 if told else 130
         if isinstance(stop, KeyboardInterrupt):
@@ -185,19 +187,25 @@ def _explain(error: Exception) -> int:
     if os.environ.get("DAGR_DEBUG"):
         raise error
     from dagr_ray.config import ConfigError
-    from dagr_ray.stage import StageFailed
 
+    failed = getattr(sys.modules.get("dagr_ray.worker"), "StageFailed", ())  # its module needs more packages
     seen: set[int] = set()
     link: BaseException | None = error
+    by_the_way = False
     while link is not None and id(link) not in seen:
         seen.add(id(link))
         if isinstance(link, ConfigError):
             print(f"dagr: error: {_one_line(link)}", file=sys.stderr)
             return 2
-        if isinstance(link, StageFailed):
+        if isinstance(link, failed):
             print("\n  ".join([f"dagr: failed: {_one_line(link)}", *getattr(link, "rows", ())]), file=sys.stderr)
             return 1
-        link = getattr(link, "cause", None) or link.__cause__ or link.__context__
+        if isinstance(link, ModuleNotFoundError) and not by_the_way and (told := _missing(link)):
+            print(f"dagr: error: {told}", file=sys.stderr)
+            return 2
+        named = getattr(link, "cause", None) or link.__cause__
+        by_the_way = by_the_way or named is None  # a library that looked for another one before it failed
+        link = named or link.__context__
     last = _one_line(error)
     # An error that came out of a worker carries its own message in text; find ours in it.
     for mark, code in (("ConfigError: ", 2), ("StageFailed: ", 1)):
@@ -206,6 +214,20 @@ def _explain(error: Exception) -> int:
             return code
     print(f"dagr: failed: {type(error).__name__}: {last}; set DAGR_DEBUG=1 to see where", file=sys.stderr)
     return 1
+
+
+def _missing(error: ModuleNotFoundError) -> str:
+    """What to install where a package is missing; nothing where a module of ours is, which is a defect."""
+    import importlib.util
+
+    from dagr_ray.doctor import pip_install
+
+    package, _, inner = (error.name or "").partition(".")
+    if package in ("", "dagr_ray"):
+        return ""
+    there = inner and importlib.util.find_spec(package) is not None
+    what = f"{package} has no {error.name}: it is another version" if there else f"{package} is not installed"
+    return f"{what}; run: {pip_install(package)}"
 
 
 def _one_line(error: BaseException) -> str:

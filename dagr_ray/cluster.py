@@ -155,11 +155,14 @@ def _actor(factory: Callable[[], Worker], name: str) -> type:
             self.in_flight = Gauge("dagr_shards_in_flight", "Shards at work in a worker", ("stage", "pid"))
             self.in_flight.set_default_tags({"stage": name, "pid": str(os.getpid())})
             self.busy, self.lock = 0, threading.Lock()
-            self.refusal = ""
+            # told with the first shard: an error raised here arrives as a page of text
+            self.refusal: dict[str, str | None] = {}
             try:
                 self.worker = factory()
             except ConfigError as error:
-                self.refusal = str(error)  # told with the first shard: an error raised here arrives as a page of text
+                self.refusal = {"refusal": str(error)}
+            except ModuleNotFoundError as error:
+                self.refusal = {"refusal": str(error), "missing": error.name}
 
         def _count(self, more: int) -> None:
             with self.lock:
@@ -168,7 +171,7 @@ def _actor(factory: Callable[[], Worker], name: str) -> type:
 
         def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
             if self.refusal:
-                return {"result": [json.dumps({"refusal": self.refusal})]}
+                return {"result": [json.dumps(self.refusal)]}
             self._count(1)
             try:
                 return {"result": [json.dumps(self.worker(json.loads(text))) for text in batch["shard"]]}
@@ -226,14 +229,19 @@ def map_shards(
 
     ``factory`` is called once in each worker and returns the callable that does a shard, in ``threads`` threads at
     once. An exception of the user's code ends the run; a dead worker is replaced by Ray and its shards done again.
-    ``name`` is the tag ``stage`` in Ray's metrics.
+    ``name`` is the tag ``stage`` in Ray's metrics, which tell of this process's own work too, where Ray runs.
     """
     if not shards:
         return
     if pool.workers == 0:
+        loaded = sys.modules.get("ray")
+        here = _Meter(name, len(shards)) if loaded is not None and loaded.is_initialized() else None
         worker = factory()
         for shard in shards:
-            yield worker(shard)
+            receipt = worker(shard)
+            if here is not None:
+                here.add(receipt)
+            yield receipt
         return
     import ray
 
@@ -262,6 +270,8 @@ def map_shards(
     for batch in mapped.iter_batches(batch_size=None, prefetch_batches=0, batch_format="pyarrow"):
         for text in batch["result"].to_pylist():
             receipt = json.loads(text)
+            if "missing" in receipt:
+                raise ModuleNotFoundError(receipt["refusal"], name=receipt["missing"])
             if "refusal" in receipt:
                 raise ConfigError(receipt["refusal"])
             meter.add(receipt)

@@ -87,18 +87,14 @@ def check(args: Args) -> int | None:
     guesses = estimate([line.stage for line in lines if line.state != "cached"], args.runs, placement)
     damaged = [line for line in lines if line.problem]
     if args.json:
-        _print_json(
+        told = [
             {
-                "stages": [
-                    {
-                        "folder": s.stage.folder_name(), "type": s.stage.type, "state": s.state, "done": s.done,
-                        "shards": s.of, "problem": s.problem or None,
-                        "estimate": guesses.get(s.stage.fingerprint()),
-                    }
-                    for s in lines
-                ],
+                "folder": s.stage.folder_name(), "type": s.stage.type, "state": s.state, "done": s.done,
+                "shards": s.of, "problem": s.problem or None, "estimate": guesses.get(s.stage.fingerprint()),
             }
-        )  # fmt: skip
+            for s in lines
+        ]  # fmt: skip
+        _print_json({"stages": told})
         return 1 if damaged else None
     rows = []
     for line in lines:
@@ -273,6 +269,7 @@ def track(args: Args) -> int | None:
     names = [name for name, _ in _folders(args.runs) if name.startswith("study-")]
     if not names:
         raise ConfigError(f"no study in {args.runs!r}; give the runs folder of `dagr study --runs`")
+    tracking.check()
     for name in names:
         result = tracking.mirror(args.runs, name)
         if result.problem:

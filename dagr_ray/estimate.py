@@ -22,6 +22,7 @@ from dagr_ray import tables
 from dagr_ray.artifact import Artifact, Json, filesystem
 from dagr_ray.bill import KINDS, Rates
 from dagr_ray.cluster import Placement, Pool
+from dagr_ray.engines import cores_held
 from dagr_ray.engines.crop import CropEngine
 from dagr_ray.stage import Stage
 from dagr_ray.stages.corpus import Beir, PyDocs, Sample
@@ -261,7 +262,8 @@ class _Estimator:
         rates = Rates.of(self.placement.prices, getattr(stage, "engine", None))
         if rates.tokens is not None:
             return rates.tokens.usd(**tokens)
-        return seconds / 3600 * max(pool.workers, 1) * (pool.gpus * rates.gpu_hour + max(pool.cpus, 1) * rates.cpu_hour)
+        an_hour = pool.gpus * rates.gpu_hour + cores_held(stage, pool) * rates.cpu_hour
+        return seconds / 3600 * max(pool.workers, 1) * an_hour
 
 
 def _default_seconds(stage: Stage, rows: float, pool: Pool) -> float:

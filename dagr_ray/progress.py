@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from typing import TextIO
 
@@ -63,11 +64,34 @@ class Reporter:
         self.last = 0.0
         self.cached = 0
         self.started = time.time()
+        self.working, self.since = "", 0.0  # what is under way, in words, and since when
+        self.turn = threading.RLock()
+        if not quiet:
+            threading.Thread(target=self._remind, name="dagr-progress", daemon=True).start()
 
     def __call__(self, progress: Progress) -> None:
         if self.quiet:
             return
+        with self.turn:
+            self._tell(progress)
+
+    def _remind(self) -> None:
+        """Says what is under way where nothing has changed for long: a training, an index in one piece."""
+        while True:
+            time.sleep(EVERY_S / 10)
+            with self.turn:
+                if self.working and time.time() - max(self.last, self.since) >= EVERY_S:
+                    self._update(f"{self.working}, {duration(time.time() - self.since)} so far")
+
+    def _tell(self, progress: Progress) -> None:
         name = progress.stage.folder_name()
+        if progress.state in ("start", "running", "trials"):
+            if progress.state == "start" or not self.working:
+                self.since = time.time() - progress.seconds
+            trials = f"trials: {progress.shards} of {progress.of} done"
+            self.working = trials if progress.state == "trials" else f"{name}: {describe(progress)}"
+        elif progress.state != "trial" or progress.shards == progress.of:
+            self.working = ""
         if progress.state == "cached":
             self.cached += 1
         elif progress.state == "trial":
@@ -82,7 +106,7 @@ class Reporter:
                 self._update(f"{name}: {progress.of} shards")
         elif progress.state == "done":
             self._line(f"{name}: done in {duration(progress.seconds)}  {describe(progress)}")
-        elif self.live or time.time() - self.last >= EVERY_S:
+        elif progress.state == "running" and (self.live or time.time() - self.last >= EVERY_S):
             self._update(f"{name}: {describe(progress)}")
 
     def _line(self, text: str) -> None:
@@ -95,5 +119,6 @@ class Reporter:
             print(
                 f"\r\x1b[2K[{duration(time.time() - self.started)}] {text[:150]}", end="", file=self.stream, flush=True
             )
+            self.last = time.time()
         else:
             self._line(text)

@@ -20,6 +20,7 @@ from dagr_ray.artifact import Artifact, Attempt, Json, add_up
 from dagr_ray.bill import Rates
 from dagr_ray.cluster import Placement, Pool
 from dagr_ray.config import Config, ConfigError, fingerprints_held, from_json
+from dagr_ray.engines import cores_held
 from dagr_ray.worker import Inputs, Opener, Output, Run, StageFailed
 
 __all__ = ["Inputs", "Output", "Run", "Stage", "StageFailed", "materialize", "survey", "walk"]
@@ -110,7 +111,10 @@ def walk(*stages: Stage) -> list[Stage]:
 
 @dataclass
 class Progress:
-    """How far a stage is: sent to the observer of ``materialize`` at the start, after every shard and at the end."""
+    """How far a stage is: sent to the observer of ``materialize`` at the start, after every shard and at the end.
+
+    ``state`` is cached, start, running, done or failed; a study's own are trials (some under way) and trial (one ended).
+    """
 
     stage: Stage
     state: str
@@ -186,7 +190,11 @@ def _build(stage: Stage, inputs: Inputs, runs: str, placement: Placement, observ
                 "%s: rebuilding %d damaged shard(s): %s", folder.name, len(damaged), next(iter(damaged.values()))
             )
             folder.revoke(damaged)
-        _Builder(stage, inputs, folder, placement, observe).run()
+        try:
+            _Builder(stage, inputs, folder, placement, observe).run()
+        except BaseException:
+            observe(Progress(stage, "failed"))
+            raise
     return folder
 
 
@@ -209,7 +217,7 @@ class _Builder:
             pending=len(pending),
             of=len(plan["shards"]),
             placement=self.placement.to_json(),
-            holds=bill.holds(self.pool, self.stage.starts_workers),
+            holds=bill.holds(self.pool, self.stage.starts_workers, cores_held(self.stage, self.pool)),
         )
         progress = Progress(self.stage, "start", len(done), len(plan["shards"]), plan["rows"])
         for receipt in done.values():

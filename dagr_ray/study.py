@@ -12,6 +12,9 @@ import itertools
 import logging
 import os
 import platform
+import re
+import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -90,10 +93,15 @@ def load_job(path: str) -> Job:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
+    except ModuleNotFoundError as error:
+        from dagr_ray.doctor import pip_install
+
+        package = (error.name or "").partition(".")[0]
+        if not package or package == "dagr_ray" or importlib.util.find_spec(package) is not None:
+            raise ConfigError(f"{path}: {error}; mend the job file") from None
+        raise ConfigError(f"{path} imports {package}, which is not installed; run: {pip_install(package)}") from None
     except (ImportError, SyntaxError) as error:
-        raise ConfigError(
-            f"{path}: {type(error).__name__}: {error}; mend the job file or install what it imports"
-        ) from None
+        raise ConfigError(f"{path}: {type(error).__name__}: {error}; mend the job file") from None
     found = {n: f for n, f in vars(module).items() if inspect.isfunction(f) and f.__module__ == module.__name__}
     public = {name: function for name, function in found.items() if not name.startswith("_")}
     recipe = public.get(file.stem) or (next(iter(public.values())) if len(public) == 1 else None)
@@ -232,7 +240,7 @@ def run_study(
 
     def save() -> None:
         wall = earlier.get("wall_s", 0.0) + (time.time() - begun if worked else 0.0)
-        folder.write_json("study.json", _described(study, earlier, wall))
+        folder.write_json("study.json", _described(study, earlier, wall, worked))
         on_trial(folder)
 
     save()
@@ -249,14 +257,15 @@ def run_study(
     return folder
 
 
-def _described(study: Study, earlier: Json, wall: float) -> Json:
+def _described(study: Study, earlier: Json, wall: float, worked: bool) -> Json:
     return {
         "name": study.job.name,
         "job": study.job.path,
         "axes": study.axes,
         "defaults": study.job.values_by_default(),
         "created": earlier.get("created", time.time()),
-        "machine": _machine(),
+        # of a finished study that is only looked at again: where it was made
+        "machine": _machine() if worked else earlier.get("machine") or _machine(),
         "wall_s": wall,
         "trials": [trial.to_json() for trial in study.trials],
     }
@@ -264,7 +273,24 @@ def _described(study: Study, earlier: Json, wall: float) -> Json:
 
 def _machine() -> Json:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"cores": cores, "platform": platform.platform(), "python": platform.python_version()}
+    python = platform.python_version()
+    return {"cores": cores, "platform": platform.platform(), "python": python, "device": _device()}
+
+
+def _device() -> str:
+    """``4 x H200``: the GPUs of the cluster where Ray runs, else of this machine; ``no GPU`` where there is none."""
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        there = ray.cluster_resources()
+        kinds = [name.partition(":")[2] for name in there if name.startswith("accelerator_type:")]
+        gpus = int(there.get("GPU", 0))
+    elif shutil.which("nvidia-smi"):
+        said = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
+        kinds = re.findall(r"^GPU \d+: (.+?) \(", said, re.MULTILINE)
+        gpus = len(kinds)
+    else:
+        gpus, kinds = 0, []
+    return f"{gpus} x {', '.join(sorted(set(kinds))) or 'GPU'}" if gpus else "no GPU"
 
 
 def _tune(
@@ -286,15 +312,17 @@ def _tune(
             name=folder.name, storage_path=scratch, verbose=0, callbacks=[_watcher(by_name, observe, save)]
         ),
     )
-    results = tuner.fit()
+    try:
+        results = tuner.fit()
+    except BaseException:
+        observe(Progress(trials[0].card, "failed"))
+        raise
     for result in results:
         trial = by_name[result.config["trial"]] if result.config else None
         if trial is not None and result.error is not None:
             trial.state, trial.error = "failed", str(result.error).strip().splitlines()[-1][:500]
             log.error("trial %s (%s) failed: %s", trial.name, trial.params, trial.error)
     save()
-    import shutil
-
     shutil.rmtree(scratch, ignore_errors=True)
 
 

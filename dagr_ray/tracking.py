@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from dagr_ray import __version__
 from dagr_ray.artifact import Artifact, Json
+from dagr_ray.doctor import pip_install
 from dagr_ray.report.lineage import Folders
 from dagr_ray.report.summary import summarise
 
@@ -47,6 +48,11 @@ def store(runs: str) -> str | None:
     return os.environ.get("MLFLOW_TRACKING_URI") or (f"sqlite:///{folder.path}" if folder.local else None)
 
 
+def check() -> None:
+    """Raises ModuleNotFoundError where MLflow is not installed."""
+    import mlflow  # noqa: F401
+
+
 def mirror(runs: str, study_folder: str, uri: str | None = None) -> Mirrored:
     """Logs the finished trials of a study that the store lacks. Never raises for what the store does."""
     uri = uri or store(runs)
@@ -66,6 +72,9 @@ def mirror(runs: str, study_folder: str, uri: str | None = None) -> Mirrored:
             logging.getLogger("alembic").setLevel(logging.WARNING)
             logging.getLogger("mlflow").setLevel(logging.ERROR)
             _Pass(MlflowClient(tracking_uri=uri), runs, study_folder, result).run()
+    except ModuleNotFoundError as error:
+        package = (error.name or "mlflow").partition(".")[0]
+        result.problem = f"{package} is not installed; run: {pip_install(package)}"
     except Exception as error:  # any failure of a mirror is a line of text: the work is in the folders
         shown = " ".join(f"{type(error).__name__} at {uri}: {error}".split())
         result.problem = _without_password(shown)[:400]

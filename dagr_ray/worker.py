@@ -23,7 +23,7 @@ from dagr_ray import cluster
 from dagr_ray.artifact import Artifact, Damaged, Json, add_up
 from dagr_ray.cluster import Pool
 from dagr_ray.config import ConfigError
-from dagr_ray.engines import EngineDied
+from dagr_ray.engines import EngineDied, cores_held
 from dagr_ray.tries import DIED, STOPPED, Given, Mark, Range, Tries, Turns, Watchdog, narrow
 
 if TYPE_CHECKING:
@@ -178,6 +178,7 @@ class _Worker:
             "at": time.time(),
             "on": cluster.where(),
             "pid": os.getpid(),
+            "cpus": cores_held(self.stage, self.pool),
         }
         receipt = self.folder.commit(shard["shard"], output.tables, more, output.files)
         self.tries.forget(lost)
@@ -224,7 +225,7 @@ class _Worker:
                 output = self.run(start, stop)
             self.tries.forget([mark])
             return output
-        except (ConfigError, StageFailed, Damaged, KeyboardInterrupt) as stop:
+        except (ConfigError, StageFailed, Damaged, ModuleNotFoundError, KeyboardInterrupt) as stop:
             if not (isinstance(stop, KeyboardInterrupt) and mark.cause == HUNG):
                 self.tries.ended(mark, STOPPED, str(stop))
                 raise

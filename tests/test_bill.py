@@ -1,12 +1,14 @@
 """Bills beside what was really used: a server that counts its tokens, a clock around killed drivers, and sums."""
 
 import json
+import os
 import random
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import psutil
 import pytest
@@ -15,7 +17,11 @@ from dagr_ray import bill, report
 from dagr_ray.artifact import Artifact
 from dagr_ray.cluster import Placement, Pool, Prices, TokenPrices
 from dagr_ray.config import ConfigError, from_json
+from dagr_ray.engines.crop import CropEngine
 from dagr_ray.engines.openai import OpenAIServer
+from dagr_ray.engines.vllm import VLLM
+from dagr_ray.estimate import estimate
+from dagr_ray.models import smollm2
 from dagr_ray.recipes import augment, generator_named
 from dagr_ray.report import bills
 from dagr_ray.report.lineage import Folders
@@ -365,6 +371,43 @@ def test_a_stage_of_one_shard_that_takes_all_workers_is_billed_for_them(tmp_path
     receipt = {"counts": {"in": 1, "out": 1}, "cost": {"start_s": 1.0, "busy_s": 8.0, "idle_s": 0.5}}
     line = bill.shard_bill(receipt, attempt, rates)
     assert line["seconds"]["busy"] == 24 and line["usd"]["work"] == pytest.approx(28.5 * 0.12)
+
+
+class Wide(CropEngine):
+    """An engine that takes more cores than its pool asks Ray for."""
+
+    abstract: ClassVar[bool] = True
+    type: ClassVar[str] = "wide"
+
+    def cores(self, pool):
+        return 3.0
+
+
+def test_the_cores_that_an_engine_takes_are_billed_and_older_folders_still_are(tmp_path):
+    corpus = Beir(path=str(tiny_beir(tmp_path / "set")))
+    stage = Generate(corpus=corpus, strategy=Crop(), engine=Wide())
+    runs = str(tmp_path / "runs")
+    [guess] = list(estimate([stage], runs, HERE).values())
+    folder = materialize(stage, runs, HERE)
+    whole = adds_up(runs, folder.name)
+    assert whole["seconds"]["held_cpu"] == pytest.approx(3 * whole["seconds"]["held"])
+    assert whole["usd"]["total"] == pytest.approx(3 * whole["seconds"]["held"])  # at a dollar a second
+    assert guess["price"] == pytest.approx(3 * guess["seconds"])
+    # what was written before receipts told it
+    for path in Path(folder.path, "receipts").iterdir():
+        value = json.loads(path.read_text())
+        assert value.pop("cpus") == 3.0
+        path.write_text(json.dumps(value))
+    [log] = Path(folder.path, "attempts").iterdir()
+    log.write_text(log.read_text().replace('"cpus": 3.0', '"cpus": 1'))
+    older = bill.stage_bill(folder, folder.receipts().values(), bill.Rates(cpu_hour=3600.0))
+    assert older["seconds"]["held_cpu"] == pytest.approx(whole["seconds"]["held"])
+
+
+def test_vllm_on_a_cpu_takes_its_share_of_the_machine():
+    engine, cores = VLLM(model=str(smollm2())), len(os.sched_getaffinity(0))
+    assert engine.cores(Pool(workers=1, cpus=1)) == engine.cores(Pool(workers=0)) == cores
+    assert engine.cores(Pool(workers=cores)) == 1 and engine.cores(Pool(workers=1, cpus=cores + 2)) == cores + 2
 
 
 def test_the_page_and_the_terminal_show_cached_beside_computed_tokens(tmp_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dagr_ray.artifact import Artifact
-from dagr_ray.canary import GuardFailed, Guards, canaries, fly, leading_starts
+from dagr_ray.canary import GuardFailed, Guards, canaries, fly, leading_starts, promised_starts
 from dagr_ray.cluster import Placement, Pool
 from dagr_ray.config import ConfigError
 from dagr_ray.engines.crop import CropEngine
@@ -210,23 +210,33 @@ def starting(tmp_path_factory):
         tokenizer.save_pretrained(folder)
         shutil.copy(Path(smollm2()) / "config.json", folder)
         found[times] = folder
+    # what converted tokenizers look like whose own code added it
+    found["promised"] = tmp_path_factory.mktemp("promised") / "model"
+    shutil.copytree(found[0], found["promised"])
+    settings = json.loads((found[0] / "tokenizer_config.json").read_text())
+    (found["promised"] / "tokenizer_config.json").write_text(json.dumps(settings | {"add_bos_token": True}))
     return found
 
 
 def test_leading_start_tokens_are_counted_as_an_engine_adds_them(starting):
     from transformers import AutoTokenizer
 
-    for times, folder in starting.items():
+    for times, folder in list(starting.items())[:3]:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         assert leading_starts(tokenizer, "Each passage") == times
         assert leading_starts(tokenizer, tokenizer.bos_token + "user") == times + 1
         assert leading_starts(tokenizer, "a" + tokenizer.bos_token) == times
+        assert promised_starts(tokenizer, {}) == min(times, 1)
+        assert promised_starts(tokenizer, {"add_bos_token": True}) == 1
 
 
 @pytest.mark.parametrize(
-    ("times", "task", "passes"), [(1, "Ask.", True), (2, "Ask.", False), (1, "<|im_start|>", False)]
+    ("times", "task", "passes"),
+    [(1, "Ask.", True), (2, "Ask.", False), (1, "<|im_start|>", False), ("promised", "Ask.", False), (0, "Ask.", True)],
 )
-def test_two_start_tokens_stop_a_run_before_an_engine_starts(collection, tmp_path, starting, times, task, passes):
+def test_two_start_tokens_or_a_missing_one_stop_a_run_before_an_engine_starts(
+    collection, tmp_path, starting, times, task, passes
+):
     stages = asked(collection, VLLM(model=str(starting[times])), strategy=Promptagator(task=task))
     with pytest.raises(Exception) as caught:
         fly(stages, str(tmp_path), HERE, Guards())
@@ -236,8 +246,10 @@ def test_two_start_tokens_stop_a_run_before_an_engine_starts(collection, tmp_pat
         assert "weights" in str(caught.value) and began
     else:
         assert isinstance(caught.value, GuardFailed) and not began
-        assert "64 of 64 prompts begin with more than one start token" in str(caught.value)
-        assert len(caught.value.rows) == 3 and "2 x '<|im_start|>'" in caught.value.rows[0]
+        said = "without the start token" if times == "promised" else "with more than one start token"
+        assert f"64 of 64 prompts begin {said}" in str(caught.value) and "(none may)" in str(caught.value)
+        shown = "0 x '<|im_start|>'" if times == "promised" else "2 x '<|im_start|>'"
+        assert len(caught.value.rows) == 3 and shown in caught.value.rows[0]
 
 
 JOB = """

@@ -1,6 +1,8 @@
 """The command line as a person meets it: one-line errors, exit codes, fast help, previews and dry runs that cost nothing."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 import time
@@ -9,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from dagr_ray import cli, commands
+from dagr_ray.config import ConfigError
+from dagr_ray.study import load_job
 from tests.conftest import tiny_beir
 
 ROOT = Path(__file__).parent.parent
@@ -143,3 +147,83 @@ def test_values_may_follow_options(tmp_path) -> None:
     assert "generate-crop-" in done.stdout
     assert "unrecognized arguments: --wrong" in dagr("check", "jobs/beir.py", "--wrong", "volume=4").stderr
     assert dagr("ls", "volume=4").returncode == 2
+
+
+WITHOUT = """
+import os, sys
+from importlib.machinery import PathFinder
+
+class Without(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name == os.environ["WITHOUT"] else PathFinder.find_spec(name, path, target)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = Without
+"""
+
+
+def without(package: str, place: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """The command line in a Python, and with Ray workers, where a package is not installed."""
+    (place / "sitecustomize.py").write_text(WITHOUT)
+    paths = os.pathsep.join([str(place), str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
+    env = os.environ | {"PYTHONPATH": paths, "WITHOUT": package}
+    return subprocess.run([*DAGR, *words], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False, env=env)
+
+
+INDEX = """
+from dagr_ray.miners.dense import Dense
+from dagr_ray.models import minilm
+from dagr_ray.retriever import Encoder
+from dagr_ray.stages.corpus import Beir
+from dagr_ray.stages.retrieve import Index
+
+def index(data: str) -> Index:
+    return Index(corpus=Beir(path=data), miner=Dense(encoder=Encoder(model=str(minilm()), layers=1)))
+"""
+
+
+@pytest.mark.parametrize(
+    ("package", "words", "command"),
+    [
+        ("ray", ["run", "jobs/beir.py", "generator=crop", "volume=8"], "install 'ray[data,default,train,tune]==2.60.0'"),
+        # in a worker
+        ("sentence_transformers", ["run", "INDEX", "--placement", "POOL"], "install 'sentence-transformers[train]==6.2.0'"),
+        ("mlflow", ["track"], "install mlflow==3.17.2"),
+        ("pyarrow", ["run", "jobs/beir.py"], "install pyarrow"),
+    ],
+)  # fmt: skip
+def test_a_package_that_is_missing_is_named_with_its_command(tmp_path, package, words, command) -> None:
+    data, runs = tiny_beir(tmp_path / "set", docs=20), tmp_path / "runs"
+    (tmp_path / "index.py").write_text(INDEX)
+    (tmp_path / "pool.toml").write_text("[retrieve]\nworkers = 1\ncpus = 0.5\n")
+    (runs / "study-one").mkdir(parents=True)
+    files = {"INDEX": str(tmp_path / "index.py"), "POOL": str(tmp_path / "pool.toml")}
+    words = [files.get(word, word) for word in words]
+    more = [str(runs)] if words == ["track"] else [f"data={data}", "--runs", str(runs)]
+    done = without(package, tmp_path, *words, *more)
+    lines = done.stderr.strip().splitlines()
+    assert done.returncode == 2, done.stderr
+    assert lines[-1].startswith(f"dagr: error: {package} is not installed; run: ") and lines[-1].endswith(command)
+    assert "Traceback" not in done.stderr
+
+
+def test_a_job_that_imports_what_is_not_installed_is_told_the_command(tmp_path) -> None:
+    job = tmp_path / "mine.py"
+    for text, said in [
+        ("import no_such_package.inner", f"{job} imports no_such_package, which is not installed; run: "),
+        ("import dagr_ray.nothing", f"{job}: No module named 'dagr_ray.nothing'; mend the job file"),
+    ]:
+        job.write_text(text)
+        with pytest.raises(ConfigError, match=re.escape(said)):
+            load_job(str(job))
+
+
+def test_a_search_for_another_package_is_not_the_fault(capsys) -> None:
+    try:
+        try:
+            import no_such_package  # noqa: F401
+        except ImportError:
+            raise ValueError("the true fault")  # noqa: B904
+    except ValueError as error:
+        assert cli._explain(error) == 1
+    assert "the true fault" in capsys.readouterr().err

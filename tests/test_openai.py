@@ -17,6 +17,7 @@ from dagr_ray.stages.corpus import Beir
 from dagr_ray.stages.generate import Generate
 from dagr_ray.strategies import Prompt
 from dagr_ray.strategies.crop import Crop
+from dagr_ray.tables import unmarked
 from tests.conftest import tiny_beir
 from tests.endpoint import KEY, PASSING, SHORT, USAGE, ask, good, hang, reply, served, status
 
@@ -310,3 +311,22 @@ def test_nothing_is_imported_before_it_is_needed_and_nothing_is_left_behind():
         session.close()
         session.close()
     assert not session.thread.is_alive() and session.http.closed
+
+
+@pytest.mark.parametrize(
+    "marker",
+    "<|im_start|> <|eot_id|> <|start_header_id|> <|begin_of_text|> <｜begin▁of▁sentence｜> <｜User｜> <|turn> <turn|> [|user|]"
+    " <start_of_turn> <end_of_turn> <fim_prefix> <extra_id_0> <tool_call> <unused12> <s> </s> <bos> <eos> <pad> <unk> <sop>"
+    " [INST] [/INST] [SYSTEM_PROMPT] [TOOL_CALLS] [CLS] [SEP] [gMASK] <<SYS>> <</SYS>> <think> </think>".split(),
+)
+def test_a_special_token_that_a_text_spells_out_is_broken_and_the_text_can_still_be_read(marker):
+    for text in (marker, f"a{marker}b", f"{marker}{marker}", f"<{marker}>", f"<|a{marker}|>"):
+        broken = unmarked(text)
+        assert marker not in broken and "".join(broken.split()) == "".join(text.split())
+        assert unmarked(broken) == broken
+
+
+def test_other_brackets_are_left_alone():
+    text = "if a < b > c: x[0], List<int>, <b>bold</b> <a href='x'>, [1], [RFC 2119], a |> f <| g, <- ->, [A], std::map<K, V>"
+    assert unmarked(text) == text
+    assert len(unmarked("<|" * 200_000)) == 400_000  # in linear time

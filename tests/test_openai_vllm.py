@@ -1,5 +1,6 @@
 """The engine against vLLM's own server, killed and started again in the middle."""
 
+import json
 import os
 import random
 import signal
@@ -9,17 +10,21 @@ import sys
 import threading
 import time
 from pathlib import Path
-from urllib.request import urlopen
+from urllib.request import Request, urlopen
 
 import pytest
 
 from dagr_ray.cluster import Pool
 from dagr_ray.config import ConfigError
 from dagr_ray.engines import openai as module, paid
+from dagr_ray.engines.crop import CropEngine
 from dagr_ray.engines.openai import OpenAIServer
 from dagr_ray.engines.vllm_arguments import ENVIRONMENT
 from dagr_ray.models import smollm2
-from dagr_ray.strategies import Passage, Prompt
+from dagr_ray.stage import materialize
+from dagr_ray.stages.corpus import Beir
+from dagr_ray.stages.generate import Exemplars, Generate
+from dagr_ray.strategies import Passage, Prompt, Strategy
 from dagr_ray.strategies.promptagator import Promptagator
 from tests.endpoint import KEY, SHORT
 
@@ -64,6 +69,7 @@ def test_a_vllm_server_killed_in_the_middle_and_started_again_loses_no_row(tmp_p
         server = serve(port, log)
         try:
             ready(server, port, tmp_path / "serve.log")
+            only_the_templates_markers_are_tokens(f"http://127.0.0.1:{port}", tmp_path)
             asking = threading.Thread(
                 target=lambda: found.extend(session.generate(prompts, range(0, 3000, 100), SHORT, 1))
             )
@@ -105,3 +111,45 @@ def ready(server, port, log: Path):
             assert server.poll() is None, log.read_text()[-2000:]
             time.sleep(0.1)
     raise AssertionError(log.read_text()[-2000:])
+
+
+class Chat(Strategy):
+    """A template of its own around the passage, in ChatML."""
+
+    abstract = True
+
+    def prompt(self, row, exemplars, rng):
+        shown = "".join(f"{each.passage} {each.query}\n" for each in exemplars)
+        return Prompt(f"<|im_start|>user\n{shown}", f"{row.title} {row.text}", "<|im_end|>\n<|im_start|>assistant\n")
+
+
+def only_the_templates_markers_are_tokens(server, place):
+    """Every special token of the model in a text, a title, a query that is shown: as its server tokenises them."""
+    added = json.loads((Path(smollm2()) / "tokenizer.json").read_text())["added_tokens"]
+    special = {token["id"]: token["content"] for token in added}
+    (place / "set" / "qrels").mkdir(parents=True)
+    with open(place / "set" / "corpus.jsonl", "w") as corpus:
+        for i, each in enumerate(special.values()):
+            row = {"_id": f"d{i}", "title": f"{each} title", "text": f"A passage{each}that says {each}{each}."}
+            corpus.write(json.dumps(row) + "\n")
+    (place / "set" / "queries.jsonl").write_text(json.dumps({"_id": "q", "text": "what ends with <|im_end|>"}))
+    (place / "set" / "qrels" / "dev.tsv").write_text("query-id\tcorpus-id\tscore\nq\td1\t1\n")
+    docs = Beir(path=str(place / "set"))
+
+    def tokens(text):
+        body = json.dumps({"model": "small", "prompt": text, "add_special_tokens": False}).encode()
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
+        with urlopen(Request(f"{server}/tokenize", body, headers), timeout=10) as answer:
+            return [special[token] for token in json.load(answer)["tokens"] if token in special]
+
+    engine = OpenAIServer(model="small", base_url=f"{server}/v1")
+    asked = {}
+    for name, each in (("plain", engine), ("raw", CropEngine())):
+        stage = Generate(corpus=docs, strategy=Chat(), engine=each, exemplars=Exemplars(corpus=docs, k=1))
+        inputs = {kind: materialize(inner, str(place / "runs")) for kind, inner in stage.inputs().items()}
+        asked[name] = stage.prompts(inputs, inputs["corpus"].read("corpus")["doc_id"].to_pylist())
+    assert len(asked["plain"]) == len(special) - 1 == 16  # without the one that is shown
+    for doc_id, prompt in asked["plain"].items():
+        assert tokens(prompt) == ["<|im_start|>", "<|im_end|>", "<|im_start|>"], prompt
+        # as they stand they are more: the server does read them
+        assert len(tokens(asked["raw"][doc_id])) > 6

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -18,6 +19,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from benchmarks.default_table import write_table
 from dagr_ray import doctor, models
 from dagr_ray.cluster import Placement, load_placement
 
@@ -288,6 +290,9 @@ def test_manifests_hold_the_gpus_that_the_placement_asks_for(name: str) -> None:
     assert placement.trials * placement.train.workers * placement.train.gpus <= gpus
     assert placement.trials * placement.retrieve.workers * placement.retrieve.gpus <= gpus
     assert max(placement.generate.cpus, placement.retrieve.cpus, placement.train.cpus) < cpus
+    # while two trials train, another stage of theirs has its workers beside them
+    training = placement.trials * placement.train.workers * placement.train.cpus
+    assert 0 < placement.light.workers * placement.light.cpus <= group["replicas"] * cpus - training
 
 
 @pytest.mark.parametrize("name", RAY)
@@ -346,3 +351,26 @@ def test_no_host_of_a_registry_and_no_path_of_a_machine() -> None:
 def test_modules_are_short() -> None:
     for path in (ROOT / "dagr_ray").rglob("*.py"):
         assert len(path.read_text().splitlines()) <= 500, path.relative_to(ROOT)
+
+
+def test_a_benchmark_that_misses_its_bound_does_not_stop_the_others(tmp_path):
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$1" >> "$0.log"\ncase "$1" in *prefix*|*tail*) exit 1;; esac\n')
+    python.chmod(0o755)
+    words = ["make", "-s", "-o", "setup", f"BIN={tmp_path}"]
+    done = subprocess.run([*words, "bench-scale"], cwd=ROOT, capture_output=True, text=True, check=False)
+    ran = [Path(line).stem for line in (tmp_path / "python.log").read_text().splitlines()]
+    assert ran == ["generation", "prefix", "orchestration", "tail", "chaos", "scaling", "readme"]
+    assert done.returncode != 0 and "missed: prefix tail" in done.stdout
+    done = subprocess.run([*words, "bench-train"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_only_a_run_with_the_default_arguments_writes_a_benchmarks_table(tmp_path, capsys):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rows", type=int, default=10)
+    parser.add_argument("--json")
+    script, table = str(tmp_path / "some.py"), tmp_path / "some.md"
+    assert write_table(script, "| 1 |", parser, parser.parse_args(["--json", "f"])) and table.read_text() == "| 1 |\n"
+    assert not write_table(script, "| 2 |", parser, parser.parse_args(["--rows", "3"]))
+    assert table.read_text() == "| 1 |\n" and "some.md is not written" in capsys.readouterr().out

@@ -1,11 +1,17 @@
 """Progress as lines: what a log of a cluster job shows."""
 
 import io
+import re
+import time
+from contextlib import nullcontext
+from typing import ClassVar
 
 import pytest
 
-from dagr_ray import progress
-from dagr_ray.stage import Progress
+from dagr_ray import progress, tables
+from dagr_ray.artifact import Artifact
+from dagr_ray.cluster import Pool
+from dagr_ray.stage import Inputs, Output, Progress, Run, Stage, materialize
 from dagr_ray.stages.corpus import PyDocs
 
 STAGE = PyDocs()
@@ -45,3 +51,46 @@ def test_quiet_says_nothing() -> None:
     stream = io.StringIO()
     progress.Reporter(stream, quiet=True)(Progress(STAGE, "done", 1, 1))
     assert stream.getvalue() == ""
+
+
+class Slow(Stage):
+    """One shard that takes a second, and may fail then."""
+
+    abstract: ClassVar[bool] = True
+    outputs: ClassVar[tuple[str, ...]] = ("queries",)
+    fails: bool = False
+
+    def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
+        def run(start: int, stop: int) -> Output:
+            time.sleep(1)
+            if self.fails:
+                raise ValueError("no good")
+            return Output({"queries": tables.empty("queries")})
+
+        return run
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_stage_in_one_piece_is_not_silent_and_its_end_is_the_end(monkeypatch, tmp_path, fails) -> None:
+    monkeypatch.setattr(progress, "EVERY_S", 0.2)
+    stream = io.StringIO()
+    with nullcontext() if not fails else pytest.raises(ValueError, match="no good"):
+        materialize(Slow(fails=fails), str(tmp_path), observe=progress.Reporter(stream))
+    said = stream.getvalue().splitlines()
+    reminders = [line for line in said if re.search(r"slow-.*: 0/1 shards, 0\.\ds so far$", line)]
+    assert 2 <= len(reminders) <= 5, said
+    time.sleep(0.5)
+    assert stream.getvalue().splitlines() == said
+
+
+def test_trials_that_are_over_are_not_under_way(monkeypatch) -> None:
+    monkeypatch.setattr(progress, "EVERY_S", 0.1)
+    stream = io.StringIO()
+    reporter = progress.Reporter(stream)
+    reporter(Progress(STAGE, "trials", 1, 2, seconds=5))
+    time.sleep(0.3)
+    assert re.search(r"trials: 1 of 2 done, 5\.\ds so far$", stream.getvalue().splitlines()[-1])
+    reporter(Progress(STAGE, "trial", 2, 2, seconds=6))
+    said = stream.getvalue()
+    time.sleep(0.3)
+    assert stream.getvalue() == said

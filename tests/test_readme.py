@@ -64,10 +64,16 @@ def test_commands_work_on_a_collection(verb: str, tmp_path: Path) -> None:
 
 
 def test_the_python_of_the_readme_runs(tmp_path: Path) -> None:
+    """Its study without the arm that is trained: what two baselines have to go through is all but training."""
     code = "\n".join(body for kind, body in BLOCKS if kind == "python")
-    done = _run([sys.executable, "-c", code], tmp_path)
+    assert "volume=0,1000" in code
+    tiny_beir(tmp_path / "my-collection")
+    (tmp_path / "jobs").symlink_to(ROOT / "jobs")
+    done = _run([sys.executable, "-c", code.replace("volume=0,1000", "volume=0")], tmp_path)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split()[0]) > 2000
+    assert "nDCG@10" in done.stdout and "bm25" in done.stdout.lower()
+    assert any((tmp_path / "runs").glob("study-beir-*/study.json"))
 
 
 def test_paths_and_links_of_the_readme_exist() -> None:

@@ -1,5 +1,6 @@
 """The mirror on a real MLflow store: complete, repeatable, interrupted, two at once, and a server that does not answer."""
 
+import os
 import shutil
 import socket
 import subprocess
@@ -13,6 +14,7 @@ from mlflow import MlflowClient
 
 from dagr_ray import report, tracking
 from dagr_ray.artifact import Artifact
+from tests.conftest import tiny_beir
 from tests.studies import made_study
 
 ROOT = Path(__file__).parent.parent
@@ -103,3 +105,40 @@ def test_runs_on_an_object_store_need_a_server(monkeypatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setattr(Artifact, "local", False)
     assert "set MLFLOW_TRACKING_URI" in (tracking.mirror("/nowhere/runs", "study-x").problem or "")
+
+
+def test_a_study_beside_a_dead_server_ends_well_and_is_logged_later(tmp_path) -> None:
+    data, runs = tiny_beir(tmp_path / "set"), str(tmp_path / "runs")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        dead = f"http://127.0.0.1:{free.getsockname()[1]}"
+    store = f"sqlite:///{tmp_path / 'mlflow.db'}"
+
+    def dagr(uri: str, *words: str) -> subprocess.CompletedProcess[str]:
+        env = os.environ | {"MLFLOW_TRACKING_URI": uri}
+        words = (sys.executable, "-m", "dagr_ray.cli", *words)
+        return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False, env=env, timeout=200)
+
+    done = dagr(dead, "study", "jobs/beir.py", f"data={data}", "volume=0", "--runs", runs, "--quiet")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert f"run `dagr track {runs}` later" in done.stderr and "not tracked: " in done.stderr and dead in done.stderr
+    assert "page: " in done.stdout and "mlflow:" not in done.stdout
+    assert dagr(dead, "track", runs).returncode == 1
+    done = dagr(store, "track", runs)
+    assert done.returncode == 0 and "1 parent and 2 child runs logged, 0 were there" in done.stdout, done.stdout
+    client = MlflowClient(store)
+    found = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    parent, *children = sorted(found, key=lambda run: run.data.tags.get("dagr.trial", ""))
+    assert parent.info.status == "FINISHED" and [f.path for f in client.list_artifacts(parent.info.run_id)] == [
+        "report.html"
+    ]
+    for child in children:
+        run_id = child.info.run_id
+        [folder] = client.list_artifacts(run_id, "runs")
+        [file] = client.list_artifacts(run_id, folder.path)
+        assert Path(file.path).name == "run.trec"
+        local = Path(client.download_artifacts(run_id, file.path, str(tmp_path)))
+        written = Artifact(runs, child.data.tags["dagr.folder"]).manifest["inputs"]["evaluations.0"]
+        assert local.read_bytes() == Path(runs, written, "run.trec").read_bytes() != b""
+        assert any(name.endswith("nDCG_10") for name in child.data.metrics)
+    assert {child.data.params["kind"] for child in children} == {"bm25", "frozen"}

@@ -94,6 +94,8 @@ class Engine(Config):
     """Base of the engines. What changes the text (model, dtype, quantisation) is a field."""
 
     abstract: ClassVar[bool] = True
+    # Prompts are tokenised elsewhere, where a special token that a passage spells out may become one.
+    reads_markers: ClassVar[bool] = False
 
     def open(self, pool: Pool) -> Session:
         """Loads the model in this process (or in processes of its own). Raises ConfigError naming cause and remedy."""
@@ -102,6 +104,10 @@ class Engine(Config):
     def model_name(self) -> str:
         """What ``lineage`` calls the model."""
         return self.type
+
+    def cores(self, pool: Pool) -> float:
+        """How many of this machine's cores an opened engine takes, for its bill; those of the pool unless it says more."""
+        return max(pool.cpus, 1)
 
     def token_prices(self, prices: Prices) -> TokenPrices | None:
         """What tokens cost where they are all that is paid for; None where it is the time of machines."""
@@ -112,3 +118,9 @@ class Engine(Config):
 
         With a pool, also what is wrong with the pool for this engine.
         """
+
+
+def cores_held(stage: object, pool: Pool) -> float:
+    """Cores that a worker takes for a stage: those of its engine, or of its teacher's, and else the pool's."""
+    engine = getattr(stage, "engine", None) or getattr(getattr(stage, "teacher", None), "engine", None)
+    return engine.cores(pool) if isinstance(engine, Engine) else max(pool.cpus, 1)

@@ -53,6 +53,8 @@ class OpenAIServer(Engine):
     sends no key); the key itself is no field. A passage is cut at its end to ``passage_characters``; a prompt that is
     still too long is an error of its row. The limits hold for a stage: each of the pool's workers has an equal share.
 
+    A special token that data spells out (``</s>`` in a passage) is broken by a space; the strategy's own words are not.
+
     Log-probabilities are asked for until the server refuses a request because of them.
 
     Every sample is a request with a seed of its own. ``one_request`` asks for all samples of a prompt at once, with the
@@ -68,6 +70,8 @@ class OpenAIServer(Engine):
 
     abstract: ClassVar[bool] = False
     type: ClassVar[str] = "openai"
+    version: ClassVar[int] = 2  # special tokens spelled out in data are broken
+    reads_markers: ClassVar[bool] = True
     model: Annotated[str, Field(min_length=1)]
     revision: str | None = None
     allow_plain_http: bool = False

@@ -104,6 +104,10 @@ class VLLM(Engine):
         name = f"{self.model}@{self.revision}" if self.revision else self.folder.name
         return f"{name}+{Path(self.lora).name}" if self.lora else name
 
+    def cores(self, pool: Pool) -> float:
+        """Without a GPU it computes on all cores that its machine has for it, whatever Ray was asked for."""
+        return float(_threads(pool)) if on_cpu() else super().cores(pool)
+
     def check(self, pool: Pool | None = None) -> None:
         """Raises ConfigError for what can be known to be wrong before anything starts, on a pool where one is given."""
         _check_installed()
@@ -341,6 +345,12 @@ class _Session:
         _release()
 
 
+def _threads(pool: Pool) -> int:
+    """What the placement gives a worker, or its share of a machine that has more."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(int(pool.cpus), cores // max(pool.workers, 1), 1)
+
+
 def start(config: VLLM, pool: Pool) -> Any:
     """The ``vllm.LLM`` of a config, in this process, to be stepped by the calling thread. Raises what vLLM raises."""
     prepare_environment()
@@ -348,9 +358,7 @@ def start(config: VLLM, pool: Pool) -> Any:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     if config.folder.is_dir():
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    # what the placement gives a worker, or its share of a machine that has more
-    threads = max(int(pool.cpus), cores // max(pool.workers, 1), 1)
+    threads = _threads(pool)
     arguments = config.arguments(pool)
     with _undone():
         # Ray sets one thread for each CPU that a worker asks for; torch and vLLM's kernels read it when they are loaded

@@ -213,6 +213,9 @@ class Generate(Stage):
         """What to ask of the passages, and those that nothing is asked of. ``start`` is the first part of all ids."""
         asked, rejected, dice, strategies = _Asked(), tables.Rejected(), Dice(), self.strategy.asked()
         apart = any(strategy.draws() for strategy in strategies)
+        plain = tables.unmarked if self.engine.reads_markers else None
+        if plain:
+            shown = tuple(Exemplar(plain(each.passage), plain(each.query)) for each in shown)
         for doc_id, title, text, *more in zip(*map(tables.texts, tables.asked_about(corpus).columns), strict=True):
             if doc_id in held_out:
                 rejected.add(doc_id, "exemplar", "held-out")
@@ -226,6 +229,8 @@ class Generate(Stage):
             asked.contents.append(content)
             asked.seeds.append(seed)
             passage = Passage(doc_id, title or "", text, *more)
+            if plain:
+                passage = Passage(doc_id, *(plain(each or "") for each in passage[1:]))
             # side by side, so that what they have in common is still in the engine's cache
             if apart:
                 each = enumerate(drawn(strategies, dice, seed, self.samples))
