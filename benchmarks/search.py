@@ -91,8 +91,9 @@ def approximated(queries: np.ndarray, index: VectorIndex, exact_s: float) -> lis
             built = time.perf_counter() - began
             find = approximate.opened(method, index, Path(folder) / approximate.FILE)
             began = time.perf_counter()
-            found = approximate.recall(find(queries, K), truth)
+            hits = find(queries, K)
             rate = len(queries) / (time.perf_counter() - began)
+            found = approximate.recall(hits, truth)
             size = (Path(folder) / approximate.FILE).stat().st_size / len(index)
         lines.append(
             f"| `{method.type}` | {found:.3f} | {rate:,.0f} | {len(queries) / exact_s:,.0f} | {built:.0f} | {size:.0f} |"

@@ -132,7 +132,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as runs:
         toy = Cropped(n=BATCH * (args.steps + 2))
         folder = materialize(toy, runs)
-        ours(folder, encoder, 2)  # what is done once in a process
+        for train in (ours, theirs):
+            train(folder, encoder, 2)  # what is done once in a process
         for _ in range(args.rounds):
             rate, counts = ours(folder, encoder, args.steps)
             rates["ours"].append(rate)
@@ -141,7 +142,8 @@ def main() -> int:
         connect()
         for round_ in range(args.rounds):
             for name, pool in (("two", Pool(workers=2, cpus=1)), ("one", Pool(workers=1, cpus=2))):
-                rates[name].append(staged(toy, encoder, args.steps, pool, round_, runs))
+                # a runs folder each: in one, the second would find what the first has made
+                rates[name].append(staged(toy, encoder, args.steps, pool, round_, f"{runs}/{name}"))
     beside = statistics.median(a / b for a, b in zip(rates["ours"], rates["theirs"], strict=True))
     spread = statistics.median(a / b for a, b in zip(rates["two"], rates["one"], strict=True))
     middle = {name: statistics.median(each) for name, each in rates.items()}

@@ -47,6 +47,7 @@ from dagr_ray.training.losses import KL, InfoNCE, Loss
 
 Rung = Literal["in-batch", "mined", "teacher", "filters"]
 RUNGS: tuple[Rung, ...] = get_args(Rung)
+JUDGED = 100  # passages of a query that count: R@100 is the deepest measure
 
 if TYPE_CHECKING:
     from dagr_ray.stages.train import Train
@@ -259,13 +260,15 @@ def climb(
     * ``teacher`` and ``filters``: and ``negatives`` of them, which are learnt in the order and at the distances that a
       teacher finds (listwise KL, as in Ren et al., arXiv 2110.07367), with a tenth of the in-batch loss.
 
-    The teacher is, unless another is given, the weighted mean of BM25's and ``base``'s z-scores. ``filters`` differs from
+    The teacher is, unless another is given, the weighted mean of BM25's and ``base``'s z-scores; another's scores are
+    logits, as a cross-encoder's are, and so at a temperature of 1. ``filters`` differs from
     ``teacher`` in the queries that are given: see ``filtered``. Several sources are blended by weight (``Blend``). Queries
     that resemble the test queries of ``held_out`` are left out.
     """
     queries = [_clean(each, held_out, base) for each in sources]
     examples = [_examples(rung, each, corpus, base, negatives, teacher) for each in queries]
-    distilled: tuple[Loss, ...] = (KL(), InfoNCE(weight=0.1))
+    kl = KL() if teacher is None else KL(teacher_temperature=1.0)
+    distilled: tuple[Loss, ...] = (kl, InfoNCE(weight=0.1))
     losses = (InfoNCE(),) if rung in ("in-batch", "mined") else distilled
     if len(sources) == 1:
         return Take(mined=examples[0], n=n), queries[0], losses
@@ -312,6 +315,7 @@ def judge(
     ``prefixes`` gives a set its own query and passage prefixes in place of the encoder's, as models with instructions
     want them (``{"arguana": ("query: ", "query: ")}``); BM25 has none.
 
+    The best 100 passages of a query count; one more is searched, because a query that is a passage itself is taken out.
     With ``leaks`` (a ``LeakGate``) each set is there twice: as it is, and as ``NAME-untouched`` without the queries that
     the training data resembles.
     """
@@ -321,9 +325,10 @@ def judge(
     evaluations = []
     for position, (name, data) in enumerate(sets.items()):
         own = _prefixed(miner, prefixes[name]) if prefixes and name in prefixes else miner
-        search = Search(index=Index(corpus=data, miner=own, trained=trained), queries=data, split=split, depth=100)
+        index = Index(corpus=data, miner=own, trained=trained)
+        search = Search(index=index, queries=data, split=split, depth=JUDGED + 1)
         held_out = exclude if position == 0 else None
-        evaluations.append(Evaluate(search=search, data=data, split=split, exclude=held_out, name=name))
+        evaluations.append(Evaluate(search=search, data=data, split=split, exclude=held_out, name=name, depth=JUDGED))
     if leaks is not None:
         clean = [each.model_copy(update={"name": f"{each.name}-untouched", "leaks": leaks}) for each in evaluations]
         evaluations += clean

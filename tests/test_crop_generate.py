@@ -206,6 +206,15 @@ def test_no_such_split_means_no_exemplars(data, tmp_path):
     assert materialize(stage, str(tmp_path), HERE).count("generations") == 120
 
 
+def test_another_split_shows_exemplars_where_the_first_is_not_there(data, tmp_path):
+    runs = str(tmp_path)
+    fallen = materialize(Exemplars(corpus=data, split="train", otherwise="dev", k=3), runs, HERE).read("exemplars")
+    assert fallen.equals(materialize(Exemplars(corpus=data, k=3), runs, HERE).read("exemplars")) and len(fallen) == 3
+    first = materialize(Exemplars(corpus=data, k=3, otherwise="test"), runs, HERE).read("exemplars")
+    assert first.equals(fallen), "the first split is there"
+    assert "otherwise" not in Exemplars(corpus=data).identity()
+
+
 def test_preview_prompts_are_those_that_are_sent(data, tmp_path):
     import hashlib
 

@@ -1,15 +1,23 @@
 """Measures against pytrec_eval itself, and what an evaluation leaves out."""
 
+import json
 import random
+from collections import Counter
 
 import pytest
 import pytrec_eval
 
 from dagr_ray import tables
+from dagr_ray.cluster import Placement, Pool
 from dagr_ray.config import ConfigError
 from dagr_ray.index import best_first
+from dagr_ray.miners.dense import Dense
+from dagr_ray.recipes import judge
 from dagr_ray.stage import Output, Stage, materialize
+from dagr_ray.stages.corpus import Beir
 from dagr_ray.stages.evaluate import MEASURES, Evaluate, Scorecard, measure
+from tests.conftest import tiny_beir
+from tests.toys import tiny
 
 
 def test_measures_equal_pytrec_eval_with_ties():
@@ -108,6 +116,27 @@ def test_a_query_is_no_answer_to_itself_unless_judged(tmp_path):
     rows = [(r["query_id"], r["doc_id"], r["rank"]) for r in made.read("candidates").to_pylist()]
     assert ("7", "a", 1) in rows and ("7", "7", 1) not in rows
     assert not any(query_id == "train-query" for query_id, _, _ in rows)
+
+
+def test_depth_counts_after_the_query_itself_is_taken_out(tmp_path):
+    made = evaluated(tmp_path, depth=1)
+    rows = {(r["query_id"], r["doc_id"]) for r in made.read("candidates").to_pylist()}
+    assert ("7", "a") in rows, "the query itself took a passage's place"
+    assert ("q1", "b") not in rows and of(made, "R@100")["q2"] == 0.5
+    assert Evaluate(search=Judged(), data=Judged()).identity().keys().isdisjoint({"depth", "leaks"})
+
+
+def test_a_query_that_is_a_passage_has_as_many_hits_as_others(tmp_path):
+    root = tiny_beir(tmp_path / "set", docs=110)
+    first = json.loads((root / "corpus.jsonl").read_text().splitlines()[20])
+    with open(root / "queries.jsonl", "a") as queries:  # as in ArguAna
+        queries.write(json.dumps({"_id": "d20", "text": f"{first['title']} {first['text']}"}) + "\n")
+    (root / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nd20\td21\t1\nq22\td22\t1\n")
+    card = judge({"set": Beir(path=str(root))}, Dense(encoder=tiny()))
+    materialize(card, str(tmp_path), Placement(light=Pool(workers=0), retrieve=Pool(workers=0)))
+    judged = card.evaluations[0].folder(str(tmp_path))
+    assert judged.manifest["counts"]["itself"] == 1
+    assert Counter(judged.read("candidates")["query_id"].to_pylist()) == {"d20": 100, "q22": 100}
 
 
 def test_exemplars_are_left_out_by_id_and_by_wording(tmp_path):

@@ -9,6 +9,7 @@ from dagr_ray.recipes import RUNGS
 from dagr_ray.stage import materialize, walk
 from dagr_ray.stages.blend import Blend, Human
 from dagr_ray.stages.generate import Generate
+from dagr_ray.stages.label import Label
 from dagr_ray.stages.leak import LeakGate
 from dagr_ray.stages.mine import Relabel
 from dagr_ray.stages.select import Select
@@ -52,6 +53,16 @@ def test_a_rung_adds_to_the_one_below_and_all_share_their_generation(data):
     same = [of(arms["teacher", base], Train)[0].examples.fingerprint() for base in ("minilm", "scratch")]
     assert same[0] == same[1], "the bases learn from different examples"
     assert len(JOB.read_text().splitlines()) <= 60
+
+
+def test_a_cross_encoder_may_be_the_teacher(data, tmp_path):
+    (tmp_path / "reranker").mkdir()
+    (tmp_path / "reranker" / "model.safetensors").write_bytes(b"weights")
+    trials = planned(data, "rung=mined,filters", "base=minilm", f"teacher={tmp_path / 'reranker'}")
+    mined, filters = (t.card for t in trials if t.kind == "augmented")
+    assert not of(mined, Label)
+    assert [each.teacher.type for each in of(filters, Label)] == ["cross-encoder"]
+    assert of(filters, Train)[0].losses[0].teacher_temperature == 1.0
 
 
 def test_people_join_by_their_share(data):

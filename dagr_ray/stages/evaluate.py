@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from dagr_ray import tables, trec
 from dagr_ray.artifact import Artifact
@@ -62,6 +62,8 @@ class Evaluate(Stage):
     judged as one; a judged query without results scores 0. Queries of ``exclude`` (exemplars that stood in a prompt),
     by id or by the same wording, are left out and counted: the model was made from them. With ``leaks`` (a ``LeakGate``)
     so are those that training queries or exemplars resemble; without, they count.
+
+    ``depth`` is how many passages of a query count, once the query itself is taken out: search one more, as BEIR does.
     """
 
     abstract: ClassVar[bool] = False
@@ -73,13 +75,14 @@ class Evaluate(Stage):
     exclude: Stage | None = None
     leaks: Stage | None = None
     name: str = "data"
+    depth: Annotated[int, Field(ge=1)] | None = None
 
     def label(self) -> str:
         return "".join(c if c.isalnum() else "_" for c in f"{self.name}_{self.split}".lower())[:40]
 
     def identity(self) -> dict[str, Any]:
-        """Without ``leaks`` where there are none: such an evaluation is what it was before there was a gate."""
-        return {k: v for k, v in super().identity().items() if k != "leaks" or v is not None}
+        """Without ``leaks`` and ``depth`` where they are not set: such an evaluation is what it was before there were these."""
+        return {k: v for k, v in super().identity().items() if k not in ("leaks", "depth") or v is not None}
 
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
         def run(start: int, stop: int) -> Output:
@@ -89,6 +92,7 @@ class Evaluate(Stage):
             if not qrels:
                 raise ConfigError(f"evaluate: split = {self.split!r} of {inputs['data'].name} has no judged query left")
             ranked, itself = rankings(inputs["search"].read("candidates"), qrels)
+            ranked = {query_id: hits[: self.depth] for query_id, hits in ranked.items()}
             candidates = _table(ranked)
             lines = trec.run_lines(
                 zip(*(c.to_pylist() for c in candidates.columns), strict=True), self.search.label() or "dagr"

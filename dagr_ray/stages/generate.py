@@ -30,6 +30,8 @@ READS = {"corpus": "passages", "pairs": "Pairs or Linked"}
 class Exemplars(Stage):
     """Up to ``k`` human queries of a split with their passages, to show in prompts; none where there is no such split.
 
+    ``otherwise`` names the split that is taken where the first is not there: some collections have no dev split.
+
     Drawn by hash, one for a passage. Passages of up to ``max_words`` words come first, longer ones are cut to that;
     then the highest grade, and queries that share ``grounded`` of their words (of four letters or more) with the
     passage. A small model copies a query that could stand under any passage: with one such among four, it wrote
@@ -44,14 +46,21 @@ class Exemplars(Stage):
     seed: int = 0
     max_words: Annotated[int, Field(ge=8)] = 60
     grounded: Annotated[float, Field(ge=0, le=1)] = 0.5
+    otherwise: str | None = None
 
     def label(self) -> str:
         return f"{self.split}{self.k}"
 
+    def identity(self) -> dict[str, Any]:
+        """Without ``otherwise`` where it is not set: such exemplars are what they were before there was this."""
+        return {k: v for k, v in super().identity().items() if k != "otherwise" or v is not None}
+
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
         def run(start: int, stop: int) -> Output:
-            source, name = inputs["corpus"], f"qrels.{self.split}"
-            if name not in source.table_names():
+            source = inputs["corpus"]
+            there = [f"qrels.{split}" for split in (self.split, self.otherwise) if split]
+            name = next((name for name in there if name in source.table_names()), None)
+            if name is None:
                 return Output({"exemplars": tables.empty("exemplars")}, counts={"in": 0, "out": 0})
             judged = [row for row in source.read(name).to_pylist() if row["relevance"] > 0]
             text_of = {row["query_id"]: row["text"] for row in source.read("queries").to_pylist()}
