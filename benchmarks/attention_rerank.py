@@ -161,6 +161,9 @@ def main() -> int:
     sets: dict[str, Stage] = {} if args.only else {"pydocs-stdlib": PyDocs(part="stdlib")}
     sets |= {Path(folder).name: Beir(path=folder) for folder in args.folders}
     with tempfile.TemporaryDirectory() as runs:
+        for name, data in sets.items():
+            if not {"qrels.dev", "qrels.train"} & set(materialize(data, runs).table_names()):
+                parser.error(f"{name} has judgements of neither dev nor train, on which heads are found; leave it out")
         found = []
         for name, data in sets.items():
             found.append(compare(name, data, args, runs))

@@ -1,137 +1,197 @@
 """Strategy by strategy: rows asked, parsed and accepted, their cost, what they are like, and what a retriever learns from 500.
 
-    python benchmarks/catalogue.py [DATA ...] [--strategies a,b] [--volume 500] [--passages 800] [--runs DIR]
+    python benchmarks/catalogue.py [DATA ...] [--strategies a,b] [--volume 500] [--passages N] [--runs DIR] [--page FILE]
 
 Runs ``dagr study jobs/catalogue.py`` on Python's documentation and on each DATA, a BEIR folder, and writes
-docs/catalogue.md. Every number comes from a folder of the study. Exits 1 where a strategy has no line.
+docs/catalogue.md, anew after each study. Every number comes from a folder of the study: with ``--runs``, a run that was
+stopped goes on where it was. A strategy that the model cannot do has a row that says so. Exits 1 where the study of a
+collection has no row with a score at all.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-import subprocess
+import os
 import sys
-import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dagr_ray import report
-from dagr_ray.catalogue import Arm, arm, strategy_named, teacher_scores
-from dagr_ray.cluster import Placement
-from dagr_ray.engines.vllm import VLLM
-from dagr_ray.models import minilm, smollm2
-from dagr_ray.report.verdict import dollars, signed
-from dagr_ray.retriever import Encoder
-from dagr_ray.stage import materialize
-from dagr_ray.stages.corpus import Beir, PyDocs, Sample
-from dagr_ray.stages.generate import Exemplars
-from dagr_ray.stages.mix import Describe
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
-ROOT = Path(__file__).parent.parent
+from benchmarks.results import ALONE, ROOT, commit, run
+from dagr_ray import report
+from dagr_ray.artifact import Artifact
+from dagr_ray.catalogue import Arm, teacher_scores
+from dagr_ray.cluster import Placement, Pool
+from dagr_ray.report.lineage import Folders
+from dagr_ray.report.verdict import dollars, duration, p_text, signed
+from dagr_ray.retriever import Encoder
+from dagr_ray.stage import Stage, materialize, walk
+from dagr_ray.stages.corpus import Beir, PyDocs
+from dagr_ray.stages.generate import Generate
+from dagr_ray.stages.mix import Describe
+from dagr_ray.stages.select import Take
+from dagr_ray.stages.train import Train
+from dagr_ray.study import Job, load_job
+
+HERE = Placement(generate=Pool(workers=0))
 Json = dict[str, Any]
+STRATEGIES = (
+    "crop,promptagator,inpars,typed,persona,prefix,multi-hop,task-triple,hyde,hard-negative,counterfactual,paraphrase,"
+    "simplify,translate,translate-passage,noisy"
+)
 HEAD = """# The catalogue, measured
 
 Written by `benchmarks/catalogue.py`. Each strategy is asked about the same passages; a retriever (MiniLM) is trained on up to
 {volume} accepted rows of it, one epoch, with the same settings for all. The generator is SmolLM2-135M: what it cannot do shows
-as a low share of answers that parse, and says nothing about a larger model. Intervals are 95 %, paired by query.
+as a low share of answers that parse, and says nothing about a larger model. Intervals are 95 %, paired by query. Training
+queries that resemble test queries are left out by the leak gate.
 
-* *asked*: completions; *parsed*: texts that came out of them; *accepted*: those that all filters keep (texts that are no
-  queries pass no filter but the parser). *$/1,000* is for accepted ones, all that their stages cost included.
-* *distinct-2*, *overlap*: of the queries that were accepted (the share of a query's words that its passage has).
+* *asked*: completions; *parsed*: those out of which something came; *accepted*: training rows that all filters keep (texts
+  that are no queries pass no filter but the parser, and rows with a query of Promptagator's only where that was accepted).
+* *$/1,000* is for accepted rows, all that their stages cost included: for strategies that rewrite, also Promptagator's.
+* *distinct-2*, *overlap*, *spread*: of the rows' queries (the share of a query's words that its passage has; one minus the
+  mean cosine of two of them). *form distance*: from people's mix of questions, keywords and statements on the dev split.
 * *teacher*: the mean score of the rows' passages by the hybrid teacher, 0.6 and 0.4 of BM25's and the base's z-scores among
   a query's 100 best.
+* *rows*: those trained on, with ▽ where fewer than {volume} were there, so that the row is not to be compared with the others.
 * *gain*: nDCG@10 over the frozen base on the test split; *p* is Holm's over the table.
 """
+COLUMNS = (
+    "strategy", "asked", "parsed", "accepted", "$/1,000", "distinct-2", "overlap", "spread", "form distance", "teacher",
+    "rows", "nDCG@10", "gain", "p",
+)  # fmt: skip
 
 
-def study(data: str | None, runs: str, args: argparse.Namespace) -> Json:
-    """Runs the study and returns its summary."""
-    words = [sys.executable, "-m", "dagr_ray.cli", "study", "jobs/catalogue.py", "--runs", runs]
-    words += [f"strategy=none,{args.strategies}", f"volume={args.volume}", f"passages={args.passages}"]
-    before = set(Path(runs).glob("study-*"))
-    subprocess.run([*words, *([f"data={data}"] if data else [])], cwd=ROOT, check=True)
-    made = max(set(Path(runs).glob("study-*")) - before or before, key=lambda path: path.stat().st_mtime)
-    return report.summarise(runs, made.name)
+def study(data: str | None, runs: str, args: argparse.Namespace) -> str:
+    """Runs the study and returns its folder."""
+    words = [f"strategy={args.strategies}", f"volume={args.volume}", *([f"data={data}"] if data else [])]
+    words += [f"passages={args.passages}"] if args.passages else []
+    return run("jobs/catalogue.py", words, runs, ALONE)
 
 
-def line(name: str, data: str | None, runs: str, args: argparse.Namespace, trial: Json | None) -> list[str]:
-    """One row of the table."""
-    corpus = Beir(path=data) if data else PyDocs(part="stdlib")
-    exemplars = Exemplars(corpus=corpus, split="dev", k=4)
-    asked = Sample(corpus=corpus, n=args.passages, exclude=exemplars)
-    encoder = Encoder(model=str(minilm()), max_length=256 if data else 48)
-    made = arm(strategy_named(name), VLLM(model=str(smollm2())), asked, corpus, encoder, exemplars=exemplars)
+def line(trial: Json, job: Job, runs: str) -> list[str]:
+    """One row of the table: what of its folders is there."""
+    cells: dict[str, str] = {"strategy": f"`{trial['params']['strategy']}`"}
+    made, train = arm_of(job.stage(**trial["params"]))
     folders = {key: stage.folder(runs) for key, stage in vars(made).items()}
-    parsed = folders["parsed"].manifest["counts"]
-    completions = folders["generations"].count("generations")
-    accepted = folders["examples"].manifest["counts"]["out"]
-    described = materialize(
-        Describe(queries=made.queries, corpus=made.corpus, human=corpus), runs, Placement()
-    ).read("metrics")  # fmt: skip
-    found = {row["measure"]: row["value"] for row in described.to_pylist()}
-    cells = [
-        f"`{name}`",
-        f"{completions:,}",
-        f"{parsed['out']:,} ({parsed['out'] / max(completions, 1):.0%})",
-        f"{accepted:,}",
-    ]
-    cost = trial["cost"] if trial and trial.get("cost") else {}
-    price = cost.get("generation_usd", cost.get("usd"))
-    cells.append("" if price is None or not accepted else dollars(1000 * price / accepted))
-    cells += [f"{found['distinct@2']:.2f}", f"{found.get('overlap', 0):.2f}", f"{found['form:distance']:.2f}"]
-    cells.append(f"{teacher_score(made, encoder, runs):.2f}")
-    scores = next(iter(trial["scores"].values()))["nDCG@10"] if trial and trial["scores"] else None
-    if scores is None or "delta" not in scores:
-        return [*cells, str(min(accepted, args.volume)), "", "", ""]
-    gain = f"{signed(scores['delta'])} ({signed(scores['delta_low'])} to {signed(scores['delta_high'])})"
-    return [*cells, str(trial["used"]), f"{scores['mean']:.4f}", gain, f"{scores['p_holm']:.3f}"]
+    there = {key for key, folder in folders.items() if folder.manifest is not None}
+    completions = 0
+    if "generations" in there:
+        completions = folders["generations"].count("generations")
+        cells["asked"] = f"{completions:,}"
+    if "parsed" in there:
+        parsed = len(folders["parsed"].read("lineage", ["gen_id"])["gen_id"].unique())
+        cells["parsed"] = f"{parsed:,} ({parsed / max(completions, 1):.0%})"
+    if "examples" in there:
+        accepted = folders["examples"].count("examples")
+        cells["accepted"] = f"{accepted:,}"
+        if accepted:
+            known = Folders(runs)
+            price = known.sums(known.ancestors(folders["examples"].name))["price"]
+            cells["$/1,000"] = dollars(1000 * price / accepted)
+            try:
+                cells |= described(made, train.base, trial["params"].get("data"), runs)
+            except Exception as error:  # an hour of other rows is not given up for this
+                print(f"{cells['strategy']} is not described: {error!r}", file=sys.stderr, flush=True)
+    score = next(iter(trial["scores"].values()))["nDCG@10"] if trial["scores"] else None
+    if score is None:
+        cells["gain"] = f"failed: {(trial['error'] or 'not run').replace('|', '/')[:160]}"
+    else:
+        cells["rows"] = f"{trial['used']:,}" + ("" if trial["used"] >= trial["params"]["volume"] else " ▽")
+        cells["nDCG@10"] = f"{score['mean']:.4f}"
+        if "delta" in score:
+            cells["gain"] = f"{signed(score['delta'])} [{signed(score['delta_low'])}, {signed(score['delta_high'])}]"
+            cells["p"] = p_text(score["p_holm"]).removeprefix("p = ").removeprefix("p ")
+    return [cells.get(column, "") for column in COLUMNS]
+
+
+def arm_of(card: Stage) -> tuple[Arm, Train]:
+    """The stages of a recipe's arm, and its training."""
+    [train] = [stage for stage in walk(card) if isinstance(stage, Train)]
+    assert isinstance(train.examples, Take)
+    behind = walk(train.examples.mined)
+    generations = [stage for stage in behind if isinstance(stage, Generate)][-1]
+    parsed = next(s for s in behind if getattr(s, "generations", None) == generations)
+    return Arm(generations, parsed, train.queries, train.corpus, train.examples.mined), train
+
+
+def described(made: Arm, encoder: Encoder, data: str | None, runs: str) -> dict[str, str]:
+    """What an arm's queries are like, and what the teacher says about its passages."""
+    corpus = Beir(path=data) if data else PyDocs(part="stdlib")
+    judged = materialize(corpus, runs, HERE).table_names()
+    human = corpus if "qrels.dev" in judged else None
+    taken = Describe(queries=made.queries, corpus=made.corpus, human=human, encoder=encoder)
+    found = {row["measure"]: row["value"] for row in materialize(taken, runs, HERE).read("metrics").to_pylist()}
+    names = {"distinct-2": "distinct@2", "overlap": "overlap", "spread": "spread", "form distance": "form:distance"}
+    cells = {column: f"{found[name]:.2f}" for column, name in names.items() if name in found}
+    return cells | {"teacher": f"{teacher_score(made, encoder, runs):.2f}"}
 
 
 def teacher_score(made: Arm, encoder: Encoder, runs: str) -> float:
     """The mean score of the positives of an arm's examples."""
-    labels = materialize(teacher_scores(made, encoder), runs, Placement()).read("scores")
-    examples = materialize(made.examples, runs, Placement()).read("examples", ["query_id", "positive_id"])
+    labels = materialize(teacher_scores(made, encoder), runs, HERE).read("scores")
+    examples = materialize(made.examples, runs, HERE).read("examples", ["query_id", "positive_id"])
     columns = (labels[n].to_pylist() for n in ("query_id", "doc_id", "score"))
     score_of = {(q, d): score for q, d, score in zip(*columns, strict=True)}
     pairs = zip(*(examples[n].to_pylist() for n in examples.column_names), strict=True)
     return float(np.mean([score_of[pair] for pair in pairs if pair in score_of] or [math.nan]))
 
 
+def section(title: str, summary: Json, rows: list[list[str]], made: str) -> list[str]:
+    """The table of one collection."""
+    home = summary["sets"][0]
+    scores = {
+        t["kind"]: t["scores"][home["name"]]["nDCG@10"]["mean"]
+        for t in summary["trials"]
+        if t["kind"] != "augmented" and t["scores"]
+    }
+    text = ", ".join(f"{kind} {scores[key]:.4f}" for key, kind in (("frozen", "frozen base"), ("bm25", "BM25")))
+    parts = [f"## {title}", "", f"{home['queries']:,} test queries; nDCG@10: {text}. Commit `{made}`.", ""]
+    parts += ["| " + " | ".join(COLUMNS) + " |", "|---|" + "---:|" * (len(COLUMNS) - 1)]
+    return [*parts, *("| " + " | ".join(row) + " |" for row in rows), ""]
+
+
 def main() -> int:
     """Runs the studies, writes the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", nargs="*")
-    parser.add_argument(
-        "--strategies",
-        default="crop,promptagator,inpars,typed,persona,paraphrase,noisy,hyde,hard-negative,counterfactual,simplify,"
-        "translate,translate-passage,multi-hop,task-triple",
-    )
+    parser.add_argument("data", nargs="*", help="BEIR folders")
+    parser.add_argument("--strategies", default=STRATEGIES)
     parser.add_argument("--volume", type=int, default=500)
-    parser.add_argument("--passages", type=int, default=800)
-    parser.add_argument("--runs", default=None)
+    parser.add_argument("--passages", type=int, help="passages to ask about (default: the recipe's own)")
+    parser.add_argument("--no-quick-start", dest="quick_start", action="store_false")
+    parser.add_argument("--runs", default="runs/catalogue")
+    parser.add_argument("--page", default=str(ROOT / "docs" / "catalogue.md"))
     args = parser.parse_args()
-    parts, missing = [HEAD.format(volume=args.volume)], 0
-    with tempfile.TemporaryDirectory(prefix="dagr-catalogue-") as scratch:
-        runs = args.runs or scratch
-        for data in [None, *args.data]:
-            summary = study(data, runs, args)
-            by_name = {trial["params"].get("strategy"): trial for trial in summary["trials"]}
-            frozen = next(trial for trial in summary["trials"] if trial["kind"] == "frozen")
-            base = next(iter(frozen["scores"].values()))["nDCG@10"]["mean"]
-            rows = [line(name, data, runs, args, by_name.get(name)) for name in args.strategies.split(",")]
-            missing += sum(not row[-2] for row in rows)
-            title = Path(data).name if data else "Python's standard library"
-            parts += [f"## {title}\n", f"The frozen base: {base:.4f}.\n"]
-            names = "strategy|asked|parsed|accepted|$/1,000|distinct-2|overlap|form distance|teacher|rows trained on|nDCG@10|gain|p"
-            parts += ["| " + " | ".join(names.split("|")) + " |", "|---|" + "---:|" * names.count("|")]
-            parts += ["| " + " | ".join(row) + " |" for row in rows] + [""]
-    text = "\n".join(parts)
-    (ROOT / "docs" / "catalogue.md").write_text(text)
-    print(text)
-    return int(missing > 0)
+    runs, job = os.path.abspath(args.runs), load_job(str(ROOT / "jobs" / "catalogue.py"))
+    known = Artifact(runs, "catalogue")
+    studies: Json = known.read_json("studies.json") or {}
+    sections, empty = [HEAD.format(volume=args.volume)], []
+    for data in [*([None] if args.quick_start else []), *map(os.path.abspath, args.data)]:
+        title, began = Path(data).name if data else "Python's standard library", time.time()
+        try:
+            folder = study(data, runs, args)
+        except SystemExit as stop:  # the other collections are no worse for it
+            print(stop, file=sys.stderr, flush=True)
+            empty.append(title)
+            continue
+        if studies.get(title, {}).get("folder") != folder:
+            studies[title] = {"folder": folder, "commit": commit()}
+            known.write_json("studies.json", studies)
+        summary = report.summarise(runs, folder)
+        by_name = {t["params"]["strategy"]: t for t in summary["trials"] if t["kind"] == "augmented"}
+        rows = [line(by_name[name], job, runs) for name in args.strategies.split(",")]
+        sections += section(title, summary, rows, studies[title]["commit"])
+        if not any(row[COLUMNS.index("nDCG@10")] for row in rows):
+            empty.append(title)
+        Path(args.page).write_text("\n".join(sections))
+        print(f"{title}: {duration(time.time() - began)}", flush=True)
+    print("\n".join(sections))
+    return int(bool(empty))
 
 
 if __name__ == "__main__":

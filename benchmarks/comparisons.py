@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.results import MEASURE, ROOT, Study, commit, gap, p_of, run, told
+from benchmarks.results import ALONE, MEASURE, ROOT, Study, commit, gap, p_of, run, told
 from dagr_ray.artifact import Artifact
 from dagr_ray.report import stats
 from dagr_ray.report.verdict import duration
@@ -67,23 +67,38 @@ def planned(args: argparse.Namespace) -> Iterable[tuple[str, str, list[str]]]:
         for part in args.parts:
             if part != "negatives" or trained:
                 seeds = f"seed={','.join(map(str, range(args.seeds)))}"
-                yield label, part, [*([f"data={data}"] if data else []), seeds, *args.more]
+                yield label, part, [*([f"data={os.path.abspath(data)}"] if data else []), seeds, *args.more]
 
 
 def lines_of(study: Study, part: Part) -> list[str]:
     """A row for each setting, the reference first."""
     home, found = study.home, []
     arms = sorted(study.arms(), key=lambda arm: arm["params"][part.axis] != part.reference)
+    failed = [
+        _failed(study, part, trial)
+        for trial in study.summary["trials"]
+        if trial["kind"] == "augmented" and not trial["scores"]
+    ]
+    if not arms or arms[0]["params"][part.axis] != part.reference:
+        return [*failed, f"| {home['name']} | `{part.reference}` | | | not there: nothing to compare with | | | | | |"]
+    most = max(arm["used"] for arm in arms)
     first = study.values(arms[0], home)
     gaps = [gap(study.values(arm, home) - first) for arm in arms[1:]]
     for each, p in zip(gaps, stats.holm([each["p"] for each in gaps]), strict=True):
         each["p_holm"] = p
     for arm, own in zip(arms, [None, *gaps], strict=True):
         score = arm["scores"][home["name"]][MEASURE]
-        cells = [home["name"], f"`{arm['params'][part.axis]}`", f"{arm['used']:,}", f"{score['mean']:.4f}", told(score)]
+        cells = [home["name"], f"`{arm['params'][part.axis]}`", f"{arm['used']:,}{'' if arm['used'] == most else ' ▽'}"]
+        cells += [f"{score['mean']:.4f}", told(score)]
         cells += [told(own), p_of(own)] if own else ["", ""]
         found.append(f"| {' | '.join(cells)} | {study.cells(arm)} |")
-    return found
+    return found + failed
+
+
+def _failed(study: Study, part: Part, trial: Json) -> str:
+    error = (trial["error"] or "not run").replace("|", "/")[:160]
+    setting = trial["params"][part.axis]
+    return f"| {study.home['name']} | `{setting}` | | | failed: {error} | | | | | `{study.made}` |"
 
 
 def page(runs: str, studies: Json) -> str:
@@ -92,7 +107,7 @@ def page(runs: str, studies: Json) -> str:
         "# Comparisons", "",
         "Written by `benchmarks/comparisons.py`. The base is MiniLM. Intervals are paired bootstraps over the test queries, p "
         "values those of paired randomisation tests after Holm's correction over a table's arms; bold: the interval excludes 0 "
-        "and p < 0.05.", "",
+        "and p < 0.05. ▽: fewer rows than others, so the row is not to be compared with them.", "",
     ]  # fmt: skip
     for name, part in PARTS.items():
         found = [
@@ -128,17 +143,22 @@ def main() -> int:
     runs = os.path.abspath(args.runs)
     known = Artifact(runs, "comparisons")
     studies: Json = known.read_json("studies.json") or {}
-    todo = list(planned(args))
+    todo, missing = list(planned(args)), 0
     for number, (label, part, words) in enumerate(todo, 1):
         began = time.time()
         print(f"[{number}/{len(todo)}] {label}: {part}", flush=True)
-        folder, key = run(PARTS[part].job, words, runs), f"{label}/{part}"
+        try:
+            folder, key = run(PARTS[part].job, words, runs, ALONE), f"{label}/{part}"
+        except SystemExit as stop:  # the other studies are no worse for it
+            print(stop, file=sys.stderr, flush=True)
+            missing += 1
+            continue
         if studies.get(key, {}).get("folder") != folder:
             studies[key] = {"folder": folder, "commit": commit()}
             known.write_json("studies.json", studies)
         Path(args.page).write_text(page(runs, studies))
         print(f"[{number}/{len(todo)}] {label}: {part}: {duration(time.time() - began)}", flush=True)
-    return 0
+    return int(missing > 0)
 
 
 if __name__ == "__main__":

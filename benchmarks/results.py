@@ -32,6 +32,7 @@ from dagr_ray.report.verdict import dollars, duration, is_gain, is_loss, p_text,
 from dagr_ray.stages.corpus import Beir
 
 ROOT = Path(__file__).parent.parent
+ALONE = str(ROOT / "cluster" / "one_trial.toml")
 MEASURE = "nDCG@10"
 RUNGS = ("in-batch", "mined", "teacher", "filters")
 STEPS = dict(
@@ -75,9 +76,13 @@ def human_pairs(data: str) -> int:
         return 0
 
 
-def run(job: str, words: Sequence[str], runs: str) -> str:
-    """The study's folder, once all of it is there; a trial that failed has no row. Raises where there is no study."""
+def run(job: str, words: Sequence[str], runs: str, placement: str = "local") -> str:
+    """The study's folder, once all of it is there; a trial that failed has no row. Raises where there is no study.
+
+    ``placement``: ``ALONE`` where trials generate, whose seconds and costs would else be those of two on one machine.
+    """
     command = [sys.executable, "-m", "dagr_ray.cli", "study", job, *words, "--runs", runs, "--no-track"]
+    command += ["--placement", placement]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
     pages = [line for line in done.stdout.splitlines() if line.startswith("page: ")]
     if not pages:
@@ -166,6 +171,8 @@ class Study:
         """By query, in one order for all arms: the mean over the arm's seeds."""
         runs = []
         for each in arm["seeds"]:
+            if not each["means"]:  # it failed
+                continue
             rows = Artifact(self.runs, self.folder_of[each["trial"]]).read("metrics").to_pylist()
             mine = [r for r in rows if r["measure"] == MEASURE and r["query_id"] is not None]
             found = {r["query_id"]: r["value"] for r in mine if r["data"] == data["key"].split("/")[0]}

@@ -14,11 +14,12 @@ from dagr_ray.filters.logprob import Logprob
 from dagr_ray.filters.teacher import Teacher
 from dagr_ray.miners.bm25 import BM25
 from dagr_ray.miners.dense import Dense
-from dagr_ray.recipes import augment, filtered
+from dagr_ray.recipes import augment, filtered, gated
 from dagr_ray.retriever import Encoder
 from dagr_ray.stage import Stage
 from dagr_ray.stages.generate import Generate, Parse
 from dagr_ray.stages.label import Label
+from dagr_ray.stages.leak import LeakGate
 from dagr_ray.stages.mine import Mine, Relabel
 from dagr_ray.stages.pairs import AsQueries, Linked, Pairs, Topics
 from dagr_ray.stages.retrieve import Index, Search
@@ -27,6 +28,7 @@ from dagr_ray.stages.select import Score, Select
 from dagr_ray.strategies import Strategy
 from dagr_ray.strategies.hard_negative import HardNegative
 from dagr_ray.strategies.promptagator import Promptagator
+from dagr_ray.strategies.translate import Translate
 from dagr_ray.teachers.hybrid import Hybrid
 
 NEGATIVES = ("bm25", "dense", "llm", "mixed", "llm-filtered")
@@ -78,24 +80,36 @@ def arm(
     samples: int = 2,
     max_rank: int = 20,
     negatives: int = 1,
+    held_out: Sequence[Stage] = (),
 ) -> Arm:
-    """The arm of a strategy. Those that read a query read ``Promptagator``'s accepted ones, which are so part of the cost."""
+    """The arm of a strategy. Those that read a query read ``Promptagator``'s accepted ones, which are so part of the cost.
+
+    Queries that resemble the test queries of ``held_out`` (evaluation sets) are left out.
+    """
+
+    def clean(queries: Stage, positives: Stage) -> Stage:
+        return gated(queries, positives, held_out, encoder) if held_out else queries
+
     used = _engine_of(strategy, engine)
     sampling = Sampling(max_tokens=TOKENS[strategy.writes])
     if (strategy.reads, strategy.writes) == ("corpus", "queries"):
         shown = None if used.type != engine.type else exemplars
+        # a prefix is no whole query
+        without = ("format", "length") if strategy.type == "prefix" else ()
         selected, mined = augment(
             passages, corpus, strategy, used, exemplars=shown, samples=samples, max_rank=max_rank, negatives=negatives,
-            max_tokens=sampling.max_tokens,
+            max_tokens=sampling.max_tokens, held_out=held_out, base=encoder, without=without,
         )  # fmt: skip
-        assert isinstance(selected, Select) and isinstance(selected.parsed, Parse)
-        return Arm(selected.parsed.generations, selected.parsed, selected, corpus, mined)
+        parsed = (selected.selected if isinstance(selected, LeakGate) else selected).inputs()["parsed"]
+        assert isinstance(parsed, Parse)
+        return Arm(parsed.generations, parsed, selected, corpus, mined)
     if strategy.writes == "triples":
         asked: Stage = Topics(n=passages.n)  # type: ignore[attr-defined]
         made = _rewritten(strategy, used, asked, sampling, samples)
-        mined = Mine(selected=made, corpus=made, negatives=0)
+        queries = clean(made, made)
+        mined = Mine(selected=queries, corpus=made, negatives=0)
         examples: Stage = WithNegatives(mined=mined, written=(made,), total=1)
-        return Arm(made.made, made, made, made, examples)
+        return Arm(made.made, made, queries, made, examples)
     if strategy.type == "multi-hop":
         near = Search(
             index=Index(corpus=corpus, miner=Dense(encoder=encoder)), queries=AsQueries(corpus=passages), depth=10
@@ -104,15 +118,17 @@ def arm(
     else:
         first, mined = augment(
             passages, corpus, Promptagator(), engine, exemplars=exemplars, samples=samples, max_rank=max_rank,
-            negatives=negatives,
+            negatives=negatives, held_out=held_out, base=encoder,
         )  # fmt: skip
         asked = Pairs(queries=first, corpus=corpus)
     made = _rewritten(strategy, used, asked, sampling, samples)
     if strategy.writes == "queries":
-        selected = filtered(made, corpus, corpus, max_rank=max_rank)
-        search = Search(index=Index(corpus=corpus, miner=BM25()), queries=made, depth=100)
-        mined = Mine(selected=selected, corpus=corpus, searches=(search,), negatives=negatives)
-        return Arm(made.made, made, selected, corpus, mined)
+        # words of another language are in no index of words
+        miner = Dense(encoder=encoder) if isinstance(strategy, Translate) else BM25()
+        search = Search(index=Index(corpus=corpus, miner=miner), queries=made, depth=100)
+        queries = clean(filtered(made, corpus, corpus, max_rank=max_rank, search=search), corpus)
+        mined = Mine(selected=queries, corpus=corpus, searches=(search,), negatives=negatives)
+        return Arm(made.made, made, queries, corpus, mined)
     both = Together(corpora=(corpus, made))
     if strategy.writes == "negatives":
         examples = WithNegatives(mined=mined, written=(made,), total=negatives)
@@ -123,8 +139,8 @@ def arm(
 
 
 def _rewritten(strategy: Strategy, engine: Engine, asked: Stage, sampling: Sampling, samples: int) -> Rewrite:
-    # a rewriting of one text seldom differs from the next, but for negatives and slips
-    several = samples if strategy.writes in ("negatives", "triples") or strategy.type == "noisy" else 1
+    # of long texts that say the same, one is enough
+    several = 1 if strategy.writes == "passages" else samples
     return Rewrite(
         generations=Generate(corpus=asked, strategy=strategy, engine=engine, sampling=sampling, samples=several)
     )

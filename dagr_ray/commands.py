@@ -142,40 +142,20 @@ def _to_do(guesses: Iterable[dict[str, Any]]) -> str:
 
 def preview(args: Args) -> int | None:
     """``dagr preview``: in a temporary runs folder, on this process alone."""
-    from dagr_ray.stages.corpus import Sample
-    from dagr_ray.stages.generate import Generate, Parse
+    from dagr_ray.preview import generation_of, shown
 
     if args.rows < 1:
         raise ConfigError(f"--rows {args.rows} is not a number of passages; give 1 or more")
-    stages = walk(_one(args)[1])
-    found = [stage for stage in stages if isinstance(stage, Generate)]
-    if not found:
+    generate = generation_of(_one(args)[1])
+    if generate is None:
         raise ConfigError(
             f"{args.job} generates nothing with these parameters; give volume and generator values that do"
         )
     here = cluster.Placement(generate=cluster.Pool(workers=0))
-    _validate(found, here)
+    _validate([generate], here)
     with tempfile.TemporaryDirectory(prefix="dagr-preview-") as runs:
-        few = found[0].model_copy(update={"corpus": Sample(corpus=found[0].corpus, n=args.rows)})
-        parsed = Parse(generations=few, corpus=few.corpus)
-        folder = materialize(parsed, runs, here)
-        raw = few.folder(runs).read("generations").to_pylist()
-        queries = {row["query_id"]: row["text"] for row in folder.read("queries").to_pylist()}
-        kept: dict[str, list[str]] = {}
-        for row in folder.read("lineage").to_pylist():
-            kept.setdefault(row["gen_id"], []).append(queries[row["id"]])
-        refused = {row["id"]: row["reason"] for row in folder.read("rejected").to_pylist()}
-        inputs = {name: stage.folder(runs) for name, stage in few.inputs().items()}
-        ids = [row["source_id"] for row in raw]
-        prompts = {number: few.prompts(inputs, ids, number) for number in {row["sample"] for row in raw}}
-    shown = ""
-    for row in raw:
-        prompt = prompts[row["sample"]][row["source_id"]]
-        if prompt != shown:  # samples share one, unless the strategy words each anew
-            shown = prompt
-            print(f"=== {row['source_id']}\n{prompt}")
-        print(f"--- sample {row['sample']} ({row['finish_reason']}): {row['raw']!r}")
-        print(f"    -> {kept.get(row['gen_id']) or 'rejected: ' + refused.get(row['gen_id'], '?')}")
+        for line in shown(generate, args.rows, runs, here):
+            print(line)
     return None
 
 

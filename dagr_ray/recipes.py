@@ -83,13 +83,14 @@ def augment(
     max_cost: float | None = None,
     held_out: Sequence[Stage] = (),
     base: Encoder | None = None,
+    without: Collection[str] = (),
 ) -> tuple[Select | Reach | LeakGate, Mine]:
     """Queries for ``passages``, filtered and with BM25 negatives from ``corpus``: the selected queries and the examples.
 
     With ``accepted``, passages are asked only until so many queries are accepted or a limit is reached: see ``Reach``.
     Queries that resemble the test queries of ``held_out`` (evaluation sets) are left out: see ``LeakGate``; with the
-    encoder ``base`` also those that only mean the same.
-    A cropped query is a copy of its passage by design, so the filter against copies is left out for it.
+    encoder ``base`` also those that only mean the same. ``without`` names filters, by type, that are left out. A cropped
+    query is a copy of its passage by design, so the filter against copies is left out for it.
     """
     sampling = Sampling(max_tokens=max_tokens)
     shown = None if strategy.type == "crop" else exemplars
@@ -97,7 +98,15 @@ def augment(
         corpus=passages, strategy=strategy, engine=engine, sampling=sampling, samples=samples, exemplars=shown
     )
     parsed = Parse(generations=raw, corpus=passages)
-    every = filtered(parsed, passages, corpus, max_rank=max_rank, copies=strategy.type == "crop", extra=extra_filters)
+    every = filtered(
+        parsed,
+        passages,
+        corpus,
+        max_rank=max_rank,
+        copies=strategy.type == "crop",
+        extra=extra_filters,
+        without=without,
+    )
     selected: Select | Reach | LeakGate = every
     search = every.scores[-1].search
     if accepted is not None:
@@ -105,8 +114,7 @@ def augment(
         search = Search(index=Index(corpus=corpus, miner=BM25()), queries=selected, depth=100)
     assert search is not None
     if held_out:
-        scan = LeakScan(selected=selected, corpus=passages, held_out=tuple(held_out), exemplars=shown, encoder=base)
-        selected = LeakGate(selected=selected, scan=scan)
+        selected = gated(selected, passages, held_out, base, exemplars=shown)
     return selected, Mine(selected=selected, corpus=corpus, searches=(search,), negatives=negatives)
 
 
@@ -119,18 +127,30 @@ def filtered(
     copies: bool = False,
     extra: Sequence[Filter] = (),
     without: Collection[str] = (),
+    search: Search | None = None,
 ) -> Select:
     """The queries of ``parsed`` that pass the cheap filters, ``extra``, and a round trip through BM25 over ``corpus``.
 
     ``passages`` are those that they were written for; ``copies`` says that the queries may be copies of them. ``without``
-    names filters, by type, that are left out.
+    names filters, by type, that are left out. ``search``, of the queries of ``parsed``, takes the place of BM25's.
     """
     cheap: list[Filter] = [Format(), Length(), Repetition(), Refusal(), Template(), Duplicate()]
     cheap += [] if copies else [Copied()]
     scores = [Score(parsed=parsed, corpus=passages, filter=f, search=None) for f in [*cheap, *extra]]
-    search = Search(index=Index(corpus=corpus, miner=BM25()), queries=parsed, depth=100)
+    search = search or Search(index=Index(corpus=corpus, miner=BM25()), queries=parsed, depth=100)
     scores.append(Score(parsed=parsed, corpus=corpus, filter=RoundTrip(max_rank=max_rank), search=search))
     return Select(parsed=parsed, scores=tuple(score for score in scores if score.filter.type not in without))
+
+
+def gated(
+    selected: Stage, passages: Stage, held_out: Sequence[Stage], base: Encoder | None, *, exemplars: Stage | None = None
+) -> LeakGate:
+    """``selected`` without the queries that resemble the test queries of ``held_out``; ``passages`` hold their positives.
+
+    ``exemplars`` are looked at too. With the encoder ``base`` also those are left out that only mean the same.
+    """
+    scan = LeakScan(selected=selected, corpus=passages, held_out=tuple(held_out), exemplars=exemplars, encoder=base)
+    return LeakGate(selected=selected, scan=scan)
 
 
 def own_round_trip(
@@ -265,7 +285,7 @@ def climb(
     ``teacher`` in the queries that are given: see ``filtered``. Several sources are blended by weight (``Blend``). Queries
     that resemble the test queries of ``held_out`` are left out.
     """
-    queries = [_clean(each, held_out, base) for each in sources]
+    queries = [gated(s.queries, s.passages, held_out, base) if held_out else s.queries for s in sources]
     examples = [_examples(rung, each, corpus, base, negatives, teacher) for each in queries]
     kl = KL() if teacher is None else KL(teacher_temperature=1.0)
     distilled: tuple[Loss, ...] = (kl, InfoNCE(weight=0.1))
@@ -275,13 +295,6 @@ def climb(
     weights = tuple(each.weight for each in sources)
     blend = Blend(examples=tuple(examples), queries=tuple(queries), weights=weights, n=n)
     return blend, blend, losses
-
-
-def _clean(source: Source, held_out: Sequence[Stage], base: Encoder) -> Stage:
-    if not held_out:
-        return source.queries
-    scan = LeakScan(selected=source.queries, corpus=source.passages, held_out=tuple(held_out), encoder=base)
-    return LeakGate(selected=source.queries, scan=scan)
 
 
 def _examples(

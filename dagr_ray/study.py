@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -59,9 +59,10 @@ class Job:
         allowed = self.parameters()
         if name not in allowed:
             raise ConfigError(f"{self.path} has no parameter {name!r}; allowed: {', '.join(allowed)}")
-        if text in ("none", "None", ""):
-            text = None
         hint = get_type_hints(self.recipe).get(name, Any)
+        # where a text is wanted, "none" may be one of its values
+        if text in ("none", "None", "") and (hint is Any or type(None) in get_args(hint)):
+            text = None
         try:
             return TypeAdapter(hint, config=ConfigDict(coerce_numbers_to_str=True)).validate_python(text)
         except ValidationError as error:

@@ -14,8 +14,8 @@ from dagr_ray.stages.train import Train
 
 STUDY = {
     "strategy": (
-        "none", "crop", "promptagator", "inpars", "typed", "persona", "paraphrase", "noisy", "hyde", "hard-negative",
-        "counterfactual", "simplify", "translate", "multi-hop", "task-triple",
+        "none", "crop", "promptagator", "inpars", "typed", "persona", "prefix", "paraphrase", "noisy", "hyde",
+        "hard-negative", "counterfactual", "simplify", "translate", "translate-passage", "multi-hop", "task-triple",
     )
 }  # fmt: skip
 
@@ -25,7 +25,7 @@ def catalogue(
     data: str | None = None,
     volume: int = 500,
     model: str | None = None,
-    passages: int = 800,
+    passages: int | None = None,
     samples: int = 2,
     max_rank: int = 20,
     negatives: int = 1,
@@ -35,7 +35,7 @@ def catalogue(
     """A retriever trained on ``volume`` rows of one strategy (``none``: not at all), judged on ``data``'s test split.
 
     ``data`` is a BEIR folder, or none for Python's documentation; ``model`` the folder of a generator, or none for the
-    quick start's.
+    quick start's; ``passages`` are, unless given, as many as the small one needs for 500 accepted rows.
     """
     corpus = Beir(path=data) if data else PyDocs(part="stdlib")
     sets = {corpus.label(): corpus}
@@ -43,10 +43,10 @@ def catalogue(
     exemplars = Exemplars(corpus=corpus, split="dev", k=4)
     if strategy == "none":
         return judge(sets, Dense(encoder=encoder), exclude=exemplars)
-    asked = Sample(corpus=corpus, n=passages, exclude=exemplars)
+    asked = Sample(corpus=corpus, n=passages or (1400 if data else 800), exclude=exemplars)
     made = arm(
         strategy_named(strategy), VLLM(model=model or str(smollm2())), asked, corpus, encoder, exemplars=exemplars,
-        samples=samples, max_rank=max_rank, negatives=negatives,
+        samples=samples, max_rank=max_rank, negatives=negatives, held_out=(corpus,),
     )  # fmt: skip
     trained = Train(
         examples=Take(mined=made.examples, n=volume), queries=made.queries, corpus=made.corpus, base=encoder, lr=lr,

@@ -7,7 +7,7 @@ from dagr_ray.engines import Sampling
 from dagr_ray.miners.bm25 import BM25
 from dagr_ray.miners.dense import Dense
 from dagr_ray.models import minilm
-from dagr_ray.recipes import generator_named, judge
+from dagr_ray.recipes import gated, generator_named, judge
 from dagr_ray.retriever import Encoder
 from dagr_ray.stages.corpus import Beir, PyDocs, Sample
 from dagr_ray.stages.evaluate import Scorecard
@@ -27,12 +27,15 @@ def filters(
     volume: int = 300,
     base: Literal["minilm", "scratch"] = "minilm",
     model: str | None = None,
-    passages: int = 800,
+    passages: int | None = None,
     samples: int = 2,
     max_rank: int = 20,
     seed: int = 0,
 ) -> Scorecard:
-    """A retriever trained on ``volume`` queries that pass ``filters``, judged on ``data`` (none: Python's documentation)."""
+    """A retriever trained on ``volume`` queries that pass ``filters``, judged on ``data`` (none: Python's documentation).
+
+    Of ``passages``, unless they are given, so many are asked about that half of what all filters keep are ``volume``.
+    """
     corpus = Beir(path=data) if data else PyDocs(part="stdlib")
     sets = {corpus.label(): corpus}
     frozen = encoder = Encoder(model=str(minilm()), max_length=256 if data else 48)
@@ -42,13 +45,14 @@ def filters(
     if volume == 0:
         return judge(sets, Dense(encoder=encoder), exclude=exemplars)
     strategy, engine = generator_named("llm" if model else "smollm2", model)
-    asked = Sample(corpus=corpus, n=passages, exclude=exemplars)
+    asked = Sample(corpus=corpus, n=passages or (1600 if data else 900), exclude=exemplars)
     sampling = Sampling(max_tokens=32, logprob=True)
     raw = Generate(
         corpus=asked, strategy=strategy, engine=engine, sampling=sampling, samples=samples, exemplars=exemplars
     )
     parsed = Parse(generations=raw, corpus=asked)
-    selected = filtered_by(filters, parsed, asked, corpus, frozen, max_rank=max_rank)
+    kept = filtered_by(filters, parsed, asked, corpus, frozen, max_rank=max_rank)
+    selected = gated(kept, asked, (corpus,), frozen, exemplars=exemplars)
     search = Search(index=Index(corpus=corpus, miner=BM25()), queries=parsed, depth=100)
     mined = Mine(selected=selected, corpus=corpus, searches=(search,), negatives=1)
     trained = Train(

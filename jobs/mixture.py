@@ -3,18 +3,15 @@
 from dagr_ray.catalogue import arm, strategy_named
 from dagr_ray.config import ConfigError
 from dagr_ray.engines.vllm import VLLM
-from dagr_ray.miners.bm25 import BM25
 from dagr_ray.miners.dense import Dense
 from dagr_ray.models import minilm, smollm2
 from dagr_ray.recipes import judge
 from dagr_ray.retriever import Encoder
+from dagr_ray.stages.blend import Blend
 from dagr_ray.stages.corpus import Beir, PyDocs, Sample
 from dagr_ray.stages.evaluate import Scorecard
 from dagr_ray.stages.generate import Exemplars
-from dagr_ray.stages.mine import Mine
-from dagr_ray.stages.mix import Mix
-from dagr_ray.stages.retrieve import Index, Search
-from dagr_ray.stages.select import Take
+from dagr_ray.stages.rewrite import Together
 from dagr_ray.stages.train import Train
 
 STRATEGIES = ("promptagator", "typed", "crop")
@@ -25,9 +22,9 @@ def mixture(
     mix: str = "all",
     strategies: str = "+".join(STRATEGIES),
     data: str | None = None,
-    volume: int = 450,
+    volume: int = 300,
     model: str | None = None,
-    passages: int = 800,
+    passages: int | None = None,
     max_rank: int = 20,
     lr: float = 2e-5,
     seed: int = 0,
@@ -46,15 +43,18 @@ def mixture(
     kept = {"all": names, "only": [one], "without": [n for n in names if n != one]}.get(word, [])
     if (one and one not in names) or not kept or (word == "all") != (not one):
         raise ConfigError(f"mix = {mix!r}; allowed: all, and only-NAME or without-NAME with one of {', '.join(names)}")
-    asked, engine = Sample(corpus=corpus, n=passages, exclude=exemplars), VLLM(model=model or str(smollm2()))
+    asked = Sample(corpus=corpus, n=passages or (1400 if data else 800), exclude=exemplars)
     arms = [
-        arm(strategy_named(n), engine, asked, corpus, encoder, exemplars=exemplars, max_rank=max_rank) for n in kept
-    ]
-    queries = Mix(arms=tuple(each.queries for each in arms), weights=(1.0,) * len(arms), n=volume)
-    search = Search(index=Index(corpus=corpus, miner=BM25()), queries=queries, depth=100)
-    mined = Mine(selected=queries, corpus=corpus, searches=(search,), negatives=1)
+        arm(
+            strategy_named(name), VLLM(model=model or str(smollm2())), asked, corpus, encoder, exemplars=exemplars,
+            max_rank=max_rank, held_out=(corpus,),
+        )
+        for name in kept
+    ]  # fmt: skip
+    examples, queries = tuple(each.examples for each in arms), tuple(each.queries for each in arms)
+    blend = Blend(examples=examples, queries=queries, weights=(1.0,) * len(arms), n=volume)
     trained = Train(
-        examples=Take(mined=mined, n=volume), queries=queries, corpus=corpus, base=encoder, lr=lr,
+        examples=blend, queries=blend, corpus=Together(corpora=tuple(each.corpus for each in arms)), base=encoder, lr=lr,
         max_length=160 if data else 48, seed=seed,
     )  # fmt: skip
     return judge(sets, Dense(encoder=encoder), trained=trained, exclude=exemplars)

@@ -3,13 +3,12 @@
 from dagr_ray.catalogue import NEGATIVES, negatives_from
 from dagr_ray.miners.dense import Dense
 from dagr_ray.models import minilm
-from dagr_ray.recipes import generator_named, judge
+from dagr_ray.recipes import gated, generator_named, judge
 from dagr_ray.retriever import Encoder
-from dagr_ray.stage import Stage
 from dagr_ray.stages.blend import Human
 from dagr_ray.stages.corpus import Beir
 from dagr_ray.stages.evaluate import Scorecard
-from dagr_ray.stages.leak import LeakGate, LeakScan
+from dagr_ray.stages.select import Take
 from dagr_ray.stages.train import Train
 
 STUDY = {"source": NEGATIVES}
@@ -18,7 +17,7 @@ STUDY = {"source": NEGATIVES}
 def negatives(
     data: str,
     source: str = "bm25",
-    queries: int = 400,
+    queries: int = 300,
     k: int = 5,
     base: str = "minilm",
     model: str | None = None,
@@ -27,8 +26,9 @@ def negatives(
     lr: float = 2e-5,
     seed: int = 0,
 ) -> Scorecard:
-    """A retriever trained on people's queries of the train split with ``k`` negatives each out of ``source``.
+    """A retriever trained on ``queries`` of people's out of the train split with ``k`` negatives each out of ``source``.
 
+    A third more are asked about, because the test queries' doubles and those that are left without a negative drop out.
     ``base`` is ``minilm``, ``scratch`` (two re-initialised layers) or the folder of an encoder; ``model`` the folder of the
     language model, or none for the quick start's. ``queries=0`` is the frozen base.
     """
@@ -40,11 +40,10 @@ def negatives(
     if queries == 0:
         return judge(sets, Dense(encoder=encoder))
     _, engine = generator_named("llm" if model else "smollm2", model)
-    asked: Stage = Human(data=corpus, n=queries)
-    asked = LeakGate(selected=asked, scan=LeakScan(selected=asked, corpus=corpus, held_out=(corpus,), encoder=encoder))
+    asked = gated(Human(data=corpus, n=queries + queries // 3), corpus, (corpus,), encoder)
     examples, passages = negatives_from(source, asked, corpus, encoder, engine, k=k)
     trained = Train(
-        examples=examples, queries=asked, corpus=passages, base=encoder, batch_size=batch_size, epochs=epochs, lr=lr,
-        max_length=160, seed=seed,
+        examples=Take(mined=examples, n=queries), queries=asked, corpus=passages, base=encoder,
+        batch_size=batch_size, epochs=epochs, lr=lr, max_length=160, seed=seed,
     )  # fmt: skip
     return judge(sets, Dense(encoder=encoder), trained=trained)

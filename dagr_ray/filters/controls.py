@@ -8,6 +8,7 @@ from dagr_ray.filters import words
 from dagr_ray.language import language_of, likeness
 from dagr_ray.strategies import Strategy
 from dagr_ray.strategies.controls import Controls
+from dagr_ray.strategies.written import Written
 
 # Under it a text counts as in another language: the threshold of the filter on languages.
 LEAST_LIKENESS = 0.1
@@ -31,7 +32,7 @@ _FUNCTION_WORDS = frozenset(
 
 def controlled(strategy: Strategy) -> Controls | None:
     """What a strategy asks its texts to be like; None where it does not care."""
-    controls = getattr(strategy, "controls", None)
+    controls = strategy.checked() if isinstance(strategy, Written) else getattr(strategy, "controls", None)
     return controls if controls is not None and controls.given() else None
 
 

@@ -107,7 +107,8 @@ class Arm:
 
     @cached_property
     def generated(self) -> str | None:
-        return next((n for n in self.names if "generations" in self.folders.found(n)["tables"]), None)
+        """The last generation: those before it wrote what it was asked about."""
+        return next((n for n in reversed(self.names) if "generations" in self.folders.found(n)["tables"]), None)
 
     @cached_property
     def used(self) -> int:

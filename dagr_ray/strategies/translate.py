@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 
 from dagr_ray import tables
 from dagr_ray.strategies import Passage
+from dagr_ray.strategies.controls import Controls
 from dagr_ray.strategies.rewriting import Form, Rewriting, one_line
 
 NAMES = {"de": "German", "es": "Spanish", "fr": "French"}
@@ -47,11 +48,15 @@ _PASSAGES: tuple[Mapping[str, str], ...] = (
 
 
 class _Translation(Rewriting):
-    """Base: examples are there for three languages; another needs some of its own."""
+    """Base: examples are there for three languages; another needs some of its own. The answer's language is measured."""
 
     abstract: ClassVar[bool] = True
     language: Literal["de", "es", "fr"] = "de"
     task: str = "Each line in English is followed by its translation."
+
+    def checked(self) -> Controls:
+        """The language is asked for by the task itself."""
+        return self.controls.model_copy(update={"language": self.controls.language or self.language})
 
     def _form(self, lines: tuple[Mapping[str, str], ...]) -> Form:
         name = NAMES[self.language]
@@ -61,8 +66,6 @@ class _Translation(Rewriting):
 
 class Translate(_Translation):
     """The query in ``language``: data for retrieval across languages (translated queries as in mMARCO, arXiv 2108.13897).
-
-    That the answer is in the language is for the filter ``language`` to decide.
 
     >>> import random
     >>> row = Passage("p1", "", "Bees of summer live for six weeks.", query="how long do bees live")

@@ -31,6 +31,10 @@ class Written(Strategy):
     abstract: ClassVar[bool] = True
     controls: Controls = Controls()
 
+    def checked(self) -> Controls:
+        """What every answer is measured for: the controls, unless the task itself asks for more."""
+        return self.controls
+
     def identity(self) -> dict[str, Any]:
         """Without controls, what it was before there were any."""
         found = super().identity()
