@@ -106,6 +106,7 @@ def line(trial: Json, job: Job, runs: str) -> list[str]:
         cells["nDCG@10"] = f"{score['mean']:.4f}"
         if "delta" in score:
             cells["gain"] = f"{signed(score['delta'])} [{signed(score['delta_low'])}, {signed(score['delta_high'])}]"
+        if "p_holm" in score:
             cells["p"] = p_text(score["p_holm"]).removeprefix("p = ").removeprefix("p ")
     return [cells.get(column, "") for column in COLUMNS]
 
@@ -184,7 +185,7 @@ def main() -> int:
             known.write_json("studies.json", studies)
         summary = report.summarise(runs, folder)
         by_name = {t["params"]["strategy"]: t for t in summary["trials"] if t["kind"] == "augmented"}
-        rows = [line(by_name[name], job, runs) for name in args.strategies.split(",")]
+        rows = [line(by_name[name], job, runs) for name in args.strategies.split(",") if name in by_name]
         sections += section(title, summary, rows, studies[title]["commit"])
         if not any(row[COLUMNS.index("nDCG@10")] for row in rows):
             empty.append(title)

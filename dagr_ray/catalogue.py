@@ -21,6 +21,7 @@ from dagr_ray.miners.dense import Dense
 from dagr_ray.recipes import augment, filtered, gated
 from dagr_ray.retriever import Encoder
 from dagr_ray.stage import Stage
+from dagr_ray.stages.blend import Blend
 from dagr_ray.stages.generate import Generate, Parse
 from dagr_ray.stages.label import Label
 from dagr_ray.stages.leak import LeakGate
@@ -143,6 +144,43 @@ def arm(
     search = Search(index=Index(corpus=both, miner=BM25()), queries=made, depth=100)
     mined = Mine(selected=made, corpus=both, searches=(search,), negatives=negatives)
     return Arm(made.made, made, made, both, mined)
+
+
+def parts(strategies: str, mix: str = "all", weights: str | None = None) -> dict[str, float]:
+    """Weights of the strategies of a mixture: of ``all`` that ``strategies`` names, ``only-NAME`` or all ``without-NAME``.
+
+    Raises ConfigError for another ``mix`` and for weights that do not fit.
+
+    >>> parts("typed+hyde+crop", "without-crop", "3+1+1"), parts("typed+hyde", "only-hyde")
+    ({'typed': 3.0, 'hyde': 1.0}, {'hyde': 1.0})
+    """
+    names, (word, _, one) = strategies.split("+"), mix.partition("-")
+    kept = {"all": names, "only": [one], "without": [n for n in names if n != one]}.get(word, [])
+    if (one and one not in names) or not kept or (word == "all") != (not one):
+        raise ConfigError(f"mix = {mix!r}; allowed: all, and only-NAME or without-NAME with one of {', '.join(names)}")
+    try:
+        found = [float(each) for each in weights.split("+")] if weights else [1.0] * len(names)
+    except ValueError:
+        found = []
+    if len(found) != len(names):
+        raise ConfigError(
+            f"weights = {weights!r}: there are {len(names)} strategies; give a number each, such as 2+1+1"
+        )
+    return {name: weight for name, weight in zip(names, found, strict=True) if name in kept}
+
+
+def mixed(arms: Sequence[Arm], *, n: int | None, weights: tuple[float, ...] | None = None) -> tuple[Blend, Stage]:
+    """``n`` examples of several arms by weight, in equal parts unless weights are given, and the corpus with their passages.
+
+    What comes out is for ``Train(examples=blend, queries=blend, corpus=corpus)``. Written negatives and passages stay with
+    their queries.
+    """
+    blend = Blend(
+        examples=tuple(each.examples for each in arms), queries=tuple(each.queries for each in arms),
+        weights=weights or (1.0,) * len(arms), n=n,
+    )  # fmt: skip
+    corpora = {each.corpus.fingerprint(): each.corpus for each in arms}
+    return blend, Together(corpora=tuple(corpora.values()))
 
 
 def _rewritten(strategy: Strategy, engine: Engine, asked: Stage, sampling: Sampling, samples: int) -> Rewrite:
