@@ -41,8 +41,8 @@ from dagr_ray.study import Job, load_job
 HERE = Placement(generate=Pool(workers=0))
 Json = dict[str, Any]
 STRATEGIES = (
-    "crop,promptagator,inpars,typed,persona,prefix,multi-hop,task-triple,hyde,hard-negative,counterfactual,paraphrase,"
-    "simplify,translate,translate-passage,noisy"
+    "crop,crop/span,crop/inverse-cloze,promptagator,inpars,inpars/gbq,typed,persona,prefix,multi-hop,task-triple,hyde,"
+    "hard-negative,counterfactual,paraphrase,simplify,translate,translate-passage,noisy"
 )
 HEAD = """# The catalogue, measured
 

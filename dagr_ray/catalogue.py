@@ -15,6 +15,7 @@ from dagr_ray.filters.diversity import Diversity
 from dagr_ray.filters.language import Language
 from dagr_ray.filters.logprob import Logprob
 from dagr_ray.filters.pii import Pii
+from dagr_ray.filters.round_trip import RoundTrip
 from dagr_ray.filters.teacher import Teacher
 from dagr_ray.miners.bm25 import BM25
 from dagr_ray.miners.dense import Dense
@@ -22,6 +23,7 @@ from dagr_ray.recipes import augment, filtered, gated
 from dagr_ray.retriever import Encoder
 from dagr_ray.stage import Stage
 from dagr_ray.stages.blend import Blend
+from dagr_ray.stages.cloze import CLOZE, Cloze
 from dagr_ray.stages.generate import Generate, Parse
 from dagr_ray.stages.label import Label
 from dagr_ray.stages.leak import LeakGate
@@ -32,6 +34,7 @@ from dagr_ray.stages.rewrite import Rewrite, Together, WithNegatives
 from dagr_ray.stages.select import Score, Select
 from dagr_ray.strategies import Strategy
 from dagr_ray.strategies.hard_negative import HardNegative
+from dagr_ray.strategies.paraphrase import Paraphrase
 from dagr_ray.strategies.promptagator import Promptagator
 from dagr_ray.strategies.translate import Translate
 from dagr_ray.teachers.hybrid import Hybrid
@@ -65,11 +68,21 @@ class Arm:
 
 
 def strategy_named(name: str) -> Strategy:
-    """A strategy with its defaults, by its type. Raises ConfigError with those that make an arm."""
+    """A strategy by its type, or in one of its forms (``inpars/gbq``). Raises ConfigError with those that make an arm.
+
+    >>> strategy_named("crop/span").name(), strategy_named("crop").name()
+    ('crop/span', 'crop')
+    """
     found = {kind: cls for kind, cls in plugins(Strategy).items() if cls.writes in TOKENS}
-    if name not in found:
+    kind, _, form = name.partition("/")
+    if kind not in found:
         raise ConfigError(f"strategy = {name!r} is not in the catalogue; allowed: {', '.join(sorted(found))}")
-    return found[name]()
+    if not form:
+        return found[kind]()
+    field = next((each for each in ("form", "mode") if each in found[kind].model_fields), None)
+    if field is None:
+        raise ConfigError(f"strategy = {name!r}: {kind!r} has one form only; write {kind!r}")
+    return found[kind](**{field: form})
 
 
 def _engine_of(strategy: Strategy, engine: Engine) -> Engine:
@@ -110,7 +123,8 @@ def arm(
         )  # fmt: skip
         parsed = (selected.selected if isinstance(selected, LeakGate) else selected).inputs()["parsed"]
         assert isinstance(parsed, Parse)
-        return Arm(parsed.generations, parsed, selected, corpus, mined)
+        read = Cloze(corpus=corpus, selected=selected) if strategy.name() == CLOZE else corpus
+        return Arm(parsed.generations, parsed, selected, read, mined)
     if strategy.writes == "triples":
         asked: Stage = Topics(n=passages.n)  # type: ignore[attr-defined]
         made = _rewritten(strategy, used, asked, sampling, samples)
@@ -134,7 +148,12 @@ def arm(
         # words of another language are in no index of words
         miner = Dense(encoder=encoder) if isinstance(strategy, Translate) else BM25()
         search = Search(index=Index(corpus=corpus, miner=miner), queries=made, depth=100)
-        queries = clean(filtered(made, corpus, corpus, max_rank=max_rank, search=search), corpus)
+        kept = filtered(made, corpus, corpus, max_rank=max_rank, search=search)
+        if isinstance(strategy, Paraphrase):  # by retrieval, and by embedding
+            near = Search(index=Index(corpus=corpus, miner=Dense(encoder=encoder)), queries=made, depth=100)
+            same = Score(parsed=made, corpus=corpus, filter=RoundTrip(max_rank=max_rank), search=near)
+            kept = kept.model_copy(update={"scores": (*kept.scores, same)})
+        queries = clean(kept, corpus)
         mined = Mine(selected=queries, corpus=corpus, searches=(search,), negatives=negatives)
         return Arm(made.made, made, queries, corpus, mined)
     both = Together(corpora=(corpus, made))
