@@ -185,7 +185,12 @@ def main() -> int:
             known.write_json("studies.json", studies)
         summary = report.summarise(runs, folder)
         by_name = {t["params"]["strategy"]: t for t in summary["trials"] if t["kind"] == "augmented"}
-        rows = [line(by_name[name], job, runs) for name in args.strategies.split(",") if name in by_name]
+        rows = []
+        for name in filter(by_name.__contains__, args.strategies.split(",")):
+            try:
+                rows.append(line(by_name[name], job, runs))
+            except Exception as error:  # nor for this
+                rows.append([f"`{name}`", *[""] * (len(COLUMNS) - 3), f"not read: {error!r}"[:160], ""])
         sections += section(title, summary, rows, studies[title]["commit"])
         if not any(row[COLUMNS.index("nDCG@10")] for row in rows):
             empty.append(title)
