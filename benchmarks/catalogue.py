@@ -114,11 +114,11 @@ def line(trial: Json, job: Job, runs: str) -> list[str]:
 def arm_of(card: Stage) -> tuple[Arm, Train]:
     """The stages of a recipe's arm, and its training."""
     [train] = [stage for stage in walk(card) if isinstance(stage, Train)]
-    assert isinstance(train.examples, Take)
-    behind = walk(train.examples.mined)
+    examples = train.examples.mined if isinstance(train.examples, Take) else train.examples
+    behind = walk(examples)
     generations = [stage for stage in behind if isinstance(stage, Generate)][-1]
     parsed = next(s for s in behind if getattr(s, "generations", None) == generations)
-    return Arm(generations, parsed, train.queries, train.corpus, train.examples.mined), train
+    return Arm(generations, parsed, train.queries, train.corpus, examples), train
 
 
 def described(made: Arm, encoder: Encoder, data: str | None, runs: str) -> dict[str, str]:

@@ -19,11 +19,16 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from benchmarks.catalogue import arm_of, described
 from benchmarks.results import ALONE, MEASURE, ROOT, Study, commit, gap, p_of, run, told
 from dagr_ray.artifact import Artifact
 from dagr_ray.report import stats
-from dagr_ray.report.verdict import duration, is_gain, is_loss
+from dagr_ray.report.lineage import Folders
+from dagr_ray.report.verdict import dollars, duration, is_gain, is_loss
+from dagr_ray.stage import walk
 from dagr_ray.stages.corpus import Beir
+from dagr_ray.stages.generate import Generate
+from dagr_ray.study import load_job
 
 Json = dict[str, Any]
 
@@ -128,6 +133,30 @@ def claim(study: Study, part: Part) -> str:
     return f"- {study.home['name']}: {'; '.join(said)}. That LLM-written negatives are worse than BM25's {result}."
 
 
+LIKE = ("asked", "accepted", "$/1,000", "distinct-2", "overlap", "spread", "form distance", "teacher")
+
+
+def like(study: Study, part: Part, runs: str) -> list[str]:
+    """What the queries of each mixture are like and what they cost: a row for each setting."""
+    job, found = load_job(str(ROOT / part.job)), []
+    for arm, _ in compared(study, part):
+        made, train = arm_of(job.stage(**arm["params"]))
+        sources = made.examples.inputs()
+        accepted = sum(s.folder(runs).count("examples") for name, s in sources.items() if name.startswith("examples."))
+        asked = [s.folder(runs).count("generations") for s in walk(made.examples) if isinstance(s, Generate)]
+        known = Folders(runs)
+        price = known.sums(known.ancestors(made.examples.folder_name()))["price"]
+        cells = {"asked": f"{sum(asked):,}", "accepted": f"{accepted:,} ({accepted / max(sum(asked), 1):.0%})"}
+        cells["$/1,000"] = dollars(1000 * price / max(accepted, 1))
+        try:
+            cells |= described(made, train.base, arm["params"].get("data"), runs)
+        except Exception as error:  # the other tables are no worse for it
+            print(f"{arm['params']} is not described: {error!r}", file=sys.stderr, flush=True)
+        row = [study.home["name"], f"`{arm['params'][part.axis]}`", *(cells.get(name, "") for name in LIKE)]
+        found.append(f"| {' | '.join(row)} |")
+    return found
+
+
 def _failed(study: Study, part: Part, trial: Json) -> str:
     error = (trial["error"] or "not run").replace("|", "/")[:160]
     setting = trial["params"][part.axis]
@@ -159,6 +188,13 @@ def page(runs: str, studies: Json) -> str:
             "|---|---|---:|---:|---|---|---:|---:|---:|---|",
         ]
         lines += [line for study in found for line in lines_of(study, part)] + [""]
+        if name == "mixture":
+            lines += [
+                "What they are made of, as in docs/catalogue.md; *accepted* of all that was asked for their strategies:",
+                "",
+            ]
+            lines += [f"| data set | mix | {' | '.join(LIKE)} |", "|---|---|" + "---:|" * len(LIKE)]
+            lines += [line for study in found for line in like(study, part, runs)] + [""]
         if name == "negatives":
             lines += [text for study in found if (text := claim(study, part))] + [""]
     return "\n".join(lines)

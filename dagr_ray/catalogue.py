@@ -199,7 +199,7 @@ def mixed(arms: Sequence[Arm], *, n: int | None, weights: tuple[float, ...] | No
         weights=weights or (1.0,) * len(arms), n=n,
     )  # fmt: skip
     corpora = {each.corpus.fingerprint(): each.corpus for each in arms}
-    return blend, Together(corpora=tuple(corpora.values()))
+    return blend, arms[0].corpus if len(corpora) == 1 else Together(corpora=tuple(corpora.values()))
 
 
 def _rewritten(strategy: Strategy, engine: Engine, asked: Stage, sampling: Sampling, samples: int) -> Rewrite:
