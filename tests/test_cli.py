@@ -122,7 +122,8 @@ CATALOGUE = {
     "counterfactual simplify translate translate-passage noisy critique retry",
     "teacher": "llm-judge cross-encoder hybrid attention-rerank",
     "stage": "aggregate relabel expand leak-gate mix reach",
-    "filter": "format length language repetition refusal template copied duplicate round-trip teacher logprob pii diversity",
+    "filter": "format length language repetition refusal template copied duplicate round-trip teacher-score logprob pii "
+    "diversity",
 }
 
 
