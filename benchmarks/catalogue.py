@@ -41,8 +41,8 @@ from dagr_ray.study import Job, load_job
 HERE = Placement(generate=Pool(workers=0))
 Json = dict[str, Any]
 STRATEGIES = (
-    "crop,promptagator,inpars,typed,persona,prefix,multi-hop,task-triple,hyde,hard-negative,counterfactual,paraphrase,"
-    "simplify,translate,translate-passage,noisy"
+    "crop,crop/span,crop/inverse-cloze,promptagator,inpars,inpars/gbq,typed,persona,prefix,multi-hop,task-triple,hyde,"
+    "hard-negative,counterfactual,paraphrase,simplify,translate,translate-passage,noisy"
 )
 HEAD = """# The catalogue, measured
 
@@ -106,6 +106,7 @@ def line(trial: Json, job: Job, runs: str) -> list[str]:
         cells["nDCG@10"] = f"{score['mean']:.4f}"
         if "delta" in score:
             cells["gain"] = f"{signed(score['delta'])} [{signed(score['delta_low'])}, {signed(score['delta_high'])}]"
+        if "p_holm" in score:
             cells["p"] = p_text(score["p_holm"]).removeprefix("p = ").removeprefix("p ")
     return [cells.get(column, "") for column in COLUMNS]
 
@@ -113,11 +114,11 @@ def line(trial: Json, job: Job, runs: str) -> list[str]:
 def arm_of(card: Stage) -> tuple[Arm, Train]:
     """The stages of a recipe's arm, and its training."""
     [train] = [stage for stage in walk(card) if isinstance(stage, Train)]
-    assert isinstance(train.examples, Take)
-    behind = walk(train.examples.mined)
+    examples = train.examples.mined if isinstance(train.examples, Take) else train.examples
+    behind = walk(examples)
     generations = [stage for stage in behind if isinstance(stage, Generate)][-1]
     parsed = next(s for s in behind if getattr(s, "generations", None) == generations)
-    return Arm(generations, parsed, train.queries, train.corpus, train.examples.mined), train
+    return Arm(generations, parsed, train.queries, train.corpus, examples), train
 
 
 def described(made: Arm, encoder: Encoder, data: str | None, runs: str) -> dict[str, str]:
@@ -184,7 +185,12 @@ def main() -> int:
             known.write_json("studies.json", studies)
         summary = report.summarise(runs, folder)
         by_name = {t["params"]["strategy"]: t for t in summary["trials"] if t["kind"] == "augmented"}
-        rows = [line(by_name[name], job, runs) for name in args.strategies.split(",")]
+        rows = []
+        for name in filter(by_name.__contains__, args.strategies.split(",")):
+            try:
+                rows.append(line(by_name[name], job, runs))
+            except Exception as error:  # nor for this
+                rows.append([f"`{name}`", *[""] * (len(COLUMNS) - 3), f"not read: {error!r}"[:160], ""])
         sections += section(title, summary, rows, studies[title]["commit"])
         if not any(row[COLUMNS.index("nDCG@10")] for row in rows):
             empty.append(title)

@@ -19,11 +19,16 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from benchmarks.catalogue import arm_of, described
 from benchmarks.results import ALONE, MEASURE, ROOT, Study, commit, gap, p_of, run, told
 from dagr_ray.artifact import Artifact
 from dagr_ray.report import stats
-from dagr_ray.report.verdict import duration
+from dagr_ray.report.lineage import Folders
+from dagr_ray.report.verdict import dollars, duration, is_gain, is_loss
+from dagr_ray.stage import walk
 from dagr_ray.stages.corpus import Beir
+from dagr_ray.stages.generate import Generate
+from dagr_ray.study import load_job
 
 Json = dict[str, Any]
 
@@ -42,13 +47,16 @@ PARTS = {
     "filters": Part(
         "With and without each filter",
         "The generator is SmolLM2-135M. `all`: format, length, repetition, refusal, template, duplicate, copied, round trip "
-        "through BM25; `with-...` adds one that keeps the better half.",
+        "through BM25, leak gate (`none`: not even that). `with-logprob`, `with-teacher-score` and `with-diversity` add one "
+        "that keeps the better half, `with-language` and `with-pii` one more check.",
         "jobs/filters.py", "filters", "all",
     ),
     "negatives": Part(
         "Where hard negatives come from",
         "After arXiv 2504.21015: people's training queries, 5 negatives each, in-batch loss. Negatives by a 135M model say "
-        "little about those of a large one.",
+        "little about those of a large one. `searched`: what BM25 and the base return, however near to the positive; "
+        "`searched-dropped` and `searched-relabelled` without those that the hybrid teacher scores at 95 % of the positive or "
+        "above, or with them as positives.",
         "jobs/negatives.py", "source", "bm25",
     ),
     "mixture": Part(
@@ -70,29 +78,83 @@ def planned(args: argparse.Namespace) -> Iterable[tuple[str, str, list[str]]]:
                 yield label, part, [*([f"data={os.path.abspath(data)}"] if data else []), seeds, *args.more]
 
 
+def compared(study: Study, part: Part) -> list[tuple[Json, Json | None]]:
+    """The arms that have a score, the reference first, with what each has over it; empty where the reference has none."""
+    arms = sorted(study.arms(), key=lambda arm: arm["params"][part.axis] != part.reference)
+    if not arms or arms[0]["params"][part.axis] != part.reference:
+        return []
+    first = study.values(arms[0], study.home)
+    gaps = [gap(study.values(arm, study.home) - first) for arm in arms[1:]]
+    for each, p in zip(gaps, stats.holm([each["p"] for each in gaps]), strict=True):
+        each["p_holm"] = p
+    return list(zip(arms, [None, *gaps], strict=True))
+
+
 def lines_of(study: Study, part: Part) -> list[str]:
     """A row for each setting, the reference first."""
     home, found = study.home, []
-    arms = sorted(study.arms(), key=lambda arm: arm["params"][part.axis] != part.reference)
-    failed = [
-        _failed(study, part, trial)
-        for trial in study.summary["trials"]
-        if trial["kind"] == "augmented" and not trial["scores"]
-    ]
-    if not arms or arms[0]["params"][part.axis] != part.reference:
-        return [*failed, f"| {home['name']} | `{part.reference}` | | | not there: nothing to compare with | | | | | |"]
-    most = max(arm["used"] for arm in arms)
-    first = study.values(arms[0], home)
-    gaps = [gap(study.values(arm, home) - first) for arm in arms[1:]]
-    for each, p in zip(gaps, stats.holm([each["p"] for each in gaps]), strict=True):
-        each["p_holm"] = p
-    for arm, own in zip(arms, [None, *gaps], strict=True):
+    arms = compared(study, part)
+    if not arms:
+        found.append(f"| {home['name']} | `{part.reference}` | | | not there: nothing to compare with | | | | | |")
+    most = max((arm["used"] for arm, _ in arms), default=0)
+    for arm, own in arms:
         score = arm["scores"][home["name"]][MEASURE]
         cells = [home["name"], f"`{arm['params'][part.axis]}`", f"{arm['used']:,}{'' if arm['used'] == most else ' ▽'}"]
         cells += [f"{score['mean']:.4f}", told(score)]
         cells += [told(own), p_of(own)] if own else ["", ""]
         found.append(f"| {' | '.join(cells)} | {study.cells(arm)} |")
-    return found + failed
+    failed = [t for t in study.summary["trials"] if t["kind"] == "augmented" and not t["scores"]]
+    return found + [_failed(study, part, trial) for trial in failed]
+
+
+CLAIM = {
+    "llm": "negatives that the LLM wrote",
+    "mixed": "written and searched ones mixed",
+    "llm-filtered": "written ones that a teacher filtered",
+}
+
+
+def claim(study: Study, part: Part) -> str:
+    """Whether what arXiv 2504.21015 finds from its third version on holds: written negatives are worse than BM25's."""
+    said, verdicts = [], []
+    for arm, own in compared(study, part):
+        what = CLAIM.get(arm["params"][part.axis])
+        if own is None or what is None:
+            continue
+        worse, better = is_loss(own), is_gain(own)
+        verdicts.append("worse" if worse else "better" if better else "open")
+        word = {"worse": "worse than", "better": "better than", "open": "not told apart from"}[verdicts[-1]]
+        said.append(f"{what} are {word} BM25's ({told(own)}, p {p_of(own)})")
+    if not said:
+        return ""
+    holds = {("worse",): "holds here", ("better",): "does not hold here: it is the other way round"}
+    result = holds.get(tuple(sorted(set(verdicts) - {"open"})), "holds for some of them only")
+    result = "is neither shown nor refuted here" if set(verdicts) == {"open"} else result
+    return f"- {study.home['name']}: {'; '.join(said)}. That LLM-written negatives are worse than BM25's {result}."
+
+
+LIKE = ("asked", "accepted", "$/1,000", "distinct-2", "overlap", "spread", "form distance", "teacher")
+
+
+def like(study: Study, part: Part, runs: str) -> list[str]:
+    """What the queries of each mixture are like and what they cost: a row for each setting."""
+    job, found = load_job(str(ROOT / part.job)), []
+    for arm, _ in compared(study, part):
+        made, train = arm_of(job.stage(**arm["params"]))
+        sources = made.examples.inputs()
+        accepted = sum(s.folder(runs).count("examples") for name, s in sources.items() if name.startswith("examples."))
+        asked = [s.folder(runs).count("generations") for s in walk(made.examples) if isinstance(s, Generate)]
+        known = Folders(runs)
+        price = known.sums(known.ancestors(made.examples.folder_name()))["price"]
+        cells = {"asked": f"{sum(asked):,}", "accepted": f"{accepted:,} ({accepted / max(sum(asked), 1):.0%})"}
+        cells["$/1,000"] = dollars(1000 * price / max(accepted, 1))
+        try:
+            cells |= described(made, train.base, arm["params"].get("data"), runs)
+        except Exception as error:  # the other tables are no worse for it
+            print(f"{arm['params']} is not described: {error!r}", file=sys.stderr, flush=True)
+        row = [study.home["name"], f"`{arm['params'][part.axis]}`", *(cells.get(name, "") for name in LIKE)]
+        found.append(f"| {' | '.join(row)} |")
+    return found
 
 
 def _failed(study: Study, part: Part, trial: Json) -> str:
@@ -126,6 +188,15 @@ def page(runs: str, studies: Json) -> str:
             "|---|---|---:|---:|---|---|---:|---:|---:|---|",
         ]
         lines += [line for study in found for line in lines_of(study, part)] + [""]
+        if name == "mixture":
+            lines += [
+                "What they are made of, as in docs/catalogue.md; *accepted* of all that was asked for their strategies:",
+                "",
+            ]
+            lines += [f"| data set | mix | {' | '.join(LIKE)} |", "|---|---|" + "---:|" * len(LIKE)]
+            lines += [line for study in found for line in like(study, part, runs)] + [""]
+        if name == "negatives":
+            lines += [text for study in found if (text := claim(study, part))] + [""]
     return "\n".join(lines)
 
 

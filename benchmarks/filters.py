@@ -163,7 +163,8 @@ def main() -> int:
                     failed.append(name)
                 shown = " | ".join(f"{each['precision']:.3f} | {each['recall']:.3f}" for each in found)
                 cost = found[-1]["cost"] / found[-1]["rows"] * 1000
-                variant = f" ({Planted(case=name, which=which).made().filter.measure})" if len(cases) > 1 else ""
+                own = Planted(case=name, which=which).made().filter
+                variant = f" ({getattr(own, 'measure', getattr(own, 'by', which))})" if len(cases) > 1 else ""
                 lines.append(f"| `{name}`{variant} | {shown} | {cost:.4f} |")
                 print(lines[-1], flush=True)
     rows = ", ".join(f"{len(pairs(data)[: args.rows]):,} of {name}" for data, name in zip(sources, names, strict=True))

@@ -29,6 +29,8 @@ from dagr_ray.filters.repetition import Repetition
 from dagr_ray.filters.round_trip import RoundTrip
 from dagr_ray.filters.teacher import Teacher
 from dagr_ray.filters.template import Template
+from dagr_ray.models import minilm
+from dagr_ray.retriever import Encoder
 from dagr_ray.stage import Output, Stage
 
 SHARE = 0.3  # of the rows are bad
@@ -258,6 +260,38 @@ def _duplicate(rng: random.Random, good: Sequence[Pair]) -> Case:
     return Case(Duplicate(), Duplicate(copies=2), texts, passages, groups=groups)
 
 
+def _near(rng: random.Random, good: Sequence[Pair]) -> Case:
+    """Word sets of a Jaccard similarity of 0.8 or more; the good ones have less among them."""
+    kept: dict[frozenset[str], Pair] = {}
+    for pair in good:
+        said = frozenset(word.casefold() for word in words(pair.query))
+        if said and all(len(said & other) < 0.8 * len(said | other) for other in kept):
+            kept[said] = pair
+
+    def vary(text: str) -> str:
+        said = text.split()
+        rng.shuffle(said)
+        return " ".join([*said, "please"] if len({word.casefold() for word in words(text)}) > 4 else said)
+
+    texts, groups, passages = _groups(rng, list(kept.values()), vary)
+    near = Duplicate(by="minhash", similarity=0.8)
+    return Case(near, Duplicate(by="minhash", similarity=0.999), texts, passages, groups=groups)
+
+
+def _alike(rng: random.Random, good: Sequence[Pair]) -> Case:
+    """The words of a query in another order: nearly the same to the encoder."""
+    good = list({" ".join(sorted(words(pair.query))).casefold(): pair for pair in good}.values())
+
+    def vary(text: str) -> str:
+        said = text.split()
+        return " ".join([*said[1:], said[0]])
+
+    texts, groups, passages = _groups(rng, good, vary)
+    encoder = Encoder(model=str(minilm()), max_length=32)
+    near = Duplicate(by="embedding", encoder=encoder, similarity=0.93)
+    return Case(near, near.model_copy(update={"similarity": 0.9999}), texts, passages, groups=groups)
+
+
 def _diversity(rng: random.Random, good: Sequence[Pair]) -> Case:
     good = list({" ".join(sorted(words(pair.query))).casefold(): pair for pair in good}.values())
 
@@ -312,7 +346,7 @@ CASES: dict[str, tuple[Callable[[random.Random, Sequence[Pair]], Case], ...]] = 
             rng, good, lambda pair: _gaps(rng, pair), Copied(measure="lcs"), Copied(measure="lcs", max_share=1)
         ),
     ),
-    "duplicate": (_duplicate,),
+    "duplicate": (_duplicate, _near, _alike),
     "pii": (lambda rng, good: _mixed(rng, good, _of(rng, PERSONAL), Pii(), Pii(mask=True)),),
     "round-trip": (_round_trip,),
     "teacher-score": (_teacher,),

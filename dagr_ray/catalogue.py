@@ -4,19 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from dagr_ray.config import ConfigError, plugins
 from dagr_ray.engines import Engine, Sampling
 from dagr_ray.engines.crop import CropEngine
 from dagr_ray.engines.keyboard import KeyboardEngine
+from dagr_ray.filters import Filter
 from dagr_ray.filters.diversity import Diversity
+from dagr_ray.filters.language import Language
 from dagr_ray.filters.logprob import Logprob
+from dagr_ray.filters.pii import Pii
+from dagr_ray.filters.round_trip import RoundTrip
 from dagr_ray.filters.teacher import Teacher
 from dagr_ray.miners.bm25 import BM25
 from dagr_ray.miners.dense import Dense
 from dagr_ray.recipes import augment, filtered, gated
 from dagr_ray.retriever import Encoder
 from dagr_ray.stage import Stage
+from dagr_ray.stages.blend import Blend
+from dagr_ray.stages.cloze import CLOZE, Cloze
 from dagr_ray.stages.generate import Generate, Parse
 from dagr_ray.stages.label import Label
 from dagr_ray.stages.leak import LeakGate
@@ -27,12 +34,16 @@ from dagr_ray.stages.rewrite import Rewrite, Together, WithNegatives
 from dagr_ray.stages.select import Score, Select
 from dagr_ray.strategies import Strategy
 from dagr_ray.strategies.hard_negative import HardNegative
+from dagr_ray.strategies.paraphrase import Paraphrase
 from dagr_ray.strategies.promptagator import Promptagator
 from dagr_ray.strategies.translate import Translate
 from dagr_ray.teachers.hybrid import Hybrid
 
-NEGATIVES = ("bm25", "dense", "llm", "mixed", "llm-filtered")
-EXTRA = ("logprob", "teacher-score", "diversity")
+NEGATIVES = (
+    "bm25", "dense", "llm", "mixed", "llm-filtered", "searched", "searched-dropped", "searched-relabelled",
+)  # fmt: skip
+EXTRA = ("logprob", "teacher-score", "diversity", "language", "pii")
+SPARE = 4  # times the negatives that are wanted are mined where a teacher takes some out
 # How many tokens an answer may have, by what is written.
 TOKENS = {"queries": 32, "passages": 96, "negatives": 96, "triples": 224}
 
@@ -57,11 +68,21 @@ class Arm:
 
 
 def strategy_named(name: str) -> Strategy:
-    """A strategy with its defaults, by its type. Raises ConfigError with those that make an arm."""
+    """A strategy by its type, or in one of its forms (``inpars/gbq``). Raises ConfigError with those that make an arm.
+
+    >>> strategy_named("crop/span").name(), strategy_named("crop").name()
+    ('crop/span', 'crop')
+    """
     found = {kind: cls for kind, cls in plugins(Strategy).items() if cls.writes in TOKENS}
-    if name not in found:
+    kind, _, form = name.partition("/")
+    if kind not in found:
         raise ConfigError(f"strategy = {name!r} is not in the catalogue; allowed: {', '.join(sorted(found))}")
-    return found[name]()
+    if not form:
+        return found[kind]()
+    field = next((each for each in ("form", "mode") if each in found[kind].model_fields), None)
+    if field is None:
+        raise ConfigError(f"strategy = {name!r}: {kind!r} has one form only; write {kind!r}")
+    return found[kind](**{field: form})
 
 
 def _engine_of(strategy: Strategy, engine: Engine) -> Engine:
@@ -102,7 +123,8 @@ def arm(
         )  # fmt: skip
         parsed = (selected.selected if isinstance(selected, LeakGate) else selected).inputs()["parsed"]
         assert isinstance(parsed, Parse)
-        return Arm(parsed.generations, parsed, selected, corpus, mined)
+        read = Cloze(corpus=corpus, selected=selected) if strategy.name() == CLOZE else corpus
+        return Arm(parsed.generations, parsed, selected, read, mined)
     if strategy.writes == "triples":
         asked: Stage = Topics(n=passages.n)  # type: ignore[attr-defined]
         made = _rewritten(strategy, used, asked, sampling, samples)
@@ -126,7 +148,12 @@ def arm(
         # words of another language are in no index of words
         miner = Dense(encoder=encoder) if isinstance(strategy, Translate) else BM25()
         search = Search(index=Index(corpus=corpus, miner=miner), queries=made, depth=100)
-        queries = clean(filtered(made, corpus, corpus, max_rank=max_rank, search=search), corpus)
+        kept = filtered(made, corpus, corpus, max_rank=max_rank, search=search)
+        if isinstance(strategy, Paraphrase):  # by retrieval, and by embedding
+            near = Search(index=Index(corpus=corpus, miner=Dense(encoder=encoder)), queries=made, depth=100)
+            same = Score(parsed=made, corpus=corpus, filter=RoundTrip(max_rank=max_rank), search=near)
+            kept = kept.model_copy(update={"scores": (*kept.scores, same)})
+        queries = clean(kept, corpus)
         mined = Mine(selected=queries, corpus=corpus, searches=(search,), negatives=negatives)
         return Arm(made.made, made, queries, corpus, mined)
     both = Together(corpora=(corpus, made))
@@ -136,6 +163,43 @@ def arm(
     search = Search(index=Index(corpus=both, miner=BM25()), queries=made, depth=100)
     mined = Mine(selected=made, corpus=both, searches=(search,), negatives=negatives)
     return Arm(made.made, made, made, both, mined)
+
+
+def parts(strategies: str, mix: str = "all", weights: str | None = None) -> dict[str, float]:
+    """Weights of the strategies of a mixture: of ``all`` that ``strategies`` names, ``only-NAME`` or all ``without-NAME``.
+
+    Raises ConfigError for another ``mix`` and for weights that do not fit.
+
+    >>> parts("typed+hyde+crop", "without-crop", "3+1+1"), parts("typed+hyde", "only-hyde")
+    ({'typed': 3.0, 'hyde': 1.0}, {'hyde': 1.0})
+    """
+    names, (word, _, one) = strategies.split("+"), mix.partition("-")
+    kept = {"all": names, "only": [one], "without": [n for n in names if n != one]}.get(word, [])
+    if (one and one not in names) or not kept or (word == "all") != (not one):
+        raise ConfigError(f"mix = {mix!r}; allowed: all, and only-NAME or without-NAME with one of {', '.join(names)}")
+    try:
+        found = [float(each) for each in weights.split("+")] if weights else [1.0] * len(names)
+    except ValueError:
+        found = []
+    if len(found) != len(names):
+        raise ConfigError(
+            f"weights = {weights!r}: there are {len(names)} strategies; give a number each, such as 2+1+1"
+        )
+    return {name: weight for name, weight in zip(names, found, strict=True) if name in kept}
+
+
+def mixed(arms: Sequence[Arm], *, n: int | None, weights: tuple[float, ...] | None = None) -> tuple[Blend, Stage]:
+    """``n`` examples of several arms by weight, in equal parts unless weights are given, and the corpus with their passages.
+
+    What comes out is for ``Train(examples=blend, queries=blend, corpus=corpus)``. Written negatives and passages stay with
+    their queries.
+    """
+    blend = Blend(
+        examples=tuple(each.examples for each in arms), queries=tuple(each.queries for each in arms),
+        weights=weights or (1.0,) * len(arms), n=n,
+    )  # fmt: skip
+    corpora = {each.corpus.fingerprint(): each.corpus for each in arms}
+    return blend, arms[0].corpus if len(corpora) == 1 else Together(corpora=tuple(corpora.values()))
 
 
 def _rewritten(strategy: Strategy, engine: Engine, asked: Stage, sampling: Sampling, samples: int) -> Rewrite:
@@ -155,9 +219,11 @@ def negatives_from(
     * ``llm``: written by ``engine`` (``HardNegative``), and none besides;
     * ``mixed``: written ones and those of both searches in equal parts;
     * ``llm-filtered``: written ones without those that a teacher (the weighted z-scores of both searches over passages and
-      negatives together) scores at 95 % of the positive or above.
+      negatives together) scores at 95 % of the positive or above;
+    * ``searched``: what both searches return, whatever it scores; without those that the same teacher finds relevant
+      (``searched-dropped``), or with these as positives (``searched-relabelled``; RLHN, arXiv 2505.16967).
 
-    Source: arXiv 2504.21015, which compares them at ``k`` = 5. Raises ConfigError for another source.
+    Source: arXiv 2504.21015, which compares the first five at ``k`` = 5. Raises ConfigError for another source.
     """
     if source not in NEGATIVES:
         raise ConfigError(f"negatives = {source!r}; allowed: {', '.join(NEGATIVES)}")
@@ -166,6 +232,20 @@ def negatives_from(
     def searches(over: Stage, names: Sequence[str]) -> tuple[Search, ...]:
         return tuple(Search(index=Index(corpus=over, miner=miners[n]), queries=queries, depth=100) for n in names)
 
+    def judged(mined: Stage, over: Stage, relevant: Literal["positive", "drop"]) -> Relabel:
+        teacher = Hybrid(fusion="z-score", weights=(0.6, 0.4))
+        both = searches(over, list(miners))
+        labels = Label(teacher=teacher, queries=queries, corpus=over, searches=both, examples=mined)
+        return Relabel(mined=mined, labels=labels, share=0.95, relevant=relevant, negatives=k)
+
+    if source.startswith("searched"):
+        wanted = k if source == "searched" else SPARE * k
+        near = Mine(
+            selected=queries, corpus=corpus, searches=searches(corpus, list(miners)), negatives=wanted, margin=None
+        )
+        if source == "searched":
+            return near, corpus
+        return judged(near, corpus, "drop" if source == "searched-dropped" else "positive"), corpus
     mined = Mine(
         selected=queries, corpus=corpus, searches=searches(corpus, [source] if source in miners else list(miners)), negatives=k
     )  # fmt: skip
@@ -176,45 +256,55 @@ def negatives_from(
     if source == "mixed":
         return WithNegatives(mined=mined, written=(made,), total=k, written_share=1 / 3), both
     written = WithNegatives(mined=mined, written=(made,), total=k)
-    if source == "llm":
-        return written, both
-    teacher = Hybrid(fusion="z-score", weights=(0.6, 0.4))
-    labels = Label(
-        teacher=teacher, queries=queries, corpus=both, searches=searches(both, list(miners)), examples=written
-    )
-    return Relabel(mined=written, labels=labels, share=0.95, relevant="drop", negatives=k), both
+    return (written if source == "llm" else judged(written, both, "drop")), both
 
 
 def filtered_by(
-    setting: str, parsed: Parse, passages: Stage, corpus: Stage, encoder: Encoder, *, max_rank: int
-) -> Select:
+    setting: str,
+    parsed: Parse,
+    passages: Stage,
+    corpus: Stage,
+    encoder: Encoder,
+    *,
+    max_rank: int,
+    held_out: Sequence[Stage] = (),
+    exemplars: Stage | None = None,
+) -> Stage:
     """The queries of ``parsed`` by ``all`` the filters of ``filtered``, ``none``, all ``without-NAME``, or all ``with-NAME`` too.
 
     NAME is a filter's type; with ``logprob`` and ``teacher-score`` (the margin of a hybrid teacher) the better half is kept,
-    and ``diversity`` keeps half of what all others kept, that which covers the space best. Raises ConfigError for another.
+    and ``diversity`` keeps half of what all others kept, that which covers the space best. Of ``held_out`` (evaluation
+    sets) and ``exemplars``, the leak gate is the last of all but ``none`` and ``without-leak``. Raises ConfigError for another.
     """
     every = filtered(parsed, passages, corpus, max_rank=max_rank)
     names = [score.filter.type for score in every.scores]
     word, _, name = setting.partition("-")
-    if setting == "all":
-        return every
+    allowed = ["all", "none", *(f"without-{n}" for n in (*names, "leak")), *(f"with-{n}" for n in EXTRA)]
+    if setting not in allowed:
+        raise ConfigError(f"filters = {setting!r}; allowed: {', '.join(allowed)}")
     if setting == "none":
         return Select(parsed=parsed)
-    if word == "without" and name in names:
-        return filtered(parsed, passages, corpus, max_rank=max_rank, without=(name,))
-    if word == "with" and name == "diversity":
+    if setting == "without-leak":
+        return every
+    kept = every
+    if word == "without":
+        kept = filtered(parsed, passages, corpus, max_rank=max_rank, without=(name,))
+    elif name == "diversity":
         order = Score(parsed=every, corpus=passages, filter=Diversity(encoder=encoder, share=0.5))
-        return Select(parsed=every, scores=(order,))
-    if word == "with" and name in ("logprob", "teacher-score"):
-        if name == "logprob":
-            more = Score(parsed=parsed, corpus=passages, filter=Logprob(top_share=0.5))
-        else:
-            searches = tuple(
-                Search(index=Index(corpus=corpus, miner=m), queries=parsed, depth=100) for m in (BM25(), Dense(encoder=encoder))
-            )  # fmt: skip
-            teacher = Hybrid(fusion="z-score", weights=(0.6, 0.4))
-            labels = Label(teacher=teacher, queries=parsed, corpus=corpus, searches=searches)
-            more = Score(parsed=parsed, corpus=corpus, filter=Teacher(by="margin", top_share=0.5), labels=labels)
-        return every.model_copy(update={"scores": (*every.scores, more)})
-    allowed = ["all", "none", *(f"without-{n}" for n in names), *(f"with-{n}" for n in EXTRA)]
-    raise ConfigError(f"filters = {setting!r}; allowed: {', '.join(allowed)}")
+        kept = Select(parsed=every, scores=(order,))
+    elif word == "with":
+        kept = every.model_copy(update={"scores": (*every.scores, _extra(name, parsed, passages, corpus, encoder))})
+    return gated(kept, passages, held_out, encoder, exemplars=exemplars) if held_out else kept
+
+
+def _extra(name: str, parsed: Parse, passages: Stage, corpus: Stage, encoder: Encoder) -> Score:
+    """The score of one of the filters of ``EXTRA`` that looks at a row."""
+    if name != "teacher-score":
+        found: dict[str, Filter] = {"logprob": Logprob(top_share=0.5), "language": Language(), "pii": Pii()}
+        return Score(parsed=parsed, corpus=passages, filter=found[name])
+    searches = tuple(
+        Search(index=Index(corpus=corpus, miner=m), queries=parsed, depth=100) for m in (BM25(), Dense(encoder=encoder))
+    )
+    teacher = Hybrid(fusion="z-score", weights=(0.6, 0.4))
+    labels = Label(teacher=teacher, queries=parsed, corpus=corpus, searches=searches)
+    return Score(parsed=parsed, corpus=corpus, filter=Teacher(by="margin", top_share=0.5), labels=labels)

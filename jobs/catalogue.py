@@ -14,8 +14,9 @@ from dagr_ray.stages.train import Train
 
 STUDY = {
     "strategy": (
-        "none", "crop", "promptagator", "inpars", "typed", "persona", "prefix", "paraphrase", "noisy", "hyde",
-        "hard-negative", "counterfactual", "simplify", "translate", "translate-passage", "multi-hop", "task-triple",
+        "none", "crop", "crop/span", "crop/inverse-cloze", "promptagator", "inpars", "inpars/gbq", "typed", "persona", "prefix",
+        "paraphrase", "noisy", "hyde", "hard-negative", "counterfactual", "simplify", "translate", "translate-passage",
+        "multi-hop", "task-triple",
     )
 }  # fmt: skip
 

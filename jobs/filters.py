@@ -2,12 +2,12 @@
 
 from typing import Literal
 
-from dagr_ray.catalogue import filtered_by
+from dagr_ray.catalogue import EXTRA, filtered_by
 from dagr_ray.engines import Sampling
 from dagr_ray.miners.bm25 import BM25
 from dagr_ray.miners.dense import Dense
 from dagr_ray.models import minilm
-from dagr_ray.recipes import gated, generator_named, judge
+from dagr_ray.recipes import generator_named, judge
 from dagr_ray.retriever import Encoder
 from dagr_ray.stages.corpus import Beir, PyDocs, Sample
 from dagr_ray.stages.evaluate import Scorecard
@@ -17,8 +17,8 @@ from dagr_ray.stages.retrieve import Index, Search
 from dagr_ray.stages.select import Take
 from dagr_ray.stages.train import Train
 
-ALONE = ("without-copied", "without-duplicate", "without-template", "without-round-trip")
-STUDY = {"filters": ("all", "none", *ALONE, "with-logprob", "with-teacher-score", "with-diversity")}
+EACH = ("format", "length", "repetition", "refusal", "template", "duplicate", "copied", "round-trip", "leak")
+STUDY = {"filters": ("all", "none", *(f"without-{name}" for name in EACH), *(f"with-{name}" for name in EXTRA))}
 
 
 def filters(
@@ -32,31 +32,29 @@ def filters(
     max_rank: int = 20,
     seed: int = 0,
 ) -> Scorecard:
-    """A retriever trained on ``volume`` queries that pass ``filters``, judged on ``data`` (none: Python's documentation).
-
-    Of ``passages``, unless they are given, so many are asked about that half of what all filters keep are ``volume``.
-    """
+    """A retriever trained on ``volume`` queries that pass ``filters``, judged on ``data`` (none: Python's documentation)."""
     corpus = Beir(path=data) if data else PyDocs(part="stdlib")
-    sets = {corpus.label(): corpus}
     frozen = encoder = Encoder(model=str(minilm()), max_length=256 if data else 48)
     if base == "scratch":
         encoder = encoder.model_copy(update={"reinitialise": 0, "layers": 2})
     exemplars = Exemplars(corpus=corpus, split="dev", k=4)
     if volume == 0:
-        return judge(sets, Dense(encoder=encoder), exclude=exemplars)
+        return judge({corpus.label(): corpus}, Dense(encoder=encoder), exclude=exemplars)
     strategy, engine = generator_named("llm" if model else "smollm2", model)
+    # as many as it takes that half of what all filters keep are 300
     asked = Sample(corpus=corpus, n=passages or (1600 if data else 900), exclude=exemplars)
-    sampling = Sampling(max_tokens=32, logprob=True)
     raw = Generate(
-        corpus=asked, strategy=strategy, engine=engine, sampling=sampling, samples=samples, exemplars=exemplars
-    )
+        corpus=asked, strategy=strategy, engine=engine, sampling=Sampling(max_tokens=32, logprob=True), samples=samples,
+        exemplars=exemplars,
+    )  # fmt: skip
     parsed = Parse(generations=raw, corpus=asked)
-    kept = filtered_by(filters, parsed, asked, corpus, frozen, max_rank=max_rank)
-    selected = gated(kept, asked, (corpus,), frozen, exemplars=exemplars)
+    selected = filtered_by(
+        filters, parsed, asked, corpus, frozen, max_rank=max_rank, held_out=(corpus,), exemplars=exemplars,
+    )  # fmt: skip
     search = Search(index=Index(corpus=corpus, miner=BM25()), queries=parsed, depth=100)
     mined = Mine(selected=selected, corpus=corpus, searches=(search,), negatives=1)
     trained = Train(
         examples=Take(mined=mined, n=volume), queries=selected, corpus=corpus, base=encoder, seed=seed,
         lr=5e-4 if base == "scratch" else 2e-5, epochs=2 if base == "scratch" else 1, max_length=160 if data else 48,
     )  # fmt: skip
-    return judge(sets, Dense(encoder=encoder), trained=trained, exclude=exemplars)
+    return judge({corpus.label(): corpus}, Dense(encoder=encoder), trained=trained, exclude=exemplars)

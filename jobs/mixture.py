@@ -1,17 +1,14 @@
 """What each strategy adds to a mixture: alone, all, all but one. ``dagr study jobs/mixture.py``."""
 
-from dagr_ray.catalogue import arm, strategy_named
-from dagr_ray.config import ConfigError
+from dagr_ray.catalogue import arm, mixed, parts, strategy_named
 from dagr_ray.engines.vllm import VLLM
 from dagr_ray.miners.dense import Dense
 from dagr_ray.models import minilm, smollm2
 from dagr_ray.recipes import judge
 from dagr_ray.retriever import Encoder
-from dagr_ray.stages.blend import Blend
 from dagr_ray.stages.corpus import Beir, PyDocs, Sample
 from dagr_ray.stages.evaluate import Scorecard
 from dagr_ray.stages.generate import Exemplars
-from dagr_ray.stages.rewrite import Together
 from dagr_ray.stages.train import Train
 
 STRATEGIES = ("promptagator", "typed", "crop")
@@ -21,6 +18,7 @@ STUDY = {"mix": ("all", *(f"only-{s}" for s in STRATEGIES), *(f"without-{s}" for
 def mixture(
     mix: str = "all",
     strategies: str = "+".join(STRATEGIES),
+    weights: str | None = None,
     data: str | None = None,
     volume: int = 300,
     model: str | None = None,
@@ -29,8 +27,9 @@ def mixture(
     lr: float = 2e-5,
     seed: int = 0,
 ) -> Scorecard:
-    """A retriever trained on ``volume`` queries of ``strategies`` in equal parts, judged on ``data``'s test split.
+    """A retriever trained on ``volume`` rows of ``strategies``, judged on ``data``'s test split.
 
+    They are mixed in equal parts, or by ``weights``, one for each strategy (``strategies=typed+hyde weights=3+1``).
     ``mix`` is ``all`` of them, ``only-NAME`` or ``without-NAME``, always at the same volume. ``volume=0`` is the frozen base.
     """
     corpus = Beir(path=data) if data else PyDocs(part="stdlib")
@@ -39,10 +38,7 @@ def mixture(
     exemplars = Exemplars(corpus=corpus, split="dev", k=4)
     if volume == 0:
         return judge(sets, Dense(encoder=encoder), exclude=exemplars)
-    names, (word, _, one) = strategies.split("+"), mix.partition("-")
-    kept = {"all": names, "only": [one], "without": [n for n in names if n != one]}.get(word, [])
-    if (one and one not in names) or not kept or (word == "all") != (not one):
-        raise ConfigError(f"mix = {mix!r}; allowed: all, and only-NAME or without-NAME with one of {', '.join(names)}")
+    kept = parts(strategies, mix, weights)
     asked = Sample(corpus=corpus, n=passages or (1400 if data else 800), exclude=exemplars)
     arms = [
         arm(
@@ -51,10 +47,9 @@ def mixture(
         )
         for name in kept
     ]  # fmt: skip
-    examples, queries = tuple(each.examples for each in arms), tuple(each.queries for each in arms)
-    blend = Blend(examples=examples, queries=queries, weights=(1.0,) * len(arms), n=volume)
+    blend, passages_of_all = mixed(arms, n=volume, weights=tuple(kept.values()))
     trained = Train(
-        examples=blend, queries=blend, corpus=Together(corpora=tuple(each.corpus for each in arms)), base=encoder, lr=lr,
-        max_length=160 if data else 48, seed=seed,
+        examples=blend, queries=blend, corpus=passages_of_all, base=encoder, lr=lr, max_length=160 if data else 48,
+        seed=seed,
     )  # fmt: skip
     return judge(sets, Dense(encoder=encoder), trained=trained, exclude=exemplars)

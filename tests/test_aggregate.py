@@ -19,6 +19,8 @@ from dagr_ray.stages.aggregate import (
     split,
     worth_asking,
 )
+from dagr_ray.stages.people import People
+from tests.test_annotate import line
 from tests.test_select_mine import Given
 
 
@@ -126,6 +128,21 @@ def test_scores_of_several_teachers_become_one_ranking(tmp_path):
     assert {(each["rater"], each["query_id"], each["doc_id"]) for each in ask} >= {("a", "q0", "d3")}
     assert len({tuple(each.values())[1:] for each in ask}) == len(ask)
     assert folder.manifest["counts"] == {"in": 6, "out": 6, "queries": 2, "raters": 2, "ask": len(ask)}
+
+
+def test_people_are_raters_beside_a_judge(tmp_path):
+    def rated(who, grades):
+        return "".join(line(q, d, int(grade), who=who) for (q, d), grade in grades.items())
+
+    (tmp_path / "people.jsonl").write_text(rated("ann", GRADES["a"]) + rated("bob", GRADES["b"]))
+    people = People(files=(str(tmp_path / "people.jsonl"),))
+    judge = Given(rows={"scores": tuple((q, d, "llm-judge", -s) for (q, d), s in GRADES["a"].items())})
+    folder = materialize(Aggregate(labels=(people, judge)), str(tmp_path / "runs"), Placement())
+    assert folder.manifest["counts"]["raters"] == 3
+    rows = {r["doc_id"]: r["score"] for r in folder.read("scores").to_pylist() if r["scorer"] == "aggregate"}
+    assert rows["d0"] > rows["d2"], "two people against one judge"
+    asked = {each["rater"] for each in json.loads(folder.read_bytes("ask.json"))}
+    assert asked & {"ann", "bob"} and asked <= {"ann", "bob", "llm-judge"}
 
 
 def test_fine_scores_are_cut_into_levels(tmp_path):

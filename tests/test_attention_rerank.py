@@ -1,5 +1,7 @@
 """Attention as a re-ranker: masses as transformers' own eager attention gives them, heads found, layers left out."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,7 @@ from dagr_ray.teachers import Pair
 from dagr_ray.teachers.attention_rerank import (
     ASK,
     BEFORE,
+    CONTENT_FREE,
     AttentionRerank,
     AttentionSession,
     Judged,
@@ -31,6 +34,12 @@ TEXTS = [
     "[1] <|im_start|> 日本語",
 ]
 PAIRS = [Pair("q1", "copy a dict", f"d{i}", text) for i, text in enumerate(TEXTS)]
+
+
+def test_the_prompt_is_as_committed():
+    text = f"{BEFORE}\n\n[1] PASSAGE\n\n[2] PASSAGE{ASK} QUERY\n=== without a query: {CONTENT_FREE!r}\n"
+    golden = Path(__file__).parent / "golden" / f"attention-rerank-v{AttentionRerank.version}.txt"
+    assert golden.read_text() == text, "the prompt changed: raise the version"
 
 
 @pytest.fixture(scope="module")

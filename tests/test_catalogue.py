@@ -4,15 +4,17 @@ import re
 
 import pytest
 
-from dagr_ray.catalogue import TOKENS, arm, strategy_named
+from dagr_ray.catalogue import TOKENS, arm, mixed, strategy_named
 from dagr_ray.cluster import Placement, Pool
 from dagr_ray.config import ConfigError, from_json, plugins
 from dagr_ray.engines.openai import OpenAIServer
 from dagr_ray.models import minilm
+from dagr_ray.preview import generation_of, shown
 from dagr_ray.retriever import Encoder
 from dagr_ray.stage import Stage, materialize, walk
 from dagr_ray.stages.corpus import Beir, Sample
 from dagr_ray.strategies import Strategy
+from dagr_ray.study import load_job
 from tests.conftest import tiny_beir
 from tests.endpoint import served
 from tests.test_canary import answers
@@ -68,3 +70,42 @@ def test_an_arm_of_each_kind_ends_in_examples_whose_texts_are_there(docs, tmp_pa
         passages = materialize(made.corpus, runs, HERE).read("corpus")["doc_id"].to_pylist()
     assert examples and {row["query_id"] for row in examples} <= set(queries)
     assert {i for row in examples for i in (row["positive_id"], *row["negative_ids"])} <= set(passages)
+
+
+@pytest.mark.parametrize("name", IN_IT)
+def test_a_preview_shows_what_the_strategy_itself_asks(docs, tmp_path, name):
+    with served(answers(said)) as server:
+        engine, few = OpenAIServer(model="m", base_url=server.url), Encoder(model=str(minilm()), layers=1)
+        made = arm(strategy_named(name), engine, Sample(corpus=docs, n=20), docs, few, exemplars=None)
+        generate = generation_of(made.examples)
+        lines = list(shown(generate, 2, str(tmp_path), HERE))
+    assert generate.strategy.type == name
+    assert sum(line.startswith("--- sample") for line in lines) == 2 * generate.per_passage()
+    assert sum(line.startswith("=== ") for line in lines) >= 2
+    results = [line for line in lines if line.startswith("    -> ")]
+    assert len(results) == 2 * generate.per_passage() and not any(line.endswith("?") for line in results)
+
+
+def test_arms_of_all_kinds_make_one_mixture(docs, tmp_path):
+    runs, encoder = str(tmp_path), Encoder(model=str(minilm()))
+    with served(answers(said)) as server:
+        engine = OpenAIServer(model="m", base_url=server.url)
+        arms = [
+            arm(strategy_named(name), engine, Sample(corpus=docs, n=20), docs, encoder, exemplars=None, max_rank=60)
+            for name in ("crop", "hyde", "hard-negative")
+        ]
+        blend, corpus = mixed(arms, n=8, weights=(2.0, 1.0, 1.0))
+        taken = materialize(blend, runs, HERE)
+        passages = set(materialize(corpus, runs, HERE).read("corpus")["doc_id"].to_pylist())
+    examples = taken.read("examples").to_pylist()
+    assert sorted(taken.manifest["counts"]["taken"].values()) == [2, 2, 4]
+    assert {row["query_id"] for row in examples} <= set(taken.read("queries")["query_id"].to_pylist())
+    assert {i for row in examples for i in (row["positive_id"], *row["negative_ids"])} <= passages
+    own = set(docs.folder(runs).read("corpus")["doc_id"].to_pylist())
+    assert passages > own and any(row["positive_id"] not in own for row in examples)
+    assert any(set(row["negative_ids"]) - own for row in examples)
+
+
+def test_none_is_a_strategy_and_no_value_where_one_may_be_left_out():
+    job = load_job("jobs/catalogue.py")
+    assert job.value("strategy", "none") == "none" and job.value("data", "none") is None

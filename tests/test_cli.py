@@ -121,11 +121,24 @@ def test_preview_shows_prompt_and_outcome_and_writes_nothing(tmp_path) -> None:
     assert sorted(tmp_path.rglob("*")) == before
 
 
+CATALOGUE = {
+    "strategy": "promptagator inpars typed persona multi-hop task-triple hyde hard-negative prefix crop paraphrase "
+    "counterfactual simplify translate translate-passage noisy critique retry",
+    "teacher": "llm-judge cross-encoder hybrid attention-rerank",
+    "stage": "aggregate relabel expand leak-gate mix reach",
+    "filter": "format length language repetition refusal template copied duplicate round-trip teacher-score logprob pii "
+    "diversity",
+}
+
+
 def test_plugins_are_listed_with_one_line_each() -> None:
     done = dagr("plugins")
     assert done.returncode == 0
-    for name in ("promptagator", "crop", "vllm", "round-trip", "bm25", "dense"):
-        assert any(name in line.split()[:2] for line in done.stdout.splitlines()), name
+    told = {tuple(line.split()[:2]): line.split(maxsplit=2)[2] for line in done.stdout.splitlines()[1:]}
+    for kind, names in CATALOGUE.items():
+        for name in names.split():
+            assert len(told.get((kind, name), "")) > 20, f"{kind} {name}"
+    assert {("engine", "vllm"), ("miner", "bm25"), ("miner", "dense")} <= set(told)
 
 
 def test_ls_of_an_empty_folder(tmp_path) -> None:

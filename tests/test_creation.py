@@ -13,7 +13,7 @@ import pytest
 from dagr_ray import tables
 from dagr_ray.cluster import Placement, Pool
 from dagr_ray.commands import preview
-from dagr_ray.config import ConfigError, from_json
+from dagr_ray.config import ConfigError, from_json, plugins
 from dagr_ray.engines import Completion, Engine
 from dagr_ray.engines.crop import CropEngine
 from dagr_ray.filters.controls import missed
@@ -33,6 +33,9 @@ from dagr_ray.strategies.persona import PERSONAS, Persona
 from dagr_ray.strategies.prefix import Prefix
 from dagr_ray.strategies.promptagator import Promptagator
 from dagr_ray.strategies.several import Several
+from dagr_ray.strategies.simplify import Simplify
+from dagr_ray.strategies.task_triple import TaskTriple
+from dagr_ray.strategies.translate import Translate, TranslatePassage
 from dagr_ray.strategies.typed import FORMS, LABELS, Typed
 from tests.conftest import tiny_beir
 
@@ -236,12 +239,18 @@ def test_parse_measures_what_strategies_were_asked_for(tmp_path):
     assert prompt.endswith("\nWanted: in English; 3 to 30 words\nQuery:")
 
 
-@pytest.mark.parametrize("strategy", [Promptagator, Inpars, Persona, Typed])
+# those whose texts are labels, copies or slips of a text have nothing to control
+UNCONTROLLED = {"crop", "noisy", "prefix", "several", "critique", "llm-judge"}
+WRITTEN = [cls for name, cls in sorted(plugins(Strategy).items()) if name not in UNCONTROLLED]
+
+
+@pytest.mark.parametrize("strategy", WRITTEN, ids=lambda cls: cls.type)
 def test_controls_stand_after_the_passage_and_change_the_fingerprint(strategy):
     plain, controlled = strategy(), strategy(controls=Controls(language="pt-BR", formality=None))
     first, second = (one.prompt(ROW, (), random.Random(0)) for one in (plain, controlled))
     assert first.before == second.before and "Wanted" not in first.text
-    assert second.after.startswith("\nWanted: in Portuguese as in Brazil: 1.234,5, dates as 31/12/2025, reais\n")
+    assert "\nWanted: in Portuguese as in Brazil: 1.234,5, dates as 31/12/2025, reais\n" in second.after
+    assert second.text.index("Wanted") > second.text.index(second.passage)
     assert plain.fingerprint() == strategy(controls=Controls()).fingerprint() != controlled.fingerprint()
 
 
@@ -260,6 +269,32 @@ def test_texts_written_for_pairs_are_measured_too(tmp_path):
     assert found == {"Copytree c": ({"control/language": 3}, 0), "Copytree k": ({}, 3)}
     assert "\nWanted: in German\nPassage:" in hyde.prompt(ROW, (), random.Random(0)).text
     assert Hyde().fingerprint() == Hyde(controls=Controls()).fingerprint() != hyde.fingerprint()
+
+
+def test_a_translation_is_measured_without_being_told_to(tmp_path):
+    data = Beir(path=str(tiny_beir(tmp_path / "beir")))
+    pairs, found = Pairs(queries=data, corpus=data, split="test", n=3), {}
+    for strategy in (
+        Translate(),
+        TranslatePassage(),
+        Translate(language="fr"),
+        TaskTriple(controls=Controls(language="de")),
+    ):
+        asked = data if strategy.reads == "corpus" else pairs
+        for text in ("Wie weit ist der Bernstein von der Birke entfernt, und wann wurde er zuerst gesehen?",
+                     "How far is it from the amber to the birch, and when was it first seen there?"):  # fmt: skip
+            said = f"a task\nQuery: {text}\nRight passage: {text} A\nWrong passage: {text} B" if asked is data else text
+            raw = Generate(corpus=asked, strategy=strategy, engine=Says(text=said))
+            made = materialize(Rewrite(generations=raw), str(tmp_path / "runs"), HERE)
+            kept = made.manifest["counts"]["out"] > 0
+            found.setdefault((strategy.type, strategy.checked().language), []).append(kept)
+            assert kept or set(made.manifest["counts"]["rejected"]) == {"control/language"}
+    assert found == {
+        ("translate", "de"): [True, False],
+        ("translate-passage", "de"): [True, False],
+        ("translate", "fr"): [False, False],
+        ("task-triple", "de"): [True, False],
+    }
 
 
 def test_every_language_that_can_be_asked_for_can_be_found():
@@ -300,12 +335,27 @@ RECORDED = [
     (Typed(form="error-message"), "Error message: `{}`", "'copytree' is not defined"),
     (Persona(), " {}\nSearcher: nurse, ...", "copy a whole folder in python without losing files"),
     (Promptagator(controls=Controls(language="de")), " {}", "Wie kopiere ich einen Ordner?"),
+    (
+        Simplify(),
+        " {}\nPassage: next",
+        "It copies a folder with all that is in it. There must be no folder of that name yet.",
+    ),
+    (Simplify(), 'In plain words: "{}"', "It makes a copy of a folder and of all folders in it."),
+    (Translate(), " {}\nEnglish: next", "wie kopiere ich einen Ordner"),
+    (Translate(language="fr"), 'French: "{}"', "comment copier un dossier"),
+    (Translate(language="es"), " {}", "cómo copiar una carpeta"),
+    (TranslatePassage(), " {}", "Kopiert einen Ordner mit allem, was darin ist. Das Ziel darf nicht vorhanden sein."),
+    (
+        TranslatePassage(language="fr"),
+        "French: {}",
+        "Copie un dossier et tout ce qu'il contient. La cible ne doit pas exister.",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("strategy", "around", "kept"), RECORDED)
 def test_answers_of_the_right_form_are_read(strategy, around, kept):
-    assert strategy.parse(ROW, around.format(kept)).kept == [kept]
+    assert strategy.parse(ROW._replace(query="how do I copy a folder"), around.format(kept)).kept == [kept]
 
 
 @pytest.mark.parametrize(

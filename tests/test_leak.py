@@ -1,6 +1,8 @@
 """The leak gate: what it finds of planted leaks among PyDocs' own queries, what it leaves, and what comes of it."""
 
+import json
 import random
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -20,6 +22,7 @@ from dagr_ray.stages.evaluate import Evaluate, Scorecard
 from dagr_ray.stages.leak import LeakGate, LeakScan
 from tests.studies import EVIL, made_study
 
+TRANSLATED = Path(__file__).parent.parent / "benchmarks" / "leak_translated.jsonl"
 LEAST = {name: LeakGate.model_fields[name].default for name in FLOORS}
 
 
@@ -61,8 +64,9 @@ def by_form(queries, held):
         yield row, "exact", text
         yield row, "normalised", ", ".join(found).upper() + " ?!"
         yield row, "reordered", " ".join(rng.sample(found, len(found)))
-        at = int(np.argmin(bits)) if len(bits) == len(found) else 0
-        if bits[at] < bits.max():
+        # any but the one that tells most: without that the question is another
+        at = rng.choice([i for i in range(len(bits)) if bits[i] < bits.max()] or [0])
+        if len(bits) == len(found) and bits[at] < bits.max():
             yield row, "edited", " ".join([*found[:at], rng.choice(others), *found[at + 1 :]])
         yield row, "contained", " ".join([*rng.choices(others, k=3), *found, *rng.choices(others, k=3)])
 
@@ -114,6 +118,23 @@ def test_a_frame_that_questions_share_is_no_leak():
     assert one(colours, "what is the weight of the green cooktop", telling=told) == {}
     assert ("edited", 2) in one(asked, "who wrote the hymn of Malta", telling=telling)
     assert ("edited", 2) not in one(asked, "who wrote the anthem of Peru", telling=telling), "that is another question"
+
+
+def test_a_translation_is_found_by_its_meaning_alone():
+    rng = np.random.default_rng(3)
+    rows = [json.loads(line) for line in TRANSLATED.read_text().splitlines()]
+    german = {row["query_id"]: row["text"] for row in rows if row["language"] == "de"}
+    english = {q: t for q, t in pydocs.judgements("stdlib", _Every()).queries.items() if q in german}
+    meant = rng.normal(size=(len(english), 384)).astype(np.float32)
+    meant /= np.linalg.norm(meant, axis=1, keepdims=True)
+    said = meant + rng.normal(size=meant.shape).astype(np.float32) * 0.003  # as an encoder of both languages has it
+    said /= np.linalg.norm(said, axis=1, keepdims=True)
+    held = HeldOut(texts(*english.values()), vectors=meant)
+    asked = texts(*(german[q] for q in english))
+    assert len(english) > 20 and len(held.resembling(asked).over(LEAST)) == 0
+    found = held.resembling(asked, said).over(LEAST)
+    assert found.rows.tolist() == found.held_out.tolist() == list(range(len(english)))
+    assert {MECHANISMS[how] for how in found.how} == {"embedding"}
 
 
 def test_matching_gives_all_pairs():

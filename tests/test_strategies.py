@@ -12,7 +12,10 @@ from hypothesis import given, settings, strategies as st
 
 from dagr_ray.config import from_json, plugins
 from dagr_ray.strategies import Exemplar, Passage, Strategy
+from dagr_ray.strategies.crop import Crop
+from dagr_ray.strategies.inpars import Inpars
 from dagr_ray.strategies.promptagator import GENERIC, Promptagator
+from dagr_ray.strategies.translate import Translate
 
 GOLDEN = Path(__file__).parent / "golden"
 ROW = Passage(
@@ -51,9 +54,11 @@ def test_docstring_cites_a_source_and_its_example_runs(cls):
         assert doctest.DocTestRunner().run(example).failed == 0
 
 
-@every
-def test_prompt_is_deterministic_and_as_committed(cls):
-    made = cls()
+FORMS = [Inpars(form="gbq"), Crop(mode="span"), Crop(mode="inverse-cloze"), Translate(language="fr")]
+
+
+@pytest.mark.parametrize("made", [*(cls() for _, cls in FOUND), *FORMS], ids=lambda made: made.name())
+def test_prompt_is_deterministic_and_as_committed(made):
     texts = []
     for shown in ((), SHOWN):
         prompt = made.prompt(ROW, shown, random.Random(7))
@@ -61,12 +66,13 @@ def test_prompt_is_deterministic_and_as_committed(cls):
         assert prompt.text == prompt.before + prompt.passage + prompt.after
         texts.append(f"{prompt.text}\n=== stop {prompt.stop!r}\n")
     text = "\n".join(texts)
-    golden = GOLDEN / f"{cls.type}-v{cls.version}.txt"
+    form = made.name().partition("/")[2] or getattr(made, "language", "") if made in FORMS else ""
+    golden = GOLDEN / "-".join(filter(None, (made.type, form, f"v{made.version}.txt")))
     if not golden.exists():
         golden.write_text(text)
         pytest.fail(f"{golden.name} is written; read it, commit it, run again")
     assert golden.read_text() == text, (
-        f"the prompt of {cls.type} changed: raise its version (generation is paid for again)"
+        f"the prompt of {made.name()} changed: raise its version (generation is paid for again)"
     )
 
 

@@ -6,12 +6,13 @@ opens a model or needs the machine that the folders were made on.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
 from dagr_ray import bill
-from dagr_ray.artifact import Artifact, Json
+from dagr_ray.artifact import Artifact, Json, add_up
 
 
 class Folders:
@@ -70,17 +71,10 @@ class Arm:
     def names(self) -> list[str]:
         return self.folders.ancestors(self.card)
 
-    def _reading(self, field: str, table: str | None = None) -> str | None:
-        """The last ancestor that has an input called ``field`` and writes ``table``."""
-        for name in reversed(self.names):
-            manifest = self.folders.found(name)
-            if field in manifest["inputs"] and (table is None or table in manifest["tables"]):
-                return name
-        return None
-
     @cached_property
     def train(self) -> str | None:
-        return self._reading("examples")
+        """The last ancestor that reads examples."""
+        return next((n for n in reversed(self.names) if "examples" in self.folders.found(n)["inputs"]), None)
 
     @cached_property
     def taken(self) -> str | None:
@@ -93,22 +87,16 @@ class Arm:
         return self.folders.found(self.taken)["inputs"].get("mined", self.taken) if self.taken else None
 
     @cached_property
-    def selected(self) -> str | None:
-        return self._reading("parsed", "lineage")
-
-    @cached_property
-    def gated(self) -> str | None:
-        """The selected queries without those that resemble a test query."""
-        return self._reading("scan", "leaks")
-
-    @cached_property
-    def parsed(self) -> str | None:
-        return self._reading("generations", "lineage")
+    def generations(self) -> list[str]:
+        """The generations whose texts the rows are made of: not those that only wrote what another one asks about."""
+        every = [n for n in self.names if "generations" in self.folders.found(n)["tables"]]
+        asked_about = {name for each in every for name in self.folders.ancestors(each)[:-1]}
+        return [name for name in every if name not in asked_about]
 
     @cached_property
     def generated(self) -> str | None:
-        """The last generation: those before it wrote what it was asked about."""
-        return next((n for n in reversed(self.names) if "generations" in self.folders.found(n)["tables"]), None)
+        """The first of them; a mixture has several."""
+        return next(iter(self.generations), None)
 
     @cached_property
     def used(self) -> int:
@@ -146,27 +134,30 @@ def _rows(folders: Folders, name: str | None) -> int:
 
 
 def funnel(arm: Arm, label: str) -> Json:
-    """How many completions an arm's generator wrote and what became of them, with reasons and the cost of an accepted one."""
-    found = arm.folders.found
-    steps = [(step, found(name)["counts"]) for step, name in _steps(arm) if name]
-    rejected: list[Json] = []
-    for step, counts in steps:
+    """How many completions an arm's generators wrote and what became of them, with reasons and the cost of an accepted one."""
+    found, rejected = arm.folders.found, Counter[tuple[str, str]]()
+    for step, name in _steps(arm):
         # what Generate leaves out are passages, before any completion
-        reasons = counts.get("rejected", {}) if step != "generate" else {}
-        rejected += [{"step": step, "reason": reason, "rows": rows} for reason, rows in reasons.items() if rows]
-    made = found(arm.generated)["tables"].get("generations", {}).get("rows", 0) if arm.generated else 0
+        if step != "generate":
+            rejected.update({(step, reason): n for reason, n in found(name)["counts"].get("rejected", {}).items() if n})
+    made = sum(found(name)["tables"]["generations"]["rows"] for name in arm.generations)
+    asked: Json = {}
+    for name in arm.generations:
+        add_up(
+            asked, {k: v for k, v in found(name)["counts"].items() if k in ("in", "errors", "truncated", "rejected")}
+        )
     spent = arm.folders.sums(arm.data_stages)
-    generate = found(arm.generated)["counts"] if arm.generated else {}
     return {
         "generator": label,
         "folder": arm.generated,
-        "passages": generate.get("in", 0),
-        "left_out": sum(generate.get("rejected", {}).values()),
+        "passages": asked.get("in", 0),
+        "left_out": sum(asked.get("rejected", {}).values()),
         "completions": made,
-        "errors": generate.get("errors", 0),
-        "truncated": generate.get("truncated", 0),
+        "errors": asked.get("errors", 0),
+        "truncated": asked.get("truncated", 0),
         "accepted": arm.accepted,
-        "rejected": sorted(rejected, key=lambda row: -row["rows"]),
+        "parts": _parts(arm),
+        "rejected": [{"step": step, "reason": reason, "rows": rows} for (step, reason), rows in rejected.most_common()],
         **spent,
         "price_per_accepted": spent["price"] / arm.accepted if arm.accepted else None,
         "seconds_per_accepted": spent["seconds"] / arm.accepted if arm.accepted else None,
@@ -176,13 +167,47 @@ def funnel(arm: Arm, label: str) -> Json:
     }
 
 
-def _steps(arm: Arm) -> list[tuple[str, str | None]]:
-    named = [
-        ("generate", arm.generated),
-        ("parse", arm.parsed),
-        ("select", arm.selected),
-        ("leaks", arm.gated),
-        ("mine", arm.mined),
-    ]
-    seen: set[str | None] = set()
-    return [(step, name) for step, name in named if not (name in seen or seen.add(name))]  # type: ignore[func-returns-value]
+def _steps(arm: Arm) -> list[tuple[str, str]]:
+    """The folders that completions went through, each once, with the part that it plays."""
+    behind = {name for each in arm.generations for name in arm.folders.ancestors(each)[:-1]}
+    steps: dict[str, str] = {}
+    for name in arm.data_stages:
+        manifest = arm.folders.found(name)
+        inputs, made = manifest["inputs"], manifest["tables"]
+        if name in behind or "rejected" not in made:
+            continue
+        if name in arm.generations:
+            steps[name] = "generate"
+        elif "generations" in inputs and "lineage" in made:
+            steps[name] = "parse"
+        elif "parsed" in inputs and "lineage" in made:
+            steps[name] = "select"
+        elif "scan" in inputs and "leaks" in made:
+            steps[name] = "leaks"
+        elif name == arm.mined or "examples" in made:
+            steps[name] = "mine"
+    return [(step, name) for name, step in steps.items()]
+
+
+def _parts(arm: Arm) -> list[Json]:
+    """What each source of a mixture, or each round of a refinement, asked and gave, in their order; none for other arms."""
+    for name in reversed(arm.data_stages):
+        inputs = arm.folders.found(name)["inputs"]
+        joined = [inner for field, inner in inputs.items() if field.startswith(("arms.", "queries."))]
+        if len(joined) > 1:
+            return [part for inner in joined if (part := _part(arm.folders, inner)) is not None]
+    return []
+
+
+def _part(folders: Folders, name: str) -> Json | None:
+    chain = folders.ancestors(name)
+    generated = next((n for n in reversed(chain) if "generations" in folders.found(n)["tables"]), None)
+    if generated is None:
+        return None
+    manifest = folders.found(generated)
+    return {
+        "folder": name,
+        "strategy": manifest["stage"].get("strategy", {}).get("type", ""),
+        "completions": manifest["tables"]["generations"]["rows"],
+        "accepted": folders.found(name)["tables"].get("queries", {}).get("rows", 0),
+    }

@@ -109,8 +109,9 @@ def _price(folders: Folders, generated: str, used_by: list[str]) -> Json:
 
 
 def passages(corpus: Artifact, ids: Iterable[str]) -> dict[str, Json]:
-    """doc_id -> title and text, for those that the corpus has."""
-    return {r["doc_id"]: {k: r[k] for k in ("doc_id", "title", "text")} for r in _rows(corpus, "corpus", "doc_id", ids)}
+    """doc_id -> title and text, for those that the corpus has, or the pairs that were asked about."""
+    found = [row for table in ("corpus", "pairs") for row in _rows(corpus, table, "doc_id", ids)]
+    return {row["doc_id"]: {k: row[k] for k in ("doc_id", "title", "text")} for row in found}
 
 
 class Prompts:
@@ -147,13 +148,14 @@ def samples(folders: Folders, generator: Json, accepted: int = 6, rejected: int 
     """
     mined = generator["mined"]
     chain = folders.ancestors(mined)
-    parsed = next((n for n in chain if "generations" in folders.found(n)["inputs"]), None)
+    generated = generator["folder"]
+    parsed = next((n for n in chain if folders.found(n)["inputs"].get("generations") == generated), None)
     if parsed is None:
         return []
-    generated = folders.found(parsed)["inputs"]["generations"]
     refusals = [r for n in reversed(chain) for r in _first(folders, n, "rejected")]
     # some may be people's, which have no completion: of many rows enough are generated
-    kept = sorted(r["query_id"] for r in _first(folders, mined, "examples"))[: 100 * accepted]
+    examples = sorted(_first(folders, mined, "examples"), key=lambda r: r["query_id"])[: 100 * accepted]
+    kept = list(dict.fromkeys(i for r in examples for i in (r["query_id"], r["positive_id"], *r["negative_ids"])))
     artifact, written = folders.artifact(parsed), folders.artifact(generated)
     gen_of = {r["id"]: r["gen_id"] for r in _rows(artifact, "lineage", "id", [*kept, *(r["id"] for r in refusals)])}
     kept = [query_id for query_id in kept if query_id in gen_of][:accepted]
@@ -165,8 +167,9 @@ def samples(folders: Folders, generator: Json, accepted: int = 6, rejected: int 
         if r["id"] in gen_of or r["id"] in known
     ]
     chosen += list(_one_of_each(refused))[:rejected]
-    said = _rows(artifact, "queries", "query_id", [i for _, i, _ in chosen if i])
-    text_of = {r["query_id"]: r["text"] for r in said}
+    ids = [i for _, i, _ in chosen if i]
+    text_of = {r["query_id"]: r["text"] for r in _rows(artifact, "queries", "query_id", ids)}
+    text_of |= {r["doc_id"]: r["text"] for r in _rows(artifact, "corpus", "doc_id", ids)}
     rows = {r["gen_id"]: r for r in _rows(written, "generations", "gen_id", [g for g, _, _ in chosen])}
     sources = list({r["source_id"] for r in rows.values()})
     text = passages(folders.artifact(folders.found(generated)["inputs"]["corpus"]), sources)

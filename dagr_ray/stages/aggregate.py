@@ -189,9 +189,10 @@ def expected_footrule(items: int, raters: int) -> float:
 class Aggregate(Stage):
     """One ranking of each query's passages out of the scores of several raters, in ``scores``.
 
-    Every scorer of every one of ``labels`` is a rater. Grades (up to ``levels`` different values) are taken as they are;
-    finer scores are cut into ``levels`` of equal numbers of pairs. Each step between two levels is a threshold of its
-    own, unknown: see this module. A query is fitted alone, because what a rater calls relevant depends on it.
+    Every scorer of every one of ``labels`` is a rater, and every person where one holds ``ratings`` (``People``). Grades (up
+    to ``levels`` different values) are taken as they are; finer scores are cut into ``levels`` of equal numbers of pairs.
+    Each step between two levels is a threshold of its own, unknown: see this module. A query is fitted alone, because what
+    a rater calls relevant depends on it.
 
     The scorer ``aggregate`` gives each passage's score, ``aggregate-deviation`` its standard error, and ``ask.json`` the
     ``ask`` (rater, query, passage) that would tell most and have not been asked, best first, for people or judges.
@@ -206,7 +207,7 @@ class Aggregate(Stage):
     @model_validator(mode="after")
     def _something_to_join(self) -> Aggregate:
         if not self.labels:
-            raise ConfigError("aggregate: labels are empty; give stages that write scores")
+            raise ConfigError("aggregate: labels are empty; give stages that write scores or ratings")
         return self
 
     def label(self) -> str:
@@ -251,9 +252,11 @@ class Aggregate(Stage):
         rated: dict[str, dict[tuple[str, str], float]] = {}
         values: dict[str, list[float]] = {}
         for number, folder in enumerate(labels):
-            rows = folder.read("scores")
+            name = "ratings" if "ratings" in folder.table_names() else "scores"
+            columns = ("query_id", "doc_id", *(("who", "grade") if name == "ratings" else ("scorer", "score")))
+            rows = folder.read(name, list(columns))
             before = set(values)
-            for query_id, doc_id, scorer, score in zip(*(c.to_pylist() for c in rows.columns), strict=True):
+            for query_id, doc_id, scorer, score in zip(*(rows[c].to_pylist() for c in columns), strict=True):
                 name = f"{scorer}#{number}" if scorer in before else scorer
                 rated.setdefault(query_id, {})[name, doc_id] = score
                 values.setdefault(name, []).append(score)

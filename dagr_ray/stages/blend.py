@@ -61,12 +61,12 @@ class Blend(Stage):
     too few gives all it has, and ``short`` counts what is missing: the others do not make it up, because then the weights
     would not be those that were asked for.
 
-    What comes out is for ``Train(examples=blend, queries=blend)``; the sources' passages are of one corpus. ``lineage``
-    holds that of the queries which have one. Raises ConfigError where one id is two different queries.
+    What comes out is for ``Train(examples=blend, queries=blend)``; the sources' passages are of one corpus. ``qrels`` holds
+    the positives, ``lineage`` that of the queries which have one. Raises ConfigError where one id is two different queries.
     """
 
     abstract: ClassVar[bool] = False
-    outputs: ClassVar[tuple[str, ...]] = ("examples", "queries", "lineage")
+    outputs: ClassVar[tuple[str, ...]] = ("examples", "queries", "qrels", "lineage")
     examples: Annotated[tuple[Stage, ...], Field(min_length=1)]
     queries: Annotated[tuple[Stage, ...], Field(min_length=1)]
     weights: tuple[Annotated[float, Field(ge=0)], ...] | None = None
@@ -131,9 +131,14 @@ class Blend(Stage):
                     lineage.append(own.filter(pc.is_in(own["id"], value_set=ids)))
             # in the order drawn over all sources, so that the first k rows are about the blend of k
             mixed = _drawn(examples["query_id"].to_pylist(), examples["positive_id"].to_pylist(), self.seed)
+            examples = examples.take(pa.array(mixed, pa.int64())).combine_chunks()
+            pairs = examples.group_by(["query_id", "positive_id"], use_threads=False).aggregate([])
             made = {
-                "examples": examples.take(pa.array(mixed, pa.int64())).combine_chunks(),
+                "examples": examples,
                 "queries": queries.table(),
+                "qrels": tables.columns(
+                    "qrels", pairs.num_rows, query_id=pairs["query_id"], doc_id=pairs["positive_id"], relevance=1
+                ),
                 "lineage": pa.concat_tables(lineage),
             }
             counts = {

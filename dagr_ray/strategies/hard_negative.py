@@ -37,8 +37,9 @@ _FORM = Form(
 class HardNegative(Rewriting):
     """A passage of the query's topic that does not answer it ("Don't Retrieve, Generate", arXiv 2504.21015).
 
-    That study found such negatives worse than mined ones; a teacher that reads them afterwards finds the false ones. A
-    sample each, so ``samples=n`` writes n of them.
+    That study found such negatives worse than mined ones; SyNeg (Li et al. 2024, arXiv 2412.17250) found them better where
+    they are mixed with mined ones. A teacher that reads them afterwards finds the false ones. A sample each, so
+    ``samples=n`` writes n of them.
 
     >>> import random
     >>> row = Passage("p1", "", "Bees of summer live for six weeks.", query="how long do bees live")

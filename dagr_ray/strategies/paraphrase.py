@@ -31,8 +31,8 @@ _FORM = Form(
 class Paraphrase(Rewriting):
     """A query with the meaning of another (reformation in the survey arXiv 2403.02990, section 3; the passage stays).
 
-    Whether the meaning stayed is checked as for any written query, by the round trip through a search, and by the
-    distance of both queries' embeddings where a filter for that is in the recipe.
+    Whether the meaning stayed is checked by round trips: the passage that the old query was for has to be found by words
+    (BM25) and by embedding (a dense search), which is what ``catalogue.arm`` asks of it.
 
     >>> import random
     >>> from dagr_ray.strategies import Passage

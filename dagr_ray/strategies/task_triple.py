@@ -6,8 +6,9 @@ import random
 import re
 from typing import ClassVar
 
-from dagr_ray.strategies import Exemplar, Parsed, Passage, Prompt, Strategy
+from dagr_ray.strategies import Exemplar, Parsed, Passage, Prompt
 from dagr_ray.strategies.rewriting import one_line
+from dagr_ray.strategies.written import Written
 
 _EXAMPLES = (
     (
@@ -37,11 +38,12 @@ _LINES = ("Topic", "Task", "Query", "Right passage", "Wrong passage")
 _NAMED = re.compile(r"^\s*(task|query|right passage|wrong passage)\s*:\s*(.*)$", re.IGNORECASE)
 
 
-class TaskTriple(Strategy):
+class TaskTriple(Written):
     """Task, query, positive and hard negative with no corpus (Wang et al. 2024, arXiv 2401.00368, section 3.1).
 
     The row's text is the topic that the task is drawn from, so that answers differ. What it knows is what the model
-    knows: facts may be wrong, which matters little where a retriever only learns what belongs together.
+    knows: facts may be wrong, which matters little where a retriever only learns what belongs together. Controls hold for
+    all three texts.
 
     >>> row = Passage("t1", "", "astronomy")
     >>> TaskTriple().prompt(row, (), random.Random(0)).text.splitlines()[-2:]
@@ -61,7 +63,9 @@ class TaskTriple(Strategy):
         """Task, three examples, the topic."""
         blocks = ["\n".join(f"{k}: {v}" for k, v in zip(_LINES, example, strict=True)) for example in _EXAMPLES]
         before = "\n\n".join([one_line(self.task), *blocks, "Topic: "])
-        return Prompt(before, one_line(row.text or row.title), "\nTask:", stop=("\n\n", "\nTopic:"))
+        return Prompt(
+            before, one_line(row.text or row.title), f"{self.controls.line()}\nTask:", stop=("\n\n", "\nTopic:")
+        )
 
     def parse(self, row: Passage, raw: str) -> Parsed:
         """Query, right and wrong passage, where all of them are there and none is another or an example's."""

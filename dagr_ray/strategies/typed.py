@@ -73,8 +73,9 @@ class Typed(Written):
     """One of several forms of query, drawn for each sample with the weights of ``mix``.
 
     Retrievers that are tuned to one form of query lose on the others: CADET (arXiv 2502.19712, section 3) asks for
-    questions, claims, titles and keywords, and BEIR's tasks also have situations and turns of a talk. The samples of one
-    passage are spread over the forms as evenly as the weights allow, so a form has its share of all queries. ``form``
+    questions, claims, titles and keywords, and BEIR's tasks also have situations and turns of a talk. NVIDIA's generator for
+    retrievers (NeMo Curator, tutorials/nemo-retriever-synthetic-data-generation) asks for several types at once. The samples of
+    one passage are spread over the forms as evenly as the weights allow, so a form has its share of all queries. ``form``
     asks for one form alone. Lineage names it: ``typed/claim``.
 
     Examples of all forms come first, then the passage, and only the label of the form after it: engines compute the
