@@ -13,7 +13,8 @@ help:
 	@echo "make study    the quick start: does augmentation help, how much is enough, at what cost"
 	@echo "make test     lint and all tests"
 	@echo "make bench-scale   generation at scale, measured on this machine beside its peers; an hour"
-	@echo "make bench-train   training, measured on this machine beside its peers; 20 minutes"
+	@echo "make bench-train   training and search, measured on this machine beside their peers; with DATA=BEIR_FOLDER also"
+	@echo "                   encoding; 40 minutes"
 	@echo "make lint     ruff, mypy and the import contracts"
 	@echo "make lock     resolve requirements/PROFILE.in into its lock"
 	@echo "make clean    remove caches and build products; results and $(VENV) stay"
@@ -39,8 +40,10 @@ bench-scale: setup
 	$(BIN)/python benchmarks/readme.py
 
 bench-train: setup
-	$(BIN)/python benchmarks/training.py
-	$(BIN)/python benchmarks/training_stream.py
+	@status=0; for each in training training_stream search bm25_ray $(if $(DATA),"encoding $(DATA)"); do \
+		echo "benchmarks/$$each"; set -- $$each; name=$$1; shift; \
+		$(BIN)/python benchmarks/$$name.py "$$@" || status=1; \
+	done; exit $$status
 
 lint: setup
 	$(BIN)/ruff check .

@@ -1,5 +1,6 @@
 """A training that is killed goes on from its last checkpoint and ends as one that was not: same curve, same weights."""
 
+import itertools
 import os
 import signal
 import subprocess
@@ -55,14 +56,17 @@ def one_thread():
 
 
 class Fault(TrainerCallback):
-    """The power goes at a step."""
+    """The power goes at a step (None: never); ``done`` are the steps of this attempt."""
 
     def __init__(self, step):
-        self.step = step
+        self.step, self.done = step, []
 
     def on_step_begin(self, args, state, control, **_):
         if state.global_step == self.step:
             raise KeyboardInterrupt
+
+    def on_step_end(self, args, state, control, **_):
+        self.done.append(state.global_step)
 
 
 @pytest.mark.parametrize("cached", [None, 4])
@@ -75,19 +79,22 @@ def test_what_is_resumed_is_what_was_not_disturbed(tmp_path, cached):
     )  # fmt: skip
 
     def run(where, *faults):
-        data = texts.fetch(folder, folder, folder)
-        for fault in [*faults, None]:
+        data, attempts = texts.fetch(folder, folder, folder), []
+        for fault in [*map(Fault, faults), Fault(None)]:
             model = retriever.load(tiny(), device="cpu")
-            to, dev = Checkpoints(Artifact(str(tmp_path), where), f"a{fault}"), Dev(folder, "dev", folder)
-            callbacks = [] if fault is None else [Fault(fault)]
+            to, dev = Checkpoints(Artifact(str(tmp_path), where), f"a{fault.step}"), Dev(folder, "dev", folder)
             try:
-                made = loop.fit(model, tiny(), data, settings, dev=dev, checkpoints=to, callbacks=callbacks)
+                made = loop.fit(model, tiny(), data, settings, dev=dev, checkpoints=to, callbacks=[fault])
             except KeyboardInterrupt:
-                assert fault is not None
-        return made, {name: p.detach().numpy() for name, p in model.named_parameters()}
+                assert fault.step is not None
+            attempts.append(fault.done)
+        return made, {name: p.detach().numpy() for name, p in model.named_parameters()}, attempts
 
-    whole, ends = run("whole")
-    again, also = run("again", 4, 7, 12)
+    whole, ends, _ = run("whole")
+    again, also, attempts = run("again", 4, 7, 11)
+    assert attempts == [[1, 2, 3, 4], [*range(1, 8)], [*range(6, 12)], [11, 12]]
+    lost = [done[-1] + 1 - following[0] for done, following in itertools.pairwise(attempts)]
+    assert max(lost) < settings.checkpoint_every and sum(map(len, attempts)) == 12 + sum(lost)
     assert (again.losses, again.dev, again.counts, again.samples) == (
         whole.losses,
         whole.dev,
