@@ -44,7 +44,7 @@ materialize(long(dropout=0.1), sys.argv[1], Placement(train=OFTEN))
 
 def long(**fields):
     """300 steps, with a checkpoint every 20 of them."""
-    return toy_train(Toy(n=40), base=tiny(), epochs=60, batch_size=8, **fields)
+    return toy_train(Toy(n=40), **{"base": tiny(), "epochs": 60, "batch_size": 8, **fields})
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -140,9 +140,10 @@ def test_a_killed_driver_goes_on_with_the_same_command(undisturbed, tmp_path):
     assert '"done"' in events and len(folder.listing("attempts")) == 2
 
 
-def test_a_killed_worker_is_replaced_and_the_curve_is_the_same(tmp_path):
+@pytest.mark.parametrize(("fsdp", "epochs"), [(False, 60), (True, 20)])
+def test_a_killed_worker_is_replaced_and_the_curve_is_the_same(tmp_path, fsdp, epochs):
     connect()
-    stage = long()
+    stage = long(epochs=epochs)
     one = materialize(stage, str(tmp_path / "one"), Placement(train=OFTEN))
     folder = stage.folder(str(tmp_path / "two"))
     killed = []
@@ -155,12 +156,12 @@ def test_a_killed_worker_is_replaced_and_the_curve_is_the_same(tmp_path):
 
     thread = threading.Thread(target=strike, daemon=True)
     thread.start()
-    two = materialize(stage, folder.runs, Placement(train=Pool(workers=2, cpus=0.9, checkpoint_every=20)))
+    two = materialize(stage, folder.runs, Placement(train=Pool(workers=2, cpus=0.9, checkpoint_every=20, fsdp=fsdp)))
     assert killed, "it ended before it was struck"
     ours, theirs = curve(one), curve(two)
     assert [name for name, _ in ours] == [name for name, _ in theirs]
     np.testing.assert_allclose([v for _, v in ours], [v for _, v in theirs], atol=1e-4)
-    assert two.manifest["counts"]["steps"] == 300
+    assert two.manifest["counts"]["steps"] == 5 * epochs
     assert not Path(two.path, "checkpoints").exists()
 
 
