@@ -13,7 +13,8 @@ help:
 	@echo "make study    the quick start: does augmentation help, how much is enough, at what cost"
 	@echo "make test     lint and all tests"
 	@echo "make bench-scale   generation at scale, measured on this machine beside its peers; an hour"
-	@echo "make bench-train   training, measured on this machine beside its peers; 20 minutes"
+	@echo "make bench-train   training and search, measured on this machine beside their peers; with DATA=BEIR_FOLDER also"
+	@echo "                   encoding; 40 minutes"
 	@echo "make lint     ruff, mypy and the import contracts"
 	@echo "make lock     resolve requirements/PROFILE.in into its lock"
 	@echo "make clean    remove caches and build products; results and $(VENV) stay"
@@ -30,14 +31,15 @@ test: setup
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 
 # Each of the scripts, whatever became of those before it; fails in the end where one of them missed a bound.
-EVERY = missed=; for each in $(1); do $(BIN)/python benchmarks/$$each.py || missed="$$missed $$each"; done; \
+EVERY = missed=; for each in $(1); do set -- $$each; name=$$1; shift; \
+	$(BIN)/python benchmarks/$$name.py "$$@" || missed="$$missed $$name"; done; \
 	if [ -n "$$missed" ]; then echo "missed:$$missed"; exit 1; fi
 
 bench-scale: setup
 	@$(call EVERY,generation prefix orchestration tail chaos scaling readme)
 
 bench-train: setup
-	@$(call EVERY,training training_stream)
+	@$(call EVERY,training training_stream search bm25_ray $(if $(DATA),"encoding $(DATA)"))
 
 lint: setup
 	$(BIN)/ruff check .

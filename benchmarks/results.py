@@ -90,14 +90,14 @@ def run(job: str, words: Sequence[str], runs: str, placement: str = "local") -> 
     return Path(pages[-1].removeprefix("page: ")).parent.name
 
 
-def commit() -> str:
+def commit(root: Path = ROOT) -> str:
     """The commit of this checkout; with a plus where files differ from it."""
     head = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+        ["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True
     ).stdout.strip()
     # the pages that these scripts write are no change of what they measure
     words = ["git", "status", "--porcelain", "-uno", "--", ".", ":!docs", ":!benchmarks/*.md"]
-    changed = subprocess.run(words, cwd=ROOT, capture_output=True, text=True).stdout
+    changed = subprocess.run(words, cwd=root, capture_output=True, text=True).stdout
     return (head or "?") + ("+" if changed.strip() else "")
 
 

@@ -18,6 +18,7 @@ def model_card(settings: dict[str, Any], summary: dict[str, Any]) -> str:
     content = f"revision `{base['revision']}`" if base["revision"] else f"content {settings['base_identity']['model']}"
     found = sorted(set(_origins(settings)))
     last = f"{summary['losses'][-1][1]:.4f}" if summary["losses"] else "not logged"
+    met = ", ".join(f"{number:.2f} by {loss}" for loss, number in counts["effective_negatives"].items())
     lines = [
         "---",
         "library_name: sentence-transformers",
@@ -36,6 +37,7 @@ def model_card(settings: dict[str, Any], summary: dict[str, Any]) -> str:
         *[f"* {name}: `{source}`" for name, source in settings["sources"].items()],
         f"* examples: {counts['examples']}, with {counts['negatives']:.2f} negatives each on average",
         f"* steps: {counts['steps']} of {summary['samples'] / counts['steps']:.1f} examples",
+        f"* effective negatives of a query: {met or 'none'}; padding: {counts['padding']:.1%} of the computed tokens",
         *[f"* loss: {', '.join(f'{k} {v}' for k, v in loss.items())}" for loss in settings["losses"]],
         f"* loss at the end: {last}; {summary['train_s']:.0f} s of training",
         *_chosen(summary["dev"], counts),

@@ -167,6 +167,11 @@ def load(encoder: Encoder, device: str | None = None, model: str | Path | None =
     loaded = encoder.opened(SentenceTransformer, device)
     transformer: Any = loaded[0].auto_model
     limit = getattr(transformer.config, "max_position_embeddings", None)
+    # RoBERTa and MPNet number positions from the one after their padding's
+    unused = getattr(
+        getattr(getattr(transformer, "embeddings", None), "position_embeddings", None), "padding_idx", None
+    )
+    limit = limit if limit is None or unused is None else limit - unused - 1
     if limit is not None and encoder.max_length > limit:
         raise ConfigError(f"encoder: max_length = {encoder.max_length}: {encoder.model!r} reads at most {limit} tokens")
     loaded.max_seq_length = encoder.max_length

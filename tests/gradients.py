@@ -18,6 +18,7 @@ from dagr_ray import retriever
 from dagr_ray.artifact import Artifact
 from dagr_ray.retriever import Encoder
 from dagr_ray.training import loop, texts
+from dagr_ray.training.checkpoints import Checkpoints
 from dagr_ray.training.settings import Settings
 
 
@@ -43,6 +44,36 @@ def _some(gradient: np.ndarray) -> np.ndarray:
     return np.hstack([rows[:, None], gradient[rows]])
 
 
+class Fault(TrainerCallback):
+    """Every worker ends at a step."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == args.save_steps + 1:
+            raise KeyboardInterrupt
+
+
+def _resumed(
+    rank: int, workers: int, encoder: Encoder, data: texts.Data, settings: Settings, out: Path
+) -> tuple[Any, ...]:
+    """The losses, and the weights by their means, of a training that is stopped and goes on from its checkpoint."""
+    folder, done = Artifact(str(out.parent), out.name), Seen()
+    for attempt, faults in (("a", [Fault()]), ("b", [done])):
+        to = Checkpoints(folder, attempt, rank, workers)
+        model = retriever.load(encoder, device="cpu")
+        try:
+            made = loop.fit(
+                model, encoder, data, settings, rank=rank, workers=workers, checkpoints=to, callbacks=faults
+            )
+        except KeyboardInterrupt:
+            assert attempt == "a"
+    return made.losses, done.gradients, made.counts, _means(made, model) if rank == 0 else {}
+
+
+def _means(made: loop.Fitted, model: Any) -> dict[str, tuple[float, float]]:
+    ended = made.weights or {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    return {name: (w.mean().item(), w.abs().mean().item()) for name, w in ended.items()}
+
+
 def steps(
     rank: int, workers: int, port: int, encoder: Encoder, folder: Artifact, cases: dict[str, Settings], out: str
 ) -> None:
@@ -60,9 +91,9 @@ def steps(
         seen = Seen()
         model = retriever.load(encoder, device="cpu")
         made = loop.fit(model, encoder, data, settings, rank=rank, workers=workers, callbacks=[seen])
-        ended = made.weights or {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-        weights = {name: (w.mean().item(), w.abs().mean().item()) for name, w in ended.items()} if rank == 0 else {}
-        found[name] = (made.losses, seen.gradients, made.counts, weights)
+        if settings.checkpoint_every:
+            found[f"{name}-resumed"] = _resumed(rank, workers, encoder, data, settings, Path(out, f"{name}-{workers}"))
+        found[name] = (made.losses, seen.gradients, made.counts, _means(made, model) if rank == 0 else {})
     Path(out, f"{workers}-{rank}").write_bytes(pickle.dumps(found))
     if workers > 1:
         torch.distributed.destroy_process_group()

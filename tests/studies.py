@@ -18,8 +18,9 @@ QUERIES = 60
 
 
 def put(
-    runs: str, name: str, inputs: dict[str, str], made: dict[str, Any], stage: dict[str, Any], cost=None, price=0.0
-):
+    runs: str, name: str, inputs: dict[str, str], made: dict[str, Any], stage: dict[str, Any], cost=None, price=0.0,
+    counts=None,
+):  # fmt: skip
     """A complete folder with these tables."""
     folder = Artifact(runs, name)
     receipt = folder.commit(0, made, {"counts": {}, "cost": {}})
@@ -29,7 +30,7 @@ def put(
     }
     manifest = {"stage": stage, "fingerprint": name[-12:], "inputs": inputs, "tables": entries, "files": {}}
     manifest |= {
-        "counts": {},
+        "counts": counts or {},
         "cost": {"wall_s": 1.0, **(cost or {})},
         "price": price,
         "attempts": 1,

@@ -13,7 +13,7 @@ from dagr_ray.retriever import Encoder
 from dagr_ray.stage import materialize
 from dagr_ray.training.lora import LoRA
 from dagr_ray.training.losses import InfoNCE
-from tests.toys import HERE, Toy, small, toy_train
+from tests.toys import HERE, WORDS, Toy, small, toy_train
 
 TEXTS = [
     "short",
@@ -36,6 +36,30 @@ def decoder(tmp_path_factory):
         num_key_value_heads=2, max_position_embeddings=128,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["mpnet", "xlm-roberta"])
+def numbered(request, tmp_path_factory):
+    """A model of two random layers and 66 positions, which numbers them from 2 on: it reads 64 tokens."""
+    import transformers as hf
+
+    words = sorted({*" ".join(TEXTS).split(), *WORDS, "number", "where", "is", "query", ":"})
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    if request.param == "mpnet":
+        vocab = {word: i for i, word in enumerate([*special, *words])}
+        tokenizer = hf.MPNetTokenizer(vocab=vocab, unk_token="<unk>")
+        config, kind = hf.MPNetConfig, hf.MPNetModel
+    else:
+        tokenizer = hf.XLMRobertaTokenizer(
+            vocab=[*((s, 0.0) for s in special), *((f"▁{word}", -1.0) for word in words)]
+        )
+        config, kind = hf.XLMRobertaConfig, hf.XLMRobertaModel
+    folder = tmp_path_factory.mktemp("numbered") / request.param
+    torch.manual_seed(0)
+    kind(config(vocab_size=len(tokenizer), max_position_embeddings=66, pad_token_id=1, **size)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -78,6 +102,20 @@ def test_a_decoder_learns_by_adapters_and_is_saved_without_them(decoder, tmp_pat
     assert [module["type"].rsplit(".", 1)[-1] for module in opened] == ["Transformer", "Pooling"]
     with pytest.raises(ConfigError, match="lora: targets"):
         materialize(toy_train(Toy(n=8), base=base, lora=LoRA(targets=("nothing",))), str(tmp_path), HERE)
+
+
+def test_bases_that_number_positions_otherwise_are_read_trained_and_opened(numbered, tmp_path):
+    base = Encoder(model=str(numbered), max_length=64, query_prefix="query: ")
+    model = retriever.load(base, device="cpu")
+    np.testing.assert_allclose(*alone_and_together(model), atol=1e-5)
+    long = [" ".join(WORDS * 9), "short"]
+    assert len(model.tokenizer(long[0]).input_ids) > 64
+    before = retriever.encode(model, long, dtype="float32")
+    with pytest.raises(ConfigError, match="reads at most 64 tokens"):
+        retriever.load(base.model_copy(update={"max_length": 65}), device="cpu")
+    made = materialize(toy_train(Toy(n=16), base=base, batch_size=8, lr=1e-2), str(tmp_path), HERE)
+    after = retriever.encode(retriever.load(base, "cpu", made.local_path("model")), long, dtype="float32")
+    assert np.abs(after - before).max() > 1e-2 and made.manifest["counts"]["steps"] == 2
 
 
 def test_prompts_are_those_of_the_models_card_unless_they_are_given(tmp_path):

@@ -13,7 +13,7 @@ from dagr_ray.config import ConfigError
 from dagr_ray.report import stats
 from dagr_ray.report.charts import curves_svg
 from dagr_ray.report.lineage import Folders
-from tests.studies import EVIL, QUERIES, made_study
+from tests.studies import EVIL, QUERIES, card, made_study, put
 
 RANDOM = np.random.default_rng(3)
 FROZEN = RANDOM.uniform(0.2, 0.8, QUERIES)
@@ -188,6 +188,24 @@ def test_a_study_that_has_not_ended_has_a_page(helped, tmp_path) -> None:
     with open(report.write_page(summary, runs, "study-made-2")) as handle:
         assert "failed: no &lt;memory&gt;" in handle.read()
     assert "1 of 5 trials have no result" in report.terminal_table(summary)
+
+
+def test_the_page_says_what_an_approximate_search_finds(helped) -> None:
+    runs, study = helped
+    value = Artifact(runs, study).read_json("study.json")
+    for name, counts in (("search-quick", {"recall": 0.987, "exact": 0}), ("search-low", {"recall": 0.4, "exact": 1})):
+        put(runs, name, {}, {}, {}, counts=counts)
+    value["trials"][-1]["folder"] = card(runs, "scorecard-quick", {"in": FROZEN.tolist()}, "search-quick", "search-low")
+    Artifact(runs, "study-made-3").write_json("study.json", value)
+    summary = report.summarise(runs, "study-made-3")
+    found = {x["folder"]: (x["recall"], x["exact"]) for x in summary["stages"] if x["recall"] is not None}
+    assert found == {"search-quick": (0.987, False), "search-low": (0.4, True)}
+    with open(report.write_page(summary, runs, "study-made-3")) as handle:
+        page = handle.read()
+    assert '<td>search-quick</td><td class="n">0.987</td><td>approximately</td>' in page
+    assert '<td>search-low</td><td class="n">0.400</td><td>exactly</td>' in page
+    with open(report.write_page(report.summarise(runs, study), runs, study)) as handle:
+        assert "Approximate search" not in handle.read()
 
 
 def test_no_study_is_a_user_error(tmp_path) -> None:

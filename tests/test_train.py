@@ -44,6 +44,9 @@ def test_the_folder_holds_a_model_that_opens(tmp_path):
     card = (made.read_bytes("model/README.md") or b"").decode()
     assert made.manifest["fingerprint"] in card and "toy" in card and "batch_size: 16" in card
     assert "loss: type info-nce, weight 1.0, temperature 0.05" in card
+    counts = made.manifest["counts"]
+    said = f"{counts['effective_negatives']['info-nce']:.2f} by info-nce; padding: {counts['padding']:.1%} of the"
+    assert f"* effective negatives of a query: {said} computed tokens" in card
     assert {"model/model.safetensors", "model/README.md", "model/modules.json"} <= set(made.manifest["files"])
     assert not [name for name in made.listing("model") if name.endswith((".bin", ".pt"))]
     assert made.damaged(deep=True) == {}

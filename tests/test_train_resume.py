@@ -1,5 +1,6 @@
 """A training that is killed goes on from its last checkpoint and ends as one that was not: same curve, same weights."""
 
+import itertools
 import os
 import signal
 import subprocess
@@ -50,14 +51,17 @@ def one_thread():
 
 
 class Fault(TrainerCallback):
-    """The power goes at a step."""
+    """The power goes at a step (None: never); ``done`` are the steps of this attempt."""
 
     def __init__(self, step):
-        self.step = step
+        self.step, self.done = step, []
 
     def on_step_begin(self, args, state, control, **_):
         if state.global_step == self.step:
             raise KeyboardInterrupt
+
+    def on_step_end(self, args, state, control, **_):
+        self.done.append(state.global_step)
 
 
 @pytest.mark.parametrize("cached", [None, 4])
@@ -70,19 +74,22 @@ def test_what_is_resumed_is_what_was_not_disturbed(tmp_path, cached):
     )  # fmt: skip
 
     def run(where, *faults):
-        data = texts.fetch(folder, folder, folder)
-        for fault in [*faults, None]:
+        data, attempts = texts.fetch(folder, folder, folder), []
+        for fault in [*map(Fault, faults), Fault(None)]:
             model = retriever.load(tiny(), device="cpu")
-            to, dev = Checkpoints(Artifact(str(tmp_path), where), f"a{fault}"), Dev(folder, "dev", folder)
-            callbacks = [] if fault is None else [Fault(fault)]
+            to, dev = Checkpoints(Artifact(str(tmp_path), where), f"a{fault.step}"), Dev(folder, "dev", folder)
             try:
-                made = loop.fit(model, tiny(), data, settings, dev=dev, checkpoints=to, callbacks=callbacks)
+                made = loop.fit(model, tiny(), data, settings, dev=dev, checkpoints=to, callbacks=[fault])
             except KeyboardInterrupt:
-                assert fault is not None
-        return made, {name: p.detach().numpy() for name, p in model.named_parameters()}
+                assert fault.step is not None
+            attempts.append(fault.done)
+        return made, {name: p.detach().numpy() for name, p in model.named_parameters()}, attempts
 
-    whole, ends = run("whole")
-    again, also = run("again", 4, 7, 12)
+    whole, ends, _ = run("whole")
+    again, also, attempts = run("again", 4, 7, 11)
+    assert attempts == [[1, 2, 3, 4], [*range(1, 8)], [*range(6, 12)], [11, 12]]
+    lost = [done[-1] + 1 - following[0] for done, following in itertools.pairwise(attempts)]
+    assert max(lost) < settings.checkpoint_every and sum(map(len, attempts)) == 12 + sum(lost)
     assert (again.losses, again.dev, again.counts, again.samples) == (
         whole.losses,
         whole.dev,
@@ -128,9 +135,10 @@ def test_a_killed_driver_goes_on_with_the_same_command(undisturbed, tmp_path):
     assert '"done"' in events and len(folder.listing("attempts")) == 2
 
 
-def test_a_killed_worker_is_replaced_and_the_curve_is_the_same(tmp_path):
+@pytest.mark.parametrize(("fsdp", "epochs"), [(False, 60), (True, 20)])
+def test_a_killed_worker_is_replaced_and_the_curve_is_the_same(tmp_path, fsdp, epochs):
     connect()
-    stage = long()
+    stage = long(epochs=epochs)
     one = materialize(stage, str(tmp_path / "one"), Placement(train=OFTEN))
     folder = stage.folder(str(tmp_path / "two"))
     killed = []
@@ -143,12 +151,12 @@ def test_a_killed_worker_is_replaced_and_the_curve_is_the_same(tmp_path):
 
     thread = threading.Thread(target=strike, daemon=True)
     thread.start()
-    two = materialize(stage, folder.runs, Placement(train=Pool(workers=2, cpus=0.9, checkpoint_every=20)))
+    two = materialize(stage, folder.runs, Placement(train=Pool(workers=2, cpus=0.9, checkpoint_every=20, fsdp=fsdp)))
     assert killed, "it ended before it was struck"
     ours, theirs = curve(one), curve(two)
     assert [name for name, _ in ours] == [name for name, _ in theirs]
     np.testing.assert_allclose([v for _, v in ours], [v for _, v in theirs], atol=1e-4)
-    assert two.manifest["counts"]["steps"] == 300
+    assert two.manifest["counts"]["steps"] == 5 * epochs
     assert not Path(two.path, "checkpoints").exists()
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from sentence_transformers.sentence_transformer import losses as theirs
 from sentence_transformers.util import pairwise_cos_sim
+from transformers import TrainerCallback
 
 from dagr_ray import retriever
 from dagr_ray.stage import materialize
@@ -33,8 +34,10 @@ EVERY = {name: Settings(losses=each, steps=1, batch_size=8, precision="float32")
 # weights in shares, one for each worker
 EVERY |= {f"{name}-fsdp": replace(EVERY[name], fsdp=True) for name in ("sum", "cached-sum")}
 # 7 rows are no multiple of 2 or 4; of 3 rows, one of 4 workers has no query
-EVERY |= {f"{name}-of-7": replace(EVERY[name], batch_size=7) for name in ("sum", "cached-sum")}
+EVERY |= {f"{name}-of-7": replace(EVERY[name], batch_size=7) for name in LOSSES}
 EVERY |= {f"{name}-of-3": replace(EVERY[name], batch_size=3) for name in ("two-sided", "cached-sum")}
+# also stopped at the fourth step, and begun again
+SAVED = {"saved": replace(EVERY["sum-fsdp"], steps=4, checkpoint_every=2)}
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +53,7 @@ def found(tmp_path_factory):
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         of = [
-            context.Process(target=steps, args=(rank, workers, port, tiny(), folder, EVERY, str(out)))
+            context.Process(target=steps, args=(rank, workers, port, tiny(), folder, EVERY | SAVED, str(out)))
             for rank in range(workers)
         ]
         for each in of:
@@ -82,6 +85,16 @@ def test_the_number_of_workers_changes_neither_loss_nor_gradients(found, case):
             np.testing.assert_allclose([ended[name] for name in weights], list(weights.values()), atol=1e-5)
 
 
+def test_weights_in_shares_go_on_from_their_checkpoint(found):
+    for (workers, _), cases in found.items():
+        (((step, loss),), gradients, counts, weights) = cases["saved"]
+        (((_, again),), theirs, counted, ended) = cases["saved-resumed"]
+        assert step == 4 and again == pytest.approx(loss, abs=1e-6), workers
+        assert counted == counts and ended.keys() == weights.keys()
+        assert max(np.abs(theirs[name] - gradients[name]).max() for name in gradients) < 1e-6, workers
+        np.testing.assert_allclose([ended[name] for name in weights], list(weights.values()), atol=1e-6)
+
+
 def test_gradient_caching_changes_nothing(found):
     (((_, one),), gradients, *_), (((_, other),), again, *_) = found[1, 0]["in-batch"], found[1, 0]["cached"]
     assert one == pytest.approx(other, abs=1e-6)
@@ -95,6 +108,39 @@ def test_the_negatives_of_a_query_are_those_of_arithmetic(tmp_path):
     fitted = loop.fit(retriever.load(tiny(), device="cpu"), tiny(), texts.fetch(folder, folder, folder), settings)
     assert fitted.counts["repeats"] == 0 and fitted.samples == 12
     assert fitted.counts["effective_negatives"] == {"info-nce": 4 * 2 - 1}
+
+
+def test_a_teachers_losses_meet_the_negatives_of_the_rows_alone(tmp_path):
+    """Rows with 2, 1 and 3 negatives in turn, each once: 2 on average."""
+    folder = materialize(Toy(n=24, negatives=(2, 1, 3), scored=True), str(tmp_path))
+    settings = Settings(losses=(MarginMSE(), KL()), epochs=1, batch_size=5, precision="float32")
+    fitted = loop.fit(retriever.load(tiny(), device="cpu"), tiny(), texts.fetch(folder, folder, folder), settings)
+    assert fitted.counts["steps"] == 5 and fitted.samples == 24
+    assert fitted.counts["effective_negatives"] == {"margin-mse": 2.0, "kl": 2.0} and fitted.counts["negatives"] == 2
+
+
+class Rates(TrainerCallback):
+    """The learning rate of each step."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_step_begin(self, args, state, control, **more):
+        self.seen.append(more["lr_scheduler"].get_last_lr()[0])
+
+
+def test_rates_fall_in_half_a_cosine_and_bf16_is_near_float32(tmp_path):
+    folder = materialize(Toy(n=40), str(tmp_path))
+    losses = {}
+    for precision in ("float32", "bf16"):
+        rates = Rates()
+        settings = Settings(steps=10, batch_size=4, schedule="cosine", warmup=0.2, lr=1e-3, precision=precision)
+        data, model = texts.fetch(folder, folder, folder), retriever.load(tiny(), device="cpu")
+        losses[precision] = loop.fit(model, tiny(), data, settings, callbacks=[rates]).losses[-1][1]
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+        falling = [(1 + np.cos(np.pi * step / 8)) / 2 for step in range(8)]
+        np.testing.assert_allclose(rates.seen, np.multiply([0, 0.5, *falling], 1e-3), atol=1e-9)
+    assert 1e-6 < abs(losses["bf16"] - losses["float32"]) < 0.05
 
 
 # -- the formulas -----------------------------------------------------------------------------------------------------

@@ -256,6 +256,8 @@ def _stages(folders: Folders, rows: list[Row]) -> list[Json]:
                 "wasted": bill["usd"]["waste"] if (bill := manifest.get("bill")) else 0.0,
                 "busy": bill["seconds"]["busy"] / bill["seconds"]["held"] if bill and bill["seconds"]["held"] else None,
                 "attempts": manifest.get("attempts", 1),
+                "recall": counts.get("recall"),  # of an approximate search, by its probe
+                "exact": bool(counts.get("exact")),
                 "trials": trials,
             }
         )
