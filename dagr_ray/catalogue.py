@@ -49,11 +49,16 @@ TOKENS = {"queries": 32, "passages": 96, "negatives": 96, "triples": 224}
 
 
 def teacher_scores(made: Arm, encoder: Encoder) -> Label:
-    """What the hybrid teacher says about the examples of an arm: BM25's and ``encoder``'s z-scores among a query's hits."""
+    """What the hybrid teacher says about the examples of an arm."""
+    return hybrid_scores(made.queries, made.corpus, encoder, examples=made.examples)
+
+
+def hybrid_scores(queries: Stage, corpus: Stage, encoder: Encoder, *, examples: Stage | None = None) -> Label:
+    """The weighted mean of BM25's and ``encoder``'s z-scores among a query's 100 best passages of ``corpus``."""
     miners = (BM25(), Dense(encoder=encoder))
-    searches = tuple(Search(index=Index(corpus=made.corpus, miner=m), queries=made.queries, depth=100) for m in miners)
+    searches = tuple(Search(index=Index(corpus=corpus, miner=m), queries=queries, depth=100) for m in miners)
     teacher = Hybrid(fusion="z-score", weights=(0.6, 0.4))
-    return Label(teacher=teacher, queries=made.queries, corpus=made.corpus, searches=searches, examples=made.examples)
+    return Label(teacher=teacher, queries=queries, corpus=corpus, searches=searches, examples=examples)
 
 
 @dataclass(frozen=True)
@@ -233,9 +238,7 @@ def negatives_from(
         return tuple(Search(index=Index(corpus=over, miner=miners[n]), queries=queries, depth=100) for n in names)
 
     def judged(mined: Stage, over: Stage, relevant: Literal["positive", "drop"]) -> Relabel:
-        teacher = Hybrid(fusion="z-score", weights=(0.6, 0.4))
-        both = searches(over, list(miners))
-        labels = Label(teacher=teacher, queries=queries, corpus=over, searches=both, examples=mined)
+        labels = hybrid_scores(queries, over, encoder, examples=mined)
         return Relabel(mined=mined, labels=labels, share=0.95, relevant=relevant, negatives=k)
 
     if source.startswith("searched"):
@@ -302,9 +305,5 @@ def _extra(name: str, parsed: Parse, passages: Stage, corpus: Stage, encoder: En
     if name != "teacher-score":
         found: dict[str, Filter] = {"logprob": Logprob(top_share=0.5), "language": Language(), "pii": Pii()}
         return Score(parsed=parsed, corpus=passages, filter=found[name])
-    searches = tuple(
-        Search(index=Index(corpus=corpus, miner=m), queries=parsed, depth=100) for m in (BM25(), Dense(encoder=encoder))
-    )
-    teacher = Hybrid(fusion="z-score", weights=(0.6, 0.4))
-    labels = Label(teacher=teacher, queries=parsed, corpus=corpus, searches=searches)
+    labels = hybrid_scores(parsed, corpus, encoder)
     return Score(parsed=parsed, corpus=corpus, filter=Teacher(by="margin", top_share=0.5), labels=labels)

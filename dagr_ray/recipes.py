@@ -224,22 +224,26 @@ def refine(
     max_rank: int = 20,
     k: int = 8,
     max_tokens: int = 32,
+    until: Literal["filters", "evaluator"] = "filters",
 ) -> tuple[Mix, tuple[Select, ...]]:
     """Queries of at most ``rounds`` rounds of generator and evaluator: all that were accepted, and those of each step.
 
     In a round, the passages that have no accepted query yet are asked with the best accepted ones as exemplars (by the
     ``scores`` of ``label``, a teacher's stage for given queries); ``Critique`` names what is wrong with the answers, and
-    ``Retry`` writes those again. What comes of either is accepted by the filters. Source: MetaSynth, arXiv 2510.01523.
-    Every step is a stage, so a loop that stopped goes on, and ``dagr show`` tells what each of them added.
+    ``Retry`` writes those again. What comes of either is accepted by the filters. ``until`` says who ends the loop for a
+    passage: the filters alone, or also the evaluator where it finds nothing wrong with the last answer. Source: MetaSynth,
+    arXiv 2510.01523. Every step is a stage, so a loop that stopped goes on, and the report tells what each of them added.
     """
     sampling = Sampling(max_tokens=max_tokens)
     accepted: list[Select] = []
+    verdicts: list[Criticised] = []
     shown, left = exemplars, passages
     for number in range(rounds):
         if number:
             so_far = Mix(arms=tuple(accepted))
             shown = Best(selected=so_far, corpus=corpus, scores=label(so_far), k=k)
-            left = Left(corpus=passages, accepted=tuple(accepted))
+            done = tuple(verdicts) if until == "evaluator" else ()
+            left = Left(corpus=passages, accepted=tuple(accepted), verdicts=done)
         raw = Generate(
             corpus=left, strategy=strategy, engine=engine, sampling=sampling, samples=samples, exemplars=shown
         )
@@ -247,8 +251,8 @@ def refine(
         accepted.append(filtered(parsed, left, corpus, max_rank=max_rank))
         pairs = Pairs(queries=parsed, corpus=left)
         verdict = Generate(corpus=pairs, strategy=Critique(), engine=engine, sampling=sampling)
-        wrong = Criticised(critiques=verdict)
-        again = Rewrite(generations=Generate(corpus=wrong, strategy=Retry(), engine=engine, sampling=sampling))
+        verdicts.append(Criticised(critiques=verdict))
+        again = Rewrite(generations=Generate(corpus=verdicts[-1], strategy=Retry(), engine=engine, sampling=sampling))
         accepted.append(filtered(again, left, corpus, max_rank=max_rank))
     return Mix(arms=tuple(accepted)), tuple(accepted)
 
