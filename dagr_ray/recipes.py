@@ -32,6 +32,7 @@ from dagr_ray.stages.leak import LeakGate, LeakScan
 from dagr_ray.stages.mine import Mine, Relabel
 from dagr_ray.stages.mix import Mix
 from dagr_ray.stages.pairs import Pairs
+from dagr_ray.stages.people import Labelled
 from dagr_ray.stages.refine import Best, Criticised, Left
 from dagr_ray.stages.retrieve import Index, Search
 from dagr_ray.stages.rewrite import Rewrite
@@ -83,13 +84,15 @@ def augment(
     held_out: Sequence[Stage] = (),
     base: Encoder | None = None,
     without: Collection[str] = (),
-) -> tuple[Select | Reach | LeakGate, Mine]:
+    people: Stage | None = None,
+) -> tuple[Select | Reach | Labelled | LeakGate, Mine]:
     """Queries for ``passages``, filtered and with BM25 negatives from ``corpus``: the selected queries and the examples.
 
     With ``accepted``, passages are asked only until so many queries are accepted or a limit is reached: see ``Reach``.
     Queries that resemble the test queries of ``held_out`` (evaluation sets) are left out: see ``LeakGate``; with the
-    encoder ``base`` also those that only mean the same. ``without`` names filters, by type, that are left out. A cropped
-    query is a copy of its passage by design, so the filter against copies is left out for it.
+    encoder ``base`` also those that only mean the same. ``without`` names filters, by type, that are left out. What
+    ``people`` said (``People``) wins over the filters, in both directions. A cropped query is a copy of its passage by
+    design, so the filter against copies is left out for it.
     """
     sampling = Sampling(max_tokens=max_tokens)
     shown = None if strategy.type == "crop" else exemplars
@@ -106,12 +109,14 @@ def augment(
         extra=extra_filters,
         without=without,
     )
-    selected: Select | Reach | LeakGate = every
+    selected: Select | Reach | Labelled | LeakGate = every
     search = every.scores[-1].search
     if accepted is not None:
         selected = Reach(selected=every, accepted=accepted, max_candidates=max_candidates, max_cost=max_cost)
         search = Search(index=Index(corpus=corpus, miner=BM25()), queries=selected, depth=100)
     assert search is not None
+    if people is not None:
+        selected = Labelled(source=selected, people=people, queries=parsed)
     if held_out:
         selected = gated(selected, passages, held_out, base, exemplars=shown)
     return selected, Mine(selected=selected, corpus=corpus, searches=(search,), negatives=negatives)
