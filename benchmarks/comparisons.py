@@ -64,6 +64,12 @@ PARTS = {
         "Queries of several strategies in equal parts, always the same number in all.",
         "jobs/mixture.py", "mix", "all",
     ),
+    "refine": Part(
+        "What rounds of generator and evaluator add",
+        "After MetaSynth, arXiv 2510.01523. In a round, passages without an accepted query are asked again, shown the best so "
+        "far; an evaluator says what is wrong with the answers, and these are written again.",
+        "jobs/refine.py", "rounds", "1",
+    ),
 }  # fmt: skip
 
 
@@ -80,8 +86,8 @@ def planned(args: argparse.Namespace) -> Iterable[tuple[str, str, list[str]]]:
 
 def compared(study: Study, part: Part) -> list[tuple[Json, Json | None]]:
     """The arms that have a score, the reference first, with what each has over it; empty where the reference has none."""
-    arms = sorted(study.arms(), key=lambda arm: arm["params"][part.axis] != part.reference)
-    if not arms or arms[0]["params"][part.axis] != part.reference:
+    arms = sorted(study.arms(), key=lambda arm: str(arm["params"][part.axis]) != part.reference)
+    if not arms or str(arms[0]["params"][part.axis]) != part.reference:
         return []
     first = study.values(arms[0], study.home)
     gaps = [gap(study.values(arm, study.home) - first) for arm in arms[1:]]
@@ -157,6 +163,16 @@ def like(study: Study, part: Part, runs: str) -> list[str]:
     return found
 
 
+def steps(study: Study) -> list[str]:
+    """What each step of the longest refinement asked and gave."""
+    found = max(study.summary["generators"], key=lambda each: len(each["parts"]), default={"parts": []})
+    rounds = max((arm["params"]["rounds"] for arm in study.arms()), default=0)
+    return [
+        f"| {study.home['name']} | {rounds} | {i} | {p['strategy']} | {p['completions']:,} | {p['accepted']:,} |"
+        for i, p in enumerate(found["parts"], 1)
+    ]
+
+
 def _failed(study: Study, part: Part, trial: Json) -> str:
     error = (trial["error"] or "not run").replace("|", "/")[:160]
     setting = trial["params"][part.axis]
@@ -195,6 +211,13 @@ def page(runs: str, studies: Json) -> str:
             ]
             lines += [f"| data set | mix | {' | '.join(LIKE)} |", "|---|---|" + "---:|" * len(LIKE)]
             lines += [line for study in found for line in like(study, part, runs)] + [""]
+        if name == "refine":
+            lines += ["The steps of the longest: answers of the generator, then those that were written again.", ""]
+            lines += [
+                "| data set | rounds | step | strategy | completions | accepted |",
+                "|---|---:|---:|---|---:|---:|",
+            ]
+            lines += [line for study in found for line in steps(study)] + [""]
         if name == "negatives":
             lines += [text for study in found if (text := claim(study, part))] + [""]
     return "\n".join(lines)

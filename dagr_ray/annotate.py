@@ -27,14 +27,13 @@ from dagr_ray.items import REASONS, Cuts, Pair, pairs_of, rank
 from dagr_ray.models import minilm
 from dagr_ray.retriever import Encoder
 from dagr_ray.stage import materialize
-from dagr_ray.stages.people import People, all_ratings, plain_cell
+from dagr_ray.stages.people import AGREEMENT, People, all_ratings, plain_cell
 
 Find = Callable[[str], Artifact]
 JUDGE = "llm-judge"
 # Its scores are on the scale of the grades, and rounded.
 ROUNDED = (0.5, 1.5, 2.5)
 FILES = ("items.jsonl", "items.csv", "annotate.html")
-AGREEMENT = "agreement.json"
 # The grades of TREC Deep Learning's passages (arXiv 2003.07820).
 MEANINGS = (
     (0, "Irrelevant", "has nothing to do with it"),

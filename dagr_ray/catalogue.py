@@ -17,6 +17,7 @@ from dagr_ray.filters.logprob import Logprob
 from dagr_ray.filters.pii import Pii
 from dagr_ray.filters.round_trip import RoundTrip
 from dagr_ray.filters.teacher import Teacher
+from dagr_ray.goal import Reach
 from dagr_ray.miners.bm25 import BM25
 from dagr_ray.miners.dense import Dense
 from dagr_ray.recipes import augment, filtered, gated
@@ -43,17 +44,23 @@ NEGATIVES = (
     "bm25", "dense", "llm", "mixed", "llm-filtered", "searched", "searched-dropped", "searched-relabelled",
 )  # fmt: skip
 EXTRA = ("logprob", "teacher-score", "diversity", "language", "pii")
+MOST = 10_000_000  # queries: more than a budget is for
 SPARE = 4  # times the negatives that are wanted are mined where a teacher takes some out
 # How many tokens an answer may have, by what is written.
 TOKENS = {"queries": 32, "passages": 96, "negatives": 96, "triples": 224}
 
 
 def teacher_scores(made: Arm, encoder: Encoder) -> Label:
-    """What the hybrid teacher says about the examples of an arm: BM25's and ``encoder``'s z-scores among a query's hits."""
+    """What the hybrid teacher says about the examples of an arm."""
+    return hybrid_scores(made.queries, made.corpus, encoder, examples=made.examples)
+
+
+def hybrid_scores(queries: Stage, corpus: Stage, encoder: Encoder, *, examples: Stage | None = None) -> Label:
+    """The weighted mean of BM25's and ``encoder``'s z-scores among a query's 100 best passages of ``corpus``."""
     miners = (BM25(), Dense(encoder=encoder))
-    searches = tuple(Search(index=Index(corpus=made.corpus, miner=m), queries=made.queries, depth=100) for m in miners)
+    searches = tuple(Search(index=Index(corpus=corpus, miner=m), queries=queries, depth=100) for m in miners)
     teacher = Hybrid(fusion="z-score", weights=(0.6, 0.4))
-    return Label(teacher=teacher, queries=made.queries, corpus=made.corpus, searches=searches, examples=made.examples)
+    return Label(teacher=teacher, queries=queries, corpus=corpus, searches=searches, examples=examples)
 
 
 @dataclass(frozen=True)
@@ -102,11 +109,15 @@ def arm(
     max_rank: int = 20,
     negatives: int = 1,
     held_out: Sequence[Stage] = (),
+    max_cost: float | None = None,
 ) -> Arm:
     """The arm of a strategy. Those that read a query read ``Promptagator``'s accepted ones, which are so part of the cost.
 
-    Queries that resemble the test queries of ``held_out`` (evaluation sets) are left out.
+    Queries that resemble the test queries of ``held_out`` (evaluation sets) are left out. With ``max_cost``, passages are
+    asked in steps until so many dollars are spent (``Reach``). Raises ConfigError for that where a strategy reads pairs.
     """
+    if max_cost is not None and (strategy.reads, strategy.writes) != ("corpus", "queries"):
+        raise ConfigError(f"max_cost = {max_cost}: {strategy.type!r} does not write queries for passages; leave it out")
 
     def clean(queries: Stage, positives: Stage) -> Stage:
         return gated(queries, positives, held_out, encoder) if held_out else queries
@@ -119,9 +130,13 @@ def arm(
         without = ("format", "length") if strategy.type == "prefix" else ()
         selected, mined = augment(
             passages, corpus, strategy, used, exemplars=shown, samples=samples, max_rank=max_rank, negatives=negatives,
-            max_tokens=sampling.max_tokens, held_out=held_out, base=encoder, without=without,
+            max_tokens=sampling.max_tokens, held_out=held_out, base=encoder, without=without, max_cost=max_cost,
+            accepted=None if max_cost is None else MOST,
         )  # fmt: skip
-        parsed = (selected.selected if isinstance(selected, LeakGate) else selected).inputs()["parsed"]
+        kept: Stage = selected
+        while isinstance(kept, LeakGate | Reach):
+            kept = kept.selected
+        parsed = kept.inputs()["parsed"]
         assert isinstance(parsed, Parse)
         read = Cloze(corpus=corpus, selected=selected) if strategy.name() == CLOZE else corpus
         return Arm(parsed.generations, parsed, selected, read, mined)
@@ -148,12 +163,12 @@ def arm(
         # words of another language are in no index of words
         miner = Dense(encoder=encoder) if isinstance(strategy, Translate) else BM25()
         search = Search(index=Index(corpus=corpus, miner=miner), queries=made, depth=100)
-        kept = filtered(made, corpus, corpus, max_rank=max_rank, search=search)
+        found = filtered(made, corpus, corpus, max_rank=max_rank, search=search)
         if isinstance(strategy, Paraphrase):  # by retrieval, and by embedding
             near = Search(index=Index(corpus=corpus, miner=Dense(encoder=encoder)), queries=made, depth=100)
             same = Score(parsed=made, corpus=corpus, filter=RoundTrip(max_rank=max_rank), search=near)
-            kept = kept.model_copy(update={"scores": (*kept.scores, same)})
-        queries = clean(kept, corpus)
+            found = found.model_copy(update={"scores": (*found.scores, same)})
+        queries = clean(found, corpus)
         mined = Mine(selected=queries, corpus=corpus, searches=(search,), negatives=negatives)
         return Arm(made.made, made, queries, corpus, mined)
     both = Together(corpora=(corpus, made))
@@ -188,15 +203,17 @@ def parts(strategies: str, mix: str = "all", weights: str | None = None) -> dict
     return {name: weight for name, weight in zip(names, found, strict=True) if name in kept}
 
 
-def mixed(arms: Sequence[Arm], *, n: int | None, weights: tuple[float, ...] | None = None) -> tuple[Blend, Stage]:
-    """``n`` examples of several arms by weight, in equal parts unless weights are given, and the corpus with their passages.
+def mixed(
+    arms: Sequence[Arm], *, n: int | None = None, weights: tuple[float, ...] | None = None
+) -> tuple[Blend, Stage]:
+    """``n`` examples of several arms by weight, or all where neither is given, and the corpus with their passages.
 
     What comes out is for ``Train(examples=blend, queries=blend, corpus=corpus)``. Written negatives and passages stay with
     their queries.
     """
     blend = Blend(
         examples=tuple(each.examples for each in arms), queries=tuple(each.queries for each in arms),
-        weights=weights or (1.0,) * len(arms), n=n,
+        weights=weights, n=n,
     )  # fmt: skip
     corpora = {each.corpus.fingerprint(): each.corpus for each in arms}
     return blend, arms[0].corpus if len(corpora) == 1 else Together(corpora=tuple(corpora.values()))
@@ -233,9 +250,7 @@ def negatives_from(
         return tuple(Search(index=Index(corpus=over, miner=miners[n]), queries=queries, depth=100) for n in names)
 
     def judged(mined: Stage, over: Stage, relevant: Literal["positive", "drop"]) -> Relabel:
-        teacher = Hybrid(fusion="z-score", weights=(0.6, 0.4))
-        both = searches(over, list(miners))
-        labels = Label(teacher=teacher, queries=queries, corpus=over, searches=both, examples=mined)
+        labels = hybrid_scores(queries, over, encoder, examples=mined)
         return Relabel(mined=mined, labels=labels, share=0.95, relevant=relevant, negatives=k)
 
     if source.startswith("searched"):
@@ -302,9 +317,5 @@ def _extra(name: str, parsed: Parse, passages: Stage, corpus: Stage, encoder: En
     if name != "teacher-score":
         found: dict[str, Filter] = {"logprob": Logprob(top_share=0.5), "language": Language(), "pii": Pii()}
         return Score(parsed=parsed, corpus=passages, filter=found[name])
-    searches = tuple(
-        Search(index=Index(corpus=corpus, miner=m), queries=parsed, depth=100) for m in (BM25(), Dense(encoder=encoder))
-    )
-    teacher = Hybrid(fusion="z-score", weights=(0.6, 0.4))
-    labels = Label(teacher=teacher, queries=parsed, corpus=corpus, searches=searches)
+    labels = hybrid_scores(parsed, corpus, encoder)
     return Score(parsed=parsed, corpus=corpus, filter=Teacher(by="margin", top_share=0.5), labels=labels)

@@ -32,6 +32,7 @@ from dagr_ray.stages.leak import LeakGate, LeakScan
 from dagr_ray.stages.mine import Mine, Relabel
 from dagr_ray.stages.mix import Mix
 from dagr_ray.stages.pairs import Pairs
+from dagr_ray.stages.people import Labelled
 from dagr_ray.stages.refine import Best, Criticised, Left
 from dagr_ray.stages.retrieve import Index, Search
 from dagr_ray.stages.rewrite import Rewrite
@@ -84,13 +85,15 @@ def augment(
     held_out: Sequence[Stage] = (),
     base: Encoder | None = None,
     without: Collection[str] = (),
-) -> tuple[Select | Reach | LeakGate, Mine]:
+    people: Stage | None = None,
+) -> tuple[Select | Reach | Labelled | LeakGate, Mine]:
     """Queries for ``passages``, filtered and with BM25 negatives from ``corpus``: the selected queries and the examples.
 
     With ``accepted``, passages are asked only until so many queries are accepted or a limit is reached: see ``Reach``.
     Queries that resemble the test queries of ``held_out`` (evaluation sets) are left out: see ``LeakGate``; with the
-    encoder ``base`` also those that only mean the same. ``without`` names filters, by type, that are left out. A cropped
-    query is a copy of its passage by design, so the filter against copies is left out for it.
+    encoder ``base`` also those that only mean the same. ``without`` names filters, by type, that are left out. What
+    ``people`` said (``People``) wins over the filters, in both directions. A cropped query is a copy of its passage by
+    design, so the filter against copies is left out for it.
     """
     sampling = Sampling(max_tokens=max_tokens)
     shown = None if strategy.type == "crop" else exemplars
@@ -107,12 +110,14 @@ def augment(
         extra=extra_filters,
         without=without,
     )
-    selected: Select | Reach | LeakGate = every
+    selected: Select | Reach | Labelled | LeakGate = every
     search = every.scores[-1].search
     if accepted is not None:
         selected = Reach(selected=every, accepted=accepted, max_candidates=max_candidates, max_cost=max_cost)
         search = Search(index=Index(corpus=corpus, miner=BM25()), queries=selected, depth=100)
     assert search is not None
+    if people is not None:
+        selected = Labelled(source=selected, people=people, queries=parsed)
     if held_out:
         selected = gated(selected, passages, held_out, base, exemplars=shown)
     return selected, Mine(selected=selected, corpus=corpus, searches=(search,), negatives=negatives)
@@ -225,22 +230,26 @@ def refine(
     max_rank: int = 20,
     k: int = 8,
     max_tokens: int = 32,
+    until: Literal["filters", "evaluator"] = "filters",
 ) -> tuple[Mix, tuple[Select, ...]]:
     """Queries of at most ``rounds`` rounds of generator and evaluator: all that were accepted, and those of each step.
 
     In a round, the passages that have no accepted query yet are asked with the best accepted ones as exemplars (by the
     ``scores`` of ``label``, a teacher's stage for given queries); ``Critique`` names what is wrong with the answers, and
-    ``Retry`` writes those again. What comes of either is accepted by the filters. Source: MetaSynth, arXiv 2510.01523.
-    Every step is a stage, so a loop that stopped goes on, and ``dagr show`` tells what each of them added.
+    ``Retry`` writes those again. What comes of either is accepted by the filters. ``until`` says who ends the loop for a
+    passage: the filters alone, or also the evaluator where it finds nothing wrong with the last answer. Source: MetaSynth,
+    arXiv 2510.01523. Every step is a stage, so a loop that stopped goes on, and the report tells what each of them added.
     """
     sampling = Sampling(max_tokens=max_tokens)
     accepted: list[Select] = []
+    verdicts: list[Criticised] = []
     shown, left = exemplars, passages
     for number in range(rounds):
         if number:
             so_far = Mix(arms=tuple(accepted))
             shown = Best(selected=so_far, corpus=corpus, scores=label(so_far), k=k)
-            left = Left(corpus=passages, accepted=tuple(accepted))
+            done = tuple(verdicts) if until == "evaluator" else ()
+            left = Left(corpus=passages, accepted=tuple(accepted), verdicts=done)
         raw = Generate(
             corpus=left, strategy=strategy, engine=engine, sampling=sampling, samples=samples, exemplars=shown
         )
@@ -248,8 +257,8 @@ def refine(
         accepted.append(filtered(parsed, left, corpus, max_rank=max_rank))
         pairs = Pairs(queries=parsed, corpus=left)
         verdict = Generate(corpus=pairs, strategy=Critique(), engine=engine, sampling=sampling)
-        wrong = Criticised(critiques=verdict)
-        again = Rewrite(generations=Generate(corpus=wrong, strategy=Retry(), engine=engine, sampling=sampling))
+        verdicts.append(Criticised(critiques=verdict))
+        again = Rewrite(generations=Generate(corpus=verdicts[-1], strategy=Retry(), engine=engine, sampling=sampling))
         accepted.append(filtered(again, left, corpus, max_rank=max_rank))
     return Mix(arms=tuple(accepted)), tuple(accepted)
 

@@ -9,6 +9,7 @@ from dagr_ray.retriever import Encoder
 from dagr_ray.stages.corpus import Beir, Sample
 from dagr_ray.stages.evaluate import Scorecard
 from dagr_ray.stages.generate import Exemplars
+from dagr_ray.stages.people import People
 from dagr_ray.stages.select import Take
 from dagr_ray.stages.train import Train
 
@@ -28,19 +29,18 @@ def beir(
     samples: int = 2,
     max_rank: int = 20,
     negatives: int = 1,
+    people: str | None = None,
     epochs: int = 1,
     lr: float = 2e-5,
     seed: int = 0,
 ) -> Scorecard:
     """A retriever trained on ``volume`` queries generated for the passages of ``data``, judged on its test split.
 
-    ``ood`` is a second BEIR folder for the out-of-distribution row; ``base`` is ``minilm`` or the folder of an encoder.
+    ``ood`` is a second BEIR folder for the out-of-distribution row; ``base`` is ``minilm`` or the folder of an encoder;
+    ``people`` are files of their ratings, joined by ``+``, which win over the filters.
     """
     corpus = Beir(path=data)
-    sets = {corpus.label(): corpus}
-    if ood:
-        other = Beir(path=ood)
-        sets[other.label()] = other
+    sets = {each.label(): each for each in (corpus, *([Beir(path=ood)] if ood else []))}
     encoder = Encoder(model=str(minilm()) if base == "minilm" else base, max_length=256)
     exemplars = Exemplars(corpus=corpus, split="dev", k=6)
     if volume == 0:
@@ -50,7 +50,7 @@ def beir(
     asked = Sample(corpus=corpus, n=passages, exclude=exemplars)
     selected, mined = augment(
         asked, corpus, strategy, engine, exemplars=exemplars, samples=samples, max_rank=max_rank, negatives=negatives,
-        held_out=tuple(sets.values()), base=encoder,
+        held_out=tuple(sets.values()), base=encoder, people=People(files=tuple(people.split("+"))) if people else None,
     )  # fmt: skip
     examples = Take(mined=mined, n=volume, density=density, coverage=coverage)
     trained = Train(

@@ -19,6 +19,7 @@ def mixture(
     mix: str = "all",
     strategies: str = "+".join(STRATEGIES),
     weights: str | None = None,
+    budget: float | None = None,
     data: str | None = None,
     volume: int = 300,
     model: str | None = None,
@@ -29,7 +30,8 @@ def mixture(
 ) -> Scorecard:
     """A retriever trained on ``volume`` rows of ``strategies``, judged on ``data``'s test split.
 
-    They are mixed in equal parts, or by ``weights``, one for each strategy (``strategies=typed+hyde weights=3+1``).
+    They are mixed in equal parts, or by ``weights``, one for each strategy (``strategies=typed+hyde weights=3+1``), or by
+    ``budget``: all rows that each strategy gives for so many dollars, whatever ``volume`` is.
     ``mix`` is ``all`` of them, ``only-NAME`` or ``without-NAME``, always at the same volume. ``volume=0`` is the frozen base.
     """
     corpus = Beir(path=data) if data else PyDocs(part="stdlib")
@@ -43,11 +45,11 @@ def mixture(
     arms = [
         arm(
             strategy_named(name), VLLM(model=model or str(smollm2())), asked, corpus, encoder, exemplars=exemplars,
-            max_rank=max_rank, held_out=(corpus,),
+            max_rank=max_rank, held_out=(corpus,), max_cost=budget,
         )
         for name in kept
     ]  # fmt: skip
-    blend, passages_of_all = mixed(arms, n=volume, weights=tuple(kept.values()))
+    blend, passages_of_all = mixed(arms) if budget else mixed(arms, n=volume, weights=tuple(kept.values()))
     trained = Train(
         examples=blend, queries=blend, corpus=passages_of_all, base=encoder, lr=lr, max_length=160 if data else 48,
         seed=seed,

@@ -1,5 +1,7 @@
 """A goal in place of a size: steps until enough is accepted, and limits that say that they were reached."""
 
+from collections import Counter
+
 import pytest
 
 from dagr_ray.artifact import Artifact
@@ -13,6 +15,7 @@ from dagr_ray.recipes import augment, generator_named
 from dagr_ray.stage import Stage, materialize
 from dagr_ray.stages.corpus import Beir
 from dagr_ray.stages.generate import Generate, Parse
+from dagr_ray.stages.mix import Mix
 from dagr_ray.stages.select import Score, Select
 from dagr_ray.strategies.crop import Crop
 from tests.conftest import tiny_beir
@@ -63,6 +66,24 @@ def test_a_limit_that_is_reached_first_is_named(selected, tmp_path, caplog, limi
     assert counts["stopped"] == {why: 1}
     assert counts["candidates"] == {"max_candidates": 90, "corpus": 600, "max_cost": 40}[why]
     assert f"stopped by {why}" in caplog.text and 0 < folder.count("queries") < 5000
+
+
+def test_a_mixture_by_budget_holds_what_each_arm_got_for_its_money(selected, tmp_path):
+    corpus, runs = selected.parsed.corpus, str(tmp_path / "runs")
+    cut = Parse(
+        generations=selected.parsed.generations.model_copy(update={"strategy": Crop(mode="span")}), corpus=corpus
+    )
+    scores = (Score(parsed=cut, corpus=corpus, filter=Length(min_words=4)),)
+    arms = tuple(
+        Reach(selected=each, accepted=5000, first_step=20, max_cost=dollars)
+        for each, dollars in ((selected, 1e-6), (Select(parsed=cut, scores=scores), 1e6))
+    )
+    made = materialize(Mix(arms=arms), runs, HERE)
+    stopped = [arm.folder(runs).manifest["counts"]["stopped"] for arm in arms]
+    assert stopped == [{"max_cost": 1}, {"corpus": 1}]
+    told = Counter(made.read("lineage")["strategy"].to_pylist())
+    assert told == {"crop": arms[0].folder(runs).count("queries"), "crop/span": arms[1].folder(runs).count("queries")}
+    assert 0 < told["crop"] <= 40 < told["crop/span"]
 
 
 def test_a_goal_that_was_interrupted_goes_on(selected, tmp_path):

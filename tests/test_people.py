@@ -5,11 +5,19 @@ from typing import ClassVar
 import pytest
 
 from dagr_ray import tables
+from dagr_ray.artifact import Artifact
+from dagr_ray.config import ConfigError
+from dagr_ray.engines.crop import CropEngine
 from dagr_ray.filters.length import Length
+from dagr_ray.filters.teacher import Teacher
+from dagr_ray.recipes import augment
 from dagr_ray.stage import Output, materialize
+from dagr_ray.stages.corpus import Beir
 from dagr_ray.stages.mine import Mine, Relabel
-from dagr_ray.stages.people import Labelled, People
+from dagr_ray.stages.people import AGREEMENT, Labelled, People, cut
 from dagr_ray.stages.select import Score, Select
+from dagr_ray.strategies.crop import Crop
+from tests.conftest import tiny_beir
 from tests.test_annotate import line
 from tests.test_select_mine import Given, corpus, examples, parsed, search
 
@@ -34,6 +42,42 @@ def by_people(tmp_path):
 SOURCE = parsed(("copy a folder", "d0"), ("sort", "d1"), ("read a file", "d2"))
 DOCS = corpus("about copies", "about lists", "about files", "about locks")
 HITS = search({q: [(f"d{i}", 9.0 - i) for i in range(4)] for q in ("q0", "q1", "q2")})
+
+
+def test_people_win_over_the_filters_of_a_recipe(build, tmp_path):
+    docs = Beir(path=str(tiny_beir(tmp_path / "set")))
+    files = tmp_path / "people.jsonl"
+
+    def ends(people=None):
+        selected, mined = augment(
+            docs, docs, Crop(), CropEngine(), exemplars=None, samples=1, max_rank=20, people=people,
+            extra_filters=(Length(min_words=8),),
+        )  # fmt: skip
+        return selected, set(build(mined).read("examples")["query_id"].to_pylist())
+
+    selected, before = ends()
+    parsed = build(selected.parsed)
+    passage_of = dict(zip(*(parsed.read("qrels")[name].to_pylist() for name in ("query_id", "doc_id")), strict=True))
+    text_of = dict(zip(*(parsed.read("queries")[name].to_pylist() for name in ("query_id", "text")), strict=True))
+    refused = sorted(q for q in set(passage_of) - before if "first seen" in text_of[q])
+    assert refused and before
+    taken = sorted(before)[0]
+    files.write_text(line(refused[0], passage_of[refused[0]], 3) + line(taken, passage_of[taken], 0))
+    _, after = ends(People(files=(str(files),)))
+    assert after == (before - {taken}) | {refused[0]}
+
+
+def test_where_people_draw_the_line_is_a_threshold(tmp_path):
+    folder = Artifact(str(tmp_path), "people-1")
+    folder.write_json(AGREEMENT, {"teachers": {"judge": {"recalibrated": {"cuts": [0.4, 1.2, 2.6]}}}})
+    kept = Teacher(min_score=cut(f"{tmp_path}/people-1/", "judge"))
+    assert cut(folder.path, "judge", 3) == 2.6 and kept.keep(1.2) is None and kept.keep(1.1) == "low-score"
+    for where, scorer, said in (
+        (folder.path, "other", "allowed in .*: judge"),
+        (str(tmp_path), "judge", "annotate import"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            cut(where, scorer)
 
 
 def test_mine_takes_positives_and_negatives_as_people_say(build, by_people):

@@ -10,7 +10,7 @@ from dagr_ray.engines.crop import CropEngine
 from dagr_ray.engines.openai import OpenAIServer
 from dagr_ray.miners.bm25 import BM25
 from dagr_ray.recipes import refine
-from dagr_ray.stage import Output, Stage, materialize
+from dagr_ray.stage import Output, Stage, materialize, walk
 from dagr_ray.stages.corpus import Beir
 from dagr_ray.stages.generate import Generate, Parse
 from dagr_ray.stages.label import Label
@@ -66,6 +66,24 @@ def test_rounds_ask_what_is_left_and_show_the_best(tmp_path):
         assert second.corpus.folder(runs).count("corpus") == 10
         shown = second.exemplars.folder(runs).read("exemplars").to_pylist()
         assert 1 <= len(shown) <= 4 and len({row["doc_id"] for row in shown}) == len(shown)
+        # the evaluator found nothing wrong with what 40 passages got at first, whatever the filters say
+        verdict = next(stage for stage in walk(every) if isinstance(stage, Criticised))
+        unending = materialize(Left(corpus=docs, accepted=(), verdicts=(verdict,)), runs, HERE)
+        fine = set(steps[0].folder(runs).read("qrels")["doc_id"].to_pylist())
+        assert unending.count("corpus") == 20 and not fine & set(unending.read("corpus")["doc_id"].to_pylist())
+        ended = refine(
+            docs,
+            docs,
+            Promptagator(),
+            engine,
+            exemplars=None,
+            rounds=2,
+            label=label,
+            max_rank=60,
+            k=4,
+            until="evaluator",
+        )[1]
+        assert ended[0] == steps[0] and ended[2].parsed.generations.corpus.verdicts == (verdict,)
         asked = len(server.seen)
         for name in ("manifest.json",):
             made.remove(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import lru_cache
 from itertools import accumulate
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -65,15 +66,9 @@ class LeakScan(Stage):
         return inputs["selected"].ranges("queries", max(step, AT_ONCE)) or [(0, 0)]
 
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
-        model = retriever.load(self.encoder) if self.encoder else None
-
-        def encoded(texts: pa.Array, queries: bool) -> sketch.Floats | None:
-            if model is None or self.encoder is None:
-                return None
-            prefix = self.encoder.prompts()[0 if queries else 1]
-            return retriever.encode(model, tables.texts(texts), prefix, self.encoder.dtype)
-
-        sets = [_Set(inputs[f"held_out.{i}"], self.split, encoded) for i in range(len(self.held_out))]
+        encoded = _Encoded(self.encoder)
+        held_out = [inputs[f"held_out.{i}"] for i in range(len(self.held_out))]
+        sets = [_held(each.runs, each.name, self.split, self.encoder) for each in held_out]
 
         def run(start: int, stop: int) -> Output:
             found = _Found()
@@ -101,6 +96,25 @@ class LeakScan(Stage):
             return Output({"leaks": made}, counts=counts)
 
         return run
+
+
+class _Encoded:
+    """The vectors of some texts by an encoder; none without one."""
+
+    def __init__(self, encoder: Encoder | None) -> None:
+        self.encoder, self.model = encoder, retriever.load(encoder) if encoder else None
+
+    def __call__(self, texts: pa.Array, queries: bool) -> sketch.Floats | None:
+        if self.model is None or self.encoder is None:
+            return None
+        prefix = self.encoder.prompts()[0 if queries else 1]
+        return retriever.encode(self.model, tables.texts(texts), prefix, self.encoder.dtype)
+
+
+@lru_cache(maxsize=4)
+def _held(runs: str, name: str, split: str, encoder: Encoder | None) -> _Set:
+    """An evaluation set, kept for the next scan in this process: each arm of a study has one."""
+    return _Set(Artifact(runs, name), split, _Encoded(encoder))
 
 
 class _Positives:

@@ -23,6 +23,7 @@ from dagr_ray.config import ConfigError, digest
 from dagr_ray.stage import Inputs, Output, Run, Stage
 
 GRADES = (0, 1, 2, 3)
+AGREEMENT = "agreement.json"  # beside the labels of an import
 # A spreadsheet takes a cell that begins so for a formula.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "'")
 
@@ -188,6 +189,24 @@ def _content(path: str) -> str:
         raise ConfigError(f"people: no file {path!r}; give the ratings that were imported, or a copy of them")
     with fs.open_input_stream(inside) as stream:
         return digest([path.lower().endswith(".csv"), hashlib.sha256(stream.read()).hexdigest()], 16)
+
+
+def cut(folder: str, scorer: str, grade: int = 2) -> float:
+    """The score of a teacher from which people's grades are ``grade`` or more, as the import in ``folder`` has set it.
+
+    For a filter that keeps what people would call relevant: ``Teacher(min_score=cut("runs/people-...", "llm-judge"))``.
+    Raises ConfigError where the folder is no import, or has no labels of what this teacher scored.
+    """
+    runs, _, name = folder.rstrip("/").rpartition("/")
+    told = Artifact(runs or ".", name).read_json(AGREEMENT)
+    if told is None:
+        raise ConfigError(f"people: no {AGREEMENT} in {folder!r}; give the folder that `dagr annotate import` wrote")
+    if scorer not in told["teachers"] or grade not in GRADES[1:]:
+        known = ", ".join(told["teachers"]) or "none"
+        raise ConfigError(
+            f"people: scorer = {scorer!r}, grade = {grade}; allowed in {folder!r}: {known}; grades 1 to 3"
+        )
+    return float(told["teachers"][scorer]["recalibrated"]["cuts"][grade - 1])
 
 
 class Labelled(Stage):

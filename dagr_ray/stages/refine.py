@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, ClassVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -75,25 +75,6 @@ class Best(Stage):
         return run
 
 
-class Left(Stage):
-    """The passages of ``corpus`` that no query of ``accepted`` is for: those that the next round asks again."""
-
-    abstract: ClassVar[bool] = False
-    outputs: ClassVar[tuple[str, ...]] = ("corpus",)
-    corpus: Stage
-    accepted: tuple[Stage, ...]
-
-    def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
-        def run(start: int, stop: int) -> Output:
-            done = [tables.relevant(inputs[f"accepted.{i}"].read("qrels"))["doc_id"] for i in range(len(self.accepted))]
-            served = pa.chunked_array([chunk for column in done for chunk in column.chunks], tables.TEXT)
-            rows = inputs["corpus"].read("corpus")
-            made = rows.filter(pc.invert(pc.is_in(rows["doc_id"], value_set=served.combine_chunks())))
-            return Output({"corpus": made}, counts={"in": rows.num_rows, "out": made.num_rows})
-
-        return run
-
-
 class Criticised(Stage):
     """Pairs with what ``Critique`` found wrong with them in ``other``: those of which it found nothing are accepted.
 
@@ -144,3 +125,46 @@ class Criticised(Stage):
             return Output(made, counts={"in": len(pair_of), "out": len(pairs), "rejected": rejected.counted()})
 
         return run
+
+
+class Left(Stage):
+    """The passages of ``corpus`` that no query of ``accepted`` is for: those that the next round asks again.
+
+    With ``verdicts``, neither those with whose queries the evaluator found nothing wrong: where it accepts, the loop ends,
+    whatever the filters say.
+    """
+
+    abstract: ClassVar[bool] = False
+    outputs: ClassVar[tuple[str, ...]] = ("corpus",)
+    corpus: Stage
+    accepted: tuple[Stage, ...]
+    verdicts: tuple[Criticised, ...] = ()
+
+    def inputs(self) -> dict[str, Stage]:
+        """The pairs that were judged are read again."""
+        return super().inputs() | {f"pairs.{i}": verdict.made.corpus for i, verdict in enumerate(self.verdicts)}
+
+    def identity(self) -> dict[str, Any]:
+        """Without verdicts, what it was before there were any."""
+        return {k: v for k, v in super().identity().items() if k != "verdicts" or v}
+
+    def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
+        def run(start: int, stop: int) -> Output:
+            done = [tables.relevant(inputs[f"accepted.{i}"].read("qrels"))["doc_id"] for i in range(len(self.accepted))]
+            done += [_fine(inputs[f"verdicts.{i}"], inputs[f"pairs.{i}"]) for i in range(len(self.verdicts))]
+            served = pa.chunked_array([chunk for column in done for chunk in column.chunks], tables.TEXT)
+            rows = inputs["corpus"].read("corpus")
+            made = rows.filter(pc.invert(pc.is_in(rows["doc_id"], value_set=served.combine_chunks())))
+            return Output({"corpus": made}, counts={"in": rows.num_rows, "out": made.num_rows})
+
+        return run
+
+
+def _fine(verdict: Artifact, pairs: Artifact) -> pa.ChunkedArray:
+    """The passages that have a query with which nothing is wrong, and none with which something is."""
+    judged = verdict.read("rejected", ["id", "reason"])
+    accepted = judged.filter(pc.equal(judged["reason"], "accepted"))["id"].combine_chunks()
+    wrong = verdict.read("pairs", ["passage_id"])["passage_id"].combine_chunks()
+    found = pairs.read("pairs", ["doc_id", "passage_id"])
+    found = found.filter(pc.is_in(found["doc_id"], value_set=accepted))["passage_id"]
+    return found.filter(pc.invert(pc.is_in(found, value_set=wrong)))

@@ -1,0 +1,56 @@
+"""What rounds of generator and evaluator add (MetaSynth, arXiv 2510.01523). ``dagr study jobs/refine.py``."""
+
+from typing import Literal
+
+from dagr_ray.catalogue import hybrid_scores
+from dagr_ray.miners.bm25 import BM25
+from dagr_ray.miners.dense import Dense
+from dagr_ray.models import minilm
+from dagr_ray.recipes import gated, generator_named, judge, refine as rounds_of
+from dagr_ray.retriever import Encoder
+from dagr_ray.stages.corpus import Beir, PyDocs, Sample
+from dagr_ray.stages.evaluate import Scorecard
+from dagr_ray.stages.generate import Exemplars
+from dagr_ray.stages.mine import Mine
+from dagr_ray.stages.retrieve import Index, Search
+from dagr_ray.stages.select import Take
+from dagr_ray.stages.train import Train
+
+STUDY = {"rounds": (1, 2, 3)}
+
+
+def refine(
+    rounds: int = 2,
+    until: Literal["filters", "evaluator"] = "filters",
+    data: str | None = None,
+    volume: int = 300,
+    model: str | None = None,
+    passages: int | None = None,
+    max_rank: int = 20,
+    lr: float = 2e-5,
+    seed: int = 0,
+) -> Scorecard:
+    """A retriever trained on ``volume`` queries of at most ``rounds`` rounds, judged on ``data``'s test split.
+
+    ``until`` says who ends the loop for a passage (see ``recipes.refine``). The report shows what each step added.
+    """
+    corpus = Beir(path=data) if data else PyDocs(part="stdlib")
+    sets = {corpus.label(): corpus}
+    encoder = Encoder(model=str(minilm()), max_length=256 if data else 48)
+    exemplars = Exemplars(corpus=corpus, split="dev", k=4)
+    if rounds == 0 or volume == 0:
+        return judge(sets, Dense(encoder=encoder), exclude=exemplars)
+    strategy, engine = generator_named("llm" if model else "smollm2", model)
+    asked = Sample(corpus=corpus, n=passages or (1800 if data else 1000), exclude=exemplars)
+    every, _ = rounds_of(
+        asked, corpus, strategy, engine, exemplars=exemplars, rounds=rounds, max_rank=max_rank, until=until,
+        label=lambda queries: hybrid_scores(queries, corpus, encoder),
+    )  # fmt: skip
+    queries = gated(every, asked, (corpus,), encoder, exemplars=exemplars)
+    search = Search(index=Index(corpus=corpus, miner=BM25()), queries=queries, depth=100)
+    mined = Mine(selected=queries, corpus=corpus, searches=(search,), negatives=1)
+    trained = Train(
+        examples=Take(mined=mined, n=volume), queries=queries, corpus=corpus, base=encoder, lr=lr, seed=seed,
+        max_length=160 if data else 48,
+    )  # fmt: skip
+    return judge(sets, Dense(encoder=encoder), trained=trained, exclude=exemplars)
