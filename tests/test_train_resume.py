@@ -44,7 +44,7 @@ materialize(long(dropout=0.1), sys.argv[1], Placement(train=OFTEN))
 
 def long(**fields):
     """300 steps, with a checkpoint every 20 of them."""
-    return toy_train(Toy(n=40), **{"base": tiny(), "epochs": 60, "batch_size": 8, **fields})
+    return toy_train(Toy(n=40), **{"base": tiny(), "epochs": 60, "batch_size": 8} | fields)
 
 
 @pytest.fixture(scope="module", autouse=True)
