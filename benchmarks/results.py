@@ -237,7 +237,7 @@ def ladder(study: Study) -> list[str]:
             score = arm["scores"][home["name"]]
             cells = [base, STEPS[arm["params"]["rung"]], f"{arm['used']:,}", f"{score[MEASURE]['mean']:.3f}"]
             cells += [told(score[MEASURE]), p_of(score[MEASURE]), told(step), p_of(step)]
-            cells += [f"{score['R@100']['mean']:.3f}", outside(study, arm), study.cells(arm)]
+            cells += [recall(score), outside(study, arm), study.cells(arm)]
             lines.append(f"| {' | '.join(cells)} |")
     used = {arm["params"]["rung"]: arm["used"] for arm in study.arms()}
     if len(set(used.values())) > 1:
@@ -246,10 +246,14 @@ def ladder(study: Study) -> list[str]:
     return [*lines, ""]
 
 
+def recall(scores: Json) -> str:
+    return f"{scores['R@100']['mean']:.3f}" if "R@100" in scores else ""
+
+
 def untrained(study: Study, arm: Json, base: str, what: str) -> str:
     """The row of BM25 or a frozen base."""
     own = arm["scores"][study.home["name"]]
-    cells = [base, what, "0", f"{own[MEASURE]['mean']:.3f}", "", "", "", "", f"{own['R@100']['mean']:.3f}"]
+    cells = [base, what, "0", f"{own[MEASURE]['mean']:.3f}", "", "", "", "", recall(own)]
     return f"| {' | '.join(cells)} | {outside(study, arm)} | {study.cells(arm)} |"
 
 
