@@ -1,8 +1,8 @@
 PROFILE ?= cpu
 VENV ?= .venv
 PYTHON ?= python3
-# Test files that run side by side.
-TEST_WORKERS ?= 2
+# Test files that run side by side: a test waits half of its time. Threads that wait for work leave the cores to others.
+TEST_WORKERS ?= 3
 export VENV
 BIN := $(VENV)/bin
 
@@ -28,7 +28,7 @@ study: setup
 test: setup
 	-@$(BIN)/python -m tests.browser
 	$(MAKE) lint
-	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
+	OMP_WAIT_POLICY=PASSIVE KMP_BLOCKTIME=0 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 
 # Each of the scripts, whatever became of those before it; fails in the end where one of them missed a bound.
 EVERY = missed=; for each in $(1); do set -- $$each; name=$$1; shift; \

@@ -288,7 +288,7 @@ def _alike(rng: random.Random, good: Sequence[Pair]) -> Case:
 
     texts, groups, passages = _groups(rng, good, vary)
     encoder = Encoder(model=str(minilm()), max_length=32)
-    near = Duplicate(by="embedding", encoder=encoder, similarity=0.93)
+    near = Duplicate(by="embedding", encoder=encoder, similarity=0.8)
     return Case(near, near.model_copy(update={"similarity": 0.9999}), texts, passages, groups=groups)
 
 

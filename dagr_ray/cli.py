@@ -142,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     except (KeyboardInterrupt, BrokenPipeError) as stop:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)  # a second one would leave processes behind
-        told = isinstance(stop, _Stopped)
+        told = bool(_told)  # what arrives may be a plain KeyboardInterrupt: Ray raises one in place of ours
         code = 0 if told else 130
         if isinstance(stop, KeyboardInterrupt):
             again = shlex.join(["dagr", *(sys.argv[1:] if argv is None else argv)])
@@ -158,7 +158,11 @@ class _Stopped(KeyboardInterrupt):
     """SIGTERM: a cluster takes the machine back, which is no failure of the job."""
 
 
+_told: list[int] = []
+
+
 def _stop(number: int, frame: Any) -> NoReturn:
+    _told.append(number)
     raise _Stopped
 
 

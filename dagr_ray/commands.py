@@ -359,6 +359,10 @@ def bill(args: Args) -> int | None:
     from dagr_ray.report import bills
 
     if args.folder is None:
+        if not _folders(args.runs):
+            raise ConfigError(
+                f"no folder in {args.runs!r}; give the runs folder of `dagr run` or `dagr study` by --runs"
+            )
         found = bills.everything(args.runs)
     else:
         name = find(args.runs, args.folder).name

@@ -156,11 +156,16 @@ def test_flipped_bit_is_found_by_check_deep_and_rebuilt(place) -> None:
     ("sent", "code", "said"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 0, "told to stop")]
 )
 def test_interrupt_ends_within_ten_seconds_and_says_how_to_resume(place, tmp_path, sent, code, said) -> None:
+    shutil.copytree(place / "runs", tmp_path, dirs_exist_ok=True)  # all but the trainings is there
+    trained = {path.name for path in tmp_path.iterdir()}
     words = [*DAGR, "study", "jobs/beir.py", *_axes(place), "seed=7", "--runs", str(tmp_path)]
     errors = tmp_path / "errors.txt"
     with errors.open("w") as sink:
         driver = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=sink)
-    while not any(p.name.startswith("train-") for p in tmp_path.iterdir()) and driver.poll() is None:
+    while (
+        not any(p.name.startswith("train-") and p.name not in trained for p in tmp_path.iterdir())
+        and driver.poll() is None
+    ):
         time.sleep(0.2)
     family = psutil.Process(driver.pid).children(recursive=True)
     os.kill(driver.pid, sent)
@@ -234,6 +239,9 @@ def test_job_submit_to_a_local_head(place, tmp_path) -> None:
         work.mkdir()
         subprocess.run(["cp", "-r", str(ROOT / "jobs"), str(ROOT / "dagr_ray"), str(work)], check=True)
         runs = tmp_path / "runs"
+        shutil.copytree(place / "runs", runs)
+        for path in (*runs.glob("study-*"), *runs.glob("train-*")):
+            shutil.rmtree(path)
         job = [sys.executable, "-m", "dagr_ray.cli", "study", "jobs/beir.py", *_axes(place)[:1], "volume=0,8"]
         job += ["generator=crop", "passages=40", "max_rank=50", "--runs", str(runs)]
         address = f"http://127.0.0.1:{dashboard}"

@@ -135,7 +135,7 @@ def test_a_killed_driver_goes_on_with_the_same_command(undisturbed, tmp_path):
     assert '"done"' in events and len(folder.listing("attempts")) == 2
 
 
-@pytest.mark.parametrize(("fsdp", "epochs"), [(False, 60), (True, 20)])
+@pytest.mark.parametrize(("fsdp", "epochs"), [(False, 20), (True, 20)])
 def test_a_killed_worker_is_replaced_and_the_curve_is_the_same(tmp_path, fsdp, epochs):
     connect()
     stage = long(epochs=epochs)
