@@ -133,6 +133,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         parser().print_help()
         sys.exit(2)
     _calm()
+    _Stopped.heard = False
     signal.signal(signal.SIGTERM, _stop)
     code = 1
     try:
@@ -142,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     except (KeyboardInterrupt, BrokenPipeError) as stop:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)  # a second one would leave processes behind
-        told = bool(_told)  # what arrives may be a plain KeyboardInterrupt: Ray raises one in place of ours
+        told = _Stopped.heard
         code = 0 if told else 130
         if isinstance(stop, KeyboardInterrupt):
             again = shlex.join(["dagr", *(sys.argv[1:] if argv is None else argv)])
@@ -155,14 +156,16 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 
 class _Stopped(KeyboardInterrupt):
-    """SIGTERM: a cluster takes the machine back, which is no failure of the job."""
+    """SIGTERM: a cluster takes the machine back, which is no failure of the job.
 
+    ``heard`` says so too: what waits inside Ray's own code raises a plain KeyboardInterrupt in this one's place.
+    """
 
-_told: list[int] = []
+    heard = False
 
 
 def _stop(number: int, frame: Any) -> NoReturn:
-    _told.append(number)
+    _Stopped.heard = True
     raise _Stopped
 
 
