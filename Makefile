@@ -2,7 +2,7 @@ PROFILE ?= cpu
 VENV ?= .venv
 PYTHON ?= python3
 # Test files that run side by side: a test waits half of its time. Threads that wait for work leave the cores to others.
-TEST_WORKERS ?= 3
+TEST_WORKERS ?= 2
 export VENV
 BIN := $(VENV)/bin
 
