@@ -1,7 +1,7 @@
 PROFILE ?= cpu
 VENV ?= .venv
 PYTHON ?= python3
-# Test files that run side by side: a test waits half of its time. Threads that wait for work leave the cores to others.
+# Test files that run side by side; each computes with one thread (tests/conftest.py).
 TEST_WORKERS ?= 2
 export VENV
 BIN := $(VENV)/bin
@@ -28,7 +28,7 @@ study: setup
 test: setup
 	-@$(BIN)/python -m tests.browser
 	$(MAKE) lint
-	OMP_WAIT_POLICY=PASSIVE KMP_BLOCKTIME=0 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 
 # Each of the scripts, whatever became of those before it; fails in the end where one of them missed a bound.
 EVERY = missed=; for each in $(1); do set -- $$each; name=$$1; shift; \

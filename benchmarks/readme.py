@@ -18,7 +18,7 @@ from dagr_ray import report
 from dagr_ray.report.charts import curves_svg
 
 ROOT = Path(__file__).parent.parent
-SCALE = ("generation", "orchestration", "chaos", "prefix")
+SCALE = ("quickstart", "generation", "orchestration", "chaos", "prefix")
 
 
 def studies(runs: str) -> list[dict]:
@@ -64,10 +64,11 @@ def measured(runs: list[str]) -> str:
     """The block of the studies."""
     blocks = []
     for summary in (s for each in runs for s in studies(each)):
-        sets = " and ".join(s["name"] for s in summary["sets"])
+        home, *others = [s["name"] for s in summary["sets"]]
+        where = f"data={home}" + (f" ood={'+'.join(others)}" if others else "")
         axes = {k: v for k, v in summary["axes"].items() if k not in ("data", "ood")}
         words = " ".join(f"{k}={','.join(map(str, v))}" for k, v in axes.items())
-        blocks.append(f"`dagr study {summary['job']} {words}` on {sets}\n\n{report.markdown_table(summary)}")
+        blocks.append(f"`dagr study {summary['job']} {where} {words}`\n\n{report.markdown_table(summary)}")
     return "\n\n".join(blocks)
 
 

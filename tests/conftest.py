@@ -5,10 +5,25 @@ import os
 import signal
 from pathlib import Path
 
+import pytest
+
 # Ray workers and the JVM in one process: both handle SIGSEGV.
 os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
+# Test files run side by side: threads that wait for a core which another file keeps busy make a step ten times as long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A shell's background job, and xdist, ignore Ctrl-C, by which a row that hangs in this process is ended.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """What one Ray worker of one core has, whatever an engine in this process has set before."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def tiny_beir(path: Path, docs: int = 60) -> Path:

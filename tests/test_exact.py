@@ -25,7 +25,7 @@ def unit(rng, *shape):
     return made / np.linalg.norm(made, axis=1, keepdims=True)
 
 
-def is_exact(vectors, queries, k):
+def assert_exact(vectors, queries, k):
     """Every hit has its own score, and the scores are the k best that there are."""
     ids = [f"d{i}" for i in range(len(vectors))]
     truth = queries.astype(np.float64) @ vectors.astype(np.float64).T
@@ -39,14 +39,14 @@ def is_exact(vectors, queries, k):
 @pytest.mark.parametrize("k", [1, 10, 100, 3000])
 def test_the_best_of_random_vectors(rough, k):
     rng = np.random.default_rng(k)
-    is_exact(unit(rng, 1700, 48), unit(rng, 21, 48), k)
+    assert_exact(unit(rng, 1700, 48), unit(rng, 21, 48), k)
 
 
 def test_vectors_that_bfloat16_cannot_tell_apart(rough):
     rng = np.random.default_rng(1)
     centre = unit(rng, 1, 64)
     vectors = centre + 1e-4 * rng.standard_normal((1500, 64)).astype(np.float32)
-    is_exact(vectors, np.concatenate([centre, centre + 1e-4 * unit(rng, 9, 64)]), 10)
+    assert_exact(vectors, np.concatenate([centre, centre + 1e-4 * unit(rng, 9, 64)]), 10)
 
 
 def test_scores_that_are_smaller_than_what_rounding_loses(rough):
@@ -54,7 +54,7 @@ def test_scores_that_are_smaller_than_what_rounding_loses(rough):
     rng = np.random.default_rng(6)
     query, vectors = unit(rng, 1, 64), unit(rng, 1500, 64)
     vectors += (rng.uniform(0, 1e-3, (1500, 1)) - vectors @ query.T).astype(np.float32) * query
-    is_exact(vectors, query, 10)
+    assert_exact(vectors, query, 10)
 
 
 def test_scores_below_zero_and_vectors_of_any_length(rough):
@@ -63,8 +63,8 @@ def test_scores_below_zero_and_vectors_of_any_length(rough):
         np.float32
     )
     queries = np.abs(rng.standard_normal((10, 32))).astype(np.float32)
-    is_exact(vectors / 30, queries, 25)
-    is_exact(np.concatenate([vectors / 30, unit(rng, 300, 32)]), queries, 25)
+    assert_exact(vectors / 30, queries, 25)
+    assert_exact(np.concatenate([vectors / 30, unit(rng, 300, 32)]), queries, 25)
 
 
 def test_the_best_may_stand_anywhere(rough):
@@ -73,8 +73,8 @@ def test_the_best_may_stand_anywhere(rough):
     query = unit(rng, 1, 16)
     vectors = unit(rng, 1400, 16)
     order = np.argsort((vectors @ query.T)[:, 0])
-    is_exact(vectors[order], query, 50)
-    is_exact(vectors[order[::-1]], query, 50)
+    assert_exact(vectors[order], query, 50)
+    assert_exact(vectors[order[::-1]], query, 50)
 
 
 @pytest.mark.parametrize("entries", [1 << 24, 64])

@@ -16,16 +16,7 @@ from dagr_ray.training.losses import KL, InfoNCE
 from dagr_ray.training.texts import Examples
 from tests.toys import HERE, TWO, Toy, distance, small, toy_train, weights
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """What one Ray worker of one core has; threads that wait for a busy second core make a step ten times as long."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

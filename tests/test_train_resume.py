@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-import torch
 from transformers import TrainerCallback
 
 from dagr_ray import retriever
@@ -42,12 +41,7 @@ def long(**fields):
     return toy_train(Toy(n=40), **{"base": tiny(), "epochs": 60, "batch_size": 8} | fields)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Fault(TrainerCallback):
