@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import scaling_measure, scaling_simulation as simulation  # noqa: E402
+from dagr_ray.artifact import READERS  # noqa: E402
 
 PASSAGES, QUERIES, WORKERS = 10**9, 8, 1000
 MEMORY, DAY = 64 * 2**30, 86_400
@@ -68,14 +69,15 @@ REPLACED = {
     "whole": "sharded over the buckets into which it deals queries by the hash of their text",
     "score round-trip": "sharded over parts of the queries, each with its part of the candidates",
     "score": "sharded already: more workers",
-    "search": "an index cut into parts of 10 million passages, one to a worker; queries sharded; the best of each part merged",
-    "index": "one index for each part of the corpus, built at the same time",
+    "search": "queries are sharded already, and each shard asks all parts of the index: parts of 10 million passages, one to a "
+    "worker; the best of each part merged",
+    "index": "sharded already: more workers",
     "sample": "sharded; with `n`, a first pass over the hashes alone finds the threshold",
-    "py-docs": "a corpus stage that reads Parquet, part by part",
+    "py-docs": "`Parquet`, which is read part by part",
     "parse": "sharded already: more workers",
     "generate": "sharded already: more workers",
     "driver": "hand out ranges of shards, which a worker walks through alone; receipts of many shards in one file",
-    "resume": "receipts read by 64 threads at once, or kept by the hundred in one file",
+    "resume": "receipts kept by the hundred in one file",
 }
 
 PROSE = """# One billion passages
@@ -109,7 +111,7 @@ query's own passage and ten hits for mining.
 
 ## Shards, objects and requests
 
-Of `Generate` alone. A shard writes two parts and a receipt; a resume lists the receipts and reads each of them.
+Of `Generate` alone. A shard writes two parts and a receipt; a resume lists the receipts and reads each of them, {readers} at once.
 
 {objects}
 
@@ -236,7 +238,7 @@ def objects(m: Json) -> str:
             f"{math.ceil(shards / m['requests']['keys_per_listing']):,}",
             size(shards * keep["plan"]), size(shards * keep["manifest"]),
             size(shards * (m["driver"]["bytes"] + keep["memory"])),
-            span(shards * m["driver"]["seconds"]), span(resume * a("latency")),
+            span(shards * m["driver"]["seconds"]), span(resume * a("latency") / READERS),
             span(each / per_second(True)),
         ])  # fmt: skip
     head = ["passages a shard", "shards", "objects", "a part of generations", "requests", "calls to list receipts",
@@ -319,7 +321,7 @@ def breaking(m: Json) -> list[tuple[str, float, str, str]]:
         found.append((name, limits[why], why, REPLACED[kind]))
     driver = m["driver"]["bytes"] + m["receipts"]["memory"]
     found.append(("driver", MEMORY / driver * SHARD_ROWS, f"{size(MEMORY)} of memory", REPLACED["driver"]))
-    again = sum(m["requests"]["resumed"].get(kind, 0) for kind in ("GET", "HEAD")) * a("latency")
+    again = sum(m["requests"]["resumed"].get(kind, 0) for kind in ("GET", "HEAD")) * a("latency") / READERS
     found.append(
         ("resume", 3600 / again * SHARD_ROWS, "an hour to read receipts from an object store", REPLACED["resume"])
     )
@@ -404,7 +406,7 @@ def write(m: Json, results: list[simulation.Result], spread: tuple[float, float]
     return PROSE.format(
         passages=count(PASSAGES), each=QUERIES, workers=f"{WORKERS:,}", queries=count(PASSAGES * QUERIES), most=f"{most:,.0f}",
         under=under, of=len(broken), first=first[0], first_at=count(first[1]), bm25=f"{core_seconds / 3600:,.0f}",
-        few=scaling_measure.SIZES[0], many=f"{scaling_measure.SIZES[1]:,}", memory=size(MEMORY),
+        few=scaling_measure.SIZES[0], readers=READERS, many=f"{scaling_measure.SIZES[1]:,}", memory=size(MEMORY),
         steps=rows(["step", "breaks at (passages)", "because of", "what replaces it"], steps), tables=listed,
         candidates=f"{sizes['search: candidates'] / sum(sizes.values()):.0%}", objects=objects(m), rows=f"{SHARD_ROWS:,}",
         indexes=indexes(m), search=search, efficiency=f"{efficiency:.1%}", gpu_hour=f"{a('gpu_hour'):.2f}",

@@ -36,7 +36,10 @@ from dagr_ray.strategies.crop import Crop  # noqa: E402
 
 SAMPLES = 8
 SIZES = (400, 1600)
-HERE = Placement(generate=Pool(workers=0, shard_rows=512), light=Pool(workers=0, shard_rows=1024))
+# several shards for each stage that has them: of 64 queries in a search, of 1,024 passages in an index
+HERE = Placement(
+    generate=Pool(workers=0, shard_rows=512), light=Pool(workers=0, shard_rows=1024), retrieve=Pool(workers=0, shard_rows=1)
+)  # fmt: skip
 Json = dict[str, Any]
 
 

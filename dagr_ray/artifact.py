@@ -39,6 +39,7 @@ from dagr_ray import tables as schemas
 from dagr_ray.config import ConfigError, digest
 
 Json = dict[str, Any]
+READERS = 32  # small files read at once from an object store, which takes about 30 ms for each
 ROW_GROUP = 8192  # so that a few rows of a large part are read without the others
 
 
@@ -291,8 +292,8 @@ class Artifact:
         names = [f"{folder}/{name}" for name in sorted(self.listing(folder))]
         if self.local or len(names) < 2:
             found = [self.read_json(name) for name in names]
-        else:  # an object store takes about 30 ms for each
-            with ThreadPoolExecutor(32) as pool:
+        else:
+            with ThreadPoolExecutor(READERS) as pool:
                 found = list(pool.map(self.read_json, names))
         return [value for value in found if value is not None]
 
