@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import random
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -62,26 +61,32 @@ class Generate:
         return made
 
 
-def calm(data: Path, number: int) -> tuple[Counter[str], int]:
-    """The ids of an undisturbed pass, and the words that it asks about."""
-    found: Counter[str] = Counter()
+def calm(data: Path, number: int) -> tuple[dict[str, str], int]:
+    """Id -> query of an undisturbed pass, and the words that it asks about."""
+    found: dict[str, str] = {}
     words = 0
     session = CropEngine().open(Pool())
     for row in rows_of(data):
         prompt, seed = asked(row["doc_id"], row["text"], number)
         words += len(prompt.passage.split())
         [answer] = session.generate([prompt], [seed], Sampling(), SAMPLES)
-        found.update(f"{row['doc_id']}/{i}" for i, completion in enumerate(answer) if kept(completion.raw or ""))
+        texts = ((i, completion.raw or "") for i, completion in enumerate(answer))
+        found |= {f"{row['doc_id']}/{i}": text for i, text in texts if kept(text)}
     return found, words
 
 
-def made(home: Path, number: int) -> Counter[str]:
-    """The ids that a pass has written."""
+def made(home: Path, number: int) -> list[tuple[str, str]]:
+    """The ids and queries that a pass has written; a file that cannot be read has none."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    found: Counter[str] = Counter()
+    found: list[tuple[str, str]] = []
     for file in (home / f"out-{number}").glob("*.parquet"):
-        found.update(pq.read_table(file, columns=["id"])["id"].to_pylist())
+        try:
+            rows = pq.read_table(file, columns=["id", "query"])
+            found += zip(rows["id"].to_pylist(), rows["query"].to_pylist(), strict=True)
+        except (pa.ArrowException, OSError, UnicodeDecodeError):
+            continue
     return found
 
 

@@ -231,7 +231,10 @@ class Artifact:
     def listing(self, relative: str) -> dict[str, int]:
         """Base name -> size of the finished files in a sub-folder: one listing call."""
         selector = pafs.FileSelector(f"{self.path}/{relative}", allow_not_found=True)
-        found = self.fs.get_file_info(selector)
+        try:
+            found = self.fs.get_file_info(selector)
+        except FileNotFoundError:  # made by another writer after Arrow had not found it, and before it looked once more
+            found = self.fs.get_file_info(selector)
         return {f.base_name: f.size for f in found if f.is_file and not f.base_name.endswith(".tmp")}
 
     def remove(self, relative: str) -> None:

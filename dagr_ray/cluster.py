@@ -24,6 +24,7 @@ from dagr_ray.config import Config, ConfigError, JsonObject, from_json
 
 Shard = dict[str, Any]
 Worker = Callable[[Shard], dict[str, Any]]
+ALONE = "DAGR_RAY_ALONE"
 
 
 class Pool(Config):
@@ -101,6 +102,11 @@ def load_placement(name: str) -> Placement:
         raise ConfigError(f"placement {name!r} is not TOML: {error}; mend the file") from None
 
 
+def is_alone() -> bool:
+    """Whether Ray was started by a driver of ours for itself: it ends with that driver, and has no dashboard to ask."""
+    return ALONE in os.environ
+
+
 def connect(address: str | None = None) -> None:
     """Starts or joins Ray, unless this program has done so: ``ray.init`` before it holds, in a notebook for example.
 
@@ -132,10 +138,12 @@ def connect(address: str | None = None) -> None:
     address = address or os.environ.get("RAY_ADDRESS")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     before = signal.getsignal(signal.SIGTERM)
+    os.environ.pop(ALONE, None)
     if address:
         ray.init(address=address, **options)
     else:
         # "local": without it, Ray would try for minutes to join a cluster that was killed and left its address behind
+        os.environ[ALONE] = "1"  # what Ray starts here inherits it
         ray.init(address="local", include_dashboard=False, **options)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, before)  # Ray's own would end the program without a word

@@ -190,7 +190,9 @@ def test_a_large_index_is_searched_slab_by_slab(tmp_path, whole, monkeypatch):
 
 def test_workers_build_and_search_parts(tmp_path, whole):
     connect()
-    assert found(search(100, Dense(encoder=SMALL)), tmp_path, here(1, workers=2)) == pytest.approx(whole, abs=1e-5)
+    dense = search(100, Dense(encoder=SMALL))
+    materialize(dense.index, str(tmp_path), here(1, workers=2))
+    assert found(dense, tmp_path, here(1, workers=1)) == pytest.approx(whole, abs=1e-5)
     lexical = search(1500, BM25())
     assert found(lexical, tmp_path, here(1, workers=2)) == found(lexical, tmp_path / "here", here(1))
 

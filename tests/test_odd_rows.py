@@ -188,7 +188,7 @@ def test_every_odd_row_ends_somewhere_with_a_real_model(tmp_path):
     assert len(short) >= 300
     corpus, rows = beir(tmp_path / "set", short)
     found = ends(
-        tmp_path / "runs", corpus, rows, strategy=Promptagator(), engine=VLLM(model=str(smollm2())),
+        tmp_path / "runs", corpus, rows, strategy=Promptagator(), engine=VLLM(model=str(smollm2()), max_model_len=512),
         sampling=Sampling(max_tokens=12),
     )  # fmt: skip
     assert not {name for name, reasons in found.items() if len(reasons) != 1}

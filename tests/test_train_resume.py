@@ -134,11 +134,13 @@ def test_a_killed_worker_is_replaced_and_the_curve_is_the_same(tmp_path):
     stage = long(epochs=20)
     one = materialize(stage, str(tmp_path / "one"), Placement(train=OFTEN))
     folder = stage.folder(str(tmp_path / "two"))
-    killed = []
+    killed, helpers = [], []
 
     def strike():
         wait_for_checkpoint(folder, lambda: True)
-        working = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
+        found = {p: " ".join(p.cmdline()) for p in psutil.Process().children(recursive=True)}
+        helpers.extend(name for name in found.values() if "DatasetManager" in name or "PlacementGroupCleaner" in name)
+        working = [p for p, name in found.items() if "RayTrainWorker" in name]
         os.kill(working[-1].pid, signal.SIGKILL)
         killed.append(working[-1].pid)
 
@@ -146,6 +148,7 @@ def test_a_killed_worker_is_replaced_and_the_curve_is_the_same(tmp_path):
     thread.start()
     two = materialize(stage, folder.runs, Placement(train=Pool(workers=2, cpus=0.9, checkpoint_every=20)))
     assert killed, "it ended before it was struck"
+    assert not helpers, "they have no work here"
     ours, theirs = curve(one), curve(two)
     assert [name for name, _ in ours] == [name for name, _ in theirs]
     np.testing.assert_allclose([v for _, v in ours], [v for _, v in theirs], atol=1e-4)

@@ -110,14 +110,17 @@ def test_workers_that_die_while_they_start_are_not_replaced_for_ever(tmp_path):
     assert len(log.read_text().splitlines()) == 4
 
 
-BESIDE_LUCENE = """
-import sys, tempfile
+BESIDE_OTHERS = """
+import tempfile
 from pathlib import Path
+import torch.distributed
 from dagr_ray import tables
 from dagr_ray.cluster import Pool
+from dagr_ray.engines import Sampling
 from dagr_ray.engines.vllm import VLLM
 from dagr_ray.miners.bm25 import BM25
 from dagr_ray.models import smollm2
+from dagr_ray.strategies import Prompt
 
 rows = [{"doc_id": f"d{i}", "title": "", "text": f"amber bridge number {i} near the lake"} for i in range(300)]
 
@@ -125,43 +128,22 @@ def search():
     with tempfile.TemporaryDirectory() as folder:
         BM25().build([tables.table("corpus", rows)], Path(folder, "index"))
         opened = BM25().open(Path(folder, "index"))
-        return [opened.search([f"amber number {i}" for i in range(100)], 50) for _ in range(30)][-1]
-
-before = search()
-VLLM(model=str(smollm2()), max_model_len=512).open(Pool()).close()
-assert all(search() == before for _ in range(6))
-"""
-
-
-def test_lucene_goes_on_in_a_process_where_an_engine_was_started():
-    """vLLM's start brings a handler of SIGSEGV, the signal that a Java machine works with."""
-    done = subprocess.run(
-        [sys.executable, "-c", BESIDE_LUCENE], cwd=Path(__file__).parent.parent, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-
-
-AFTER_TRAINING = """
-import torch.distributed
-from dagr_ray.cluster import Pool
-from dagr_ray.engines import Sampling
-from dagr_ray.engines.vllm import VLLM
-from dagr_ray.models import smollm2
-from dagr_ray.strategies import Prompt
+        return [opened.search([f"amber number {i}" for i in range(100)], 50) for _ in range(10)][-1]
 
 def said():
     session = VLLM(model=str(smollm2()), max_model_len=512).open(Pool())
     return session.generate([Prompt("The ", "capital of France", " is")], [1], Sampling(max_tokens=4, temperature=0), 1)
 
-before = said()
+found, before = search(), said()
+assert all(search() == found for _ in range(6))
 torch.distributed.destroy_process_group()
 assert said()[0][0].raw == before[0][0].raw
 """
 
 
-def test_an_engine_opens_after_a_training_in_its_process_ended_all_groups():
-    """As where a stage generated in this process, the next one trained in it, and a third generates again."""
+def test_an_engine_shares_its_process_with_lucene_and_with_a_training_that_ended_all_groups():
+    """vLLM's start brings a handler of SIGSEGV, the signal that a Java machine works with; and its groups are torch's."""
     done = subprocess.run(
-        [sys.executable, "-c", AFTER_TRAINING], cwd=Path(__file__).parent.parent, capture_output=True, text=True
+        [sys.executable, "-c", BESIDE_OTHERS], cwd=Path(__file__).parent.parent, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-2000:]
