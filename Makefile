@@ -28,7 +28,7 @@ study: setup
 test: setup
 	-@$(BIN)/python -m tests.browser
 	$(MAKE) lint
-	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 # Each of the scripts, whatever became of those before it; fails in the end where one of them missed a bound.
 EVERY = missed=; for each in $(1); do set -- $$each; name=$$1; shift; \
