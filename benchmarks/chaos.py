@@ -416,8 +416,7 @@ def measure(arm_name: str, kills: int, seed: int, passages: int, kinds: list[str
                     chaos.nodes.stop()
         hits = sum(report["faults"].values())
         report |= {"passes": arm.number + 1, "ends": dict(arm.ends), "spent": arm.spent()}
-        report["largest_shard"] = largest_shard(data)
-        report["bound"] = 1.05 * report["one_pass"] + hits * WORKERS * report["largest_shard"]
+        report["bound"] = 1.05 * report["one_pass"] + hits * WORKERS * largest_shard(data)
         report["exact"] = not (report["lost"] or report["twice"] or report["different"] or report["other_bytes"])
         report["within"] = report["spent"] <= report["bound"]
         return report

@@ -36,7 +36,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from dagr_ray import tables as schemas
-from dagr_ray.config import ConfigError, digest
+from dagr_ray.config import ConfigError, digest, packed, unpacked
 
 Json = dict[str, Any]
 READERS = 32  # small files read at once from an object store, which takes about 30 ms for each
@@ -218,13 +218,13 @@ class Artifact:
         return None
 
     def write_json(self, relative: str, value: Any) -> None:
-        self.write_bytes(relative, json.dumps(value, indent=1, ensure_ascii=False).encode())
+        self.write_bytes(relative, json.dumps(packed(value), indent=1, ensure_ascii=False).encode())
 
     def read_json(self, relative: str) -> Any:
         """A JSON file's value, or None where there is no file or it is not whole."""
         data = self.read_bytes(relative)
         try:
-            return None if data is None else json.loads(data)
+            return None if data is None else unpacked(json.loads(data))
         except ValueError:
             return None
 

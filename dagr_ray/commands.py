@@ -15,7 +15,7 @@ from typing import Any
 
 from dagr_ray import cluster
 from dagr_ray.artifact import Artifact, filesystem
-from dagr_ray.config import ConfigError, plugins as registered
+from dagr_ray.config import ConfigError, packed, plugins as registered
 from dagr_ray.progress import Reporter, duration, size
 from dagr_ray.stage import Stage, materialize, survey, walk
 from dagr_ray.study import Job, Study, load_job, parse_axes, plan_study, run_study
@@ -25,7 +25,7 @@ Args = argparse.Namespace
 
 
 def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=1, ensure_ascii=False))
+    print(json.dumps(packed(value), indent=1, ensure_ascii=False))
 
 
 def _print_table(rows: Sequence[Sequence[object]], head: Sequence[str]) -> None:
@@ -350,7 +350,7 @@ def show(args: Args) -> int | None:
         print(f"table {name}: {entry['rows']:,} rows, {entry['bytes']:,} bytes, {len(entry['parts'])} parts")
     for name, entry in manifest.get("files", {}).items():
         print(f"file {name}: {entry['bytes']:,} bytes")
-    print(f"stage: {json.dumps(manifest.get('stage', manifest.get('axes')), ensure_ascii=False)}")
+    print(f"stage: {json.dumps(packed(manifest.get('stage', manifest.get('axes'))), ensure_ascii=False)}")
     return None
 
 

@@ -34,6 +34,10 @@ class Threshold:
     """Marks a field (``Annotated[float, Threshold()]``) that decides on stored scores and so costs no new scoring."""
 
 
+class Later:
+    """Marks a field that came later: at its default it is no part of the fingerprint, so older results stay found."""
+
+
 def _kebab(name: str) -> str:
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", name).lower()
 
@@ -65,23 +69,37 @@ class Config(BaseModel):
         if isinstance(value, str):
             value = {"type": value}
         if isinstance(value, dict) and "type" in value:
-            wanted = lookup(value["type"], cls)
-            rest = {k: v for k, v in value.items() if k != "type"}
-            return handler(rest) if wanted is cls else wanted.model_validate(rest)
+            with _once(_read) as known:
+                if (id(value), cls) not in known:
+                    wanted = lookup(value["type"], cls)
+                    rest = {k: v for k, v in value.items() if k != "type"}
+                    known[id(value), cls] = value, handler(rest) if wanted is cls else wanted.model_validate(rest)
+                return known[id(value), cls][1]
         return handler(value)
 
     def to_json(self) -> dict[str, Any]:
-        """The config as plain JSON values, ``type`` first; ``from_json`` gives an equal config back."""
-        return {"type": self.type, **{name: _plain(getattr(self, name)) for name in self.__class__.model_fields}}
+        """The config as plain JSON values, ``type`` first; ``from_json`` gives an equal config back.
+
+        A config that is held in several places is the same dict in all of them: ``packed`` writes it once.
+        """
+        with _once(_said) as said:
+            if id(self) not in said:
+                fields = {
+                    name: _walk(getattr(self, name), lambda c: c.to_json()) for name in self.__class__.model_fields
+                }
+                said[id(self)] = (self, {"type": self.type, **fields})
+            return said[id(self)][1]
 
     def identity(self) -> dict[str, Any]:
         """What is hashed into the fingerprint. Override where a field stands for content (a folder, a model's files)."""
-        fields = {name: _identity(getattr(self, name)) for name in self.__class__.model_fields}
+        of = self.__class__.model_fields.items()
+        kept = [name for name, field in of if not (_is(Later, field) and getattr(self, name) == field.default)]
+        fields = {name: _walk(getattr(self, name), lambda c: c.fingerprint()) for name in kept}
         return {"type": self.type, "version": self.version, **fields}
 
     def scoring_identity(self) -> dict[str, Any]:
         """The identity without the fields marked as ``Threshold``: what decides which scores are computed."""
-        marked = {name for name, field in self.__class__.model_fields.items() if _is_threshold(field)}
+        marked = {name for name, field in self.__class__.model_fields.items() if _is(Threshold, field)}
         return {key: value for key, value in self.identity().items() if key not in marked}
 
     def fingerprint(self) -> str:
@@ -96,27 +114,34 @@ class Config(BaseModel):
         return ""
 
 
-# id of a config -> the config, which keeps the id from being used again, and its fingerprint
-_Held = dict[int, tuple["Config", str]]
+# id of a config -> the config, which keeps the id from being used again, and what was found for it
+_Held = dict[int, tuple["Config", Any]]
 _held: ContextVar[_Held | None] = ContextVar("held", default=None)
+_said: ContextVar[_Held | None] = ContextVar("said", default=None)
+# id of a JSON object and the type that was wanted of it -> the object and the config that it gave
+_Read = dict[tuple[int, type], tuple[Any, "Config"]]
+_read: ContextVar[_Read | None] = ContextVar("read", default=None)
+_Memo = TypeVar("_Memo", _Held, _Read)
 
 
 @contextlib.contextmanager
-def fingerprints_held() -> Iterator[_Held]:
-    """Inside, a config is fingerprinted once. Outside, each time anew: files that it stands for may have changed.
-
-    Without it, a graph of stages would be walked as a tree, which has thousands of times as many nodes.
-    """
-    outer = _held.get()
+def _once(var: ContextVar[_Memo | None]) -> Iterator[_Memo]:
+    """One memory for everything inside. Without it a graph of stages is walked as a tree, which may never end."""
+    outer = var.get()
     if outer is not None:
         yield outer
         return
-    held: _Held = {}
-    token = _held.set(held)
+    memo: _Memo = {}
+    token = var.set(memo)
     try:
-        yield held
+        yield memo
     finally:
-        _held.reset(token)
+        var.reset(token)
+
+
+def fingerprints_held() -> contextlib.AbstractContextManager[_Held]:
+    """Inside, a config is fingerprinted once. Outside, each time anew: files that it stands for may have changed."""
+    return _once(_held)
 
 
 class Frozen(dict[str, Any]):
@@ -146,8 +171,8 @@ def _frozen(value: dict[str, Any]) -> Frozen:
 JsonObject = Annotated[dict[str, Any], AfterValidator(_frozen)]
 
 
-def _is_threshold(field: FieldInfo) -> bool:
-    return any(isinstance(mark, Threshold) for mark in field.metadata)
+def _is(mark: type, field: FieldInfo) -> bool:
+    return any(isinstance(each, mark) for each in field.metadata)
 
 
 def digest(value: Any, length: int = 12) -> str:
@@ -168,12 +193,44 @@ def _walk(value: Any, config: Any) -> Any:
     return value
 
 
-def _plain(value: Any) -> Any:
-    return _walk(value, lambda c: c.to_json())
+_SAME = "$same"
 
 
-def _identity(value: Any) -> Any:
-    return _walk(value, lambda c: c.fingerprint())
+def packed(value: Any) -> Any:
+    """A JSON value with each config that holds others written once; elsewhere ``{"$same": its JSON pointer}``."""
+    places: dict[int, str] = {}
+
+    def pack(each: Any, place: str) -> Any:
+        if isinstance(each, list):
+            return [pack(item, f"{place}/{number}") for number, item in enumerate(each)]
+        if not isinstance(each, dict):
+            return each
+        if "type" in each and any(isinstance(item, (dict, list)) for item in each.values()):
+            if id(each) in places:
+                return {_SAME: places[id(each)]}
+            places[id(each)] = place
+        return {name: pack(item, f"{place}/{name}") for name, item in each.items()}
+
+    return pack(value, "")
+
+
+def unpacked(value: Any) -> Any:
+    """The value that ``packed`` was given, with each config one dict in all its places."""
+    places: dict[str, Any] = {}
+
+    def unpack(each: Any, place: str) -> Any:
+        if isinstance(each, list):
+            return [unpack(item, f"{place}/{number}") for number, item in enumerate(each)]
+        if not isinstance(each, dict):
+            return each
+        if list(each) == [_SAME] and each[_SAME] in places:
+            return places[each[_SAME]]
+        made = {name: unpack(item, f"{place}/{name}") for name, item in each.items()}
+        if "type" in made:
+            places[place] = made
+        return made
+
+    return unpack(value, "")
 
 
 @lru_cache(maxsize=1)

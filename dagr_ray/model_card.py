@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dagr_ray import __version__
+from dagr_ray.config import packed
 
 
 def model_card(settings: dict[str, Any], summary: dict[str, Any]) -> str:
@@ -16,7 +17,7 @@ def model_card(settings: dict[str, Any], summary: dict[str, Any]) -> str:
         k: v for k, v in settings.items() if k not in ("type", "fingerprint", "losses") and not isinstance(v, dict)
     }
     content = f"revision `{base['revision']}`" if base["revision"] else f"content {settings['base_identity']['model']}"
-    found = sorted(set(_origins(settings)))
+    found = sorted(set(_origins(packed(settings))))
     last = f"{summary['losses'][-1][1]:.4f}" if summary["losses"] else "not logged"
     met = ", ".join(f"{number:.2f} by {loss}" for loss, number in counts["effective_negatives"].items())
     lines = [
@@ -69,6 +70,7 @@ def _origins(value: Any) -> Iterator[tuple[str, str]]:
             if name in ("strategy", "engine") and isinstance(inner, dict):
                 model = f" with `{inner['model']}`" if inner.get("model") else ""
                 yield name, f"{inner.get('type')}{model}"
-            if name == "corpus" and isinstance(inner, dict) and not any(isinstance(v, dict) for v in inner.values()):
+            leaf = isinstance(inner, dict) and "type" in inner and not any(isinstance(v, dict) for v in inner.values())
+            if name == "corpus" and leaf:
                 yield "passages", " ".join(f"{v}" for v in inner.values() if isinstance(v, str))
             yield from _origins(inner)

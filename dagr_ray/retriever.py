@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import Field
 
 from dagr_ray.artifact import local_folder
-from dagr_ray.config import Config, ConfigError, content_hash
+from dagr_ray.config import Config, ConfigError, Later, content_hash
 from dagr_ray.tables import seed_of
 
 if TYPE_CHECKING:
@@ -111,13 +111,11 @@ class Encoder(Pinned):
     dtype: Dtype = "auto"
     reinitialise: Annotated[int, Field(ge=0)] | None = None
     layers: Annotated[int, Field(ge=1)] | None = None
-    pooling: Literal["mean", "cls", "lasttoken"] | None = None
+    pooling: Annotated[Literal["mean", "cls", "lasttoken"] | None, Later()] = None
 
     def identity(self) -> dict[str, Any]:
-        """By the prefixes that are used, where the model is here to say them; without a pooling that is not set."""
+        """By the prefixes that are used, where the model is here to say them."""
         said = super().identity()
-        if self.pooling is None:
-            del said["pooling"]
         if self.local:
             said["query_prefix"], said["doc_prefix"] = self.prompts()
         return said

@@ -241,7 +241,10 @@ class _Builder:
         receipts = self._receipts(plan)
         # an object store has no locks: another driver may have put its plan over this one, or have ended before
         if self.folder.manifest is None:
-            if len(receipts) < len(plan["shards"]) or self.folder.read_json("plan.json") != plan:
+            if (
+                len(receipts) < len(plan["shards"])
+                or (self.folder.read_json("plan.json") or {}).get("shards") != plan["shards"]
+            ):
                 return self.run()
             self._finish(plan, receipts, wall, attempt.number)
         progress.state, progress.seconds = "done", wall

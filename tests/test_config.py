@@ -1,10 +1,24 @@
 """Configs: round trip, fingerprints that follow content, and errors that name the field, the value and what is allowed."""
 
+import json
 from typing import Annotated, ClassVar
 
 import pytest
 
-from dagr_ray.config import Config, ConfigError, Threshold, content_hash, digest, from_json, lookup
+from dagr_ray.artifact import Artifact
+from dagr_ray.config import (
+    Config,
+    ConfigError,
+    JsonObject,
+    Later,
+    Threshold,
+    content_hash,
+    digest,
+    from_json,
+    lookup,
+    packed,
+    unpacked,
+)
 
 
 class Inner(Config):
@@ -20,6 +34,8 @@ class Outer(Config):
     inner: Inner = Inner()
     several: tuple[Inner, ...] = ()
     name: str = "x"
+    since: Annotated[Inner | None, Later()] = None
+    options: Annotated[JsonObject, Later()] = {}
 
 
 class Special(Inner):
@@ -45,6 +61,13 @@ def test_fingerprint_follows_fields_version_and_type() -> None:
         assert Inner().fingerprint() != before
     finally:
         Inner.version = 1
+
+
+def test_a_later_field_enters_the_fingerprint_where_it_is_not_its_default() -> None:
+    assert Outer().identity().keys() == {"type", "version", "inner", "several", "name"}
+    assert Outer(since=Inner()).identity()["since"] == Inner().fingerprint()
+    assert Outer(options={"a": 0}).identity()["options"] == {"a": 0}
+    assert from_json(Outer().to_json() | {"options": {}}, Outer).fingerprint() == Outer().fingerprint()
 
 
 def test_thresholds_do_not_enter_the_scoring_identity() -> None:
@@ -125,3 +148,22 @@ def test_a_graph_is_fingerprinted_node_by_node_and_not_path_by_path() -> None:
     assert sorted(Link.asked) == list(range(31))
     assert top.fingerprint() == first
     assert len(Link.asked) == 62, "a fingerprint must not be kept: files that it stands for may change"
+
+
+def test_a_graph_is_written_and_read_node_by_node_and_not_path_by_path(tmp_path) -> None:
+    top = Link()
+    for depth in range(1, 61):
+        top = Link(depth=depth, left=top, right=top)
+    folder = Artifact(str(tmp_path), "graph")
+    folder.write_json("top.json", {"stage": top.to_json()})
+    text = (tmp_path / "graph" / "top.json").read_text()
+    assert text.count('"type"') == 62 and text.count('"$same"') == 59
+    assert json.loads(text)["stage"]["right"] == {"$same": "/stage/left"}
+    again = from_json(folder.read_json("top.json")["stage"], Link)
+    assert again.fingerprint() == top.fingerprint()
+    assert again.left is again.right
+
+
+def test_free_json_that_looks_like_a_reference_stays_what_it_is() -> None:
+    value = {"a": {"$same": "/b"}, "b": [{"type": "object", "of": {"$ref": "#/a"}}, {"$same": "/b/0", "more": 1}]}
+    assert unpacked(packed(value)) == value

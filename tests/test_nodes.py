@@ -90,33 +90,29 @@ def test_a_node_goes_and_another_comes(tmp_path: Path) -> None:
 
 
 def a_node_goes_and_another_comes(tmp_path: Path) -> None:
-    with three_nodes() as cluster:
-        go_and_come(cluster, tmp_path)
-
-
-def go_and_come(cluster: Any, tmp_path: Path) -> None:
     data, log = str(tiny_beir(tmp_path / "set", docs=DOCS)), str(tmp_path / "log")
     stage = parsed(data, log)
     folder = stage.generations.folder(str(tmp_path / "spread"))
-    # the second: an address on localhost is taken as it is, as on other systems than Linux
-    environment = os.environ | {"RAY_ADDRESS": cluster.address, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-    environment["PYTHONPATH"] = str(ROOT)
-    words = [sys.executable, "-c", DRIVER, data, log, str(tmp_path / "spread")]
-    with open(tmp_path / "errors", "w") as errors:
-        driver = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=errors, stderr=errors, text=True)
-    try:
-        wait_for(lambda: len(at_work(folder)) == 3, driver, "all three nodes had worked")
-        three = {node.node_id for node in cluster.list_all_nodes()}
-        assert set(at_work(folder)) == three
-        gone = sorted(cluster.worker_nodes, key=lambda node: node.node_id)[0]
-        cluster.remove_node(gone, allow_graceful=False)
-        before = at_work(folder)[gone.node_id]
-        come = cluster.add_node(**cluster.size)
-        wait_for(lambda: come.node_id in at_work(folder), driver, "the new node had worked")
-        assert driver.wait(timeout=120) == 0, (tmp_path / "errors").read_text()[-2000:]
-    finally:
-        driver.kill()
-        driver.wait()
+    with three_nodes() as cluster:
+        # the second: an address on localhost is taken as it is, as on other systems than Linux
+        environment = os.environ | {"RAY_ADDRESS": cluster.address, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+        environment["PYTHONPATH"] = str(ROOT)
+        words = [sys.executable, "-c", DRIVER, data, log, str(tmp_path / "spread")]
+        with open(tmp_path / "errors", "w") as errors:
+            driver = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=errors, stderr=errors, text=True)
+        try:
+            wait_for(lambda: len(at_work(folder)) == 3, driver, "all three nodes had worked")
+            three = {node.node_id for node in cluster.list_all_nodes()}
+            assert set(at_work(folder)) == three
+            gone = sorted(cluster.worker_nodes, key=lambda node: node.node_id)[0]
+            cluster.remove_node(gone, allow_graceful=False)
+            before = at_work(folder)[gone.node_id]
+            come = cluster.add_node(**cluster.size)
+            wait_for(lambda: come.node_id in at_work(folder), driver, "the new node had worked")
+            assert driver.wait(timeout=120) == 0, (tmp_path / "errors").read_text()[-2000:]
+        finally:
+            driver.kill()
+            driver.wait()
 
     worked = at_work(folder)
     assert set(worked) == {*three, come.node_id}

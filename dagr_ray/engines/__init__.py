@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Protocol
+from typing import Annotated, ClassVar, Protocol
 
 from pydantic import Field
 
 from dagr_ray.cluster import Pool, Prices, TokenPrices
-from dagr_ray.config import Config
+from dagr_ray.config import Config, Later
 from dagr_ray.strategies import Prompt
 
 
@@ -23,11 +23,7 @@ class Sampling(Config):
     temperature: Annotated[float, Field(ge=0, le=2)] = 0.7
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     max_tokens: Annotated[int, Field(ge=1)] = 32
-    logprob: bool = False
-
-    def identity(self) -> dict[str, Any]:
-        """Without ``logprob`` where it is off: such a sampling is what it was before there was a choice."""
-        return {k: v for k, v in super().identity().items() if k != "logprob" or v}
+    logprob: Annotated[bool, Later()] = False
 
 
 @dataclass

@@ -23,7 +23,7 @@ from pydantic import Field, ValidationError, model_validator
 from dagr_ray import tables
 from dagr_ray.artifact import local_folder
 from dagr_ray.cluster import Pool
-from dagr_ray.config import ConfigError, JsonObject, content_hash
+from dagr_ray.config import ConfigError, JsonObject, Later, content_hash
 from dagr_ray.engines import Completion, Engine, Sampling
 from dagr_ray.engines.feeding import Feeding, Request, longest_first
 from dagr_ray.engines.vllm_arguments import (
@@ -62,10 +62,10 @@ class VLLM(Engine):
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     quantization: str | None = None
     max_model_len: Annotated[int, Field(ge=64)] = 1024
-    lora: str | None = None
-    json_schema: JsonObject | None = None
-    regex: str | None = None
-    engine_args: JsonObject = {}
+    lora: Annotated[str | None, Later()] = None
+    json_schema: Annotated[JsonObject | None, Later()] = None
+    regex: Annotated[str | None, Later()] = None
+    engine_args: Annotated[JsonObject, Later()] = {}
 
     @model_validator(mode="after")
     def _fields_agree(self) -> VLLM:
@@ -85,10 +85,6 @@ class VLLM(Engine):
     def identity(self) -> dict[str, Any]:
         """Folders stand for their files, wherever they lie. Raises ConfigError for a hub id without a revision."""
         found = super().identity()
-        for name in ("lora", "json_schema", "regex", "engine_args"):
-            # left out where unused: a fingerprint from before the field existed stays what it was
-            if not found[name]:
-                del found[name]
         if self.lora is not None:
             found["lora"] = content_hash(self.lora)
         if self.folder.is_dir():

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
 
 from dagr_ray import approximate, retriever
 from dagr_ray.approximate import Approximation, Exact, Method
+from dagr_ray.config import Later
 from dagr_ray.index import Hits, VectorIndex, VectorWriter
 from dagr_ray.miners import Build, Miner
 from dagr_ray.retriever import Encoder
@@ -37,11 +38,7 @@ class Dense(Miner):
     part: ClassVar[int] = 32
     encoder: Encoder = Encoder(revision=MINILM_COMMIT)
     storage: Literal["float32", "float16"] = "float32"
-    search: Method = Exact()
-
-    def identity(self) -> dict[str, Any]:
-        """Without ``search`` where it is exact: such an index is what it was before there was anything else."""
-        return {k: v for k, v in super().identity().items() if k != "search" or self.search != Exact()}
+    search: Annotated[Method, Later()] = Exact()
 
     def label(self) -> str:
         return self.encoder.label()

@@ -252,9 +252,9 @@ class Aggregate(Stage):
         rated: dict[str, dict[tuple[str, str], float]] = {}
         values: dict[str, list[float]] = {}
         for number, folder in enumerate(labels):
-            name = "ratings" if "ratings" in folder.table_names() else "scores"
-            columns = ("query_id", "doc_id", *(("who", "grade") if name == "ratings" else ("scorer", "score")))
-            rows = folder.read(name, list(columns))
+            table = "ratings" if "ratings" in folder.table_names() else "scores"
+            columns = ("query_id", "doc_id", *(("who", "grade") if table == "ratings" else ("scorer", "score")))
+            rows = folder.read(table, list(columns))
             before = set(values)
             for query_id, doc_id, scorer, score in zip(*(rows[c].to_pylist() for c in columns), strict=True):
                 name = f"{scorer}#{number}" if scorer in before else scorer

@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from dagr_ray import tables, trec
 from dagr_ray.artifact import Artifact
 from dagr_ray.cluster import Pool
-from dagr_ray.config import ConfigError
+from dagr_ray.config import ConfigError, Later
 from dagr_ray.index import Hits, best_first
 from dagr_ray.stage import Inputs, Output, Run, Stage
 
@@ -73,16 +73,12 @@ class Evaluate(Stage):
     data: Stage
     split: str = "test"
     exclude: Stage | None = None
-    leaks: Stage | None = None
+    leaks: Annotated[Stage | None, Later()] = None
     name: str = "data"
-    depth: Annotated[int, Field(ge=1)] | None = None
+    depth: Annotated[Annotated[int, Field(ge=1)] | None, Later()] = None
 
     def label(self) -> str:
         return "".join(c if c.isalnum() else "_" for c in f"{self.name}_{self.split}".lower())[:40]
-
-    def identity(self) -> dict[str, Any]:
-        """Without ``leaks`` and ``depth`` where they are not set: such an evaluation is what it was before there were these."""
-        return {k: v for k, v in super().identity().items() if k not in ("leaks", "depth") or v is not None}
 
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
         def run(start: int, stop: int) -> Output:

@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from dagr_ray import bill, tables
 from dagr_ray.artifact import Artifact
 from dagr_ray.cluster import Pool
-from dagr_ray.config import ConfigError
+from dagr_ray.config import ConfigError, Later
 from dagr_ray.engines import Completion, Engine, Sampling, paid
 from dagr_ray.filters import words
 from dagr_ray.filters.controls import controlled, missed
@@ -46,14 +46,10 @@ class Exemplars(Stage):
     seed: int = 0
     max_words: Annotated[int, Field(ge=8)] = 60
     grounded: Annotated[float, Field(ge=0, le=1)] = 0.5
-    otherwise: str | None = None
+    otherwise: Annotated[str | None, Later()] = None
 
     def label(self) -> str:
         return f"{self.split}{self.k}"
-
-    def identity(self) -> dict[str, Any]:
-        """Without ``otherwise`` where it is not set: such exemplars are what they were before there was this."""
-        return {k: v for k, v in super().identity().items() if k != "otherwise" or v is not None}
 
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
         def run(start: int, stop: int) -> Output:

@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from dagr_ray import tables
 from dagr_ray.artifact import Artifact
 from dagr_ray.cluster import Pool
-from dagr_ray.config import ConfigError
+from dagr_ray.config import ConfigError, Later
 from dagr_ray.stage import Inputs, Output, Run, Stage
 
 
@@ -45,17 +45,12 @@ class Mine(Stage):
     searches: tuple[Stage, ...] = ()
     negatives: Annotated[int, Field(ge=0)] = 1
     margin: Annotated[float, Field(gt=0)] | None = 0.95
-    difference: Annotated[float, Field(ge=0)] | None = None
-    threshold: float | None = None
+    difference: Annotated[Annotated[float, Field(ge=0)] | None, Later()] = None
+    threshold: Annotated[float | None, Later()] = None
     depth: Annotated[int, Field(ge=1)] = 100
 
     def label(self) -> str:
         return f"{len(self.searches)}x{self.negatives}"
-
-    def identity(self) -> dict[str, Any]:
-        """Without the rules that are not set: such mining is what it was before there were these."""
-        later = ("difference", "threshold")
-        return {k: v for k, v in super().identity().items() if k not in later or v is not None}
 
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
         def run(start: int, stop: int) -> Output:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Annotated, ClassVar, cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from dagr_ray import tables
 from dagr_ray.artifact import Artifact
 from dagr_ray.cluster import Pool
-from dagr_ray.config import ConfigError
+from dagr_ray.config import ConfigError, Later
 from dagr_ray.filters import words
 from dagr_ray.stage import Inputs, Output, Run, Stage
 from dagr_ray.strategies import Passage
@@ -138,15 +138,11 @@ class Left(Stage):
     outputs: ClassVar[tuple[str, ...]] = ("corpus",)
     corpus: Stage
     accepted: tuple[Stage, ...]
-    verdicts: tuple[Criticised, ...] = ()
+    verdicts: Annotated[tuple[Criticised, ...], Later()] = ()
 
     def inputs(self) -> dict[str, Stage]:
         """The pairs that were judged are read again."""
         return super().inputs() | {f"pairs.{i}": verdict.made.corpus for i, verdict in enumerate(self.verdicts)}
-
-    def identity(self) -> dict[str, Any]:
-        """Without verdicts, what it was before there were any."""
-        return {k: v for k, v in super().identity().items() if k != "verdicts" or v}
 
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
         def run(start: int, stop: int) -> Output:

@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 from dagr_ray import tables, whole
 from dagr_ray.artifact import Artifact
 from dagr_ray.cluster import Pool
-from dagr_ray.config import ConfigError
+from dagr_ray.config import ConfigError, Later
 from dagr_ray.filters import Candidate, Filter
 from dagr_ray.stage import Inputs, Output, Run, Stage
 from dagr_ray.whole import Whole
@@ -44,7 +44,7 @@ class Score(Stage):
     corpus: Stage
     filter: Filter
     search: Stage | None = None
-    labels: Stage | None = None
+    labels: Annotated[Stage | None, Later()] = None
 
     @model_validator(mode="after")
     def _given_what_it_reads(self) -> Score:
@@ -78,9 +78,8 @@ class Score(Stage):
         return self.filter.type
 
     def identity(self) -> dict[str, Any]:
-        """Without what is not given: such a score is what it was before there was anything to give."""
-        found = super().identity() | {"filter": self.filter.scoring_identity()}
-        return {k: v for k, v in found.items() if k != "labels" or v is not None}
+        """The filter by what decides its scores."""
+        return super().identity() | {"filter": self.filter.scoring_identity()}
 
     def inputs(self) -> dict[str, Stage]:
         """A filter that compares all queries does so in a stage of its own, whose scores are cut into shards here."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from typing import Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
+from dagr_ray.config import Later
 from dagr_ray.strategies import Exemplar, Parsed, Passage, Prompt, Strategy
 
 # The share of a text that a span takes: Contriever's random cropping.
@@ -34,14 +35,7 @@ class Crop(Strategy):
     """
 
     abstract: ClassVar[bool] = False
-    mode: Literal["sentence", "span", "inverse-cloze"] = "sentence"
-
-    def identity(self) -> dict[str, Any]:
-        """Sentences are what they were before there were other modes."""
-        found = super().identity()
-        if self.mode == "sentence":
-            del found["mode"]
-        return found
+    mode: Annotated[Literal["sentence", "span", "inverse-cloze"], Later()] = "sentence"
 
     def name(self) -> str:
         return self.type if self.mode == "sentence" else f"{self.type}/{self.mode}"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from typing import Any, ClassVar
+from typing import Annotated, ClassVar
 
+from dagr_ray.config import Later
 from dagr_ray.strategies import Parsed, Strategy
 from dagr_ray.strategies.controls import Controls
 
@@ -29,18 +30,11 @@ class Written(Strategy):
     """Base of the strategies whose answer is one query on one line. ``controls`` says what it is to be like besides."""
 
     abstract: ClassVar[bool] = True
-    controls: Controls = Controls()
+    controls: Annotated[Controls, Later()] = Controls()
 
     def checked(self) -> Controls:
         """What every answer is measured for: the controls, unless the task itself asks for more."""
         return self.controls
-
-    def identity(self) -> dict[str, Any]:
-        """Without controls, what it was before there were any."""
-        found = super().identity()
-        if not self.controls.given():
-            del found["controls"]
-        return found
 
 
 def one_query(raw: str, shown: Collection[str], label: str = "") -> Parsed:
