@@ -69,12 +69,7 @@ class Config(BaseModel):
         if isinstance(value, str):
             value = {"type": value}
         if isinstance(value, dict) and "type" in value:
-            with _once(_read) as known:
-                if (id(value), cls) not in known:
-                    wanted = lookup(value["type"], cls)
-                    rest = {k: v for k, v in value.items() if k != "type"}
-                    known[id(value), cls] = value, handler(rest) if wanted is cls else wanted.model_validate(rest)
-                return known[id(value), cls][1]
+            return _resolved(value, cls, handler)
         return handler(value)
 
     def to_json(self) -> dict[str, Any]:
@@ -142,6 +137,16 @@ def _once(var: ContextVar[_Memo | None]) -> Iterator[_Memo]:
 def fingerprints_held() -> contextlib.AbstractContextManager[_Held]:
     """Inside, a config is fingerprinted once. Outside, each time anew: files that it stands for may have changed."""
     return _once(_held)
+
+
+def _resolved(value: dict[str, Any], cls: type[Config], handler: Any) -> Any:
+    """Apart from the validator, which is pickled by value with a class of a job's file: a ContextVar cannot be."""
+    with _once(_read) as known:
+        if (id(value), cls) not in known:
+            wanted = lookup(value["type"], cls)
+            rest = {k: v for k, v in value.items() if k != "type"}
+            known[id(value), cls] = value, handler(rest) if wanted is cls else wanted.model_validate(rest)
+        return known[id(value), cls][1]
 
 
 class Frozen(dict[str, Any]):

@@ -41,7 +41,9 @@ def say(text: str) -> None:
 
 def pip(*arguments: str) -> None:
     """Runs pip in the environment; only its errors reach the screen."""
-    command = [str(PYTHON), "-m", "pip", "install", "-qq", "--disable-pip-version-check", *arguments]
+    # Python compiles what is imported, which is a third of the files; pip would compile all of them first
+    options = ["-qq", "--disable-pip-version-check", "--no-compile"]
+    command = [str(PYTHON), "-m", "pip", "install", *options, *arguments]
     if subprocess.run(command, check=False).returncode:
         what = " ".join(arguments)[:200]
         raise SetupError(f"pip install {what} failed for the reason above; mend it, then run make setup again")
@@ -126,8 +128,8 @@ def install_pinned(path: Path, *options: str) -> None:
     """Installs what is missing of a file, and checks that it all is there."""
     lines = missing(path)
     if lines:
-        # the lock names every package, so none waits for another; pip itself unpacks and compiles one after the other
-        parts = min(os.cpu_count() or 1, 4, len(lines) // 20 + 1)
+        # every package is named, so none waits for another; pip itself unpacks one after the other
+        parts = min(os.cpu_count() or 1, 4, len(lines))
         with ThreadPoolExecutor(parts) as side_by_side:
             list(side_by_side.map(lambda part: pip("--no-deps", *options, *lines[part::parts]), range(parts)))
         lines = missing(path)
@@ -147,10 +149,14 @@ def build(profile: str) -> None:
     pinned = requirements(lock)
     step("virtual environment", make_venv)
     step("pip", pip, PIP, f"setuptools=={pinned['setuptools']}", f"wheel=={pinned['wheel']}")
-    if profile == "cpu":
-        torch = requirements(REQUIREMENTS / "cpu.in")["torch"]
-        step(f"torch {torch} for CPUs", install_torch, torch)
-    step(f"{len(pinned)} packages of {lock.name}", install_pinned, lock)
+    with ThreadPoolExecutor() as beside:
+        apart = []
+        if profile == "cpu":
+            torch = requirements(REQUIREMENTS / "cpu.in")["torch"]
+            apart.append(beside.submit(step, f"torch {torch} for CPUs", install_torch, torch))
+        step(f"{len(pinned)} packages of {lock.name}", install_pinned, lock)
+        for each in apart:
+            each.result()
     # pyserini and this package are built from source, with the setuptools of the lock
     step("packages without their needs", install_pinned, REQUIREMENTS / f"{profile}-nodeps.txt", "--no-build-isolation")
     step("dagr-ray", pip, "--no-deps", "--no-build-isolation", "--editable", str(ROOT))

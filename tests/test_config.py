@@ -4,6 +4,7 @@ import json
 from typing import Annotated, ClassVar
 
 import pytest
+from ray import cloudpickle
 
 from dagr_ray.artifact import Artifact
 from dagr_ray.config import (
@@ -167,3 +168,11 @@ def test_a_graph_is_written_and_read_node_by_node_and_not_path_by_path(tmp_path)
 def test_free_json_that_looks_like_a_reference_stays_what_it_is() -> None:
     value = {"a": {"$same": "/b"}, "b": [{"type": "object", "of": {"$ref": "#/a"}}, {"$same": "/b/0", "more": 1}]}
     assert unpacked(packed(value)) == value
+
+
+def test_a_config_of_a_jobs_own_file_reaches_the_workers() -> None:
+    """Such a class is pickled by value, its validators with it."""
+    made: dict = {"__name__": "__main__"}
+    exec("from dagr_ray.config import Config\nclass OfAJob(Config):\n    inner: Config | None = None", made)
+    sent = cloudpickle.dumps(made["OfAJob"](inner=Inner(size=3)))
+    assert cloudpickle.loads(sent).inner == Inner(size=3)
