@@ -4,6 +4,8 @@ PYTHON ?= python3
 # Test files that run side by side; each computes with one thread (tests/conftest.py).
 TEST_WORKERS ?= 2
 export VENV
+# empty is off: what is imported here is compiled once
+export PYTHONDONTWRITEBYTECODE :=
 BIN := $(VENV)/bin
 
 .PHONY: help setup study test bench-scale bench-train lint lock clean

@@ -64,10 +64,10 @@ ASSUMED = {
     "encoder": Assumption(2 * 10.6e6 * 130, "FLOP to encode a passage", "2 x parameters of MiniLM's layers x tokens"),
 }  # fmt: skip
 REPLACED = {
-    "mine": "sharded over parts of the queries; the texts of the candidates looked up by hash, not from a table in memory",
+    "mine": "the hashes of queries and passages dealt into buckets on disk, as `Duplicate` deals its queries",
     "select": "sharded already: more workers",
     "whole": "sharded over the buckets into which it deals queries by the hash of their text",
-    "score round-trip": "sharded over parts of the queries, each with its part of the candidates",
+    "score round-trip": "the hashes of passages dealt into buckets on disk, as `Duplicate` deals its queries",
     "score": "sharded already: more workers",
     "search": "queries are sharded already, and each shard asks all parts of the index: parts of 10 million passages, one to a "
     "worker; the best of each part merged",
@@ -94,8 +94,9 @@ every query through one index of everything: {bm25} core-hours of BM25.
 
 Seconds and memory for a passage are the slope between {few} and {many} passages with {each} queries each, every stage in a
 process of its own. A step breaks where it needs more than {memory} of memory in one process, or more than a day: on
-{workers} workers where it is sharded, on one where it is not. Slopes of what grows faster than its rows (the query time of
-a search, the terms of an index) make this page too kind, not too strict.
+{workers} workers where it is sharded, on one where it is not. Of a sharded step the memory is what each worker holds of
+everything: hashes of the passages, and of the queries, that are to be seen to recur. Slopes of what grows faster than its
+rows (the query time of a search, the terms of an index) make this page too kind, not too strict.
 
 ![Passages at which each step breaks](scaling_steps.svg)
 
@@ -314,8 +315,8 @@ def breaking(m: Json) -> list[tuple[str, float, str, str]]:
         workers = WORKERS if each["sharded"] else 1
         limits = {f"{span(DAY)} on {'1,000 workers' if each['sharded'] else 'one process'}":
                   DAY * workers / max(each["seconds"], 1e-12)}  # fmt: skip
-        if not each["sharded"]:
-            limits[f"{size(MEMORY)} of memory"] = MEMORY / max(each["memory"], 1e-9)
+        held = m["held"].get(name, 0.0) if each["sharded"] else each["memory"]
+        limits[f"{size(MEMORY)} of memory" + " in each worker" * each["sharded"]] = MEMORY / max(held, 1e-9)
         why = min(limits, key=lambda key: limits[key])
         kind = name if name in REPLACED else name.split()[0]
         found.append((name, limits[why], why, REPLACED[kind]))
@@ -422,7 +423,7 @@ def write(m: Json, results: list[simulation.Result], spread: tuple[float, float]
 def main() -> int:
     """Writes the page; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--measure", action="store_true", help="measure anew, for 6 minutes")
+    parser.add_argument("--measure", action="store_true", help="measure anew, for 10 minutes")
     args = parser.parse_args()
     if args.measure or not MEASURED.is_file():
         MEASURED.write_text(json.dumps(scaling_measure.measure(), indent=1) + "\n")

@@ -37,8 +37,9 @@ class Filter(Config):
     """Base of the filters. Fields that decide on stored scores alone are marked ``Annotated[..., Threshold()]``.
 
     ``reads`` is the table besides the queries that ``score`` wants: the ``candidates`` of a search, the ``scores`` of a
-    teacher, or the ``generations``. ``rowwise`` promises that a row's score depends on nothing but the row, so that any
-    number of rows is scored in shards of flat memory; ``needs_passage`` that ``score`` looks at passages.
+    teacher, or the ``generations``. ``rowwise`` promises that a row's score depends on nothing but the row and what is
+    read for its query, so that any number of rows is scored in shards of flat memory; ``needs_passage`` that ``score`` looks
+    at passages.
     """
 
     abstract: ClassVar[bool] = True

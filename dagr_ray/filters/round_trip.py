@@ -45,6 +45,7 @@ class RoundTrip(Filter):
 
     abstract: ClassVar[bool] = False
     reads: ClassVar[Table] = "candidates"
+    rowwise: ClassVar[bool] = True
     needs_passage: ClassVar[bool] = False
     best: ClassVar[Literal["high", "low"]] = "low"
     max_rank: Annotated[Annotated[int, Field(ge=1, lt=ABSENT)] | Literal["auto"], Threshold()] = 20

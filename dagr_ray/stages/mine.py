@@ -6,6 +6,7 @@ Relabel looks at them again, with a teacher's eyes.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from itertools import zip_longest
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
@@ -16,6 +17,7 @@ from pydantic import Field, model_validator
 
 from dagr_ray import tables
 from dagr_ray.artifact import Artifact
+from dagr_ray.beside import Candidates, Positives, Twins, rows_beside
 from dagr_ray.cluster import Pool
 from dagr_ray.config import ConfigError, Later
 from dagr_ray.stage import Inputs, Output, Run, Stage
@@ -52,19 +54,36 @@ class Mine(Stage):
     def label(self) -> str:
         return f"{len(self.searches)}x{self.negatives}"
 
+    def size(self, inputs: Inputs) -> int:
+        return inputs["selected"].count("qrels")
+
+    def _candidates(self, inputs: Inputs) -> list[Candidates]:
+        return [Candidates(inputs[f"searches.{i}"], inputs["selected"]) for i in range(len(self.searches))]
+
+    def ranges(self, inputs: Inputs, step: int) -> list[tuple[int, int]]:
+        """Whole shards of the queries, several where they are small; all as one where a search was asked others."""
+        selected = inputs["selected"]
+        cut = all(each.follows for each in self._candidates(inputs))
+        return (selected.ranges("qrels", step) if cut else []) or [(0, selected.count("qrels"))]
+
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
+        selected, candidates = inputs["selected"], self._candidates(inputs)
+        twins = lru_cache(maxsize=1)(lambda: Twins(inputs["corpus"], titled=True))
+        positives = lru_cache(maxsize=1)(lambda: Positives(selected))
+
         def run(start: int, stop: int) -> Output:
-            queries = inputs["selected"].read("queries")
-            qrels = tables.relevant(inputs["selected"].read("qrels")).select(["query_id", "doc_id"])
-            results = [_Results(inputs[f"searches.{i}"], queries, self.depth) for i in range(len(self.searches))]
-            same = _Same(inputs["corpus"], qrels, results)
-            relevant = same.relevant(queries, qrels)
+            qrels = tables.relevant(selected.slice("qrels", start, stop)).select(["query_id", "doc_id"])
+            asked = rows_beside(selected, "queries", start, stop)
+            results = [_Results(each.of(qrels["query_id"], *asked), qrels, self.depth) for each in candidates]
+            of_query = positives().of(qrels)
+            text_of = _text_of(twins(), results, of_query)
+            relevant = {query_id: {text_of[doc_id] for doc_id in docs} for query_id, docs in of_query.items()}
             examples, rejected = [], []
             near = short = 0
             for query_id, positive_id in zip(*(column.to_pylist() for column in qrels.columns), strict=True):
                 lists = [r.of(query_id) for r in results]
-                alike = relevant[query_id] | {same.text_of[positive_id]}
-                found, dropped = self._negatives(lists, same, same.text_of[positive_id], alike)
+                alike = relevant[query_id] | {text_of[positive_id]}
+                found, dropped = self._negatives(lists, text_of, text_of[positive_id], alike)
                 near += dropped
                 if not found and self.negatives:
                     searched = sum(len(each) for each in lists)
@@ -94,24 +113,26 @@ class Mine(Stage):
 
         return run
 
-    def _negatives(self, lists: list[list[_Hit]], same: _Same, positive: int, alike: set[int]) -> tuple[list[str], int]:
+    def _negatives(
+        self, lists: list[list[_Hit]], text_of: dict[str, str], positive: str, alike: set[str]
+    ) -> tuple[list[str], int]:
         """The negatives of one query, and how many candidates the positive-aware rule dropped."""
         close = set()
         for hits in lists:
-            own = max((hit.score for hit in hits if same.text_of[hit.doc_id] == positive), default=None)
+            own = max((hit.score for hit in hits if text_of[hit.doc_id] == positive), default=None)
             limits = []
             if own is not None and self.margin is not None:
                 limits.append(_share_of(own, self.margin))
             if own is not None and self.difference is not None:
                 limits.append(own - self.difference)
             if limits:
-                close |= {same.text_of[hit.doc_id] for hit in hits if hit.score > min(limits)}
+                close |= {text_of[hit.doc_id] for hit in hits if hit.score > min(limits)}
             if self.threshold is not None:
-                close |= {same.text_of[hit.doc_id] for hit in hits if hit.score >= self.threshold}
+                close |= {text_of[hit.doc_id] for hit in hits if hit.score >= self.threshold}
         close -= alike
-        taken: dict[int, str] = {}
+        taken: dict[str, str] = {}
         for hit in _in_turn(lists):
-            text = same.text_of[hit.doc_id]
+            text = text_of[hit.doc_id]
             if len(taken) == self.negatives:
                 break
             if text not in alike and text not in close:
@@ -132,12 +153,10 @@ def _in_turn(lists: list[list[_Hit]]) -> Iterator[_Hit]:
 class _Results:
     """The hits of a search by query, best first. Held as Arrow arrays: a hundred hits a query are many for Python."""
 
-    def __init__(self, search: Artifact, queries: pa.Table, depth: int) -> None:
-        wanted, found = queries["query_id"].unique(), [tables.empty("candidates")]
-        for part in search.scan("candidates"):
-            mask = pc.and_(pc.is_in(part["query_id"], value_set=wanted), pc.less_equal(part["rank"], depth))
-            found.append(part.filter(mask))
-        rows = pa.concat_tables(found).combine_chunks()
+    def __init__(self, candidates: pa.Table, qrels: pa.Table, depth: int) -> None:
+        wanted = qrels["query_id"].unique()
+        mask = pc.and_(pc.is_in(candidates["query_id"], value_set=wanted), pc.less_equal(candidates["rank"], depth))
+        rows = candidates.filter(mask).combine_chunks()
         place = pc.index_in(rows["query_id"], value_set=wanted).to_numpy()
         order = np.lexsort((rows["rank"].to_numpy(), place))
         self.rows = rows.select(["doc_id", "score"]).take(pa.array(order))
@@ -150,29 +169,13 @@ class _Results:
         return [_Hit(*row) for row in zip(part["doc_id"].to_pylist(), part["score"].to_pylist(), strict=True)]
 
 
-class _Same:
-    """A number for each passage's text, equal for passages that differ in id, case and spacing only."""
-
-    def __init__(self, corpus: Artifact, qrels: pa.Table, results: list[_Results]) -> None:
-        seen = pa.chunked_array([qrels["doc_id"].unique(), *(r.rows["doc_id"].unique() for r in results)], tables.TEXT)
-        wanted = seen.unique()
-        parts = [part.filter(pc.is_in(part["doc_id"], value_set=wanted)) for part in corpus.scan("corpus")]
-        passages = pa.concat_tables([tables.empty("corpus"), *parts])
-        texts = tables.folded(passages["text"])
-        # a passage of a title alone is named by its title
-        texts = pc.if_else(pc.equal(texts, ""), tables.folded(passages["title"]), texts)
-        numbers = texts.combine_chunks().dictionary_encode().indices.to_pylist()
-        self.text_of: dict[str, int] = dict(zip(passages["doc_id"].to_pylist(), numbers, strict=True))
-        missing = [doc_id for doc_id in wanted.to_pylist() if doc_id not in self.text_of]
-        assert not missing, f"{len(missing)} passages of the searches are not in {corpus.path}, such as {missing[0]!r}"
-
-    def relevant(self, queries: pa.Table, qrels: pa.Table) -> dict[str, set[int]]:
-        """Query id -> the texts that are positives of a query that says the same."""
-        said = dict(zip(queries["query_id"].to_pylist(), tables.folded(queries["text"]).to_pylist(), strict=True))
-        texts: dict[Any, set[int]] = {}
-        for query_id, doc_id in zip(qrels["query_id"].to_pylist(), qrels["doc_id"].to_pylist(), strict=True):
-            texts.setdefault(said[query_id], set()).add(self.text_of[doc_id])
-        return {query_id: texts[text] for query_id, text in said.items() if text in texts}
+def _text_of(twins: Twins, results: list[_Results], positives: dict[str, set[str]]) -> dict[str, str]:
+    """Passage id -> the id that stands for its text, for all passages that a shard looks at."""
+    named = pa.array(sorted(set().union(*positives.values())), tables.TEXT)
+    ids = pa.chunked_array([named, *(r.rows["doc_id"].unique() for r in results)], tables.TEXT).unique()
+    every = pa.chunked_array([ids])
+    twins.demand(every)
+    return dict(zip(ids.to_pylist(), twins.first(every).to_pylist(), strict=True))
 
 
 class Relabel(Stage):

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import logging
-from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
-from itertools import accumulate
 from typing import Annotated, Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -17,6 +15,7 @@ from pydantic import Field, model_validator
 
 from dagr_ray import tables, whole
 from dagr_ray.artifact import Artifact
+from dagr_ray.beside import Candidates, Twins, rows_beside
 from dagr_ray.cluster import Pool
 from dagr_ray.config import ConfigError, Later
 from dagr_ray.filters import Candidate, Filter
@@ -34,8 +33,8 @@ class Score(Stage):
     equal but for case and spacing count as one: a search that returns a passage's twin has found the passage. Give the
     searched corpus there, so that twins outside the sample that was asked about are known too. ``labels`` (a stage with
     ``scores``) is for filters that read a teacher's; completions are those that ``parsed`` was made of. The rows of
-    ``scores`` stand as those of ``parsed``'s ``qrels`` do. A filter that is ``rowwise`` works shard by shard, any other on
-    all rows at once.
+    ``scores`` stand as those of ``parsed``'s ``qrels`` do. A filter that is ``rowwise`` works shard by shard (one that reads
+    a search where that searched these queries), any other on all rows at once.
     """
 
     abstract: ClassVar[bool] = False
@@ -99,13 +98,16 @@ class Score(Stage):
 
     def ranges(self, inputs: Inputs, step: int) -> list[tuple[int, int]]:
         """Whole shards of the queries, several where they are small; all rows as one for a filter that compares them."""
-        rows = inputs["parsed"].count("qrels")
-        return (inputs["parsed"].ranges("qrels", step) if self._sharded else []) or [(0, rows)]
+        parsed = inputs["parsed"]
+        cut = self._sharded and ("search" not in inputs or Candidates(inputs["search"], parsed).follows)
+        return (parsed.ranges("qrels", step) if cut else []) or [(0, parsed.count("qrels"))]
 
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
         parsed, total = inputs["parsed"], max(inputs["parsed"].count("qrels"), 1)
         passages = _Lookup(inputs["corpus"], "corpus", "doc_id") if self.filter.needs_passage else None
         made_by = _Lookup(inputs["generations"], "generations", "gen_id") if "generations" in inputs else None
+        found = Candidates(inputs["search"], parsed) if "search" in inputs else None
+        twins = lru_cache(maxsize=1)(lambda: Twins(inputs["corpus"]))
 
         def run(start: int, stop: int) -> Output:
             qrels = parsed.slice("qrels", start, stop, ["query_id", "doc_id"])
@@ -115,11 +117,14 @@ class Score(Stage):
             text_of = dict(zip(*map(tables.texts, queries.select(["query_id", "text"]).columns), strict=True))
             passage_of: dict[str, str] = {}
             if passages is not None:
-                found = passages.of(qrels["doc_id"], start / total, ["title", "text"])
-                passage_of = {key: tables.passage_text(title, text) for key, title, text in found}
+                read = passages.of(qrels["doc_id"], start / total, ["title", "text"])
+                passage_of = {key: tables.passage_text(title, text) for key, title, text in read}
             first, beside = qrels["doc_id"], None
-            if "search" in inputs:
-                beside, first = _search(inputs["search"], inputs["corpus"], first)
+            if found is not None:
+                candidates = found.of(qrels["query_id"], *rows_beside(parsed, "queries", start, stop))
+                place = candidates.schema.get_field_index("doc_id")
+                same = twins().first(candidates["doc_id"])
+                beside, first = candidates.set_column(place, candidates.schema.field(place), same), twins().first(first)
             if "labels" in inputs:
                 wanted = qrels["query_id"].unique()
                 beside = _rows(part for part in inputs["labels"].scan("scores") if len(part)) or tables.empty("scores")
@@ -153,15 +158,7 @@ def _rows(parts: Iterable[pa.Table]) -> pa.Table | None:
 
 
 def _beside(folder: Artifact, name: str, start: int, stop: int) -> pa.Table:
-    """The rows of another table from the shards whose ``qrels`` are rows ``start`` to ``stop``: a shard writes all its tables."""
-    made = (folder.manifest or {})["tables"]
-    known = [part["rows"] for part in made["qrels"]["parts"]]
-    other = [part["rows"] for part in made[name]["parts"]]
-    if len(known) != len(other):
-        return folder.read(name)
-    starts, others = list(accumulate(known, initial=0)), list(accumulate(other, initial=0))
-    first, last = bisect_right(starts, start) - 1, bisect_left(starts, stop)
-    return folder.slice(name, others[first], others[max(first, last)])
+    return folder.slice(name, *rows_beside(folder, name, start, stop))
 
 
 class _Lookup:
@@ -197,35 +194,10 @@ class _Lookup:
         assert not missing, f"{len(missing)} rows of {self.name} are not in {self.folder.path}, such as {min(missing)}"
 
 
-def _search(search: Artifact, corpus: Artifact, own: pa.ChunkedArray) -> tuple[pa.Table, pa.ChunkedArray]:
-    """The candidates and the queries' own passages, each passage by the first of those that say the same."""
-    found, passages = search.read("candidates"), corpus.read("corpus")
-    twins = _Twins(passages, passages.filter(pc.is_in(passages["doc_id"], value_set=own.unique())))
-    return found.set_column(1, found.schema.field("doc_id"), twins.first(found["doc_id"])), twins.first(own)
-
-
 def _logprobs(lineage: pa.Table, made_by: _Lookup, hint: float) -> pa.Table:
     value_of = dict(made_by.of(lineage["gen_id"], hint, ["logprob"]))
     values = pa.array([value_of[gen_id] for gen_id in tables.texts(lineage["gen_id"])], pa.float32())
     return pa.table({"query_id": lineage["id"], "logprob": values})
-
-
-class _Twins:
-    """Maps the ids of passages with one and the same text to the first of them; other ids stay."""
-
-    def __init__(self, corpus: pa.Table, passages: pa.Table) -> None:
-        # titles differ where one text is documented under several names; a query cannot tell such passages apart
-        texts = tables.folded(corpus["text"])
-        twin = pc.and_(pc.is_in(texts, value_set=tables.folded(passages["text"]).unique()), pc.not_equal(texts, ""))
-        among = pa.table({"doc_id": corpus["doc_id"], "text": texts}).filter(twin)
-        firsts = among.group_by("text").aggregate([("doc_id", "min")])
-        self.ids = among["doc_id"].combine_chunks()
-        place = pc.index_in(among["text"], value_set=firsts["text"].combine_chunks())
-        self.firsts = firsts["doc_id_min"].take(place).combine_chunks()
-
-    def first(self, ids: pa.ChunkedArray) -> pa.ChunkedArray:
-        place = pc.index_in(ids, value_set=self.ids).combine_chunks()
-        return pa.chunked_array([pc.coalesce(self.firsts.take(place), ids.combine_chunks())], tables.TEXT)
 
 
 class Select(Stage):
