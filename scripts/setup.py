@@ -174,8 +174,10 @@ def build(profile: str) -> None:
     # pyserini and this package are built from source, with the setuptools of the lock
     step("packages without their needs", install_pinned, REQUIREMENTS / f"{profile}-nodeps.txt", "--no-build-isolation")
     step("dagr-ray", pip, "--no-deps", "--no-build-isolation", "--editable", str(ROOT))
-    step("the quick start's language model", unpack_models)
-    step("bytecode of what is imported", compile_what_is_imported)
+    with ThreadPoolExecutor() as beside:
+        imported = beside.submit(step, "bytecode of what is imported", compile_what_is_imported)
+        step("the quick start's language model", unpack_models)
+        imported.result()
 
 
 def compatible_python() -> None:
