@@ -33,6 +33,6 @@ def test_nothing_is_lost_twice_or_different_after_faults(tmp_path, kinds) -> Non
         "lost": 0, "twice": 0, "different": 0, "other_bytes": 0,
     }  # fmt: skip
     assert found["rows"] > 4000
-    assert found["spent"] <= found["bound"] <= 1.6 * found["one_pass"]
+    assert found["spent"] <= found["bound"] <= 2 * found["one_pass"]
     assert "deaf to SIGTERM" not in found["ends"]
     assert done.returncode == 0
