@@ -96,7 +96,7 @@ Seconds and memory for a passage are the slope between {few} and {many} passages
 process of its own. A step breaks where it needs more than {memory} of memory in one process, or more than a day: on
 {workers} workers where it is sharded, on one where it is not. Of a sharded step the memory is what each worker holds of
 everything: hashes of the passages, and of the queries, that are to be seen to recur. Slopes of what grows faster than its
-rows (the query time of a search, the terms of an index) make this page too kind, not too strict.
+rows (the query time of a search, the terms of an index) make this page too kind, not too strict.{unseen}
 
 ![Passages at which each step breaks](scaling_steps.svg)
 
@@ -313,10 +313,16 @@ def breaking(m: Json) -> list[tuple[str, float, str, str]]:
     found = []
     for name, each in m["stages"].items():
         workers = WORKERS if each["sharded"] else 1
-        limits = {f"{span(DAY)} on {'1,000 workers' if each['sharded'] else 'one process'}":
-                  DAY * workers / max(each["seconds"], 1e-12)}  # fmt: skip
+        limits = {}
+        if each["seconds"]:
+            limits[f"{span(DAY)} on {'1,000 workers' if each['sharded'] else 'one process'}"] = (
+                DAY * workers / each["seconds"]
+            )
         held = m["held"].get(name, 0.0) if each["sharded"] else each["memory"]
-        limits[f"{size(MEMORY)} of memory" + " in each worker" * each["sharded"]] = MEMORY / max(held, 1e-9)
+        if held:
+            limits[f"{size(MEMORY)} of memory" + " in each worker" * each["sharded"]] = MEMORY / held
+        if not limits:
+            continue
         why = min(limits, key=lambda key: limits[key])
         kind = name if name in REPLACED else name.split()[0]
         found.append((name, limits[why], why, REPLACED[kind]))
@@ -327,6 +333,12 @@ def breaking(m: Json) -> list[tuple[str, float, str, str]]:
         ("resume", 3600 / again * SHARD_ROWS, "an hour to read receipts from an object store", REPLACED["resume"])
     )
     return sorted(found, key=lambda line: line[1])
+
+
+def unseen(m: Json, broken: list[tuple[str, float, str, str]]) -> str:
+    """Says which steps grew neither in time nor in memory."""
+    names = sorted(m["stages"].keys() - {name for name, *_ in broken})
+    return f" Nothing of {', '.join(f'`{name}`' for name in names)} was seen to grow." if names else ""
 
 
 def charts(broken: list[tuple[str, float, str, str]], results: list[simulation.Result]) -> None:
@@ -407,6 +419,7 @@ def write(m: Json, results: list[simulation.Result], spread: tuple[float, float]
     return PROSE.format(
         passages=count(PASSAGES), each=QUERIES, workers=f"{WORKERS:,}", queries=count(PASSAGES * QUERIES), most=f"{most:,.0f}",
         under=under, of=len(broken), first=first[0], first_at=count(first[1]), bm25=f"{core_seconds / 3600:,.0f}",
+        unseen=unseen(m, broken),
         few=scaling_measure.SIZES[0], readers=READERS, many=f"{scaling_measure.SIZES[1]:,}", memory=size(MEMORY),
         steps=rows(["step", "breaks at (passages)", "because of", "what replaces it"], steps), tables=listed,
         candidates=f"{sizes['search: candidates'] / sum(sizes.values()):.0%}", objects=objects(m), rows=f"{SHARD_ROWS:,}",

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 from dagr_ray import recipes  # noqa: E402
 from dagr_ray.artifact import Artifact  # noqa: E402
-from dagr_ray.beside import Positives, Twins  # noqa: E402
+from dagr_ray.beside import Positives, Rows, Twins  # noqa: E402
 from dagr_ray.cluster import Placement, Pool, connect, map_shards  # noqa: E402
 from dagr_ray.engines.crop import CropEngine  # noqa: E402
 from dagr_ray.stage import Inputs, Output, Run, Stage, materialize, walk  # noqa: E402
@@ -130,32 +131,23 @@ class Many(Stage):
 def _held(runs: str, passages: str) -> Json:
     folder = materialize(Many(passages=int(passages)), runs, HERE)
 
-    def peak() -> int:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
     found = {}
-    # in this order, because a peak only grows
     for name, hold in (
         ("score round-trip", lambda: (Twins(folder),)),
-        ("mine", lambda: (Twins(folder, titled=True), Positives(folder))),
+        ("mine", lambda: (Twins(folder, titled=True), Positives(folder), Rows(folder))),
     ):
+        tracemalloc.start()
         hold()
-        found[name] = peak()
+        found[name] = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
     return found
 
 
 def held() -> Json:
     """Bytes for a passage that each worker of a step holds whatever its shard, as slopes; with ``SAMPLES`` queries each."""
     with tempfile.TemporaryDirectory(prefix="dagr-scaling-") as home:
-        for passages in (20_000, 120_000):
-            child("many", home, str(passages))
-        few, many = (child("held", home, str(passages)) for passages in (20_000, 120_000))
-    return {name: (many[name] - few[name]) / 100_000 for name in many}
-
-
-def _many(runs: str, passages: str) -> Json:
-    materialize(Many(passages=int(passages)), runs, HERE)
-    return {}
+        few, many = (child("held", home, str(passages)) for passages in (10_000, 60_000))
+    return {name: (many[name] - few[name]) / 50_000 for name in many}
 
 
 def text_of_passages() -> Json:
@@ -223,8 +215,6 @@ def driver() -> Json:
 
 def receipts() -> Json:
     """Bytes of a receipt, a plan's and a manifest's entry on disk; and seconds and bytes in memory to read one back."""
-    import tracemalloc
-
     with tempfile.TemporaryDirectory(prefix="dagr-scaling-") as home:
         from tests.conftest import tiny_beir
 
@@ -331,7 +321,7 @@ def measure() -> Json:
 
 
 if __name__ == "__main__":
-    children = {"stage": _stage, "many": _many, "held": _held, "driver": _driver, "lucene": _lucene, "encode": _encode}
+    children = {"stage": _stage, "held": _held, "driver": _driver, "lucene": _lucene, "encode": _encode}
     inner = children.get(sys.argv[1])
     if inner is not None:
         print(json.dumps(inner(*sys.argv[2:])))

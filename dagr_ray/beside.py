@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
+from functools import cached_property
 from itertools import accumulate
 
 import numpy as np
@@ -33,31 +34,57 @@ def rows_beside(folder: Artifact, name: str, start: int, stop: int) -> tuple[int
     return others[first], others[max(first, last)]
 
 
+class Rows:
+    """In which rows of a table some queries stand. 16 bytes a query."""
+
+    def __init__(self, queries: Artifact) -> None:
+        hashes = _all(_hashes(part["query_id"]) for part in queries.scan("queries", ["query_id"]))
+        self.row_of = np.argsort(hashes, kind="stable")
+        self.known = hashes[self.row_of]
+
+    def of(self, query_ids: pa.ChunkedArray) -> Hashes:
+        """Their rows, and any rows of other queries with their hash."""
+        wanted = np.unique(_hashes(query_ids))
+        first, last = np.searchsorted(self.known, wanted), np.searchsorted(self.known, wanted, side="right")
+        return _all(self.row_of[a:b] for a, b in zip(first.tolist(), last.tolist(), strict=True))
+
+
 class Candidates:
-    """The candidates of a search for some of its queries."""
+    """The candidates of a search for some of the queries that it was asked; ``queries`` are those or a part of them."""
 
     def __init__(self, search: Artifact, queries: Artifact) -> None:
-        self.search, plan = search, search.read_json("plan.json")
-        # whether its shards are ranges of these very queries
-        self.follows = (
-            plan["stage"]["type"] == "search"
-            and plan["stage"]["split"] is None
-            and plan["inputs"]["queries"] == queries.name
-        )
+        self.search, self.queries, plan = search, queries, search.read_json("plan.json")
         self.starts = [shard["start"] for shard in plan["shards"]]
+        # whose rows the shards are ranges of, where one can tell
+        self.asked: Artifact | None = None
+        if plan["stage"]["type"] == "search" and plan["stage"]["split"] is None:
+            self.asked = Artifact(search.runs, plan["inputs"]["queries"])
+
+    @property
+    def follows(self) -> bool:
+        """Whether some queries are found without reading all candidates."""
+        return self.asked is not None
+
+    @cached_property
+    def _rows(self) -> Rows:
+        assert self.asked is not None
+        return Rows(self.asked)
 
     def of(self, query_ids: pa.ChunkedArray, start: int, stop: int) -> pa.Table:
-        """Of the queries that are rows ``start`` to ``stop``, and of others. A search of other queries is read through."""
-        if not self.follows:
+        """Of queries that are rows ``start`` to ``stop``; with others of their shards. Any other search is read through."""
+        if self.asked is None:
             wanted = query_ids.unique()
             parts = (
                 part.filter(pc.is_in(part["query_id"], value_set=wanted)) for part in self.search.scan("candidates")
             )
             return pa.concat_tables([tables.empty("candidates"), *parts])
+        rows = np.arange(start, stop) if self.asked.name == self.queries.name else self._rows.of(query_ids)
         made = (self.search.manifest or {})["tables"]["candidates"]["parts"]
         edges = list(accumulate((part["rows"] for part in made), initial=0))
-        first = max(bisect_right(self.starts, start) - 1, 0)
-        return self.search.slice("candidates", edges[first], edges[max(first, bisect_left(self.starts, stop))])
+        found = [tables.empty("candidates")]
+        for shard in np.unique(np.searchsorted(self.starts, rows, side="right") - 1).tolist():
+            found.append(self.search.slice("candidates", edges[shard], edges[shard + 1]))
+        return pa.concat_tables(found)
 
 
 class Twins:

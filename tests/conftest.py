@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 
-# Ray workers and the JVM in one process: both handle SIGSEGV.
-os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
-# Test files run side by side: threads that wait for a core which another file keeps busy make a step ten times as long.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-# A shell's background job, and xdist, ignore Ctrl-C, by which a row that hangs in this process is ended.
-signal.signal(signal.SIGINT, signal.default_int_handler)
+
+def pytest_configure():
+    """Not at import: others take ``tiny_beir`` from here."""
+    # Ray workers and the JVM in one process: both handle SIGSEGV.
+    os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
+    # Test files run side by side: threads that wait for a core which another file keeps busy make a step ten times as long.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # A shell's background job, and xdist, ignore Ctrl-C, by which a row that hangs in this process is ended.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # Files of more than half a minute begin first, so that none of them is alone at the end.

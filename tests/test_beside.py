@@ -69,7 +69,7 @@ def test_a_round_trip_and_mining_in_shards_give_what_they_give_at_once(tmp_path)
         assert len(set(texts)) == len(texts), row
 
 
-def test_a_search_that_was_asked_other_queries_is_read_through(tmp_path):
+def test_a_search_that_was_asked_more_queries_gives_those_of_a_part(tmp_path):
     ours, other = made()[1], made("parsed")[1]
-    (rows, _, many), (same, _, one) = (rows_of(each, tmp_path, 7, "examples") for each in (ours, other))
-    assert many > 10 and one == 1 and rows == same
+    (rows, _, many), (same, _, also) = (rows_of(each, tmp_path, 7, "examples") for each in (ours, other))
+    assert many == also > 10 and rows == same

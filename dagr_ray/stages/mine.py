@@ -61,7 +61,7 @@ class Mine(Stage):
         return [Candidates(inputs[f"searches.{i}"], inputs["selected"]) for i in range(len(self.searches))]
 
     def ranges(self, inputs: Inputs, step: int) -> list[tuple[int, int]]:
-        """Whole shards of the queries, several where they are small; all as one where a search was asked others."""
+        """Whole shards of the queries, several where they are small; all as one where a search is not in shards of queries."""
         selected = inputs["selected"]
         cut = all(each.follows for each in self._candidates(inputs))
         return (selected.ranges("qrels", step) if cut else []) or [(0, selected.count("qrels"))]

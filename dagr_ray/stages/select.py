@@ -34,7 +34,7 @@ class Score(Stage):
     searched corpus there, so that twins outside the sample that was asked about are known too. ``labels`` (a stage with
     ``scores``) is for filters that read a teacher's; completions are those that ``parsed`` was made of. The rows of
     ``scores`` stand as those of ``parsed``'s ``qrels`` do. A filter that is ``rowwise`` works shard by shard (one that reads
-    a search where that searched these queries), any other on all rows at once.
+    a search where its shards are ranges of queries), any other on all rows at once.
     """
 
     abstract: ClassVar[bool] = False
