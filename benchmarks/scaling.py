@@ -354,7 +354,7 @@ def charts(broken: list[tuple[str, float, str, str]], results: list[simulation.R
     values = [min(value, 1e14) for _, value, *_ in reversed(broken)]
     axes.barh(names, values, color=["#b2452f" if value < PASSAGES else "#4c78a8" for value in values], height=0.7)
     axes.axvline(PASSAGES, color="#222222", linewidth=1, linestyle="--")
-    axes.text(PASSAGES, -0.9, " 1 billion", va="top", ha="left", fontsize=8)
+    axes.text(PASSAGES, len(broken) - 0.3, " 1 billion", va="center", ha="left", fontsize=8)
     axes.set_xscale("log")
     axes.set_xlabel("passages at which a step passes 64 GiB or a day")
     axes.spines[["top", "right"]].set_visible(False)
