@@ -396,7 +396,9 @@ def largest_shard(data: Path) -> int:
     return max(sum(words[i : i + SHARD_ROWS]) for i in range(0, len(words), SHARD_ROWS))
 
 
-def measure(arm_name: str, kills: int, seed: int, passages: int, kinds: list[str] | None = None) -> dict[str, Any]:
+def measure(
+    arm_name: str, kills: int, seed: int, passages: int, kinds: list[str] | None = None, limit_s: float = 200
+) -> dict[str, Any]:
     """One arm: faults, then the comparison and the bound on what was spent."""
     with tempfile.TemporaryDirectory() as home:
         data = Path(home, "set")
@@ -406,7 +408,7 @@ def measure(arm_name: str, kills: int, seed: int, passages: int, kinds: list[str
             arm = Ours(runs, data) if arm_name == "ours" else RayCheckpoints(runs, data)
             chaos = Chaos(arm, random.Random(seed), kinds or KINDS, mounted)
             try:
-                report = chaos.run(kills, limit_s=200)
+                report = chaos.run(kills, limit_s)
                 report |= arm.compare(arm.number + 1)
             except BaseException:
                 print((runs.parent / f"{runs.name}.err").read_text()[-4000:], file=sys.stderr)
@@ -447,6 +449,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--passages", type=int, default=3000)
     parser.add_argument("--arms", default="ours,ray")
+    parser.add_argument("--limit", type=float, default=200, help="seconds that the last start may take")
     parser.add_argument("--kinds", help="only these faults, with commas between")
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument(
@@ -456,7 +459,7 @@ def main() -> int:
     found = json.loads(Path(args.table).read_text()) if args.table else {}
     for name in [] if args.table else args.arms.split(","):
         kinds = args.kinds.split(",") if args.kinds else None
-        found[name] = measure(name, args.kills, args.seed, args.passages, kinds)
+        found[name] = measure(name, args.kills, args.seed, args.passages, kinds, args.limit)
         print(f"{name}: {found[name]}", file=sys.stderr, flush=True)
     text = table(found)
     print(text)

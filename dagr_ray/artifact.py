@@ -224,7 +224,7 @@ class Artifact:
         """A JSON file's value, or None where there is no file or it is not whole."""
         data = self.read_bytes(relative)
         try:
-            return None if data is None else unpacked(json.loads(data))
+            return None if data is None else unpacked(data)
         except ValueError:
             return None
 

@@ -12,7 +12,7 @@ import importlib
 import json
 import pkgutil
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from functools import lru_cache
 from importlib.metadata import entry_points
@@ -201,41 +201,45 @@ def _walk(value: Any, config: Any) -> Any:
 _SAME = "$same"
 
 
+def _rebuilt(value: Any, change: Callable[[dict[str, Any], str, Callable[[], Any]], Any], place: str = "") -> Any:
+    """A JSON value with what ``change(object, its JSON pointer, the object with its items rebuilt)`` makes of each object."""
+    if isinstance(value, list):
+        return [_rebuilt(item, change, f"{place}/{number}") for number, item in enumerate(value)]
+    if isinstance(value, dict):
+        items = value.items()
+        return change(value, place, lambda: {name: _rebuilt(item, change, f"{place}/{name}") for name, item in items})
+    return value
+
+
 def packed(value: Any) -> Any:
     """A JSON value with each config that holds others written once; elsewhere ``{"$same": its JSON pointer}``."""
     places: dict[int, str] = {}
 
-    def pack(each: Any, place: str) -> Any:
-        if isinstance(each, list):
-            return [pack(item, f"{place}/{number}") for number, item in enumerate(each)]
-        if not isinstance(each, dict):
-            return each
+    def change(each: dict[str, Any], place: str, rebuilt: Callable[[], Any]) -> Any:
         if "type" in each and any(isinstance(item, (dict, list)) for item in each.values()):
             if id(each) in places:
                 return {_SAME: places[id(each)]}
             places[id(each)] = place
-        return {name: pack(item, f"{place}/{name}") for name, item in each.items()}
+        return rebuilt()
 
-    return pack(value, "")
+    return _rebuilt(value, change)
 
 
-def unpacked(value: Any) -> Any:
-    """The value that ``packed`` was given, with each config one dict in all its places."""
+def unpacked(text: bytes) -> Any:
+    """The value that was ``packed`` and written, with each config one dict in all its places."""
     places: dict[str, Any] = {}
 
-    def unpack(each: Any, place: str) -> Any:
-        if isinstance(each, list):
-            return [unpack(item, f"{place}/{number}") for number, item in enumerate(each)]
-        if not isinstance(each, dict):
-            return each
-        if list(each) == [_SAME] and each[_SAME] in places:
+    def change(each: dict[str, Any], place: str, rebuilt: Callable[[], Any]) -> Any:
+        if list(each) == [_SAME] and isinstance(each[_SAME], str) and each[_SAME] in places:
             return places[each[_SAME]]
-        made = {name: unpack(item, f"{place}/{name}") for name, item in each.items()}
+        made = rebuilt()
         if "type" in made:
             places[place] = made
         return made
 
-    return unpack(value, "")
+    value = json.loads(text)
+    # a receipt has none, and is read by the hundred thousand
+    return _rebuilt(value, change) if f'"{_SAME}"'.encode() in text else value
 
 
 @lru_cache(maxsize=1)

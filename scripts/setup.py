@@ -16,9 +16,10 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 REQUIREMENTS = ROOT / "requirements"
@@ -54,6 +55,12 @@ def step(title: str, action: Callable[..., None], *arguments: object) -> None:
     began = time.monotonic()
     action(*arguments)
     say(f"  {title}: {time.monotonic() - began:.0f} s")
+
+
+def side_by_side(act: Callable[[Any], None], each: Sequence[Any]) -> None:
+    """Acts on all at once; what fails first is raised when all have ended."""
+    with ThreadPoolExecutor(len(each)) as threads:
+        list(threads.map(act, each))
 
 
 def stamp(profile: str) -> Path:
@@ -130,8 +137,7 @@ def install_pinned(path: Path, *options: str) -> None:
     if lines:
         # every package is named, so none waits for another; pip itself unpacks one after the other
         parts = min(os.cpu_count() or 1, 4, len(lines))
-        with ThreadPoolExecutor(parts) as side_by_side:
-            list(side_by_side.map(lambda part: pip("--no-deps", *options, *lines[part::parts]), range(parts)))
+        side_by_side(lambda part: pip("--no-deps", *options, *lines[part::parts]), range(parts))
         lines = missing(path)
     if lines:
         raise SetupError(f"pip left out {', '.join(lines)}; remove {VENV} and run make setup again")
@@ -163,21 +169,19 @@ def build(profile: str) -> None:
     pinned = requirements(lock)
     step("virtual environment", make_venv)
     step("pip", pip, PIP, f"setuptools=={pinned['setuptools']}", f"wheel=={pinned['wheel']}")
-    with ThreadPoolExecutor() as beside:
-        apart = []
-        if profile == "cpu":
-            torch = requirements(REQUIREMENTS / "cpu.in")["torch"]
-            apart.append(beside.submit(step, f"torch {torch} for CPUs", install_torch, torch))
-        step(f"{len(pinned)} packages of {lock.name}", install_pinned, lock)
-        for each in apart:
-            each.result()
+    steps: list[Any] = [(f"{len(pinned)} packages of {lock.name}", install_pinned, lock)]
+    if profile == "cpu":
+        torch = requirements(REQUIREMENTS / "cpu.in")["torch"]
+        steps.append((f"torch {torch} for CPUs", install_torch, torch))
+    side_by_side(lambda each: step(*each), steps)
     # pyserini and this package are built from source, with the setuptools of the lock
     step("packages without their needs", install_pinned, REQUIREMENTS / f"{profile}-nodeps.txt", "--no-build-isolation")
     step("dagr-ray", pip, "--no-deps", "--no-build-isolation", "--editable", str(ROOT))
-    with ThreadPoolExecutor() as beside:
-        imported = beside.submit(step, "bytecode of what is imported", compile_what_is_imported)
-        step("the quick start's language model", unpack_models)
-        imported.result()
+    last = [
+        ("the quick start's language model", unpack_models),
+        ("bytecode of what is imported", compile_what_is_imported),
+    ]
+    side_by_side(lambda each: step(*each), last)
 
 
 def compatible_python() -> None:

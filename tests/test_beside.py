@@ -2,6 +2,7 @@
 
 from typing import ClassVar
 
+from dagr_ray.beside import Positives
 from dagr_ray.cluster import Placement, Pool
 from dagr_ray.engines.crop import CropEngine
 from dagr_ray.filters.round_trip import RoundTrip
@@ -13,6 +14,7 @@ from dagr_ray.stages.retrieve import Index, Search
 from dagr_ray.stages.select import Score, Select
 from dagr_ray.strategies.crop import Crop
 from dagr_ray.tables import table
+from tests.test_select_mine import Given
 
 WORDS = "amber birch cedar dune ember fjord grove heath islet jetty knoll lagoon marsh otter quill reef".split()
 
@@ -73,3 +75,12 @@ def test_a_search_that_was_asked_more_queries_gives_those_of_a_part(tmp_path):
     ours, other = made()[1], made("parsed")[1]
     (rows, _, many), (same, _, also) = (rows_of(each, tmp_path, 7, "examples") for each in (ours, other))
     assert many == also > 10 and rows == same
+
+
+def test_queries_without_a_text_lend_their_passages_to_no_other(tmp_path):
+    rows = {"queries": (("q0", ""), ("q1", " "), ("q2", "bells"), ("q3", "Bells "), ("q4", "boats")),
+            "qrels": (("q0", "d0", 1), ("q1", "d1", 1), ("q2", "d2", 1), ("q3", "d3", 1), ("q4", "d4", 1))}  # fmt: skip
+    folder = materialize(Given(rows=rows), str(tmp_path))
+    assert Positives(folder).of(folder.read("qrels")) == {
+        "q0": {"d0", "d1"}, "q1": {"d0", "d1"}, "q2": {"d2", "d3"}, "q3": {"d2", "d3"}, "q4": {"d4"},
+    }  # fmt: skip

@@ -166,8 +166,12 @@ def test_a_graph_is_written_and_read_node_by_node_and_not_path_by_path(tmp_path)
 
 
 def test_free_json_that_looks_like_a_reference_stays_what_it_is() -> None:
-    value = {"a": {"$same": "/b"}, "b": [{"type": "object", "of": {"$ref": "#/a"}}, {"$same": "/b/0", "more": 1}]}
-    assert unpacked(packed(value)) == value
+    value = {
+        "a": {"$same": "/b"},
+        "c": {"$same": ["/b"]},
+        "b": [{"type": "object", "of": {"$ref": "#/a"}}, {"$same": "/b/0", "more": 1}],
+    }
+    assert unpacked(json.dumps(packed(value)).encode()) == value
 
 
 def test_a_config_of_a_jobs_own_file_reaches_the_workers() -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dagr_ray import models
-from dagr_ray.cluster import Placement, Pool
+from dagr_ray.cluster import Placement, Pool, connect
 from dagr_ray.config import ConfigError
 from dagr_ray.stage import materialize
 from dagr_ray.stages.dev import DevSplit
@@ -14,7 +14,7 @@ from dagr_ray.training import texts
 from dagr_ray.training.batches import Row, cut, margins, plan, repeats, rows_of
 from dagr_ray.training.losses import KL, InfoNCE
 from dagr_ray.training.texts import Examples
-from tests.toys import HERE, Toy, distance, small, toy_train, weights
+from tests.toys import HERE, TWO, Toy, distance, small, toy_train, weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -67,6 +67,22 @@ def test_same_seed_same_weights(here, tmp_path):
     assert distance(weights(here.path), weights(again.path)) == 0
     other = materialize(toy_train(seed=1), str(tmp_path), HERE)
     assert distance(weights(here.path), weights(other.path)) > 1e-6
+
+
+def test_two_workers_are_one_worker(here, tmp_path):
+    """Shared batches, gathered negatives, added gradients: the same steps (sentence-transformers #3453, #3862)."""
+    connect()
+    two = materialize(toy_train(), str(tmp_path), TWO)
+    ours, theirs = here.manifest["counts"], two.manifest["counts"]
+    assert {**ours, "padding": 0} == {**theirs, "padding": 0}
+    for one, other in zip(here.read("metrics").to_pylist(), two.read("metrics").to_pylist(), strict=True):
+        assert one["measure"] == other["measure"] and one["value"] == pytest.approx(other["value"], abs=1e-5)
+    # Adam divides by the root of tiny squares, so rounding is enlarged: steps are 2e-5 wide, four of them 6e-5
+    ours, theirs, base = weights(here.path), weights(two.path), weights_of_base(here)
+    assert distance(ours, theirs) < 2e-5
+    mean = np.mean([np.abs(ours[name] - theirs[name]).mean() for name in ours])
+    assert mean < 0.02 * np.mean([np.abs(ours[name] - base[name]).mean() for name in ours])
+    assert two.fs.get_file_info(f"{two.path}/ray").type.name == "NotFound"
 
 
 def test_fewer_negatives_and_none_are_fine(tmp_path):

@@ -22,6 +22,7 @@ WORDS = (
     "amber birch cedar dune ember fjord grove heath islet jetty knoll lagoon marsh north ocean pine quay river".split()
 )
 HERE = Placement(train=Pool(workers=0))
+TWO = Placement(train=Pool(workers=2, cpus=1))
 
 
 class Toy(Stage):
