@@ -2,10 +2,10 @@
 
     python benchmarks/catalogue.py [DATA ...] [--strategies a,b] [--volume 500] [--passages N] [--runs DIR] [--page FILE]
 
-Runs ``dagr study jobs/catalogue.py`` on Python's documentation and on each DATA, a BEIR folder, and writes
-docs/catalogue.md, anew after each study. Every number comes from a folder of the study: with ``--runs``, a run that was
-stopped goes on where it was. A strategy that the model cannot do has a row that says so. Exits 1 where the study of a
-collection has no row with a score at all.
+Runs ``dagr study jobs/catalogue.py`` on Python's documentation and on each DATA, a BEIR folder, and writes their
+sections of docs/catalogue.md, each after its study; those of other collections stay. Every number comes from a folder of
+the study: with ``--runs``, a run that was stopped goes on where it was. A strategy that the model cannot do has a row that
+says so. Exits 1 where the study of a collection has no row with a score at all.
 """
 
 from __future__ import annotations
@@ -157,6 +157,13 @@ def section(title: str, summary: Json, rows: list[list[str]], made: str) -> list
     return [*parts, *("| " + " | ".join(row) + " |" for row in rows), ""]
 
 
+def with_section(page: str, head: str, title: str, made: str) -> str:
+    """The page with the section ``made`` in place of the one with its title; another head makes another page."""
+    before = page.removeprefix(head).split("\n## ")[1:] if page.startswith(head) else []
+    found = {each.partition("\n")[0]: f"## {each.strip()}\n" for each in before} | {title: made}
+    return "\n".join([head, *found.values()])
+
+
 def main() -> int:
     """Runs the studies, writes the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -171,7 +178,7 @@ def main() -> int:
     runs, job = os.path.abspath(args.runs), load_job(str(ROOT / "jobs" / "catalogue.py"))
     known = Artifact(runs, "catalogue")
     studies: Json = known.read_json("studies.json") or {}
-    sections, empty = [HEAD.format(volume=args.volume)], []
+    head, empty = HEAD.format(volume=args.volume), []
     for data in [*([None] if args.quick_start else []), *map(os.path.abspath, args.data)]:
         title, began = Path(data).name if data else "Python's standard library", time.time()
         try:
@@ -191,12 +198,12 @@ def main() -> int:
                 rows.append(line(by_name[name], job, runs))
             except Exception as error:  # nor for this
                 rows.append([f"`{name}`", *[""] * (len(COLUMNS) - 3), f"not read: {error!r}"[:160], ""])
-        sections += section(title, summary, rows, studies[title]["commit"])
+        made = "\n".join(section(title, summary, rows, studies[title]["commit"]))
         if not any(row[COLUMNS.index("nDCG@10")] for row in rows):
             empty.append(title)
-        Path(args.page).write_text("\n".join(sections))
-        print(f"{title}: {duration(time.time() - began)}", flush=True)
-    print("\n".join(sections))
+        page = Path(args.page)
+        page.write_text(with_section(page.read_text() if page.exists() else "", head, title, made))
+        print(f"{made}\n{title}: {duration(time.time() - began)}", flush=True)
     return int(bool(empty))
 
 

@@ -20,9 +20,8 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.catalogue import arm_of, described
-from benchmarks.results import ALONE, MEASURE, ROOT, Study, commit, gap, p_of, run, told
+from benchmarks.results import ALONE, MEASURE, ROOT, Study, commit, gaps, p_of, run, told
 from dagr_ray.artifact import Artifact
-from dagr_ray.report import stats
 from dagr_ray.report.lineage import Folders
 from dagr_ray.report.verdict import dollars, duration, is_gain, is_loss
 from dagr_ray.stage import walk
@@ -90,10 +89,7 @@ def compared(study: Study, part: Part) -> list[tuple[Json, Json | None]]:
     if not arms or str(arms[0]["params"][part.axis]) != part.reference:
         return []
     first = study.values(arms[0], study.home)
-    gaps = [gap(study.values(arm, study.home) - first) for arm in arms[1:]]
-    for each, p in zip(gaps, stats.holm([each["p"] for each in gaps]), strict=True):
-        each["p_holm"] = p
-    return list(zip(arms, [None, *gaps], strict=True))
+    return list(zip(arms, [None, *gaps([study.values(arm, study.home) - first for arm in arms[1:]])], strict=True))
 
 
 def lines_of(study: Study, part: Part) -> list[str]:

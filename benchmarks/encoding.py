@@ -37,7 +37,7 @@ from dagr_ray.tables import passage_text
 
 BOUND, SAME = 2.5, 0.001
 GPU_BOUND, GPU_BATCHES = 0.95, (64, 256, 1024, 4096)
-SHARD_ROWS = 16  # 512 passages a shard: enough to sort by length, and few enough that workers end together
+SHARD_ROWS = 4  # 128 passages a shard: enough to sort by length, and few enough that workers end together
 
 
 def theirs(model: Any, texts: list[str]) -> tuple[np.ndarray, float]:
