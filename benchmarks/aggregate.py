@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -61,7 +62,9 @@ def main() -> int:
     args = parser.parse_args()
     n = args.items
     at = [n // 4, n, 4 * n, 16 * n, n * n]
-    lines, failed, report = [], False, {}
+    lines: list[str] = []
+    report: dict[str, Any] = {}
+    failed = False
     for name, draw in (
         ("thresholds like the scores", lambda rng: rng.uniform(size=n)),
         ("scores in the middle", lambda rng: rng.beta(2, 2, size=n)),

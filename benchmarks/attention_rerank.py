@@ -80,7 +80,7 @@ def compare(name: str, data: Stage, args: argparse.Namespace, runs: str) -> dict
     folder = materialize(data, runs)
     split = "dev" if "qrels.dev" in folder.table_names() else "train"
     known, grades = first_hits(data, split, args.depth, runs)
-    sample = []
+    sample: list[Judged] = []
     for pairs in known:
         relevant = frozenset(p.doc_id for p in pairs if grades[p.query_id].get(p.doc_id, 0) > 0)
         if relevant and len(sample) < args.find:

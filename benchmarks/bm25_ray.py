@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import ray  # noqa: TID253
@@ -80,7 +81,7 @@ class Lucene:
         assert raised == 600
 
     def _memory(self) -> None:
-        made = []
+        made: list[Any] = []
         with contextlib.suppress(Exception):  # an OutOfMemoryError of Java, sooner or later
             while len(made) < 100:
                 made.append(self.java("java.nio.ByteBuffer").allocate(64 << 20))

@@ -129,8 +129,8 @@ def claim(study: Study, part: Part) -> str:
         said.append(f"{what} are {word} BM25's ({told(own)}, p {p_of(own)})")
     if not said:
         return ""
-    holds = {("worse",): "holds here", ("better",): "does not hold here: it is the other way round"}
-    result = holds.get(tuple(sorted(set(verdicts) - {"open"})), "holds for some of them only")
+    holds = {"worse": "holds here", "better": "does not hold here: it is the other way round"}
+    result = holds.get("+".join(sorted(set(verdicts) - {"open"})), "holds for some of them only")
     result = "is neither shown nor refuted here" if set(verdicts) == {"open"} else result
     return f"- {study.home['name']}: {'; '.join(said)}. That LLM-written negatives are worse than BM25's {result}."
 
@@ -161,7 +161,7 @@ def like(study: Study, part: Part, runs: str) -> list[str]:
 
 def steps(study: Study) -> list[str]:
     """What each step of the longest refinement asked and gave."""
-    found = max(study.summary["generators"], key=lambda each: len(each["parts"]), default={"parts": []})
+    found: Json = max(study.summary["generators"], key=lambda each: len(each["parts"]), default={"parts": []})
     rounds = max((arm["params"]["rounds"] for arm in study.arms()), default=0)
     return [
         f"| {study.home['name']} | {rounds} | {i} | {p['strategy']} | {p['completions']:,} | {p['accepted']:,} |"

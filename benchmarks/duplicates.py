@@ -46,7 +46,7 @@ Words = npt.NDArray[np.int64]
 
 def hashed(*parts: npt.ArrayLike) -> npt.NDArray[np.uint64]:
     """A number of 64 bits from numbers, the same everywhere."""
-    found = np.uint64(0)
+    found: npt.NDArray[np.uint64] = np.zeros((), np.uint64)
     for part in parts:
         found = mixed(np.asarray(part).astype(np.uint64) + found * np.uint64(31) + np.uint64(17))
     return np.asarray(found)

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -59,7 +59,7 @@ def measured(planted: Planted, runs: str) -> dict:
     kept = set(folder.read("queries")["query_id"].to_pylist())
     precision, recall = case.judge([f"q{i}" not in kept for i in range(len(case.texts))])
     stage = scored(planted, case.filter)
-    cost = stage.folder(runs).manifest["cost"].get("cpu_s", 0.0)
+    cost = (stage.folder(runs).manifest or {})["cost"].get("cpu_s", 0.0)
     if case.filter.rowwise and not case.filter.reads:
         good = pairs(planted.data)
         rows = [
@@ -71,7 +71,7 @@ def measured(planted: Planted, runs: str) -> dict:
         case.filter.score(rows, None)
         cost = time.process_time() - began
     elif case.filter.streams:
-        cost += stage.inputs()["whole"].folder(runs).manifest["cost"].get("cpu_s", 0.0)
+        cost += (stage.inputs()["whole"].folder(runs).manifest or {})["cost"].get("cpu_s", 0.0)
     refused = sum(f"q{i}" not in kept for i in range(len(case.texts)))
     return {"rows": len(case.texts), "refused": refused, "precision": precision, "recall": recall, "cost": cost}
 
@@ -119,7 +119,7 @@ def scale(n: int, filters: list[dict]) -> dict:
         many = Many(n=n)
         materialize(many, runs, placement)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        found = {"n": n, "before_mb": before // 1024, "seconds": {}}
+        found: dict[str, Any] = {"n": n, "before_mb": before // 1024, "seconds": {}}
         scores = tuple(Score(parsed=many, corpus=many, filter=each) for each in made)
         for score in scores:
             began = time.time()

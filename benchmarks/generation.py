@@ -108,6 +108,7 @@ def vllm_alone(stage: Generate, runs: str, placement: Placement) -> dict[str, An
     """One call with all prompts, which vLLM tokenises itself."""
     rows = requests(stage, runs)
     began = time.perf_counter()
+    assert isinstance(stage.engine, VLLM)
     llm = start(stage.engine, placement.generate)
     ready = time.perf_counter()
     from vllm import SamplingParams
@@ -133,7 +134,7 @@ def through_the_stage(stage: Generate, runs: str, placement: Placement) -> dict[
     receipts = folder.receipts().values()
     last = max(path.stat().st_mtime for path in Path(folder.path, "receipts").iterdir())
     # a worker's receipts add up to its time since it opened; the last of them is written after it was added up
-    cost = folder.manifest["cost"]
+    cost = (folder.manifest or {})["cost"]
     workers = max(placement.generate.workers, 1)
     seconds = (cost["busy_s"] + cost["idle_s"]) / workers + last - max(receipt["at"] for receipt in receipts)
     return {
@@ -147,6 +148,7 @@ def through_the_stage(stage: Generate, runs: str, placement: Placement) -> dict[
 
 def in_process(stage: Generate, runs: str, placement: Placement) -> dict[str, Any]:
     """The stage without a pool: one shard after the other, so all prompts are one."""
+    assert isinstance(stage.corpus, Sample)
     alone = placement.generate.model_copy(update={"workers": 0, "shard_rows": stage.corpus.n})
     return through_the_stage(stage, runs, placement.model_copy(update={"generate": alone}))
 
@@ -158,6 +160,7 @@ def ray_data_llm(stage: Generate, runs: str, placement: Placement) -> dict[str, 
 
     rows = requests(stage, runs)
     pool = placement.generate
+    assert isinstance(stage.engine, VLLM)
     options = stage.engine.arguments(pool)
     environment = {name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()}
     config = vLLMEngineProcessorConfig(

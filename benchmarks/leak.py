@@ -75,7 +75,7 @@ class Set:
         self.held = HeldOut(_array(self.texts), telling=self.telling, vectors=self.encoded(self.texts))
 
     def encoded(self, texts: list[str]) -> sketch.Floats | None:
-        return retriever.encode(self.model, texts) if self.model is not None and texts else None  # type: ignore[arg-type]
+        return retriever.encode(self.model, texts) if self.model is not None and texts else None
 
     def found(self, texts: list[str], by_meaning: bool) -> Matches:
         vectors = self.encoded(texts) if by_meaning else None
@@ -192,7 +192,7 @@ def main() -> int:
             lines.append(
                 f"| {data.name} | {rows:,} | {refused:,} | {false:,} | {false / rows:.2%} | {cost(data)} | {how} |"
             )
-        rows, refused, false = (sum(r[i] for r in real) for i in (1, 2, 3))
+        rows, refused, false = (sum(column) for column in list(zip(*real, strict=True))[1:4])
         missed += false / rows > FALSE_ALARMS
         lines.append(f"| all | {rows:,} | {refused:,} | {false:,} | {false / rows:.2%} | | |")
     print("\n".join(lines))

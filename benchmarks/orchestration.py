@@ -117,10 +117,10 @@ def ours(source: str, out: str) -> dict[str, Any]:
     folder = materialize(stage, out, Placement(generate=pool, light=pool))
     seconds = time.perf_counter() - began
     spent = {
-        each.type: sum(each.folder(out).manifest["cost"][key] for key in ("busy_s", "idle_s"))
+        each.type: sum((each.folder(out).manifest or {})["cost"][key] for key in ("busy_s", "idle_s"))
         for each in (stage.corpus, stage.generations, stage)
     }
-    counts = folder.manifest["counts"]
+    counts = (folder.manifest or {})["counts"]
     assert counts["in"] == counts["out"] + sum(counts["rejected"].values()), counts
     return {
         "seconds": seconds,

@@ -15,9 +15,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from statistics import median
+from typing import Any
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -68,7 +69,8 @@ def main() -> int:
     for number in range(args.rounds):
         for name in list(seconds) if number % 2 == 0 else list(seconds)[::-1]:
             session.feeding.llm.reset_prefix_cache()
-            asked, order = requests, nullcontext()
+            asked = requests
+            order: AbstractContextManager[Any] = nullcontext()
             if name == "shuffled":
                 asked, order = shuffled, mock.patch(f"{VLLM.__module__}.longest_first", as_they_come)
             began = time.perf_counter()

@@ -321,7 +321,13 @@ def measure() -> Json:
 
 
 if __name__ == "__main__":
-    children = {"stage": _stage, "held": _held, "driver": _driver, "lucene": _lucene, "encode": _encode}
+    children: dict[str, Callable[..., Any]] = {
+        "stage": _stage,
+        "held": _held,
+        "driver": _driver,
+        "lucene": _lucene,
+        "encode": _encode,
+    }
     inner = children.get(sys.argv[1])
     if inner is not None:
         print(json.dumps(inner(*sys.argv[2:])))

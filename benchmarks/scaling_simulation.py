@@ -15,6 +15,7 @@ import heapq
 import sys
 from collections import deque
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -178,7 +179,7 @@ def simulate(setting: Setting) -> Result:
 def settings(shards: int, workers: int) -> list[Setting]:
     """What the document compares; the first is the bound's."""
     base = Setting(shards=shards, workers=workers)
-    hour = {"shard_s": 3600.0, "shards": max(shards // 6, 1)}
+    hour: dict[str, Any] = {"shard_s": 3600.0, "shards": max(shards // 6, 1)}
     return [
         base,
         replace(base, name="1 in flight", in_flight=1),

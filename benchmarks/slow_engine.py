@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from dagr_ray.cluster import Pool
-from dagr_ray.engines import Completion, EngineDied, Sampling
+from dagr_ray.engines import Completion, EngineDied, Sampling, Session
 from dagr_ray.engines.crop import CropEngine
 from dagr_ray.stage import Stage
 from dagr_ray.stages.corpus import Beir
@@ -34,7 +34,7 @@ class SlowCrop(CropEngine):
         """Neither the pause nor the log changes the text."""
         return {name: value for name, value in super().identity().items() if name not in ("pause_s", "log")}
 
-    def open(self, pool: Pool) -> _Session:
+    def open(self, pool: Pool) -> Session:
         return _Session(self, pool)
 
 
@@ -44,7 +44,8 @@ class _Session:
         self.child = subprocess.Popen(
             [sys.executable, "-c", CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
-        self.turn = threading.Lock()
+        assert self.child.stdout is not None
+        self.answers, self.turn = self.child.stdout, threading.Lock()
         self.log = os.open(config.log, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
 
     def generate(
@@ -55,7 +56,7 @@ class _Session:
                 os.write(self.log, b"%d\n" % len(prompt.passage.split()))
                 try:
                     print(self.config.pause_s, file=self.child.stdin, flush=True)
-                    answer = self.child.stdout.readline()
+                    answer = self.answers.readline()
                 except (BrokenPipeError, ValueError):
                     answer = ""
                 if not answer:

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -44,7 +44,8 @@ class Cropped(Stage):
     def open(self, inputs, folder, pool):
         def run(start: int, stop: int) -> Output:
             found = random.Random(0).sample(sorted(pydocs.stdlib_passages()), self.n)
-            rng, rows = random.Random(1), {name: [] for name in self.outputs}
+            rng = random.Random(1)
+            rows: dict[str, list[dict[str, Any]]] = {name: [] for name in self.outputs}
             for i, passage in enumerate(found):
                 words = passage.text.split()
                 at = rng.randrange(max(len(words) - 12, 1))
@@ -116,7 +117,7 @@ def staged(toy: Stage, encoder: Encoder, steps: int, pool: Pool, seed: int, runs
     stage = Train(
         examples=toy, queries=toy, corpus=toy, base=encoder, steps=steps, batch_size=BATCH, max_length=LENGTH, seed=seed
     )
-    cost = materialize(stage, runs, Placement(train=pool)).manifest["cost"]
+    cost = (materialize(stage, runs, Placement(train=pool)).manifest or {})["cost"]
     return cost["samples"] / cost["train_s"]
 
 

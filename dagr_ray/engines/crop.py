@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from dagr_ray.cluster import Pool
-from dagr_ray.engines import Completion, Engine, Sampling
+from dagr_ray.engines import Completion, Engine, Sampling, Session
 from dagr_ray.strategies import Prompt
 
 # A sentence ends at . ! ? with space and no lower-case letter behind it, at CJK stops, and at the end of a paragraph. The
@@ -67,7 +67,7 @@ class CropEngine(Engine):
     min_words: Annotated[int, Field(ge=1)] = 4
     max_words: Annotated[int, Field(ge=2)] = 32
 
-    def open(self, pool: Pool) -> _Session:
+    def open(self, pool: Pool) -> Session:
         return _Session(self)
 
 
