@@ -51,8 +51,9 @@ Written by `benchmarks/catalogue.py`. Each strategy is asked about the same pass
 as a low share of answers that parse, and says nothing about a larger model. Intervals are 95 %, paired by query. Training
 queries that resemble test queries are left out by the leak gate.
 
-* *asked*: completions; *parsed*: those out of which something came; *accepted*: training rows that all filters keep (texts
-  that are no queries pass no filter but the parser, and rows with a query of Promptagator's only where that was accepted).
+* *asked*: completions; *parsed*: those out of which something came; *accepted*: training rows that all filters keep, two for
+  a query of two hops (texts that are no queries pass no filter but the parser, and rows with a query of Promptagator's only
+  where that was accepted).
 * *$/1,000* is for accepted rows, all that their stages cost included: for strategies that rewrite, also Promptagator's.
 * *distinct-2*, *overlap*, *spread*: of the rows' queries (the share of a query's words that its passage has; one minus the
   mean cosine of two of them). *form distance*: from people's mix of questions, keywords and statements on the dev split.

@@ -1,6 +1,6 @@
 """Document expansion for BM25: what generated queries, appended to every passage, do to its ranking.
 
-    python benchmarks/expansion.py [DATA ...] [--queries 1 4 8] [--runs DIR] [--no-quick-start]
+    python benchmarks/expansion.py [DATA ...] [--queries 1 4 8] [--generators crop smollm2] [--runs DIR]
 
 doc2query (arXiv 1904.08375) on Python's documentation and on each DATA (a BEIR folder): all passages are asked, and the
 first so many queries of each are appended, as they were written, or only those that the filters keep, which doc2query--
@@ -22,6 +22,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.default_table import write_table
 from benchmarks.results import MEASURE, gaps, p_of, told
 from dagr_ray.cluster import load_placement
 from dagr_ray.engines import Sampling
@@ -41,6 +42,7 @@ HEAD = (
     "|---|---|---|---:|---:|---:|---|---:|---:|"
 )
 SAMPLES = 8
+GENERATORS = ("crop", "smollm2")
 
 
 class Arm(NamedTuple):
@@ -53,10 +55,10 @@ class Arm(NamedTuple):
     corpus: Expand
 
 
-def arms(data: Stage, numbers: Iterable[int]) -> Iterator[Arm]:
-    """Both generators, with and without filters, at each number of queries a passage."""
+def arms(data: Stage, generators: Iterable[str], numbers: Iterable[int]) -> Iterator[Arm]:
+    """Each generator, with and without filters, at each number of queries a passage."""
     exemplars = Exemplars(corpus=data, split="dev", otherwise="train", k=4)
-    for generator in ("crop", "smollm2"):
+    for generator in generators:
         strategy, engine = generator_named(generator)
         written = Generate(
             corpus=data, strategy=strategy, engine=engine, samples=SAMPLES, sampling=Sampling(max_tokens=32),
@@ -78,9 +80,9 @@ def judged(corpus: Stage, data: Stage, runs: str) -> np.ndarray:
     return np.array([found[query_id] for query_id in sorted(found)])
 
 
-def rows_of(data: Stage, numbers: Iterable[int], runs: str) -> list[str]:
+def rows_of(data: Stage, generators: Iterable[str], numbers: Iterable[int], runs: str) -> list[str]:
     """The table's rows for a data set, BM25 over the passages alone first."""
-    plain, every = judged(data, data, runs), list(arms(data, numbers))
+    plain, every = judged(data, data, runs), list(arms(data, generators, numbers))
     values = [judged(arm.corpus, data, runs) for arm in every]
     rows = [f"| {data.label()} | none | | 0 | | {plain.mean():.4f} | | | |"]
     known = Folders(runs)
@@ -103,6 +105,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", nargs="*", help="BEIR folders")
     parser.add_argument("--queries", type=int, nargs="+", default=[1, 4, SAMPLES], help=f"1 to {SAMPLES} a passage")
+    parser.add_argument("--generators", nargs="+", choices=GENERATORS, default=GENERATORS)
     parser.add_argument("--no-quick-start", dest="quick_start", action="store_false")
     parser.add_argument("--runs", help="runs folder: what is there is not done again")
     args = parser.parse_args()
@@ -111,9 +114,12 @@ def main() -> int:
     sets: list[Stage] = [PyDocs(part="stdlib")] if args.quick_start else []
     sets += [Beir(path=os.path.abspath(path)) for path in args.data]
     with tempfile.TemporaryDirectory(prefix="dagr-expansion-") as scratch:
-        lines = [HEAD, *(row for data in sets for row in rows_of(data, args.queries, args.runs or scratch))]
+        lines = [
+            HEAD,
+            *(row for data in sets for row in rows_of(data, args.generators, args.queries, args.runs or scratch)),
+        ]
     print("\n".join(lines))
-    Path(__file__).with_suffix(".md").write_text("\n".join(lines) + "\n")
+    write_table(__file__, "\n".join(lines), parser, args, ("data", "runs"))
     return 0
 
 

@@ -24,7 +24,7 @@ from dagr_ray.stage import Inputs, Output, Run, Stage
 
 
 class Mine(Stage):
-    """One example for each selected query: its passage, and up to ``negatives`` passages that searches confuse with it.
+    """One example for each relevant passage of each selected query, with up to ``negatives`` that searches confuse with it.
 
     ``searches`` may hold more queries than are selected. Their results are taken in turn (the best of the first, the
     best of the second, the second of the first, ...), each passage and each text once. Never a negative:
