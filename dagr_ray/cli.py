@@ -6,6 +6,7 @@ Nothing heavy is imported before a verb runs, so that help is at once there.
 from __future__ import annotations
 
 import argparse
+import atexit
 import logging
 import os
 import shlex
@@ -247,7 +248,9 @@ def _leave(code: int, grace_s: float) -> NoReturn:
     sys.stderr.flush()
     ray = sys.modules.get("ray")
     if ray is None:
-        sys.exit(code)
+        atexit._run_exitfuncs()
+        # not sys.exit: what C++ libraries take down after that has been seen to abort a finished `dagr trace`
+        os._exit(code)
     import threading
 
     import psutil

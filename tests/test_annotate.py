@@ -212,6 +212,17 @@ def page(folders, tmp_path_factory):
     return target
 
 
+def opened(browser, page):
+    """The page with what was kept; nothing is under way any more, as a person who comes back would find it."""
+    kept(browser)
+    browser.open(page / "annotate.html")
+    browser.wait("!document.getElementById('page').hidden")
+
+
+def kept(browser):
+    browser.wait("document.getElementById('page')?.getAttribute('aria-busy') !== 'true'")
+
+
 def shown(browser):
     names = ("place", "query", "title", "passage", "reason", "note", "count")
     return browser.value(f"Object.fromEntries({list(names)}.map(i => [i, document.getElementById(i).textContent]))")
@@ -219,7 +230,7 @@ def shown(browser):
 
 def saved(browser, folder, name):
     before = time.monotonic()
-    while not (folder / name).is_file():
+    while not (folder / name).is_file() or not (folder / name).stat().st_size:
         assert time.monotonic() < before + 30, list(folder.iterdir())
         browser.value("1")
         time.sleep(0.05)
@@ -230,7 +241,7 @@ def test_a_person_rates_in_a_real_browser(page, folders, runs, tmp_path):
     rows = asked(page)
     browser = Browser(tmp_path)
     try:
-        browser.open(page / "annotate.html")
+        opened(browser, page)
         for row in rows:
             seen = shown(browser)
             assert (seen["query"], seen["title"], seen["passage"]) == (row["query"], row["title"], row["passage"])
@@ -261,7 +272,7 @@ def test_a_person_rates_in_a_real_browser(page, folders, runs, tmp_path):
         for letter in "Zoë 3":
             browser.press(letter)
         assert shown(browser)["count"] == "4 of 18 rated", "a name is no grade"
-        browser.open(page / "annotate.html")
+        opened(browser, page)
         assert shown(browser)["count"] == "4 of 18 rated" and browser.value("who.value") == "Zoë 3", (
             "kept by the browser"
         )
@@ -286,7 +297,7 @@ def test_a_person_rates_in_a_real_browser(page, folders, runs, tmp_path):
 def test_text_of_the_corpus_stays_text(page, browser):
     html = (page / "annotate.html").read_text()
     assert html.count("<script") == 2 == html.count("</script>") and "<img" not in html
-    browser.open(page / "annotate.html")
+    opened(browser, page)
     evil = next(i for i, row in enumerate(asked(page)) if row["query"] == EVIL)
     for _ in range(evil):
         browser.press("ArrowRight")
@@ -304,9 +315,9 @@ def test_text_of_the_corpus_stays_text(page, browser):
 
 
 def test_the_page_works_where_nothing_can_be_kept(page, browser):
-    script = "Object.defineProperty(window, 'localStorage', {get() { throw new DOMException('no') }})"
+    script = "Object.defineProperty(window, 'indexedDB', {get() { throw new DOMException('no') }})"
     added = browser.call("Page.addScriptToEvaluateOnNewDocument", source=script)["identifier"]
-    browser.open(page / "annotate.html")
+    opened(browser, page)
     assert "save before you close" in shown(browser)["note"]
     browser.press("2")
     assert shown(browser)["count"] == "1 of 18 rated"

@@ -2,16 +2,30 @@
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const items = data.items;
-  const kept = "dagr-annotate-" + data.id;
   const find = (id) => document.getElementById(id);
   // ratings: place of an item -> {grade, at}; done: what undo takes back, last first
   let state = { place: 0, who: "", ratings: {}, done: [] };
   let stored = true;
+  let writing = 0;
   let saved = 0;
 
-  function load() {
+  const answered = (request) =>
+    new Promise((done, failed) => {
+      request.onsuccess = () => done(request.result);
+      request.onerror = () => failed(request.error);
+    });
+
+  // Not localStorage: Chromium may show a page that is opened again an empty one, and what is then kept replaces the rest.
+  const database = new Promise((done, failed) => {
+    const request = indexedDB.open("dagr-annotate", 1);
+    request.onupgradeneeded = () => request.result.createObjectStore("ratings");
+    answered(request).then(done, failed);
+  });
+
+  async function load() {
     try {
-      const before = JSON.parse(localStorage.getItem(kept));
+      const ratings = (await database).transaction("ratings").objectStore("ratings");
+      const before = await answered(ratings.get(data.id));
       if (before && before.ratings && Array.isArray(before.done)) {
         state = before;
         state.place = Math.min(Math.max(0, state.place | 0), items.length - 1);
@@ -21,13 +35,22 @@
     }
   }
 
-  function keep() {
+  async function keep() {
+    const before = stored;
+    find("page").setAttribute("aria-busy", String(++writing > 0));
     try {
-      localStorage.setItem(kept, JSON.stringify(state));
+      const change = (await database).transaction("ratings", "readwrite");
+      change.objectStore("ratings").put(state, data.id);
+      await new Promise((done, failed) => {
+        change.oncomplete = done;
+        change.onabort = () => failed(change.error);
+      });
       stored = true;
     } catch {
       stored = false;
     }
+    find("page").setAttribute("aria-busy", String(--writing > 0));
+    if (stored !== before) show();
   }
 
   const rated = () => Object.keys(state.ratings).length;
@@ -153,9 +176,10 @@
     keep();
   });
 
-  load();
-  find("who").value = state.who;
-  find("page").hidden = false;
-  keep();
-  show();
+  load().then(() => {
+    find("who").value = state.who;
+    find("page").hidden = false;
+    keep();
+    show();
+  });
 })();
