@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -58,7 +59,7 @@ def write_set(folder: Path, passages: int) -> None:
     (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq0\td0\t1\n")
 
 
-class Arm:
+class Arm(ABC):
     """A program that can be started again and again until it is done."""
 
     def __init__(self, home: Path, data: Path) -> None:
@@ -67,20 +68,21 @@ class Arm:
         self.number = 0
         self.ends: Counter[str] = Counter()
 
+    @abstractmethod
     def words(self) -> list[str]:
-        raise NotImplementedError
+        """The command."""
 
+    @abstractmethod
     def parts(self) -> list[Path]:
         """Files of data that are finished."""
-        raise NotImplementedError
 
+    @abstractmethod
     def mend(self) -> bool:
         """Takes back what the disk did to parts; false where nothing can."""
-        raise NotImplementedError
 
+    @abstractmethod
     def compare(self, passes: int) -> dict[str, Any]:
         """Rows lost, twice and different over all tables of all passes, beside an undisturbed run."""
-        raise NotImplementedError
 
     def start(self, nodes: Nodes) -> subprocess.Popen[str]:
         env = os.environ | {"RAY_ADDRESS": nodes.cluster.address, "PYTHONPATH": str(ROOT), "RAY_DEDUP_LOGS": "0"}

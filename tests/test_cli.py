@@ -41,6 +41,19 @@ def test_help_imports_nothing_heavy() -> None:
             subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=ROOT)
 
 
+def test_what_is_taken_down_after_a_verb_cannot_abort_it(tmp_path: Path) -> None:
+    code = (
+        "import atexit, builtins, os\nfrom dagr_ray import cli\n"
+        "class Abort:\n    def __del__(self, abort=os.abort): abort()\n"
+        "builtins.left = Abort()\natexit.register(os.mkdir, 'tidied')\n"
+        f"cli.main(['ls', '--runs', {str(tmp_path / 'runs')!r}])"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+    assert (tmp_path / "tidied").is_dir(), "what Python itself tidies up is still done"
+
+
 def test_help_is_at_once_there() -> None:
     fastest = min(_seconds("study", "--help") for _ in range(5))
     assert fastest < 0.5

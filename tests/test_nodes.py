@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,12 +81,33 @@ def wait_for(condition: Any, driver: subprocess.Popen[str], what: str) -> None:
         time.sleep(0.2)
 
 
-def test_a_node_goes_and_another_comes(tmp_path: Path) -> None:
-    """In a process of its own: one that has made a cluster ends a minute after the cluster has."""
-    alone = multiprocessing.get_context("spawn").Process(target=a_node_goes_and_another_comes, args=(tmp_path,))
+@contextlib.contextmanager
+def joined(cluster: Any, code: str, words: Sequence[str], errors: Path) -> Iterator[subprocess.Popen[str]]:
+    """A driver of the cluster, ``python -c code words``; what it says goes to ``errors``."""
+    # the second: an address on localhost is taken as it is, as on other systems than Linux
+    environment = os.environ | {"RAY_ADDRESS": cluster.address, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+    environment["PYTHONPATH"] = str(ROOT)
+    with open(errors, "w") as out:
+        driver = subprocess.Popen(
+            [sys.executable, "-c", code, *words], cwd=ROOT, env=environment, stdout=out, stderr=out, text=True
+        )
+    try:
+        yield driver
+    finally:
+        driver.kill()
+        driver.wait()
+
+
+def by_itself(target: Callable[..., None], *args: Any) -> None:
+    """Calls it in a process of its own: one that has made a cluster ends a minute after the cluster has."""
+    alone = multiprocessing.get_context("spawn").Process(target=target, args=args)
     alone.start()
     alone.join()
     assert alone.exitcode == 0
+
+
+def test_a_node_goes_and_another_comes(tmp_path: Path) -> None:
+    by_itself(a_node_goes_and_another_comes, tmp_path)
 
 
 def a_node_goes_and_another_comes(tmp_path: Path) -> None:
@@ -94,13 +115,8 @@ def a_node_goes_and_another_comes(tmp_path: Path) -> None:
     stage = parsed(data, log)
     folder = stage.generations.folder(str(tmp_path / "spread"))
     with three_nodes() as cluster:
-        # the second: an address on localhost is taken as it is, as on other systems than Linux
-        environment = os.environ | {"RAY_ADDRESS": cluster.address, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-        environment["PYTHONPATH"] = str(ROOT)
-        words = [sys.executable, "-c", DRIVER, data, log, str(tmp_path / "spread")]
-        with open(tmp_path / "errors", "w") as errors:
-            driver = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=errors, stderr=errors, text=True)
-        try:
+        words, errors = (data, log, str(tmp_path / "spread")), tmp_path / "errors"
+        with joined(cluster, DRIVER, words, errors) as driver:
             wait_for(lambda: len(at_work(folder)) == 3, driver, "all three nodes had worked")
             three = {node.node_id for node in cluster.list_all_nodes()}
             assert set(at_work(folder)) == three
@@ -109,10 +125,7 @@ def a_node_goes_and_another_comes(tmp_path: Path) -> None:
             before = at_work(folder)[gone.node_id]
             come = cluster.add_node(**cluster.size)
             wait_for(lambda: come.node_id in at_work(folder), driver, "the new node had worked")
-            assert driver.wait(timeout=120) == 0, (tmp_path / "errors").read_text()[-2000:]
-        finally:
-            driver.kill()
-            driver.wait()
+            assert driver.wait(timeout=120) == 0, errors.read_text()[-2000:]
 
     worked = at_work(folder)
     assert set(worked) == {*three, come.node_id}

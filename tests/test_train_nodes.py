@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +10,10 @@ import psutil
 
 from dagr_ray.cluster import Placement
 from dagr_ray.stage import materialize
-from tests.test_nodes import three_nodes, wait_for
+from tests.test_nodes import by_itself, joined, three_nodes, wait_for
 from tests.test_train_resume import OFTEN, curve, long
 from tests.toys import tiny
 
-ROOT = Path(__file__).parent.parent
 # A driver that joins the cluster of RAY_ADDRESS: `python -c DRIVER model runs`.
 DRIVER = """
 import sys
@@ -40,11 +35,7 @@ def working(node: Any) -> list[psutil.Process]:
 
 
 def test_a_training_in_shares_goes_on_without_the_node_of_one(tmp_path: Path) -> None:
-    """In a process of its own: one that has made a cluster ends a minute after the cluster has."""
-    alone = multiprocessing.get_context("spawn").Process(target=goes_on_without, args=(tmp_path, tiny().model))
-    alone.start()
-    alone.join()
-    assert alone.exitcode == 0
+    by_itself(goes_on_without, tmp_path, tiny().model)
 
 
 def goes_on_without(tmp_path: Path, model: str) -> None:
@@ -55,20 +46,13 @@ def goes_on_without(tmp_path: Path, model: str) -> None:
     one = materialize(stage, str(tmp_path / "one"), Placement(train=OFTEN))
     folder = stage.folder(str(tmp_path / "two"))
     with three_nodes() as cluster:
-        environment = os.environ | {"RAY_ADDRESS": cluster.address, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-        words = [sys.executable, "-c", DRIVER, model, folder.runs]
-        with open(tmp_path / "errors", "w") as errors:
-            environment["PYTHONPATH"] = str(ROOT)
-            driver = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=errors, stderr=errors, text=True)
-        try:
+        errors = tmp_path / "errors"
+        with joined(cluster, DRIVER, (model, folder.runs), errors) as driver:
             wait_for(lambda: list(Path(folder.path, "checkpoints").glob("*/rank-0.json")), driver, "a checkpoint came")
             gone = next(node for node in cluster.worker_nodes if working(node))
             assert folder.manifest is None, "it ended before it was struck"
             cluster.remove_node(gone, allow_graceful=False)
-            assert driver.wait(timeout=120) == 0, (tmp_path / "errors").read_text()[-2000:]
-        finally:
-            driver.kill()
-            driver.wait()
+            assert driver.wait(timeout=120) == 0, errors.read_text()[-2000:]
     assert [name for name, _ in curve(folder)] == [name for name, _ in curve(one)]
     np.testing.assert_allclose([v for _, v in curve(folder)], [v for _, v in curve(one)], atol=1e-4)
     assert folder.manifest is not None and folder.manifest["counts"]["steps"] == 100

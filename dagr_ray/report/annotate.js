@@ -144,6 +144,7 @@
   };
 
   addEventListener("keydown", (event) => {
+    if (find("page").hidden) return; // what was kept is not there yet
     if (event.target instanceof HTMLInputElement) {
       if (event.key === "Enter" || event.key === "Escape") event.target.blur();
       return;
@@ -161,7 +162,7 @@
     }
   });
   addEventListener("beforeunload", (event) => {
-    if (!stored && state.done.length !== saved) event.preventDefault();
+    if ((writing || !stored) && state.done.length !== saved) event.preventDefault();
   });
   for (const button of document.querySelectorAll("[data-grade]")) {
     button.addEventListener("click", () => rate(Number(button.dataset.grade)));
