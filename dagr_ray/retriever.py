@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
@@ -30,6 +32,8 @@ CARD = "config_sentence_transformers.json"
 WINDOW = 8192
 # Padded tokens of one forward pass. On 2 cores 1,024, 2,048 and 4,096 gave 98, 95 and 91 passages/s.
 TOKENS = {"cpu": 1024, "cuda": 131072}
+# Batches computed at once on a CPU; more would wait for Python's lock.
+THREADS = 8
 
 
 class Pinned(Config):
@@ -255,12 +259,12 @@ def encode(
     budget = tokens_per_batch or TOKENS.get(device, TOKENS["cpu"])
     amp = compute_dtype(dtype, device)
     vectors = np.empty((len(texts), int(model.get_embedding_dimension() or 0)), np.float32)
-    # around all batches: weights are cast once for it
-    with torch.inference_mode(), torch.autocast(device, dtype=amp, enabled=amp != torch.float32):
-        for start, window in _read_ahead(model, texts, prefix):
-            order: list[np.ndarray] = []
-            found: list[torch.Tensor] = []
-            for rows in _batches(window.lengths, budget):
+
+    def some(window: _Window, batches: Sequence[np.ndarray]) -> np.ndarray:
+        found: list[torch.Tensor] = []
+        # around all batches: weights are cast once for it
+        with torch.inference_mode(), torch.autocast(device, dtype=amp, enabled=amp != torch.float32):
+            for rows in batches:
                 features = {name: values.to(model.device, non_blocking=True) for name, values in window.batch(rows)}
                 out = model[0](features)
                 out = {k: v.float() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in out.items()}
@@ -268,12 +272,38 @@ def encode(
                     for module in list(model)[1:]:
                         out = module(out)
                     found.append(torch.nn.functional.normalize(out["sentence_embedding"], dim=1))
-                order.append(rows)
-            # once for each window: a GPU would stand still for every batch that is waited for
-            vectors[start + np.concatenate(order)] = torch.cat(found).cpu().numpy()
+            # once for all: a GPU would stand still for every batch that is waited for
+            return torch.cat(found).cpu().numpy()
+
+    with _side_by_side(torch.get_num_threads() if device == "cpu" else 1) as (threads, each):
+        for start, window in _read_ahead(model, texts, prefix):
+            batches = list(_batches(window.lengths, budget))
+            dealt = [part for part in (batches[i::threads] for i in range(threads)) if part]
+            for part, found in zip(dealt, each(partial(some, window), dealt), strict=True):
+                vectors[start + np.concatenate(part)] = found
     if not np.isfinite(vectors).all():
         raise FloatingPointError("the encoder gives vectors that are not finite: its training has diverged; lower lr")
     return vectors
+
+
+@contextmanager
+def _side_by_side(cores: int) -> Iterator[tuple[int, Callable[..., Iterable[Any]]]]:
+    """A number of threads, and a ``map`` over them that shares the cores out; one thread is the calling one.
+
+    Cores that share one batch wait for the slowest of them after every operator, and on a machine with other work that is
+    one which does not run.
+    """
+    import torch
+
+    threads = min(cores, THREADS)
+    if threads == 1:
+        yield 1, map
+        return
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(cores // threads,)) as pool:
+            yield threads, pool.map
+    finally:
+        torch.set_num_threads(cores)  # threads that are started from now on take the last number that was set
 
 
 class _Window:

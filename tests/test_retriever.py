@@ -41,6 +41,30 @@ def test_vectors_are_those_of_sentence_transformers_in_the_order_of_the_texts():
     np.testing.assert_allclose(np.linalg.norm(ours, axis=1), 1, atol=1e-5)
 
 
+@pytest.mark.parametrize("cores", [2, 3, 9])
+def test_batches_side_by_side_give_the_same_vectors_and_leave_torch_as_it_was(cores):
+    """On any number of cores, and where there are fewer batches than cores."""
+    import threading
+
+    import torch
+
+    texts = [f"{'a passage about heat ' * (1 + i % 7)}{i}" for i in range(60)]
+    before, seen = torch.get_num_threads(), []
+    try:
+        torch.set_num_threads(1)
+        alone = retriever.encode(model(), texts, tokens_per_batch=64)
+        torch.set_num_threads(cores)
+        assert np.allclose(retriever.encode(model(), texts, tokens_per_batch=64), alone, atol=1e-5)
+        assert np.allclose(retriever.encode(model(), texts[:1]), alone[:1], atol=2e-2)  # bfloat16, other padding
+        assert torch.get_num_threads() == cores
+        later = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+        later.start()
+        later.join()
+        assert seen == [cores]
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_a_window_is_not_an_edge(monkeypatch):
     whole = retriever.encode(model(), TEXTS, dtype="float32")
     monkeypatch.setattr(retriever, "WINDOW", 2)
