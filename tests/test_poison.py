@@ -17,6 +17,7 @@ from dagr_ray.stages.corpus import Beir
 from dagr_ray.stages.generate import Generate
 from dagr_ray.strategies.crop import Crop
 from dagr_ray.tries import Mark, Turns, narrow
+from dagr_ray.worker import Opener
 from tests.conftest import tiny_beir
 
 ROOT = Path(__file__).parent.parent
@@ -108,6 +109,17 @@ def test_a_row_that_kills_its_worker_and_one_that_hangs_are_found_and_the_rest_i
     # for each of the two: the whole shard, a smaller range, and alone; the one that died without a word once more;
     # a shard that shared a worker with them may have been begun again
     assert 1 + 6 <= starts(tmp_path) <= 1 + 8
+
+
+def test_a_shard_that_has_its_receipt_is_not_done_again_when_it_is_asked_for_again(tmp_path):
+    pool = Pool(workers=0, shard_rows=20)
+    stage = asked(tmp_path)
+    folder = materialize(stage, str(tmp_path / "runs"), Placement(generate=pool))
+    before = (tmp_path / "log").read_text()
+    inputs = {name: materialize(each, str(tmp_path / "runs")) for name, each in stage.inputs().items()}
+    worker = Opener(stage, inputs, folder, pool, "1-x")()
+    assert worker({"shard": 1, "start": 20, "stop": 40}) == folder.receipts()[1]
+    assert (tmp_path / "log").read_text() == before + "open\n"
 
 
 def test_an_engine_that_dies_is_opened_again_and_the_row_at_fault_is_given_up(tmp_path):
