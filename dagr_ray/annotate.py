@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 
 from dagr_ray import tables
 from dagr_ray.agreement import GRADES, Agreement, agreement, best_cuts, graded, held_out
-from dagr_ray.artifact import Artifact, filesystem
+from dagr_ray.artifact import Artifact
 from dagr_ray.cluster import Placement
 from dagr_ray.config import ConfigError
 from dagr_ray.export import ancestor, whole_corpus
@@ -28,6 +28,7 @@ from dagr_ray.models import minilm
 from dagr_ray.retriever import Encoder
 from dagr_ray.stage import materialize
 from dagr_ray.stages.people import AGREEMENT, People, all_ratings, plain_cell
+from dagr_ray.store import filesystem
 
 Find = Callable[[str], Artifact]
 JUDGE = "llm-judge"

@@ -19,16 +19,13 @@ import hashlib
 import io
 import json
 import os
-import shutil
 import threading
 import time
 import uuid
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import lru_cache
 from itertools import accumulate, pairwise
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -36,7 +33,8 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from dagr_ray import tables as schemas
-from dagr_ray.config import ConfigError, digest, packed, unpacked
+from dagr_ray.config import packed, unpacked
+from dagr_ray.store import fetch, filesystem, scratch
 
 Json = dict[str, Any]
 READERS = 32  # small files read at once from an object store, which takes about 30 ms for each
@@ -85,65 +83,12 @@ class Damaged(RuntimeError):
     """A part whose bytes are not those that were written. ``materialize`` rebuilds it and goes on."""
 
 
-def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
-    """The pyarrow file system of a path or URI (``s3://``, ``gs://``, ``file://``) and the path inside it.
-
-    Options follow a question mark (``s3://bucket/path?endpoint_override=host:port&scheme=http&region=...``). Credentials
-    come from the environment alone: a URI is written into plans and manifests. Raises ConfigError.
-    """
-    if "://" in uri:
-        scheme, _, rest = uri.partition("://")
-        user, at, _ = rest.partition("/")[0].rpartition("@")
-        if at and (scheme == "s3" or ":" in user):
-            raise ConfigError(
-                f"an address ({scheme}://) holds credentials; leave them out and set them in the environment "
-                "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or what else the store's own tools read)"
-            )
-        if scheme == "s3" and "allow_delayed_open" not in uri:
-            # a small file is one request instead of three
-            uri += ("&" if "?" in uri else "?") + "allow_delayed_open=true"
-        fs, path = pafs.FileSystem.from_uri(uri)
-        return fs, path.rstrip("/")
-    return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
+def _receipt(shard: int) -> str:
+    return f"receipts/{shard:05d}.json"
 
 
-def scratch() -> str:
-    """Where this machine keeps what it can make or fetch again: DAGR_SCRATCH."""
-    return os.environ.get("DAGR_SCRATCH", "/tmp/dagr-scratch")
-
-
-def _fetch(fs: pafs.FileSystem, source: str, cache: str) -> None:
-    """Copies a file or folder to a place on this machine, unless it is there; complete or absent whenever it is seen."""
-    if os.path.exists(cache):
-        return
-    part = f"{cache}.{uuid.uuid4().hex[:8]}.part"
-    # copy_files makes the folders inside a folder but not the folder itself
-    is_folder = fs.get_file_info(source).type == pafs.FileType.Directory
-    os.makedirs(part if is_folder else os.path.dirname(part), exist_ok=True)
-    pafs.copy_files(source, part, source_filesystem=fs, destination_filesystem=None)
-    try:
-        os.replace(part, cache)
-    except OSError:  # another process of this machine brought the same folder first
-        shutil.rmtree(part)
-
-
-@lru_cache(maxsize=64)
-def local_folder(folder: str) -> Path:
-    """A folder on this machine: one given as a path is where it is; one behind a URI is fetched, once for each content.
-
-    What is fetched lies below DAGR_SCRATCH, by the names, sizes and times of its files, and keeps the folder's name.
-    Raises ConfigError where there is nothing at a URI.
-    """
-    if "://" not in folder:
-        return Path(folder).expanduser()
-    fs, root = filesystem(folder)
-    found = fs.get_file_info(pafs.FileSelector(root, recursive=True, allow_not_found=True))
-    files = sorted((f.path, f.size, f.mtime_ns) for f in found if f.is_file)
-    if not files:
-        raise ConfigError(f"no files at {folder!r}; give the address of a folder")
-    cache = os.path.join(scratch(), "folders", digest(files), root.rsplit("/", 1)[-1])
-    _fetch(fs, root, cache)
-    return Path(cache)
+def _revoked(shard: int) -> str:
+    return f"revoked/{shard:05d}-{uuid.uuid4().hex[:4]}.json"
 
 
 class Artifact:
@@ -170,7 +115,7 @@ class Artifact:
         if self.local:
             return target
         cache = os.path.join(scratch(), *self.path.split("/"), *parts)
-        _fetch(self.fs, target, cache)
+        fetch(self.fs, target, cache)
         return cache
 
     # -- small files ------------------------------------------------------------------------------------------------
@@ -251,21 +196,24 @@ class Artifact:
         """
         parts = {name: self._write_part(name, shard, value) for name, value in rows.items()}
         receipt = {"shard": shard, "tables": parts, "files": {f: self._checksum(f) for f in files}, **more}
-        name = f"receipts/{shard:05d}.json"
-        earlier = self.read_json(name)
+        earlier = self.receipt(shard)
         if earlier is not None:
             if earlier.get("rows") == receipt.get("rows"):
                 return self._too_late(receipt, earlier)
             self._too_late(earlier, receipt)
-            self.remove(name)
+            self.remove(_receipt(shard))
         try:
-            self.write_bytes(name, json.dumps(receipt, indent=1, ensure_ascii=False).encode(), once=True)
+            self.write_bytes(_receipt(shard), json.dumps(receipt, indent=1, ensure_ascii=False).encode(), once=True)
         except FileExistsError:
-            return self._too_late(receipt, self.read_json(name))
+            return self._too_late(receipt, self.read_json(_receipt(shard)))
         return receipt
 
+    def receipt(self, shard: int) -> Json | None:
+        """The receipt of a shard, or None where it is not committed."""
+        return self.read_json(_receipt(shard))
+
     def _too_late(self, receipt: Json, stands: Json) -> Json:
-        self.write_json(f"revoked/{receipt['shard']:05d}-{uuid.uuid4().hex[:4]}.json", receipt)  # it was paid for
+        self.write_json(_revoked(receipt["shard"]), receipt)  # it was paid for
         return stands
 
     def _write_part(self, name: str, shard: int, value: pa.Table) -> Json:
@@ -334,11 +282,10 @@ class Artifact:
         self.remove("manifest.json")
         _remember(_folders, (self.runs, self.path), None, 64)
         for shard in shards:
-            name = f"{shard:05d}.json"
-            receipt = self.read_bytes(f"receipts/{name}")
+            receipt = self.read_bytes(_receipt(shard))
             if receipt is not None:
-                self.write_bytes(f"revoked/{shard:05d}-{uuid.uuid4().hex[:4]}.json", receipt)
-                self.remove(f"receipts/{name}")
+                self.write_bytes(_revoked(shard), receipt)
+                self.remove(_receipt(shard))
 
     def revoked(self) -> list[Json]:
         """The receipts of shards that were taken back: work that was paid for and is not in the tables."""

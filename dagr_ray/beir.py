@@ -19,8 +19,9 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from dagr_ray import tables
-from dagr_ray.artifact import Artifact, filesystem
+from dagr_ray.artifact import Artifact
 from dagr_ray.config import ConfigError, digest
+from dagr_ray.store import filesystem
 
 MAX_BAD_SHARE = 0.01
 

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from dagr_ray import cluster
-from dagr_ray.artifact import Artifact, filesystem
+from dagr_ray.artifact import Artifact
 from dagr_ray.config import ConfigError, packed, plugins as registered
 from dagr_ray.progress import Reporter, duration, size
 from dagr_ray.stage import Stage, materialize, survey, walk
+from dagr_ray.store import filesystem
 from dagr_ray.study import Job, Study, load_job, parse_axes, plan_study, run_study
 
 log = logging.getLogger("dagr")

@@ -19,7 +19,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from dagr_ray import tables
-from dagr_ray.artifact import Artifact, Json, filesystem
+from dagr_ray.artifact import Artifact, Json
 from dagr_ray.bill import KINDS, Rates
 from dagr_ray.cluster import Placement, Pool
 from dagr_ray.engines import cores_held
@@ -28,6 +28,7 @@ from dagr_ray.stage import Stage
 from dagr_ray.stages.corpus import Beir, PyDocs, Sample
 from dagr_ray.stages.generate import Generate
 from dagr_ray.stages.select import Take
+from dagr_ray.store import filesystem
 
 PYDOCS_ROWS = {"stdlib": 3400, "numeric": 2100}
 PROMPT_TOKENS = 600  # six exemplars of up to 60 words, a passage of about 120 words, both at 1.4 tokens a word

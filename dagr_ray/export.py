@@ -9,8 +9,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dagr_ray import beir, tables, trec
-from dagr_ray.artifact import Artifact, filesystem
+from dagr_ray.artifact import Artifact
 from dagr_ray.config import ConfigError
+from dagr_ray.store import filesystem
 
 
 def ancestor(folder: Artifact, table: str) -> Artifact:

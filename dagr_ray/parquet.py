@@ -21,9 +21,9 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from dagr_ray import tables
-from dagr_ray.artifact import filesystem
 from dagr_ray.beir import MAX_BAD_SHARE, Problem, stream_sha
 from dagr_ray.config import ConfigError, digest
+from dagr_ray.store import filesystem
 
 BATCH = 16384
 # a row group of more rows than this is read in pieces of so many

@@ -19,9 +19,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dagr_ray import tables
-from dagr_ray.artifact import filesystem
 from dagr_ray.beir import MAX_BAD_SHARE, Problem, stream_sha
 from dagr_ray.config import ConfigError, digest
+from dagr_ray.store import filesystem
 
 BATCH = 1 << 18  # lines that are held as Python objects
 LARGEST = float(np.finfo(np.float32).max)

@@ -156,11 +156,12 @@ class _Worker:
         return self.stage.open(self.inputs, self.folder, self.pool)
 
     def __call__(self, shard: cluster.Shard) -> Json:
-        # a worker that dies right after its commit takes the receipt's way to the driver with it, and Ray asks again
-        done = self.folder.read_json(f"receipts/{shard['shard']:05d}.json")
-        if done is not None and done["rows"] == [shard["start"], shard["stop"]]:
-            return done
         left = self.tries.left(shard["shard"])
+        # a worker that dies right after its commit never sends the receipt to the driver, and Ray asks again
+        done = self.folder.receipt(shard["shard"])
+        if done is not None and done.get("rows") == [shard["start"], shard["stop"]]:
+            self.tries.forget(left)
+            return done
         doubted = self.tries.doubted(left) if self.stage.rescues else []
         with self.turns.alone() if doubted else self.turns.shared(), self.clock.busy():
             if not self.stage.rescues:

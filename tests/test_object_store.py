@@ -16,11 +16,12 @@ import pyarrow.fs as pafs
 import pytest
 
 from dagr_ray import cli, commands
-from dagr_ray.artifact import Artifact, filesystem
+from dagr_ray.artifact import Artifact
 from dagr_ray.cluster import Placement, Pool
 from dagr_ray.config import ConfigError
 from dagr_ray.stage import load_stage, materialize
 from dagr_ray.stages.corpus import Beir
+from dagr_ray.store import filesystem
 from tests import studies
 from tests.conftest import tiny_beir
 from tests.object_store import BUCKET, ObjectStore, Request

@@ -21,7 +21,6 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from dagr_ray import tables
-from dagr_ray.artifact import local_folder
 from dagr_ray.cluster import Pool
 from dagr_ray.config import ConfigError, JsonObject, Later, content_hash
 from dagr_ray.engines import Completion, Engine, Sampling
@@ -35,6 +34,7 @@ from dagr_ray.engines.vllm_arguments import (
     structured_backend,
 )
 from dagr_ray.engines.vllm_memory import Need, cache_of_one, cache_on_cpu, check_cpu, check_gpu, on_cpu, weights_of
+from dagr_ray.store import local_folder
 from dagr_ray.strategies import Prompt
 
 # No token of the known vocabularies stands for more characters than this (long runs of spaces); a passage is cut to so

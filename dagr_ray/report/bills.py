@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 import pyarrow.fs as pafs
 
-from dagr_ray.artifact import Artifact, Json, add_up, filesystem
+from dagr_ray.artifact import Artifact, Json, add_up
 from dagr_ray.bill import Rates, attempt_of, attempts, lost, shard_bill, stage_bill
 from dagr_ray.cluster import Placement
 from dagr_ray.config import ConfigError, from_json
@@ -16,6 +16,7 @@ from dagr_ray.report.lineage import Folders
 from dagr_ray.report.summary import Row, generators
 from dagr_ray.report.verdict import dollars, duration
 from dagr_ray.stage import load_stage
+from dagr_ray.store import filesystem
 
 ADDED = ("tokens", "seconds", "waste", "usd")
 

@@ -11,10 +11,11 @@ import pyarrow.compute as pc
 import pyarrow.fs as pafs
 
 from dagr_ray import tables
-from dagr_ray.artifact import Artifact, Json, filesystem
+from dagr_ray.artifact import Artifact, Json
 from dagr_ray.config import ConfigError
 from dagr_ray.report.lineage import Folders
 from dagr_ray.stage import load_stage
+from dagr_ray.store import filesystem
 
 
 def trace(runs: str, row_id: str) -> Json:

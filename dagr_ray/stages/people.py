@@ -17,10 +17,11 @@ import pyarrow.compute as pc
 from pydantic import Field
 
 from dagr_ray import tables
-from dagr_ray.artifact import Artifact, filesystem
+from dagr_ray.artifact import Artifact
 from dagr_ray.cluster import Pool
 from dagr_ray.config import ConfigError, digest
 from dagr_ray.stage import Inputs, Output, Run, Stage
+from dagr_ray.store import filesystem
 
 GRADES = (0, 1, 2, 3)
 AGREEMENT = "agreement.json"  # beside the labels of an import

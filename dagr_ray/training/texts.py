@@ -20,8 +20,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dagr_ray import tables
-from dagr_ray.artifact import Artifact, scratch
+from dagr_ray.artifact import Artifact
 from dagr_ray.config import digest
+from dagr_ray.store import scratch
 
 ROWS = 65536  # of a table, read at once
 DIGEST = 16  # bytes of a text's hash: equal hashes are equal texts
