@@ -205,6 +205,7 @@ def _fit(stage: Train, inputs: Inputs, folder: Artifact, pool: Pool) -> dict[str
             "folder": folder,
             "attempt": uuid.uuid4().hex[:8],
             "workers": pool.workers,
+            "threads": max(round(pool.cpus), 1),
         },
         scaling_config=ray.train.ScalingConfig(
             num_workers=pool.workers,
@@ -273,12 +274,14 @@ class Job(NamedTuple):
 def _work(config: dict[str, Any]) -> dict[str, Any] | None:
     """One worker of a training. A mistake of the user's is returned: Ray Train would try again what is raised."""
     import ray.train.torch
+    import torch
 
     rank, workers, device = 0, 1, None
     if config["workers"]:  # the local mode has no context inside a Tune trial
         context = ray.train.get_context()
         rank, workers = context.get_world_rank(), context.get_world_size()
         device = str(ray.train.torch.get_device())
+        torch.set_num_threads(config["threads"])  # Ray rounds down: 1.8 CPUs were one thread
     checkpoints = Checkpoints(config["folder"], config["attempt"], rank, workers)
     try:
         return _trained(config["job"], config["inputs"], config["folder"], checkpoints, device)
