@@ -81,7 +81,7 @@ def line(trial: Json, job: Job, runs: str) -> list[str]:
     made, train = arm_of(job.stage(**trial["params"]))
     folders = {key: stage.folder(runs) for key, stage in vars(made).items()}
     there = {key for key, folder in folders.items() if folder.manifest is not None}
-    completions = 0
+    completions, accepted = 0, -1
     if "generations" in there:
         completions = folders["generations"].count("generations")
         cells["asked"] = f"{completions:,}"
@@ -91,7 +91,7 @@ def line(trial: Json, job: Job, runs: str) -> list[str]:
     if "examples" in there:
         accepted = folders["examples"].count("examples")
         cells["accepted"] = f"{accepted:,}"
-        if accepted:
+        if accepted > 0:
             known = Folders(runs)
             price = known.sums(known.ancestors(folders["examples"].name))["price"]
             cells["$/1,000"] = dollars(1000 * price / accepted)
@@ -101,7 +101,8 @@ def line(trial: Json, job: Job, runs: str) -> list[str]:
                 print(f"{cells['strategy']} is not described: {error!r}", file=sys.stderr, flush=True)
     score = next(iter(trial["scores"].values()))["nDCG@10"] if trial["scores"] else None
     if score is None:
-        cells["gain"] = f"failed: {(trial['error'] or 'not run').replace('|', '/')[:160]}"
+        why = "no row to train on" if accepted == 0 else f"failed: {trial['error'] or 'not run'}"
+        cells["gain"] = why.replace("|", "/")[:160]
     else:
         cells["rows"] = f"{trial['used']:,}" + ("" if trial["used"] >= trial["params"]["volume"] else " ▽")
         cells["nDCG@10"] = f"{score['mean']:.4f}"
