@@ -81,17 +81,17 @@ def line(trial: Json, job: Job, runs: str) -> list[str]:
     made, train = arm_of(job.stage(**trial["params"]))
     folders = {key: stage.folder(runs) for key, stage in vars(made).items()}
     there = {key for key, folder in folders.items() if folder.manifest is not None}
-    completions, accepted = 0, -1
+    completions = 0
+    accepted = folders["examples"].count("examples") if "examples" in there else None
     if "generations" in there:
         completions = folders["generations"].count("generations")
         cells["asked"] = f"{completions:,}"
     if "parsed" in there:
         parsed = len(folders["parsed"].read("lineage", ["gen_id"])["gen_id"].unique())
         cells["parsed"] = f"{parsed:,} ({parsed / max(completions, 1):.0%})"
-    if "examples" in there:
-        accepted = folders["examples"].count("examples")
+    if accepted is not None:
         cells["accepted"] = f"{accepted:,}"
-        if accepted > 0:
+        if accepted:
             known = Folders(runs)
             price = known.sums(known.ancestors(folders["examples"].name))["price"]
             cells["$/1,000"] = dollars(1000 * price / accepted)
