@@ -281,9 +281,12 @@ class Artifact:
         """Takes shards back, so that they are built again. What they cost stays in the bill: see ``revoked``."""
         self.remove("manifest.json")
         _remember(_folders, (self.runs, self.path), None, 64)
+        marks = self.listing("tries")
         for shard in shards:
             receipt = self.read_bytes(_receipt(shard))
             if receipt is not None:
+                for mark in (name for name in marks if name.startswith(f"{shard:05d}-")):
+                    self.remove(f"tries/{mark}")  # its cost is the receipt's
                 self.write_bytes(_revoked(shard), receipt)
                 self.remove(_receipt(shard))
 

@@ -188,7 +188,9 @@ def lost(folder: Artifact, receipts: Iterable[Json]) -> list[Json]:
     and at the mean of the rows that have receipts: ``tokens`` (0 where there is none yet).
     """
     rows = spent = 0
+    settled: dict[int, float] = {}  # a worker that died right after its commit leaves marks of what its receipt bills
     for receipt in receipts:
+        settled[receipt["shard"]] = max(receipt["at"], settled.get(receipt["shard"], 0.0))
         rows += receipt["counts"].get("in", 0)
         spent += receipt["cost"].get("prompt_tokens", 0) + receipt["cost"].get("completion_tokens", 0)
     marks = [folder.read_json(f"tries/{name}") for name in sorted(folder.listing("tries"))]
@@ -199,7 +201,7 @@ def lost(folder: Artifact, receipts: Iterable[Json]) -> list[Json]:
             "tokens": round(spent / max(rows, 1) * (mark["stop"] - mark["start"])),
         }
         for mark in marks
-        if mark
+        if mark and mark["began"] > settled.get(mark["shard"], 0.0)
     ]
 
 

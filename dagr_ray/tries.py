@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 
 from dagr_ray.artifact import Artifact
 
-DIED, STOPPED = "engine_crash", "stopped"
+DIED, STOPPED, ENDED = "engine_crash", "stopped", "ended"
 Range = tuple[int, int]
 
 
@@ -99,10 +99,10 @@ class Tries:
     def doubted(self, marks: Sequence[Mark]) -> list[Mark]:
         """Those that speak against rows: of a worker that died under this driver, or of a driver that did the work itself.
 
-        A worker that died together with its driver tells nothing, nor does a try that was called off.
+        A worker that died together with its driver tells nothing, nor does a try that was called off or came to its end.
         """
         ours = (mark for mark in marks if mark.attempt == self.attempt or (self.inline and mark.inline))
-        return [mark for mark in ours if mark.cause != STOPPED]
+        return [mark for mark in ours if mark.cause not in (STOPPED, ENDED)]
 
     def begin(self, shard: int, start: int, stop: int) -> Mark:
         """Marks rows as begun."""

@@ -24,7 +24,7 @@ from dagr_ray.artifact import Artifact, Damaged, Json, add_up
 from dagr_ray.cluster import Pool
 from dagr_ray.config import ConfigError
 from dagr_ray.engines import EngineDied, cores_held
-from dagr_ray.tries import DIED, STOPPED, Given, Mark, Range, Tries, Turns, Watchdog, narrow
+from dagr_ray.tries import DIED, ENDED, STOPPED, Given, Mark, Range, Tries, Turns, Watchdog, narrow
 
 if TYPE_CHECKING:
     from dagr_ray.stage import Stage
@@ -158,18 +158,19 @@ class _Worker:
     def __call__(self, shard: cluster.Shard) -> Json:
         left = self.tries.left(shard["shard"])
         # a worker that dies right after its commit never sends the receipt to the driver, and Ray asks again
-        done = self.folder.receipt(shard["shard"])
-        if done is not None and done.get("rows") == [shard["start"], shard["stop"]]:
+        receipt = self.folder.receipt(shard["shard"])
+        if receipt is not None and receipt.get("rows") == [shard["start"], shard["stop"]]:
             self.tries.forget(left)
-            return done
+            return receipt
         doubted = self.tries.doubted(left) if self.stage.rescues else []
         with self.turns.alone() if doubted else self.turns.shared(), self.clock.busy():
             if not self.stage.rescues:
-                return self._commit(shard, self._simply(shard, left), left)
-            output, failed = self._rescue(shard, doubted)
-            return self._commit(shard, output, left + failed)
+                output, done = self._simply(shard, left)
+                return self._commit(shard, output, done, left)
+            output, done, failed = self._rescue(shard, doubted)
+            return self._commit(shard, output, done, left + failed)
 
-    def _commit(self, shard: cluster.Shard, output: Output, lost: list[Mark]) -> Json:
+    def _commit(self, shard: cluster.Shard, output: Output, done: list[Mark], lost: list[Mark]) -> Json:
         spent = self.clock.charge() | (self.started.pop() if self.started else {}) | output.cost
         if lost:
             share = sum(mark.stop - mark.start for mark in lost) / max(shard["stop"] - shard["start"], 1)
@@ -186,10 +187,10 @@ class _Worker:
             "cpus": cores_held(self.stage, self.pool),
         }
         receipt = self.folder.commit(shard["shard"], output.tables, more, output.files)
-        self.tries.forget(lost)
+        self.tries.forget([*lost, *done])
         return receipt
 
-    def _simply(self, shard: cluster.Shard, left: list[Mark]) -> Output:
+    def _simply(self, shard: cluster.Shard, left: list[Mark]) -> tuple[Output, list[Mark]]:
         number = shard["shard"]
         tries = sum(mark.attempt == self.attempt for mark in left)
         if tries >= TRIES_PER_SHARD:
@@ -198,14 +199,15 @@ class _Worker:
                 f"look at its rows with `dagr show {self.folder.name}` and at the worker's log, then run again"
             )
         mark = self.tries.begin(number, shard["start"], shard["stop"])
-        output = self.run(shard["start"], shard["stop"])
-        self.tries.forget([mark])
-        return output
+        return self.run(shard["start"], shard["stop"]), [mark]
 
-    def _rescue(self, shard: cluster.Shard, doubted: list[Mark]) -> tuple[Output, list[Mark]]:
-        """The shard's output without the rows that had to be given up, and the marks of tries that failed here."""
+    def _rescue(self, shard: cluster.Shard, doubted: list[Mark]) -> tuple[Output, list[Mark], list[Mark]]:
+        """The shard's output without the rows that had to be given up, and the marks of tries that ended and that
+        failed here: all stay until the receipt is there, because what they cost is lost with a worker that dies before.
+        """
         start, stop = shard["start"], shard["stop"]
         failed: list[Mark] = []
+        marks: list[Mark] = []
         done: dict[Range, Output] = {}
         while True:
             ranges, given_up = narrow(start, stop, [*doubted, *failed])
@@ -213,23 +215,24 @@ class _Worker:
             pending = [each for each in ranges if each not in done]
             if not pending:
                 break
-            result = self._range(shard["shard"], *pending[0])
-            if isinstance(result, Mark):
-                failed.append(result)
-            else:
-                done[pending[0]] = result
+            mark, output = self._range(shard["shard"], *pending[0])
+            if output is None:
+                failed.append(mark)
+                continue
+            if ranges != [(start, stop)]:
+                self.tries.ended(mark, ENDED, "")
+            marks.append(mark)
+            done[pending[0]] = output
         for row, why in given_up.items():
             done[row, row + 1] = self.stage.refuse(self.inputs, row, why.reason, why.detail)
-        return joined([done[each] for each in sorted(done)]), failed
+        return joined([done[each] for each in sorted(done)]), marks, failed
 
-    def _range(self, number: int, start: int, stop: int) -> Output | Mark:
-        """A range's output, or its mark where it failed and this process can go on."""
+    def _range(self, number: int, start: int, stop: int) -> tuple[Mark, Output | None]:
+        """A range's mark and its output, which is None where it failed and this process can go on."""
         mark = self.tries.begin(number, start, stop)
         try:
             with self.watchdog.over(mark) if self.watchdog else nullcontext():
-                output = self.run(start, stop)
-            self.tries.forget([mark])
-            return output
+                return mark, self.run(start, stop)
         except (ConfigError, StageFailed, Damaged, ModuleNotFoundError, KeyboardInterrupt) as stop:
             if not (isinstance(stop, KeyboardInterrupt) and mark.cause == HUNG):
                 self.tries.ended(mark, STOPPED, str(stop))
@@ -242,7 +245,7 @@ class _Worker:
             self.run = self._open()
         except Exception as error:
             self.tries.ended(mark, RAISED, f"{type(error).__name__}: {error}")
-        return mark
+        return mark, None
 
     def _check_engine(self, shard: cluster.Shard, given_up: dict[int, Given]) -> None:
         limit = max(TRIES_PER_SHARD, (shard["stop"] - shard["start"]) // 20)

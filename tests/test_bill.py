@@ -30,6 +30,7 @@ from dagr_ray.stages.corpus import Beir
 from dagr_ray.stages.generate import Generate
 from dagr_ray.stages.select import Take
 from dagr_ray.strategies.crop import Crop
+from tests.billed import Hold, adds_up, answers, asked, both, usage_of, used
 from tests.conftest import tiny_beir
 from tests.endpoint import drop, served, status
 from tests.studies import made_study
@@ -37,71 +38,6 @@ from tests.studies import made_study
 ROOT = Path(__file__).parent.parent
 HERE = Placement(generate=Pool(workers=0, shard_rows=8), prices=Prices(cpu_hour=3600.0))  # a dollar a second
 PRICES = {"usd_per_million_prompt_tokens": 2.0, "usd_per_million_completion_tokens": 8.0}
-
-
-def usage_of(body) -> dict:
-    """What the test's server counts for a request: a token a byte, a third of them cached, five written a sample."""
-    prompt = len(body["prompt"].encode())
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": 5 * body.get("n", 1),
-        "prompt_tokens_details": {"cached_tokens": prompt // 3},
-    }
-
-
-def answers(delay=0.0):
-    def answer(handler, body):
-        text = body["prompt"].split(".")[0]
-        choices = [{"index": i, "text": text, "finish_reason": "stop"} for i in range(body.get("n", 1))]
-        time.sleep(delay)
-        raw = json.dumps({"choices": choices, "usage": usage_of(body)}).encode()
-        handler.send_response(200)
-        handler.send_header("Content-Length", str(len(raw)))
-        handler.end_headers()
-        handler.wfile.write(raw)
-
-    return lambda body, nth: answer
-
-
-def used(server) -> int:
-    """Tokens of every request that the server has seen, whatever became of its answer."""
-    return sum(usage_of(body)["prompt_tokens"] + usage_of(body)["completion_tokens"] for body in server.seen)
-
-
-def both(tokens) -> int:
-    return tokens["prompt"] + tokens["completion"]
-
-
-def asked(path: Path, server, samples=1, **fields) -> Generate:
-    engine = OpenAIServer(**{"model": "m", "base_url": server.url, "max_attempts": 3} | fields)
-    return Generate(corpus=Beir(path=str(path)), strategy=Crop(), engine=engine, samples=samples)
-
-
-def adds_up(runs: str, name: str) -> dict:
-    """A stage's bill, after checking that its parts are the whole in every unit."""
-    found = bills.stage(runs, name)
-    shards, seconds, usd, waste = found["shards"], found["seconds"], found["usd"], found["waste"]
-    for kind in bill.KINDS:
-        assert sum(shard["tokens"][kind] for shard in shards) == found["tokens"][kind]
-    for kind in ("in", "out", "errors"):
-        assert sum(shard["rows"][kind] for shard in shards) == found["rows"][kind]
-    for kind in (*bill.SECONDS, "cpu"):
-        mine = sum(shard["seconds"][kind] for shard in shards)
-        assert mine <= seconds[kind] + 1e-6 if kind == "cpu" else mine == pytest.approx(seconds[kind])
-    assert sum(seconds[kind] for kind in bill.SECONDS) + waste["seconds"] + seconds["rest"] == pytest.approx(
-        seconds["held"]
-    )
-    assert seconds["rest"] >= -0.05
-    assert sum(shard["usd"]["work"] for shard in shards) == pytest.approx(usd["work"])
-    assert usd["work"] + usd["waste"] + usd["rest"] == pytest.approx(usd["total"])
-    assert sum(shard["waste"]["tokens"] for shard in shards) <= waste["tokens"]
-    back = Artifact(runs, name).revoked()
-    assert waste["shards"] == len(back)
-    assert waste["seconds"] == pytest.approx(sum(r["cost"].get(f"{k}_s", 0) for r in back for k in bill.SECONDS))
-    manifest = Artifact(runs, name).manifest
-    assert manifest is None or manifest["price"] == usd["total"] or len(back)
-    return found
-
 
 DRIVER = """
 import sys
@@ -118,17 +54,18 @@ materialize(from_json(stage, Stage), runs, placement)
 
 @pytest.mark.parametrize(("workers", "kills"), [(0, 4), (1, 2)])
 def test_after_kills_and_a_damaged_shard_the_bill_holds_all_that_the_server_counted(tmp_path, workers, kills):
-    chance, lived, runs = random.Random(4), 0.0, str(tmp_path / "runs")
+    chance, lived, runs, hold = random.Random(4), 0.0, str(tmp_path / "runs"), Hold()
     tiny_beir(tmp_path / "set", docs=150)
     pool = Pool(workers=workers, cpus=0.5, shard_rows=10, in_flight=1)
     placement = Placement(generate=pool, prices=Prices(cpu_hour=3600))
-    with served(answers(delay=0.03)) as server:
+    with served(answers(delay=0.03, hold=hold)) as server:
         stage = asked(tmp_path / "set", server, in_flight=2)
         words = [sys.executable, "-c", DRIVER, json.dumps(stage.to_json()), runs, json.dumps(placement.to_json())]
         for _ in range(kills):
             before, began = len(server.seen), time.time()
+            hold.after(before + 10 * chance.randint(1, 2) + chance.randint(2, 7))
             driver = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.DEVNULL)
-            while len(server.seen) < before + chance.randint(15, 35):
+            while len(server.seen) <= hold.most:
                 time.sleep(0.01)
                 assert driver.poll() is None, "the driver was to be killed in the middle"
             # with all that it has started: a worker that outlived it would end its shard
@@ -137,6 +74,7 @@ def test_after_kills_and_a_damaged_shard_the_bill_holds_all_that_the_server_coun
                 process.send_signal(signal.SIGKILL)
             driver.wait()
             lived += time.time() - began
+            hold.end()
         folder = stage.folder(runs)
         partial = adds_up(runs, folder.name)
         assert partial["state"] != "complete" and partial["under_way"]["rows"] > 0
@@ -172,6 +110,41 @@ def test_after_kills_and_a_damaged_shard_the_bill_holds_all_that_the_server_coun
         assert again["usd"]["waste"] > whole["usd"]["waste"] and again["usd"]["total"] > whole["usd"]["total"]
         assert used(server) <= both(again["tokens"]) + again["waste"]["tokens"] + 10
         assert folder.manifest["bill"]["usd"] == again["usd"]
+
+
+@pytest.mark.parametrize("committed", [False, True])
+def test_what_was_done_and_never_committed_is_in_the_bill_and_what_was_committed_is_there_once(
+    tmp_path, monkeypatch, committed
+):
+    class Killed(BaseException):
+        """As a worker that is killed: nobody below catches it."""
+
+    def commit(folder, shard, *rest, really=Artifact.commit):
+        receipt = really(folder, shard, *rest) if shard < 2 or committed else None
+        if shard == 2:
+            raise Killed
+        return receipt
+
+    runs = str(tmp_path / "runs")
+    tiny_beir(tmp_path / "set", docs=40)
+    placement = Placement(generate=Pool(workers=0, shard_rows=10))
+    with served(answers()) as server:
+        stage = asked(tmp_path / "set", server)
+        with monkeypatch.context() as patched, pytest.raises(Killed):
+            patched.setattr(Artifact, "commit", commit)
+            materialize(stage, runs, placement)
+        partial = adds_up(runs, stage.folder(runs).name)
+        assert partial["state"] == f"{3 if committed else 2}/4 shards"
+        assert partial["under_way"]["rows"] == (0 if committed else 10)
+        folder = materialize(stage, runs, placement)
+        whole = adds_up(runs, folder.name)
+        assert len(server.seen) == (40 if committed else 50)
+        assert both(whole["tokens"]) + whole["waste"]["tokens"] == pytest.approx(used(server), abs=10)
+        folder.revoke([2])
+        materialize(stage, runs, placement)
+        again = adds_up(runs, folder.name)
+        assert both(again["tokens"]) + again["waste"]["tokens"] == pytest.approx(used(server), abs=20)
+        assert folder.listing("tries") == {}
 
 
 def test_what_tokens_cost_is_what_the_endpoint_bills_and_no_machine(tmp_path):
