@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 
 from dagr_ray import retriever, tables
@@ -77,9 +78,11 @@ class Set:
     def encoded(self, texts: list[str]) -> sketch.Floats | None:
         return retriever.encode(self.model, texts) if self.model is not None and texts else None
 
+    def resembling(self, texts: list[str], by_meaning: bool) -> Matches:
+        return self.held.resembling(_array(texts), self.encoded(texts) if by_meaning else None)
+
     def found(self, texts: list[str], by_meaning: bool) -> Matches:
-        vectors = self.encoded(texts) if by_meaning else None
-        return self.held.resembling(_array(texts), vectors).over(LEAST)
+        return self.resembling(texts, by_meaning).over(LEAST)
 
     def bits(self) -> Iterator[list[float]]:
         """What each word of each test query tells."""
@@ -135,7 +138,18 @@ def recall(data: Set, form: str) -> tuple[int, int, Counter[str]]:
 
 def alarms(data: Set) -> tuple[int, int, int, Counter[str]]:
     """Real training queries, those that are refused, those of them for nothing, and the mechanisms of these."""
-    found = data.found(data.asked, by_meaning=True)
+    answered: dict[str, list[int]] = {}
+    for place, query_id in enumerate(data.test):
+        for passage in data.relevant.get(query_id, ()):
+            answered.setdefault(passage, []).append(place)
+    same = [
+        (row, other)
+        for row, query_id in enumerate(data.train)
+        for passage in data.relevant.get(query_id, ())
+        for other in answered.get(passage, ())
+    ]
+    rows, others = np.array(same, np.int64).reshape(-1, 2).T
+    found = data.resembling(data.asked, by_meaning=True).about(rows, others).over(LEAST)
     refused, false = set(), Counter[int]()
     by = Counter[str]()
     for row, other, how in zip(found.rows.tolist(), found.held_out.tolist(), found.how.tolist(), strict=True):

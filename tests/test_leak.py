@@ -183,6 +183,7 @@ class Trained(Stage):
     """Training queries in shards of two rows: the second is a test query in other case, the fifth a paraphrase of one."""
 
     type: ClassVar[str] = "training-queries"
+    passage: str = "Nobody visits  the grove"
     outputs: ClassVar[tuple[str, ...]] = ("queries", "qrels", "lineage", "corpus", "exemplars")
     texts: ClassVar[list[str]] = [
         "copy a dict", LEAK, "sort a list", "read a file", "the number of visitors of the grove in springtime", "zip"
@@ -204,7 +205,7 @@ class Trained(Stage):
                     {
                         "doc_id": f"p{start // 2}",
                         "title": "",
-                        "text": "Nobody visits  the grove" if start else "A dict.",
+                        "text": self.passage if start else "A dict.",
                     }
                 ],
                 "exemplars": [{"query_id": "e", "doc_id": "x", "query": ASKED[1], "passage": "p"}]
@@ -221,9 +222,10 @@ class Trained(Stage):
 SMALL = Placement(light=Pool(shard_rows=2), retrieve=Pool(shard_rows=2))
 
 
-def gate(encoder=None, **fields):
-    scan = LeakScan(selected=Trained(), corpus=Trained(), held_out=(Held(),), exemplars=Trained(), encoder=encoder)
-    return LeakGate(selected=Trained(), scan=scan, **fields)
+def gate(encoder=None, trained=None, **fields):
+    trained = trained or Trained()
+    scan = LeakScan(selected=trained, corpus=trained, held_out=(Held(),), exemplars=trained, encoder=encoder)
+    return LeakGate(selected=trained, scan=scan, **fields)
 
 
 def test_the_gate_drops_what_leaks_and_says_why(tmp_path, monkeypatch):
@@ -259,12 +261,22 @@ def test_other_thresholds_compare_nothing_anew(tmp_path, monkeypatch):
         LeakGate(selected=Held(), scan=gate().scan)
 
 
-def test_the_embedding_finds_a_paraphrase(tmp_path):
-    folder = materialize(gate(Encoder(model=str(minilm()), max_length=32), embedding=0.8), str(tmp_path), SMALL)
-    assert {r["id"]: r["reason"] for r in folder.read("rejected").to_pylist()} == {
-        "g1": "normalised",
-        "g4": "embedding",
-    }
+def test_the_embedding_finds_a_paraphrase_and_from_a_lower_score_on_where_one_passage_answers_both(tmp_path):
+    def refused(**fields):
+        folder = materialize(gate(base, **fields), str(tmp_path), SMALL)
+        return {r["id"]: r["reason"] for r in folder.read("rejected").to_pylist()}
+
+    base = Encoder(model=str(minilm()), max_length=32)
+    assert refused(embedding=0.8) == {"g1": "normalised", "g4": "embedding"}
+    assert refused(paraphrase=0.8) == {"g1": "normalised", "g4": "paraphrase"}
+    assert refused() == {"g1": "normalised"}
+    elsewhere = Trained(passage="A grove that somebody may well visit.")
+    assert refused(paraphrase=0.8, trained=elsewhere) == {"g1": "normalised"}
+    assert refused(paraphrase=0.8, embedding=0.8, trained=elsewhere) == {"g1": "normalised", "g4": "embedding"}
+    # an exemplar's own passage tells as much; here it is another one
+    folder = materialize(gate(base, paraphrase=0.8, drop=()), str(tmp_path), SMALL)
+    found = {(r["kind"], r["mechanism"]) for r in folder.read("leaks").to_pylist()}
+    assert ("query-query", "paraphrase") in found and ("exemplar-query", "paraphrase") not in found
 
 
 def test_an_unknown_split_is_named(tmp_path):

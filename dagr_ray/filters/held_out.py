@@ -6,6 +6,7 @@ by batch, through hashes, so that a batch costs what its words cost and not what
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -16,10 +17,13 @@ import pyarrow as pa
 from dagr_ray.filters import sketch
 from dagr_ray.filters.sketch import Floats, Longs, Places, Sets, Words
 
-MECHANISMS = ("exact", "normalised", "reordered", "edited", "contained", "minhash", "embedding")
+MECHANISMS = ("exact", "normalised", "reordered", "edited", "contained", "minhash", "embedding", "paraphrase")
+EMBEDDING, PARAPHRASE = 6, 7
 EQUAL = 3  # so many of them, the first, say the same words; the others have a score that a threshold is for
 # Scores below are not stored: what a threshold may be lowered to without comparing anew.
-FLOORS = {"edited": 0.5, "contained": 0.5, "minhash": 0.6, "embedding": 0.8}
+FLOORS = {"edited": 0.5, "contained": 0.5, "minhash": 0.6, "embedding": 0.8, "paraphrase": 0.8}
+# From these scores on two passages are one.
+SAME = {"contained": 0.9, "minhash": 0.9, "edited": math.inf, "embedding": math.inf}
 BANDS, ROWS = 20, 4  # of MinHash: sets of similarity 0.7 are compared with odds of 0.995
 MIN_WORDS = 3  # of a text that is looked for inside others
 MIN_BITS = 12.0  # and what its words have to tell: "what is it made of" stands in many questions
@@ -41,6 +45,18 @@ class Matches:
         """Those with at least a score for their mechanism."""
         limits = np.array([least.get(name, 0.0) for name in MECHANISMS], np.float32)
         return self._those(self.scores >= limits[self.how] - 1e-6)
+
+    def about(self, rows: Places, held_out: Places) -> Matches:
+        """With ``paraphrase`` for what ``embedding`` found of these pairs: questions that one and the same passage answers."""
+        named = np.isin(self.rows << 32 | self.held_out, rows << 32 | held_out)
+        again = self._those(named & (self.how == EMBEDDING))
+        more = Matches(again.rows, again.held_out, np.full(len(again), PARAPHRASE, np.int8), again.scores)
+        return Matches(
+            *(
+                np.concatenate([getattr(self, name), getattr(more, name)])
+                for name in ("rows", "held_out", "how", "scores")
+            )
+        )
 
     def _those(self, flags: sketch.Flags) -> Matches:
         return Matches(self.rows[flags], self.held_out[flags], self.how[flags], self.scores[flags])
@@ -109,6 +125,7 @@ class HeldOut:
       frame that several held-out texts share ("what is the size of the ...") says nothing: neither counts.
     * ``contained``: the share of the held-out text's word n-grams that stand in the other one.
     * ``minhash``: the Jaccard similarity of the sets of words; ``embedding``: the cosine of ``vectors``, unit vectors.
+    * ``paraphrase``: the same cosine, where it is known that one passage answers both: see ``Matches.about``.
     """
 
     texts: pa.Array
@@ -151,7 +168,7 @@ class HeldOut:
         scored += [(3, *each) for each in self._edited(found, bags, own)]
         scored += [(4, *self._contained(found)), (5, *self._alike(found))]
         if vectors is not None and self.vectors is not None:
-            scored.append((6, *self._near(vectors)))
+            scored.append((EMBEDDING, *self._near(vectors)))
         return Matches.joined(scored).over(FLOORS)
 
     def quoting(self, texts: pa.Array) -> Matches:
