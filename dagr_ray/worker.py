@@ -162,6 +162,7 @@ class _Worker:
         if receipt is not None and receipt.get("rows") == [shard["start"], shard["stop"]]:
             self.tries.forget(left)
             return receipt
+        self._check_commits(shard, left)
         doubted = self.tries.doubted(left) if self.stage.rescues else []
         with self.turns.alone() if doubted else self.turns.shared(), self.clock.busy():
             if not self.stage.rescues:
@@ -169,6 +170,15 @@ class _Worker:
                 return self._commit(shard, output, done, left)
             output, done, failed = self._rescue(shard, doubted)
             return self._commit(shard, output, done, left + failed)
+
+    def _check_commits(self, shard: cluster.Shard, left: list[Mark]) -> None:
+        """Raises StageFailed where workers keep dying of a shard that they have done: its rows are not to blame."""
+        mine = (mark for mark in left if mark.attempt == self.attempt and mark.cause == ENDED)
+        if sum(mark.stop - mark.start for mark in mine) >= TRIES_PER_SHARD * max(shard["stop"] - shard["start"], 1):
+            raise StageFailed(
+                f"{self.folder.name}: shard {shard['shard']} was done {TRIES_PER_SHARD} times and its worker died while it "
+                "wrote the result, most often for want of memory; free some, or give the placement a smaller shard_rows"
+            )
 
     def _commit(self, shard: cluster.Shard, output: Output, done: list[Mark], lost: list[Mark]) -> Json:
         spent = self.clock.charge() | (self.started.pop() if self.started else {}) | output.cost
@@ -219,8 +229,7 @@ class _Worker:
             if output is None:
                 failed.append(mark)
                 continue
-            if ranges != [(start, stop)]:
-                self.tries.ended(mark, ENDED, "")
+            self.tries.ended(mark, ENDED, "")
             marks.append(mark)
             done[pending[0]] = output
         for row, why in given_up.items():

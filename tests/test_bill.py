@@ -30,6 +30,7 @@ from dagr_ray.stages.corpus import Beir
 from dagr_ray.stages.generate import Generate
 from dagr_ray.stages.select import Take
 from dagr_ray.strategies.crop import Crop
+from dagr_ray.worker import TRIES_PER_SHARD, Opener
 from tests.billed import Hold, adds_up, answers, asked, both, usage_of, used
 from tests.conftest import tiny_beir
 from tests.endpoint import drop, served, status
@@ -145,6 +146,31 @@ def test_what_was_done_and_never_committed_is_in_the_bill_and_what_was_committed
         again = adds_up(runs, folder.name)
         assert both(again["tokens"]) + again["waste"]["tokens"] == pytest.approx(used(server), abs=20)
         assert folder.listing("tries") == {}
+
+
+def test_workers_that_die_while_they_write_a_shard_are_not_replaced_for_ever(tmp_path, monkeypatch):
+    class Killed(BaseException):
+        """As above."""
+
+    def commit(*_):
+        raise Killed
+
+    tiny_beir(tmp_path / "set", docs=40)
+    with served(answers()) as server:
+        stage = asked(tmp_path / "set", server)
+        inputs = {"corpus": materialize(stage.corpus, str(tmp_path / "runs"), HERE)}
+        opened = Opener(stage, inputs, stage.folder(str(tmp_path / "runs")), Pool(workers=1, shard_rows=10), "1-a")
+        with monkeypatch.context() as patched:
+            patched.setattr(Artifact, "commit", commit)
+            for _ in range(TRIES_PER_SHARD):
+                with pytest.raises(Killed):
+                    opened()({"shard": 0, "start": 0, "stop": 10})
+        with pytest.raises(StageFailed, match="shard 0 was done 3 times and its worker died while it wrote"):
+            opened()({"shard": 0, "start": 0, "stop": 10})
+        opened.attempt = "2-b"  # who runs it again has perhaps freed some memory
+        cost = opened()({"shard": 0, "start": 0, "stop": 10})["cost"]
+        assert len(server.seen) == 40 and cost["lost_tries"] == 3
+        assert cost["lost_tokens"] == 3 * (cost["prompt_tokens"] + cost["completion_tokens"])
 
 
 def test_what_tokens_cost_is_what_the_endpoint_bills_and_no_machine(tmp_path):
