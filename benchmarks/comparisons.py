@@ -206,7 +206,7 @@ def page(runs: str, studies: Json) -> str:
                 "",
             ]
             lines += [f"| data set | mix | {' | '.join(LIKE)} |", "|---|---|" + "---:|" * len(LIKE)]
-            lines += [line for study in found for line in like(study, part, runs)] + [""]
+            lines += [line for key, each in studies.items() if key.endswith(f"/{name}") for line in each["like"]] + [""]
         if name == "refine":
             lines += ["The steps of the longest: answers of the generator, then those that were written again.", ""]
             lines += [
@@ -245,6 +245,8 @@ def main() -> int:
             continue
         if studies.get(key, {}).get("folder") != folder:
             studies[key] = {"folder": folder, "commit": commit()}
+            if part == "mixture":  # kept, because a later version of a stage looks in other folders
+                studies[key]["like"] = like(Study(runs, folder, commit()), PARTS[part], runs)
             known.write_json("studies.json", studies)
         Path(args.page).write_text(page(runs, studies))
         print(f"[{number}/{len(todo)}] {label}: {part}: {duration(time.time() - began)}", flush=True)
