@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 
 from dagr_ray.artifact import Artifact
 
-DIED, STOPPED, ENDED = "engine_crash", "stopped", "ended"
+DIED, STOPPED, ENDED, DONE = "engine_crash", "stopped", "ended", "done"  # done: with it, all of the shard has ended
 Range = tuple[int, int]
 
 
@@ -102,7 +102,7 @@ class Tries:
         A worker that died together with its driver tells nothing, nor does a try that was called off or came to its end.
         """
         ours = (mark for mark in marks if mark.attempt == self.attempt or (self.inline and mark.inline))
-        return [mark for mark in ours if mark.cause not in (STOPPED, ENDED)]
+        return [mark for mark in ours if mark.cause not in (STOPPED, ENDED, DONE)]
 
     def begin(self, shard: int, start: int, stop: int) -> Mark:
         """Marks rows as begun."""

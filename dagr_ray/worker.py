@@ -24,7 +24,7 @@ from dagr_ray.artifact import Artifact, Damaged, Json, add_up
 from dagr_ray.cluster import Pool
 from dagr_ray.config import ConfigError
 from dagr_ray.engines import EngineDied, cores_held
-from dagr_ray.tries import DIED, ENDED, STOPPED, Given, Mark, Range, Tries, Turns, Watchdog, narrow
+from dagr_ray.tries import DIED, DONE, ENDED, STOPPED, Given, Mark, Range, Tries, Turns, Watchdog, narrow
 
 if TYPE_CHECKING:
     from dagr_ray.stage import Stage
@@ -173,8 +173,7 @@ class _Worker:
 
     def _check_commits(self, shard: cluster.Shard, left: list[Mark]) -> None:
         """Raises StageFailed where workers keep dying of a shard that they have done: its rows are not to blame."""
-        mine = (mark for mark in left if mark.attempt == self.attempt and mark.cause == ENDED)
-        if sum(mark.stop - mark.start for mark in mine) >= TRIES_PER_SHARD * max(shard["stop"] - shard["start"], 1):
+        if sum(mark.attempt == self.attempt and mark.cause == DONE for mark in left) >= TRIES_PER_SHARD:
             raise StageFailed(
                 f"{self.folder.name}: shard {shard['shard']} was done {TRIES_PER_SHARD} times and its worker died while it "
                 "wrote the result, most often for want of memory; free some, or give the placement a smaller shard_rows"
@@ -229,9 +228,9 @@ class _Worker:
             if output is None:
                 failed.append(mark)
                 continue
-            self.tries.ended(mark, ENDED, "")
             marks.append(mark)
             done[pending[0]] = output
+            self.tries.ended(mark, ENDED if pending[1:] else DONE, "")
         for row, why in given_up.items():
             done[row, row + 1] = self.stage.refuse(self.inputs, row, why.reason, why.detail)
         return joined([done[each] for each in sorted(done)]), marks, failed

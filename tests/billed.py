@@ -27,6 +27,10 @@ def usage_of(body) -> dict:
     }
 
 
+class Killed(BaseException):
+    """As a worker that is killed: nothing catches it below the one who asked."""
+
+
 class Hold:
     """Keeps a server's requests waiting after the first ``most``, so that a driver is caught in the middle of a shard."""
 

@@ -31,7 +31,7 @@ from dagr_ray.stages.generate import Generate
 from dagr_ray.stages.select import Take
 from dagr_ray.strategies.crop import Crop
 from dagr_ray.worker import TRIES_PER_SHARD, Opener
-from tests.billed import Hold, adds_up, answers, asked, both, usage_of, used
+from tests.billed import Hold, Killed, adds_up, answers, asked, both, usage_of, used
 from tests.conftest import tiny_beir
 from tests.endpoint import drop, served, status
 from tests.studies import made_study
@@ -117,9 +117,6 @@ def test_after_kills_and_a_damaged_shard_the_bill_holds_all_that_the_server_coun
 def test_what_was_done_and_never_committed_is_in_the_bill_and_what_was_committed_is_there_once(
     tmp_path, monkeypatch, committed
 ):
-    class Killed(BaseException):
-        """As a worker that is killed: nobody below catches it."""
-
     def commit(folder, shard, *rest, really=Artifact.commit):
         receipt = really(folder, shard, *rest) if shard < 2 or committed else None
         if shard == 2:
@@ -149,9 +146,6 @@ def test_what_was_done_and_never_committed_is_in_the_bill_and_what_was_committed
 
 
 def test_workers_that_die_while_they_write_a_shard_are_not_replaced_for_ever(tmp_path, monkeypatch):
-    class Killed(BaseException):
-        """As above."""
-
     def commit(*_):
         raise Killed
 

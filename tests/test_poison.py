@@ -18,6 +18,7 @@ from dagr_ray.stages.generate import Generate
 from dagr_ray.strategies.crop import Crop
 from dagr_ray.tries import Mark, Turns, narrow
 from dagr_ray.worker import Opener
+from tests.billed import Killed
 from tests.conftest import tiny_beir
 
 ROOT = Path(__file__).parent.parent
@@ -53,6 +54,8 @@ class Fragile(Engine):
                 os.kill(os.getpid(), signal.SIGKILL)
             elif evil == "hang":
                 time.sleep(3600)
+            elif evil == "leave":
+                raise Killed
             elif evil == "raise":
                 raise ValueError(f"no good: {number}")
             elif evil == "engine":
@@ -120,6 +123,25 @@ def test_a_shard_that_has_its_receipt_is_not_done_again_when_it_is_asked_for_aga
     worker = Opener(stage, inputs, folder, pool, "1-x")()
     assert worker({"shard": 1, "start": 20, "stop": 40}) == folder.receipts()[1]
     assert (tmp_path / "log").read_text() == before + "open\n"
+
+
+def test_what_a_shard_has_done_again_and_again_because_of_its_last_rows_is_no_reason_to_give_it_up(tmp_path):
+    stage = asked(tmp_path, n18="leave", n19="leave")
+    runs = str(tmp_path / "runs")
+    inputs = {name: materialize(each, runs) for name, each in stage.inputs().items()}
+    deaths, receipt = 0, None
+    while receipt is None:
+        try:
+            receipt = Opener(stage, inputs, stage.folder(runs), Pool(workers=1), "1-x")()(
+                {"shard": 0, "start": 0, "stop": 20}
+            )
+        except Killed:
+            deaths += 1
+    assert deaths == 6, "the shard, a smaller range, and each of the two alone, twice"
+    assert (receipt["counts"]["in"], receipt["counts"]["out"]) == (20, 18)
+    # twice 20 rows were begun in vain, and then four times 16, the next two and the one that ends it
+    assert receipt["cost"]["lost_tokens"] == round(18 * 12 * (2 * 20 + 4 * 19) / 20)
+    assert stage.folder(runs).listing("tries") == {}
 
 
 def test_an_engine_that_dies_is_opened_again_and_the_row_at_fault_is_given_up(tmp_path):
