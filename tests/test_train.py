@@ -1,9 +1,12 @@
 """Training: Ray Train with two workers, one worker's determinism, the batches, and what the folder holds afterwards."""
 
 import re
+from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
+import torch
 
 from dagr_ray import models
 from dagr_ray.cluster import Placement, Pool, connect
@@ -17,6 +20,17 @@ from dagr_ray.training.texts import Examples
 from tests.toys import HERE, TWO, Toy, distance, small, toy_train, weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Watched(InfoNCE):
+    """Writes down with how many threads it is computed."""
+
+    type: ClassVar[str] = "watched"
+    log: str
+
+    def value(self, batch):
+        Path(self.log).write_text(str(torch.get_num_threads()))
+        return super().value(batch)
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +97,14 @@ def test_two_workers_are_one_worker(here, tmp_path):
     mean = np.mean([np.abs(ours[name] - theirs[name]).mean() for name in ours])
     assert mean < 0.02 * np.mean([np.abs(ours[name] - base[name]).mean() for name in ours])
     assert two.fs.get_file_info(f"{two.path}/ray").type.name == "NotFound"
+
+
+@pytest.mark.parametrize(("cpus", "threads"), [(1.8, "2"), (0.9, "1")])
+def test_a_worker_has_as_many_threads_as_its_cpus_are_rounded(tmp_path, cpus, threads):
+    connect()
+    toy = toy_train(Toy(n=8), batch_size=8, losses=(Watched(log=str(tmp_path / "log")),))
+    materialize(toy, str(tmp_path / "runs"), Placement(train=Pool(workers=1, cpus=cpus)))
+    assert (tmp_path / "log").read_text() == threads
 
 
 def test_fewer_negatives_and_none_are_fine(tmp_path):
