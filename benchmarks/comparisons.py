@@ -246,7 +246,7 @@ def main() -> int:
         if studies.get(key, {}).get("folder") != folder:
             studies[key] = {"folder": folder, "commit": commit()}
             if part == "mixture":  # kept, because a later version of a stage looks in other folders
-                studies[key]["like"] = like(Study(runs, folder, commit()), PARTS[part], runs)
+                studies[key]["like"] = like(Study(runs, folder, studies[key]["commit"]), PARTS[part], runs)
             known.write_json("studies.json", studies)
         Path(args.page).write_text(page(runs, studies))
         print(f"[{number}/{len(todo)}] {label}: {part}: {duration(time.time() - began)}", flush=True)

@@ -184,6 +184,7 @@ class Trained(Stage):
 
     type: ClassVar[str] = "training-queries"
     passage: str = "Nobody visits  the grove"
+    shown: tuple[str, str] = (ASKED[1], "p")
     outputs: ClassVar[tuple[str, ...]] = ("queries", "qrels", "lineage", "corpus", "exemplars")
     texts: ClassVar[list[str]] = [
         "copy a dict", LEAK, "sort a list", "read a file", "the number of visitors of the grove in springtime", "zip"
@@ -208,7 +209,7 @@ class Trained(Stage):
                         "text": self.passage if start else "A dict.",
                     }
                 ],
-                "exemplars": [{"query_id": "e", "doc_id": "x", "query": ASKED[1], "passage": "p"}]
+                "exemplars": [{"query_id": "e", "doc_id": "x", "query": self.shown[0], "passage": self.shown[1]}]
                 if start == 0
                 else [],
             }
@@ -273,10 +274,10 @@ def test_the_embedding_finds_a_paraphrase_and_from_a_lower_score_on_where_one_pa
     elsewhere = Trained(passage="A grove that somebody may well visit.")
     assert refused(paraphrase=0.8, trained=elsewhere) == {"g1": "normalised"}
     assert refused(paraphrase=0.8, embedding=0.8, trained=elsewhere) == {"g1": "normalised", "g4": "embedding"}
-    # an exemplar's own passage tells as much; here it is another one
-    folder = materialize(gate(base, paraphrase=0.8, drop=()), str(tmp_path), SMALL)
-    found = {(r["kind"], r["mechanism"]) for r in folder.read("leaks").to_pylist()}
-    assert ("query-query", "paraphrase") in found and ("exemplar-query", "paraphrase") not in found
+    for passage, found in (("Nobody visits the grove.", True), ("p", False)):
+        shown = Trained(shown=(Trained.texts[4], passage))
+        leaks = materialize(gate(base, paraphrase=0.8, drop=(), trained=shown), str(tmp_path), SMALL).read("leaks")
+        assert (("exemplar-query", "paraphrase") in {(r["kind"], r["mechanism"]) for r in leaks.to_pylist()}) == found
 
 
 def test_an_unknown_split_is_named(tmp_path):

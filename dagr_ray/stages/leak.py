@@ -182,13 +182,13 @@ class _Set:
             )
         self.name = data.name
         qrels = data.read(name)
-        relevant = qrels.filter(pc.greater(qrels["relevance"], 0))["doc_id"].unique()
+        pairs = qrels.filter(pc.greater(qrels["relevance"], 0))
+        relevant = pairs["doc_id"].unique()
         queries = data.read("queries")
         queries = queries.filter(pc.is_in(queries["query_id"], value_set=qrels["query_id"].unique()))
         docs = [part.filter(pc.is_in(part["doc_id"], value_set=relevant)) for part in data.scan("corpus")]
         passages = pa.concat_tables([tables.empty("corpus"), *docs])
         self.query_ids, self.passage_ids = _flat(queries["query_id"]), _flat(passages["doc_id"])
-        pairs = qrels.filter(pc.greater(qrels["relevance"], 0))
         self._asks = pc.index_in(pairs["query_id"], value_set=self.query_ids).to_numpy().astype(np.int64)
         self._answers = pc.index_in(pairs["doc_id"], value_set=self.passage_ids).fill_null(-1).to_numpy()
         texts, bodies = _flat(queries["text"]), _texts(passages)
@@ -254,7 +254,7 @@ class LeakGate(Stage):
     ``embedding`` and ``paraphrase`` are the least scores; equal words, in any order, always count. Questions that mean
     nearly the same leak where the training query's own passage answers the test query, too (``paraphrase``: of SciFact's
     training claims it finds those that say a test claim in other words, or deny it), and seldom where it does not: "What
-    type of pans are these?" is asked about many products. At these, 0.5 % of the real training queries of four collections
+    type of pans are these?" is asked about many products. At these, 0.51 % of the real training queries of four collections
     were refused for nothing, nearly all of them in one whose questions do not stand alone (benchmarks/leak.py).
     """
 
@@ -266,7 +266,7 @@ class LeakGate(Stage):
     edited: Annotated[float, Field(ge=FLOORS["edited"])] = 0.6
     contained: Annotated[float, Field(ge=FLOORS["contained"])] = 0.9
     minhash: Annotated[float, Field(ge=FLOORS["minhash"])] = 0.9
-    embedding: Annotated[float, Field(ge=FLOORS["embedding"])] = 0.99
+    embedding: Annotated[float, Field(ge=FLOORS["embedding"])] = 0.98
     paraphrase: Annotated[float, Field(ge=FLOORS["paraphrase"])] = 0.95
 
     @model_validator(mode="after")
