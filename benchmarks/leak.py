@@ -2,9 +2,10 @@
 
     python benchmarks/leak.py [DIR ...] [--no-embedding]
 
-Plants copies of the test queries of PyDocs, and of each BEIR folder DIR, in six forms. One word replaced: any but the one
-that tells most, because with that one replaced the question is another; that case has a row of its own. Translations are
-of 40 PyDocs queries into German and French (benchmarks/leak_translated.jsonl, by a language model).
+Plants copies of the test queries of PyDocs, and of each BEIR folder DIR, in eight forms. One word replaced: any but the one
+that tells most, because with that one replaced the question is another; that case has a row of its own, and so has one word
+replaced where the others are in another order. Translations are of 40 PyDocs queries into German and French
+(benchmarks/leak_translated.jsonl, by a language model).
 
 False alarms: training and dev queries that are refused, though they have no relevant passage in common with the
 test query that they resemble and other words. Bounds: recall at least 0.99 for the first four and 0.9 for the fifth,
@@ -42,7 +43,7 @@ BOUNDS = {
     "one word replaced": 0.99,
     "inside a longer query": 0.9,
 }
-REPORTED = ("its most telling word replaced", "translated")
+REPORTED = ("reordered, one word replaced", "its most telling word replaced", "translated")
 FALSE_ALARMS = 0.005
 LEAST = {name: LeakGate.model_fields[name].default for name in FLOORS}
 TRANSLATED = Path(__file__).with_name("leak_translated.jsonl")
@@ -124,7 +125,8 @@ def planted(data: Set, form: str, rng: random.Random) -> list[str]:
                 other = rng.choice(
                     [word for word in rng.choices(others, k=20) if word.casefold() != found[at].casefold()]
                 )
-                made.append(" ".join([*found[:at], other, *found[at + 1 :]]))
+                edited = [*found[:at], other, *found[at + 1 :]]
+                made.append(" ".join(rng.sample(edited, len(edited)) if form.startswith("reordered") else edited))
     return made
 
 

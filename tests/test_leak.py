@@ -120,6 +120,27 @@ def test_a_frame_that_questions_share_is_no_leak():
     assert ("edited", 2) not in one(asked, "who wrote the anthem of Peru", telling=telling), "that is another question"
 
 
+def test_one_word_replaced_in_another_order_has_to_leave_more():
+    asked = "who wrote the anthem of Malta"
+    others = ["who wrote the song", *["of the anthem"] * 5, *["what is the use of it"] * 20]
+    held = HeldOut(texts(asked), telling=Telling(sketch.split(texts(asked, *others)), []))
+
+    def found(text, **least):
+        matches = held.resembling(texts(text)).over({**LEAST, "contained": 2, "minhash": 2, **least})
+        return [(MECHANISMS[how], round(float(s), 2)) for how, s in zip(matches.how, matches.scores, strict=True)]
+
+    assert found("who composed the anthem of Malta") == [("edited", 0.74)]
+    assert found("who composed the of anthem Malta") == [], "and in another order too much has gone"
+    assert found("who composed the of anthem Malta", rearranged=0.7) == [("rearranged", 0.74)]
+    assert found("who wrote the hymn of Malta") == [("edited", 0.84)]
+    assert found("of Malta who wrote the hymn") == [("rearranged", 0.84)]
+    assert found("hymn who wrote the of Malta") == [("rearranged", 0.84)], "a word comes in elsewhere"
+    assert found("who wrote the very anthem of Malta") == found("who wrote anthem of Malta") == [("edited", 1.0)]
+    assert found("anthem of Malta who wrote the the") == [("rearranged", 1.0)], "one added"
+    assert found("anthem of Malta who wrote") == [("rearranged", 1.0)], "one left out"
+    assert found("of Malta who wrote the anthem") == [("reordered", 1.0)]
+
+
 def test_a_translation_is_found_by_its_meaning_alone():
     rng = np.random.default_rng(3)
     rows = [json.loads(line) for line in TRANSLATED.read_text().splitlines()]

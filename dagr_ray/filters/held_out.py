@@ -17,13 +17,16 @@ import pyarrow as pa
 from dagr_ray.filters import sketch
 from dagr_ray.filters.sketch import Floats, Longs, Places, Sets, Words
 
-MECHANISMS = ("exact", "normalised", "reordered", "edited", "contained", "minhash", "embedding", "paraphrase")
-EMBEDDING, PARAPHRASE = 6, 7
+MECHANISMS = (
+    *("exact", "normalised", "reordered"),
+    *("edited", "rearranged", "contained", "minhash", "embedding", "paraphrase"),
+)
+EDITED, REARRANGED, CONTAINED, MINHASH, EMBEDDING, PARAPHRASE = range(3, 9)
 EQUAL = 3  # so many of them, the first, say the same words; the others have a score that a threshold is for
 # Scores below are not stored: what a threshold may be lowered to without comparing anew.
-FLOORS = {"edited": 0.5, "contained": 0.5, "minhash": 0.6, "embedding": 0.8, "paraphrase": 0.8}
+FLOORS = {"edited": 0.5, "rearranged": 0.5, "contained": 0.5, "minhash": 0.6, "embedding": 0.8, "paraphrase": 0.8}
 # From these scores on two passages are one.
-SAME = {"contained": 0.9, "minhash": 0.9, "edited": math.inf, "embedding": math.inf}
+SAME = {"contained": 0.9, "minhash": 0.9, "edited": math.inf, "rearranged": math.inf, "embedding": math.inf}
 BANDS, ROWS = 20, 4  # of MinHash: sets of similarity 0.7 are compared with odds of 0.995
 MIN_WORDS = 3  # of a text that is looked for inside others
 MIN_BITS = 12.0  # and what its words have to tell: "what is it made of" stands in many questions
@@ -123,6 +126,7 @@ class HeldOut:
     * ``edited``: one word replaced, added or left out. The score is the share of what the held-out text tells (bits of
       ``telling``) that is still there. Where the word that tells most was replaced the question is another one, and a
       frame that several held-out texts share ("what is the size of the ...") says nothing: neither counts.
+    * ``rearranged``: the same, but the other words are in another order, so that more has changed than the score says.
     * ``contained``: the share of the held-out text's word n-grams that stand in the other one.
     * ``minhash``: the Jaccard similarity of the sets of words; ``embedding``: the cosine of ``vectors``, unit vectors.
     * ``paraphrase``: the same cosine, where it is known that one passage answers both: see ``Matches.about``.
@@ -165,15 +169,18 @@ class HeldOut:
             (2, *_both(matching(bags, own), found.counts > 0)),
         ]
         scored = [(how, rows, others, np.ones(len(rows), np.float32)) for how, rows, others in parts]
-        scored += [(3, *each) for each in self._edited(found, bags, own)]
-        scored += [(4, *self._contained(found)), (5, *self._alike(found))]
+        for rows, others, shares in self._edited(found, bags, own):
+            same = _but_one_place(found, rows, self.words, others)
+            scored += [(EDITED, rows[same], others[same], shares[same])]
+            scored += [(REARRANGED, rows[~same], others[~same], shares[~same])]
+        scored += [(CONTAINED, *self._contained(found)), (MINHASH, *self._alike(found))]
         if vectors is not None and self.vectors is not None:
             scored.append((EMBEDDING, *self._near(vectors)))
         return Matches.joined(scored).over(FLOORS)
 
     def quoting(self, texts: pa.Array) -> Matches:
         """Texts with whole held-out texts inside, such as a passage that holds a question."""
-        return Matches.joined([(4, *self._contained(sketch.split(texts)))]).over(FLOORS)
+        return Matches.joined([(CONTAINED, *self._contained(sketch.split(texts)))]).over(FLOORS)
 
     def quoted(self, texts: pa.Array) -> Matches:
         """Texts that are taken out of a held-out one: the score is the share of their n-grams that stand there."""
@@ -183,7 +190,7 @@ class HeldOut:
         where, other = matching(grams, mine)
         sizes = np.maximum(found.counts - self.ngram + 1, 1)
         return Matches.joined(
-            [(4, *_shares(found.rows[at][where], self.words.rows[held_at][other], where, sizes))]
+            [(CONTAINED, *_shares(found.rows[at][where], self.words.rows[held_at][other], where, sizes))]
         ).over(FLOORS)
 
     def _edited(self, found: Words, bags: Longs, own: Longs) -> Iterable[tuple[Places, Places, Floats]]:
@@ -243,6 +250,23 @@ class HeldOut:
 def _both(pairs: tuple[Places, Places], some: sketch.Flags) -> tuple[Places, Places]:
     kept = some[pairs[0]]
     return pairs[0][kept], pairs[1][kept]
+
+
+def _but_one_place(left: Words, rows: Places, right: Words, others: Places) -> sketch.Flags:
+    """Whether two texts have the same words in the same order but at one place: one replaced, added or left out there."""
+    counts, theirs = left.counts[rows], right.counts[others]
+    shorter = np.minimum(counts, theirs)
+    shared = np.zeros(len(rows), np.int64)
+    firsts, lasts = (left.starts[rows], right.starts[others]), (left.starts[rows + 1] - 1, right.starts[others + 1] - 1)
+    for (mine, held), step in ((firsts, 1), (lasts, -1)):
+        going, place = np.flatnonzero(shorter > 0), 0
+        while len(going):
+            alike = left.hashes[mine[going] + step * place] == right.hashes[held[going] + step * place]
+            shared[going] += alike
+            place += 1
+            going = going[alike & (shorter[going] > place)]
+    same: sketch.Flags = shared >= np.maximum(counts, theirs) - 1
+    return same
 
 
 def _frames(
