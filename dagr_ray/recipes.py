@@ -280,6 +280,7 @@ def climb(
     n: int,
     negatives: int = 7,
     teacher: Teacher | None = None,
+    bm25_share: float = 0.6,
     held_out: Sequence[Stage] = (),
 ) -> tuple[Stage, Stage, tuple[Loss, ...]]:
     """``n`` examples of some queries at a rung of the ladder, the stage with their queries, and the losses to train with.
@@ -289,13 +290,16 @@ def climb(
     * ``teacher`` and ``filters``: and ``negatives`` of them, which are learnt in the order and at the distances that a
       teacher finds (listwise KL, as in Ren et al., arXiv 2110.07367), with a tenth of the in-batch loss.
 
-    The teacher is, unless another is given, the weighted mean of BM25's and ``base``'s z-scores; another's scores are
-    logits, as a cross-encoder's are, and so at a temperature of 1. ``filters`` differs from
-    ``teacher`` in the queries that are given: see ``filtered``. Several sources are blended by weight (``Blend``). Queries
-    that resemble the test queries of ``held_out`` are left out.
+    The teacher is, unless another is given, the weighted mean of BM25's z-scores, with a weight of ``bm25_share``, and
+    ``base``'s; another's scores are logits, as a cross-encoder's are, and so at a temperature of 1. ``filters`` differs
+    from ``teacher`` in the queries that are given: see ``filtered``. Several sources are blended by weight (``Blend``).
+    Queries that resemble the test queries of ``held_out`` are left out.
     """
+    if not 0 <= bm25_share <= 1:
+        raise ConfigError(f"climb: bm25_share = {bm25_share}; give BM25's share of the teacher, from 0 to 1")
     queries = [gated(s.queries, s.passages, held_out, base) if held_out else s.queries for s in sources]
-    examples = [_examples(rung, each, corpus, base, negatives, teacher) for each in queries]
+    scores = teacher or Hybrid(fusion="z-score", weights=(bm25_share, round(1 - bm25_share, 6)))
+    examples = [_examples(rung, each, corpus, base, negatives, scores) for each in queries]
     kl = KL() if teacher is None else KL(teacher_temperature=1.0)
     distilled: tuple[Loss, ...] = (kl, InfoNCE(weight=0.1))
     losses = (InfoNCE(),) if rung in ("in-batch", "mined") else distilled
@@ -306,9 +310,7 @@ def climb(
     return blend, blend, losses
 
 
-def _examples(
-    rung: Rung, queries: Stage, corpus: Stage, base: Encoder, negatives: int, teacher: Teacher | None
-) -> Stage:
+def _examples(rung: Rung, queries: Stage, corpus: Stage, base: Encoder, negatives: int, teacher: Teacher) -> Stage:
     if rung == "in-batch":
         return Mine(selected=queries, corpus=corpus, negatives=0)
     miners: tuple[Miner, ...] = (BM25(), Dense(encoder=base))
@@ -317,7 +319,6 @@ def _examples(
         return Mine(selected=queries, corpus=corpus, searches=searches, negatives=1)
     # what is relevant besides the positive is the teacher's to say: nothing is left out for scoring near it
     mined = Mine(selected=queries, corpus=corpus, searches=searches, negatives=negatives, margin=None)
-    teacher = teacher or Hybrid(fusion="z-score", weights=(0.6, 0.4))
     labels = Label(teacher=teacher, queries=queries, corpus=corpus, searches=searches, examples=mined)
     return Relabel(mined=mined, labels=labels)
 

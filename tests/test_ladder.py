@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from dagr_ray.cluster import Placement, Pool
+from dagr_ray.config import ConfigError
 from dagr_ray.recipes import RUNGS
 from dagr_ray.stage import materialize, walk
 from dagr_ray.stages.blend import Blend, Human
@@ -63,6 +64,20 @@ def test_a_cross_encoder_may_be_the_teacher(data, tmp_path):
     assert not of(mined, Label)
     assert [each.teacher.type for each in of(filters, Label)] == ["cross-encoder"]
     assert of(filters, Train)[0].losses[0].teacher_temperature == 1.0
+
+
+def test_the_hybrid_teacher_weighs_bm25_by_its_share(data):
+    trials = planned(data, "rung=teacher", "base=minilm", "bm25_share=0,0.3,0.6")
+    arms = {t.params["bm25_share"]: t.card for t in trials if t.kind == "augmented"}
+    assert {share: of(card, Label)[0].teacher.weights for share, card in arms.items()} == {
+        0.0: (0.0, 1.0),
+        0.3: (0.3, 0.7),
+        0.6: (0.6, 0.4),
+    }
+    usual = [t.card for t in planned(data, "rung=teacher", "base=minilm") if t.kind == "augmented"]
+    assert usual[0].fingerprint() == arms[0.6].fingerprint()
+    with pytest.raises(ConfigError, match=r"bm25_share = 1.2; give .* from 0 to 1"):
+        planned(data, "rung=teacher", "base=minilm", "bm25_share=1.2")
 
 
 def test_people_join_by_their_share(data):
