@@ -17,12 +17,10 @@ import pyarrow as pa
 from dagr_ray.filters import sketch
 from dagr_ray.filters.sketch import Floats, Longs, Places, Sets, Words
 
-MECHANISMS = (
-    *("exact", "normalised", "reordered"),
-    *("edited", "rearranged", "contained", "minhash", "embedding", "paraphrase"),
-)
-EDITED, REARRANGED, CONTAINED, MINHASH, EMBEDDING, PARAPHRASE = range(3, 9)
-EQUAL = 3  # so many of them, the first, say the same words; the others have a score that a threshold is for
+SAME_WORDS = ("exact", "normalised", "reordered")
+MECHANISMS = (*SAME_WORDS, "edited", "rearranged", "contained", "minhash", "embedding", "paraphrase")
+EDITED, REARRANGED, CONTAINED, MINHASH, EMBEDDING, PARAPHRASE = range(len(SAME_WORDS), len(MECHANISMS))
+EQUAL = len(SAME_WORDS)  # from this place on a mechanism has a score that a threshold is for
 # Scores below are not stored: what a threshold may be lowered to without comparing anew.
 FLOORS = {"edited": 0.5, "rearranged": 0.5, "contained": 0.5, "minhash": 0.6, "embedding": 0.8, "paraphrase": 0.8}
 # From these scores on two passages are one.
