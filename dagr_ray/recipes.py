@@ -280,7 +280,7 @@ def climb(
     n: int,
     negatives: int = 7,
     teacher: Teacher | None = None,
-    bm25_share: float = 0.6,
+    bm25_share: float | None = None,
     held_out: Sequence[Stage] = (),
 ) -> tuple[Stage, Stage, tuple[Loss, ...]]:
     """``n`` examples of some queries at a rung of the ladder, the stage with their queries, and the losses to train with.
@@ -290,11 +290,16 @@ def climb(
     * ``teacher`` and ``filters``: and ``negatives`` of them, which are learnt in the order and at the distances that a
       teacher finds (listwise KL, as in Ren et al., arXiv 2110.07367), with a tenth of the in-batch loss.
 
-    The teacher is, unless another is given, the weighted mean of BM25's z-scores, with a weight of ``bm25_share``, and
+    The teacher is, unless another is given, the weighted mean of BM25's z-scores, with a weight of ``bm25_share`` (0.6), and
     ``base``'s; another's scores are logits, as a cross-encoder's are, and so at a temperature of 1. ``filters`` differs
     from ``teacher`` in the queries that are given: see ``filtered``. Several sources are blended by weight (``Blend``).
     Queries that resemble the test queries of ``held_out`` are left out.
     """
+    if teacher is not None and bm25_share is not None:
+        raise ConfigError(
+            f"climb: bm25_share = {bm25_share} is the hybrid teacher's; leave it out beside {teacher.type}"
+        )
+    bm25_share = 0.6 if bm25_share is None else bm25_share
     if not 0 <= bm25_share <= 1:
         raise ConfigError(f"climb: bm25_share = {bm25_share}; give BM25's share of the teacher, from 0 to 1")
     queries = [gated(s.queries, s.passages, held_out, base) if held_out else s.queries for s in sources]
