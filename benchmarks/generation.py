@@ -1,13 +1,17 @@
 """The Generate stage beside vLLM alone and Ray's own processor: the same prompts, sampling and seeds, in turns.
 
-    python benchmarks/generation.py [--prompts 1024] [--rounds 3] [--arms vllm,inline,stage,ray] [--json FILE]
+    python benchmarks/generation.py [--prompts 1024] [--rounds 3] [--arms vllm,compiled,inline,stage,ray] [--json FILE]
     python benchmarks/generation.py --config 8b --dummy --placement cluster/one_gpu.toml --prompts 8192
 
 Each arm runs in a process of its own, with its engine's start left out and reported. The stage runs twice: in the calling
 process (a placement without workers) and on a pool of Ray actors, whose own processes (driver, raylet, GCS, agents, three
-helper actors of Ray Data) take cores from an engine that computes on them. Prints the ratios of requests a second as
-median, least and most over the rounds, and writes benchmarks/generation.md where all arguments are the default ones. Exits 1
-where the stage, in process or on Ray, is under 0.97 of vLLM alone, or on Ray under 1.0 of ray.data.llm.
+helper actors of Ray Data) take cores from an engine that computes on them. vLLM alone has the stage's engine arguments;
+``compiled`` is the same with vLLM's compiler, which fuses what the stage's engine has kernels for on a CPU and takes long
+to start, and ``stock`` (not run by default) has vLLM's own defaults for that and for the size of cache blocks.
+
+Prints the ratios of requests a second as median, least and most over the rounds, and writes benchmarks/generation.md where
+all arguments are the default ones. Exits 1 where the stage, in process or on Ray, is under 0.97 of vLLM alone, or on Ray
+under 1.0 of ray.data.llm.
 
 ``--config`` is a folder with a config.json and a tokenizer, or a shape that the script writes out (8b: Llama's with 8
 billion parameters, tiny: for a test). ``--dummy`` gives the model random weights, so that none have to be there.
@@ -21,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -43,11 +48,20 @@ from dagr_ray.tables import seed_of
 BOUNDS = {("inline", "vllm"): 0.97, ("stage", "vllm"): 0.97, ("stage", "ray"): 1.0}
 NAMES = {
     "vllm": "`vllm.LLM.generate`",
+    "compiled": "the same, compiled",
+    "stock": "`vllm.LLM.generate`, vLLM's defaults",
     "inline": "`Generate`, in process",
     "stage": "`Generate`, on Ray",
     "ray": "`ray.data.llm`",
 }
 MAX_TOKENS = 24
+PEERS = {"vllm": "over vLLM alone: median, least, most", "compiled": "over vLLM compiled", "ray": "over `ray.data.llm`"}
+# engine arguments of the stage that a peer goes without
+WITHOUT: dict[str, tuple[str, ...]] = {
+    "vllm": (),
+    "compiled": ("enforce_eager",),
+    "stock": ("enforce_eager", "block_size"),
+}
 # hidden_size, intermediate_size, layers, attention heads, key-value heads
 SHAPES = {"8b": (4096, 14336, 32, 32, 8), "tiny": (128, 256, 2, 4, 2)}
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -104,12 +118,12 @@ def requests(stage: Generate, runs: str) -> list[tuple[str, str, int]]:
     return [(i, texts[i], seed_of(stage.fingerprint(), i)) for i in ids]
 
 
-def vllm_alone(stage: Generate, runs: str, placement: Placement) -> dict[str, Any]:
+def vllm_alone(stage: Generate, runs: str, placement: Placement, without: tuple[str, ...]) -> dict[str, Any]:
     """One call with all prompts, which vLLM tokenises itself."""
     rows = requests(stage, runs)
     began = time.perf_counter()
     assert isinstance(stage.engine, VLLM)
-    llm = start(stage.engine, placement.generate)
+    llm = start(stage.engine, placement.generate, lambda given: {k: v for k, v in given.items() if k not in without})
     ready = time.perf_counter()
     from vllm import SamplingParams
 
@@ -200,7 +214,11 @@ def ray_data_llm(stage: Generate, runs: str, placement: Placement) -> dict[str, 
     }
 
 
-ARMS = {"vllm": vllm_alone, "inline": in_process, "stage": through_the_stage, "ray": ray_data_llm}
+ARMS = {arm: partial(vllm_alone, without=left_out) for arm, left_out in WITHOUT.items()} | {
+    "inline": in_process,
+    "stage": through_the_stage,
+    "ray": ray_data_llm,
+}
 
 
 def measure(arm: str, args: argparse.Namespace, model: str) -> dict[str, Any]:
@@ -217,9 +235,9 @@ def measure(arm: str, args: argparse.Namespace, model: str) -> dict[str, Any]:
 def summary(found: dict[str, list[dict[str, Any]]]) -> tuple[list[str], dict[str, Any], bool]:
     """Lines of the table, the same as JSON, and whether a bound is missed."""
     columns = ["arm", "requests/s, median", "start, median", "tokens in, out"]
-    columns += ["over vLLM alone: median, least, most", "over `ray.data.llm`"]
+    columns += [PEERS[peer] for peer in PEERS if peer in found]
     head = "| " + " | ".join(columns) + " |"
-    lines = [head, "|---|---:|---:|---:|---:|---:|"]
+    lines = [head, "|---|" + "---:|" * (len(columns) - 1)]
     report: dict[str, Any] = {}
     short = False
     for arm, rounds in found.items():
@@ -230,8 +248,10 @@ def summary(found: dict[str, list[dict[str, Any]]]) -> tuple[list[str], dict[str
             f"{rounds[0]['prompt_tokens']:,}, {rounds[0]['completion_tokens']:,}",
         ]
         report[arm] = {"rounds": rounds}
-        for peer in ("vllm", "ray"):
-            if arm in ("vllm", "ray") or peer not in found:
+        for peer in PEERS:
+            if peer not in found:
+                continue
+            if arm not in ("inline", "stage"):
                 cells.append("")
                 continue
             ratios = [ours["per_s"] / own["per_s"] for ours, own in zip(rounds, found[peer], strict=True)]
@@ -250,7 +270,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--arms", default="vllm,inline,stage,ray")
+    parser.add_argument("--arms", default="vllm,compiled,inline,stage,ray")
     parser.add_argument("--config", metavar="DIR|SHAPE", help=f"a model folder, or one of {', '.join(SHAPES)}")
     parser.add_argument("--dummy", action="store_true", help="random weights")
     parser.add_argument("--placement", default="local")

@@ -66,6 +66,15 @@ def test_every_prompt_is_answered_twice(answers):
         assert "\n" not in completion.raw and "\x00" not in completion.raw
 
 
+def test_the_engine_computes_norms_with_the_kernels(session):
+    from vllm import ir
+
+    from dagr_ray.engines.vllm_cpu import PROVIDER
+
+    for operation in (ir.ops.rms_norm, ir.ops.fused_add_rms_norm):
+        assert operation.get_priority() == [PROVIDER, "native"]
+
+
 def test_the_mean_log_probability_of_a_completion_is_kept(session, answers):
     found = [c.logprob for answer in answers for c in answer]
     assert all(x is not None and -15 < x < 0 for x in found)

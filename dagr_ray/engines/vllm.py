@@ -13,7 +13,7 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -40,6 +40,7 @@ from dagr_ray.strategies import Prompt
 # No token of the known vocabularies stands for more characters than this (long runs of spaces); a passage is cut to so
 # many per token before it is tokenised, so that a text of 100 MB costs nothing.
 CHARACTERS_PER_TOKEN = 128
+Change = Callable[[dict[str, Any]], dict[str, Any]]
 _opened: list[_Session] = []
 
 
@@ -239,7 +240,7 @@ class _Session:
         self.pieces: dict[str, list[int]] = {}
         self.tokenising = threading.Lock()
         try:
-            self.feeding = Feeding(lambda: start(config, pool), _end, config.lora)
+            self.feeding = Feeding(lambda: _start_fast(config, pool), _end, config.lora)
         except Exception as error:
             _release()
             raise ConfigError(f"vllm: {config.model!r} does not start: {_cause(error)}") from error
@@ -347,8 +348,11 @@ def _threads(pool: Pool) -> int:
     return max(int(pool.cpus), cores // max(pool.workers, 1), 1)
 
 
-def start(config: VLLM, pool: Pool) -> Any:
-    """The ``vllm.LLM`` of a config, in this process, to be stepped by the calling thread. Raises what vLLM raises."""
+def start(config: VLLM, pool: Pool, change: Change = dict) -> Any:
+    """The ``vllm.LLM`` of a config, in this process, to be stepped by the calling thread. Raises what vLLM raises.
+
+    ``change`` is called with the config's arguments once vLLM may be imported, and returns those that are used.
+    """
     prepare_environment()
     # In a process of its own an engine starts 25 s later on two cores, takes one, and outlives a killed worker.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -366,7 +370,19 @@ def start(config: VLLM, pool: Pool) -> Any:
 
         if on_cpu():
             torch.set_num_threads(threads)
-        return LLM(**arguments)
+        return LLM(**change(arguments))
+
+
+def _start_fast(config: VLLM, pool: Pool) -> Any:
+    """``start`` with what vLLM's build for CPUs could do and does not do by itself."""
+
+    def change(arguments: dict[str, Any]) -> dict[str, Any]:
+        from dagr_ray.engines import vllm_cpu
+
+        vllm_cpu.keep_memory()
+        return arguments | vllm_cpu.norm_kernels(arguments)
+
+    return start(config, pool, change if on_cpu() else dict)
 
 
 def _end(llm: Any) -> None:
@@ -445,3 +461,7 @@ def _release() -> None:
                 setattr(parallel_state, name, None)
         cleanup_dist_env_and_memory()
     gc.collect()
+    if on_cpu():
+        from dagr_ray.engines import vllm_cpu
+
+        vllm_cpu.give_memory_back()
