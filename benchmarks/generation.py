@@ -7,7 +7,8 @@ Each arm runs in a process of its own, with its engine's start left out and repo
 process (a placement without workers) and on a pool of Ray actors, whose own processes (driver, raylet, GCS, agents, three
 helper actors of Ray Data) take cores from an engine that computes on them. vLLM alone has the stage's engine arguments;
 ``compiled`` is the same with vLLM's compiler, which fuses what the stage's engine has kernels for on a CPU and takes long
-to start, and ``stock`` (not run by default) has vLLM's own defaults for that and for the size of cache blocks.
+to start, and ``stock`` (not run by default) has vLLM's own defaults for that and for the size of cache blocks. On a GPU all
+three are one.
 
 Prints the ratios of requests a second as median, least and most over the rounds, and writes benchmarks/generation.md where
 all arguments are the default ones. Exits 1 where the stage, in process or on Ray, is under 0.97 of vLLM alone, or on Ray

@@ -48,17 +48,22 @@ def kernels(name):
     return [getattr(ir.ops, name).impls[each] for each in ("native", vllm_cpu.PROVIDER)]
 
 
-def test_norms_are_those_of_vllm():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", [(40, 576), (0, 576), (3, 5, 64), (4, 72)])
+@pytest.mark.parametrize("weighed", [True, False])
+def test_norms_are_those_of_vllm(dtype, shape, weighed):
     torch.manual_seed(0)
-    x, residual = torch.randn(2, 40, 576).bfloat16()
-    weight = torch.randn(576).bfloat16()
+    x, residual = torch.randn(2, *shape).to(dtype)
+    weight = torch.randn(shape[-1]).to(dtype) if weighed else None
+    close = {"rtol": {torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float32: 1.3e-6}[dtype], "atol": 1e-5}
     native, ours = kernels("rms_norm")
-    torch.testing.assert_close(ours.impl_fn(x, weight, 1e-5), native.impl_fn(x, weight, 1e-5))
+    assert ours.supports_args(x, weight, 1e-5)
+    torch.testing.assert_close(ours.impl_fn(x, weight, 1e-5), native.impl_fn(x, weight, 1e-5), **close)
     native, ours = kernels("fused_add_rms_norm")
     expected = native.impl_fn(x, residual, weight, 1e-5)
     found = ours.impl_fn(x.clone(), residual.clone(), weight, 1e-5)
     for mine, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(mine, theirs)
+        torch.testing.assert_close(mine, theirs, **close)
 
 
 def test_rows_that_the_kernels_cannot_read_are_left_to_vllm():
@@ -69,6 +74,8 @@ def test_rows_that_the_kernels_cannot_read_are_left_to_vllm():
         assert not ours.supports_args(*rows, weight, 1e-5)
         assert not ours.supports_args(*(each.contiguous() for each in rows), weight.float(), 1e-5)
         assert not ours.supports_args(*(each.contiguous() for each in rows), weight, 1e-5, 64)
+        # a row with a rest, which they refuse with an error
+        assert not ours.supports_args(*(each[:, :20].contiguous() for each in rows), weight[:20], 1e-5)
         assert ours.supports_args(*(each.contiguous() for each in rows), weight, 1e-5)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from vllm import ir
 
 PROVIDER = "dagr_ray_cpu"
+_VECTOR = 8  # numbers that the kernels read at once; they refuse a row with a rest
 # parameters of glibc's mallopt(3)
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 
@@ -36,7 +37,8 @@ def norm_kernels(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 def _plain(weight: Tensor | None, variance_size: int | None, *read: Tensor) -> bool:
     alike = weight is None or weight.dtype == read[0].dtype
-    return variance_size is None and alike and all(each.is_contiguous() for each in read)
+    whole = all(each.is_contiguous() and each.shape[-1] % _VECTOR == 0 for each in read)
+    return variance_size is None and alike and whole
 
 
 # vLLM wants the names, types and defaults of its own operations
