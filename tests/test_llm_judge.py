@@ -22,7 +22,8 @@ from tests.test_select_mine import Given
 
 @pytest.fixture(scope="module")
 def engine():
-    return VLLM(model=str(smollm2()), max_model_len=1024)
+    # in bfloat16 the log-probabilities of grades are off by 0.2 on average, whichever kernels compute them
+    return VLLM(model=str(smollm2()), dtype="float32", max_model_len=1024)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,7 @@ def test_probabilities_are_those_of_the_model(session, engine):
         with torch.inference_mode():
             odds = model(tokens[:, :-1]).logits[0, -1].log_softmax(-1)
         expected.append(float(odds[tokens[0, -1]]))
-    assert found.logprobs == pytest.approx(expected, abs=0.15), "bfloat16 against float32"
+    assert found.logprobs == pytest.approx(expected, abs=0.001)
     assert found.prompt_tokens == tokens.shape[1] - 1 and found.error is None
     turned = next_token(session, [prompt], GRADES[::-1])[0].logprobs
     assert turned[::-1] == pytest.approx(found.logprobs, abs=0.02)
