@@ -25,6 +25,7 @@ Flags = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float32]
 Kind = TypeVar("Kind", bound=np.generic)
 
+BLOCK = 1 << 20  # bytes or words that are hashed at once: their numbers stay near a processor
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _WORDLESS = np.uint64(0x5851F42D4C957F2D)
 # byte -> the byte that it counts as; 0 stands between words. Bytes over 127 are parts of words that are folded already.
@@ -54,16 +55,25 @@ def _sums(values: Longs, starts: Places) -> Longs:
     return total[starts[1:]] - total[starts[:-1]]
 
 
-def _in_order(values: Longs, starts: Places, seed: int) -> Longs:
+def _in_order(values: npt.NDArray[np.unsignedinteger], starts: Places, seed: int) -> Longs:
     """A hash of each range of ``values`` that depends on their order.
 
-    Multilinear hashing (Lemire and Kaser, arXiv 1202.4961): two ranges have one hash with odds under 2**-55.
+    Multilinear hashing (Lemire and Kaser, arXiv 1202.4961): two ranges have one hash with odds under 2**-55. Works block
+    by block, so that bytes do not take eight times their place several times over.
     """
     lengths = np.diff(starts)
-    place = np.arange(len(values), dtype=np.int64) - np.repeat(starts[:-1], lengths)
     factors = constants(int(lengths.max(initial=0)), seed)
+    sums = np.zeros(len(lengths), np.uint64)
     with np.errstate(over="ignore"):
-        return mixed(_sums((values + np.uint64(1)) * factors[place], starts) + lengths.astype(np.uint64) * _GOLDEN)
+        for first in range(0, len(values), BLOCK):
+            last = min(first + BLOCK, len(values))
+            # the ranges that begin before the block's end and end after its start
+            low, high = np.searchsorted(starts[1:], first, "right"), np.searchsorted(starts[:-1], last, "left")
+            edges = np.clip(starts[low : high + 1], first, last) - first
+            begins = np.repeat(starts[low:high], np.diff(edges))
+            place = np.arange(first, last, dtype=np.int64) - begins
+            sums[low:high] += _sums((values[first:last].astype(np.uint64) + np.uint64(1)) * factors[place], edges)
+        return mixed(sums + lengths.astype(np.uint64) * _GOLDEN)
 
 
 def _bytes(texts: pa.Array) -> tuple[npt.NDArray[np.uint8], Places]:
@@ -83,8 +93,7 @@ def _one(texts: pa.Array | pa.ChunkedArray) -> pa.Array:
 
 def hashed(texts: pa.Array | pa.ChunkedArray) -> Longs:
     """A hash of each text by its bytes."""
-    data, starts = _bytes(_one(texts))
-    return _in_order(data.astype(np.uint64), starts, 1)
+    return _in_order(*_bytes(_one(texts)), 1)
 
 
 @dataclass(frozen=True)
@@ -110,6 +119,24 @@ class Words:
     def rows(self) -> Places:
         """The text that each word is of."""
         return np.repeat(np.arange(len(self), dtype=np.int64), self.counts)
+
+    def slice(self, first: int, last: int) -> Words:
+        """The words of some texts that stand together."""
+        starts = self.starts[first : last + 1]
+        return Words(self.hashes[starts[0] : starts[-1]], starts - starts[0], self.whole[first:last])
+
+    def take(self, rows: Places) -> Words:
+        """The words of some texts."""
+        return Words(*picked(self.hashes, self.starts, rows), self.whole[rows])
+
+    def blocks(self) -> Iterator[tuple[int, Words]]:
+        """Texts of about ``BLOCK`` words in all, and the first one's place: what is made of them takes so much and no more."""
+        first = 0
+        while first < len(self):
+            last = int(np.searchsorted(self.starts, self.starts[first] + BLOCK, "right")) - 1
+            last = min(max(last, first + 1), len(self))
+            yield first, self.slice(first, last)
+            first = last
 
     def bags(self) -> Longs:
         """A hash of each text's words in any order, repeated ones counted: sums of ``weights``."""
@@ -144,23 +171,50 @@ def split(texts: pa.Array | pa.ChunkedArray) -> Words:
     """
     given = _one(texts)
     data, row_starts = _bytes(_folded(given))
-    low = _FOLD[data]
+    hashes, starts = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)]
+    for first, last in _pieces(data, row_starts):
+        found, at = _words(_FOLD[data[first:last]], row_starts, first)
+        hashes.append(found)
+        starts.append(at)
+    found, at = np.concatenate(hashes), np.concatenate(starts)
+    rows = np.searchsorted(at, row_starts).astype(np.int64)
+    whole = _in_order(found, rows, 4)
+    wordless = np.diff(rows) == 0
+    if wordless.any():
+        whole[wordless] = hashed(given.filter(pa.array(wordless))) ^ _WORDLESS
+    return Words(found, rows, whole)
+
+
+def _pieces(data: npt.NDArray[np.uint8], row_starts: Places) -> Iterator[tuple[int, int]]:
+    """Ranges of about ``BLOCK`` bytes that no word lies across."""
+    first = 0
+    while first < len(data):
+        last = first + BLOCK
+        while last < len(data):
+            ends = np.flatnonzero(_FOLD[data[last : last + 4096]] == 0)
+            row = row_starts[np.searchsorted(row_starts, last)]
+            if len(ends) or row <= last + 4096:
+                last = min(last + int(ends[0]) if len(ends) else len(data), int(row))
+                break
+            last += 4096
+        last = min(last, len(data))
+        yield first, last
+        first = last
+
+
+def _words(low: npt.NDArray[np.uint8], row_starts: Places, offset: int) -> tuple[Longs, Places]:
+    """Hashes of the words of folded bytes, and their places; ``offset`` is the place of the first byte."""
     is_word = low != 0
     first = np.zeros(len(low) + 1, bool)
-    first[row_starts] = True
+    inside = row_starts[np.searchsorted(row_starts, offset) : np.searchsorted(row_starts, offset + len(low), "right")]
+    first[inside - offset] = True
+    first[0] = True  # a piece begins between words
     begins = is_word & (first[:-1] | ~np.concatenate([np.zeros(1, bool), is_word[:-1]]))
     at = np.flatnonzero(begins)
     # letters alone, word after word: the place of a word's first letter among them
-    letters = low[is_word].astype(np.uint64)
     before = np.cumsum(is_word) - is_word
-    word_starts = np.append(before[at], len(letters)).astype(np.int64)
-    found = _in_order(letters, word_starts, 3)
-    starts = np.searchsorted(at, row_starts).astype(np.int64)
-    whole = _in_order(found, starts, 4)
-    wordless = np.diff(starts) == 0
-    if wordless.any():
-        whole[wordless] = hashed(given.filter(pa.array(wordless))) ^ _WORDLESS
-    return Words(found, starts, whole)
+    word_starts = np.append(before[at], np.count_nonzero(is_word)).astype(np.int64)
+    return _in_order(low[is_word], word_starts, 3), at + offset
 
 
 def _folded(texts: pa.Array) -> pa.Array:
