@@ -138,9 +138,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     signal.signal(signal.SIGTERM, _stop)
     code = 1
     try:
-        from dagr_ray import commands
+        from dagr_ray import commands, results
 
-        code = getattr(commands, args.verb)(args) or 0
+        code = (getattr(commands, args.verb, None) or getattr(results, args.verb))(args) or 0
     except (KeyboardInterrupt, BrokenPipeError) as stop:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)  # a second one would leave processes behind

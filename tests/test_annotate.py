@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import cohen_kappa_score
 
-from dagr_ray import agreement, annotate, cli, commands, items, models
+from dagr_ray import agreement, annotate, cli, items, models, results
 from dagr_ray.config import ConfigError
 from dagr_ray.retriever import Encoder
 from dagr_ray.stage import load_stage, materialize
@@ -450,7 +450,7 @@ def test_the_next_export_leaves_out_what_is_rated_and_takes_the_new_thresholds(f
 
 def test_the_verb(folders, runs, tmp_path, capsys):
     def dagr(*words):
-        commands.annotate(cli.parser().parse_args(["annotate", *words, "--runs", runs]))
+        results.annotate(cli.parser().parse_args(["annotate", *words, "--runs", runs]))
         return capsys.readouterr()
 
     names = [folder.name for folder in folders]

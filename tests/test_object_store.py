@@ -15,7 +15,7 @@ from pathlib import Path
 import pyarrow.fs as pafs
 import pytest
 
-from dagr_ray import cli, commands
+from dagr_ray import cli, commands, results
 from dagr_ray.artifact import Artifact
 from dagr_ray.cluster import Placement, Pool
 from dagr_ray.config import ConfigError
@@ -88,7 +88,7 @@ def objects(path: str) -> list[str]:
 
 
 def folder_of(runs: str, kind: str) -> Artifact | None:
-    names = [name for name, _ in commands._folders(runs) if name.startswith(f"{kind}-")]
+    names = [name for name, _ in results.folders(runs) if name.startswith(f"{kind}-")]
     return Artifact(runs, names[0]) if names else None
 
 
@@ -230,7 +230,7 @@ def run_cli(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, 
     """A verb in this process, up to the point where the command line ends it."""
     args = cli.parser().parse_args(words)
     try:
-        code = getattr(commands, args.verb)(args) or 0
+        code = (getattr(commands, args.verb, None) or getattr(results, args.verb))(args) or 0
     except Exception as error:
         code = cli._explain(error)
     out, err = capsys.readouterr()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import pytrec_eval
 
-from dagr_ray import cli, commands, export, trec
+from dagr_ray import cli, export, results, trec
 from dagr_ray.config import ConfigError
 from dagr_ray.report import compare as comparing
 from dagr_ray.stage import materialize
@@ -241,7 +241,7 @@ def test_compare_from_the_command_line(systems, tmp_path, capsys):
     assert json.loads(done.stdout)["runs"][1]["changes"]["lost"] == 4
 
     def asked(*words):
-        commands.compare(cli.parser().parse_args(["compare", *words, "--runs", str(tmp_path)]))
+        results.compare(cli.parser().parse_args(["compare", *words, "--runs", str(tmp_path)]))
         return capsys.readouterr().out
 
     assert "over" not in asked(data, files[0])

@@ -1,0 +1,206 @@
+"""What the verbs do that look at results. Each returns an exit code, or None for 0."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from dagr_ray.artifact import Artifact
+from dagr_ray.config import ConfigError, packed
+from dagr_ray.store import filesystem
+from dagr_ray.terminal import print_json, print_table
+
+Args = argparse.Namespace
+
+
+def folders(runs: str) -> list[tuple[str, float]]:
+    """(name, time of its last change in seconds) of each folder in a runs folder, by name."""
+    import pyarrow.fs as pafs
+
+    fs, root = filesystem(runs)
+    found = fs.get_file_info(pafs.FileSelector(root, allow_not_found=True))
+    dirs = [f for f in found if f.type == pafs.FileType.Directory and not f.base_name.startswith((".", "mlflow"))]
+    if dirs and dirs[0].mtime is None:  # folders of an object store have no times; their first file has
+        names = [[f"{d.path}/plan.json", f"{d.path}/study.json"] for d in dirs]
+        times = [max((f.mtime.timestamp() for f in fs.get_file_info(two) if f.mtime), default=0.0) for two in names]
+    else:
+        times = [f.mtime.timestamp() for f in dirs]
+    return sorted((f.base_name, changed) for f, changed in zip(dirs, times, strict=True))
+
+
+def find(runs: str, name: str) -> Artifact:
+    """The one folder whose name is, starts with or contains ``name``. Raises ConfigError where none or several match."""
+    names = [n for n, _ in folders(runs)]
+    wanted = name.rstrip("/").rsplit("/", 1)[-1]
+    for match in ([n for n in names if n == wanted], [n for n in names if wanted in n]):
+        if len(match) == 1:
+            return Artifact(runs, match[0])
+        if match:
+            raise ConfigError(
+                f"{name!r} fits {len(match)} folders in {runs!r}: {', '.join(match[:4])}; give more of the name"
+            )
+    raise ConfigError(f"no folder {name!r} in {runs!r}; `dagr ls --runs {runs}` lists them")
+
+
+def ls(args: Args) -> int | None:
+    """``dagr ls``."""
+    rows: list[dict[str, Any]] = []
+    for name, changed in folders(args.runs):
+        folder = Artifact(args.runs, name)
+        if name.startswith("study-"):
+            value = folder.read_json("study.json") or {}
+            done = sum(t["state"] == "done" for t in value.get("trials", []))
+            state = f"{done}/{len(value.get('trials', []))} trials"
+            rows.append({"folder": name, "state": state, "rows": None, "price": None, "changed": changed})
+            continue
+        manifest = folder.manifest
+        plan = folder.read_json("plan.json")
+        if plan is None:
+            continue
+        made = {t: entry["rows"] for t, entry in (manifest or {}).get("tables", {}).items()}
+        state = "complete" if manifest else f"{len(folder.receipts())}/{len(plan['shards'])} shards"
+        price = manifest["price"] if manifest else None
+        rows.append({"folder": name, "state": state, "rows": made, "price": price, "changed": changed})
+    if args.json:
+        print_json(rows)
+        return None
+    if not rows:
+        print(f"nothing in {args.runs}")
+        return None
+    shown = sorted(rows, key=lambda row: row["changed"])
+    table = []
+    for row in shown:
+        counts = " ".join(f"{t}:{n:,}" for t, n in (row["rows"] or {}).items())
+        table.append([row["folder"], row["state"], f"${row['price']:.5f}" if row["price"] is not None else "", counts])
+    print_table(table, ["folder", "state", "price", "rows"])
+    return None
+
+
+def show(args: Args) -> int | None:
+    """``dagr show``."""
+    folder = find(args.runs, args.folder)
+    manifest = folder.manifest or folder.read_json("plan.json") or folder.read_json("study.json")
+    if args.table:
+        if folder.manifest is None or args.table not in folder.table_names():
+            allowed = ", ".join(folder.table_names()) if folder.manifest else "none, it is not complete"
+            raise ConfigError(f"{folder.name} has no table {args.table!r}; allowed: {allowed}")
+        rows = folder.slice(args.table, 0, args.rows).to_pylist()
+        if args.json:
+            print_json(rows)
+        else:
+            for row in rows:
+                print("\n".join(f"{key}: {value}" for key, value in row.items()), end="\n\n")
+        return None
+    if args.json:
+        print_json(manifest)
+        return None
+    assert manifest is not None
+    for key in ("fingerprint", "inputs", "counts", "cost", "price", "attempts", "placement", "packages"):
+        if key in manifest:
+            print(f"{key}: {json.dumps(manifest[key], ensure_ascii=False)}")
+    for name, entry in manifest.get("tables", {}).items():
+        print(f"table {name}: {entry['rows']:,} rows, {entry['bytes']:,} bytes, {len(entry['parts'])} parts")
+    for name, entry in manifest.get("files", {}).items():
+        print(f"file {name}: {entry['bytes']:,} bytes")
+    print(f"stage: {json.dumps(packed(manifest.get('stage', manifest.get('axes'))), ensure_ascii=False)}")
+    return None
+
+
+def bill(args: Args) -> int | None:
+    """``dagr bill``."""
+    from dagr_ray.report import bills
+
+    if args.folder is None:
+        if not folders(args.runs):
+            raise ConfigError(
+                f"no folder in {args.runs!r}; give the runs folder of `dagr run` or `dagr study` by --runs"
+            )
+        found = bills.everything(args.runs)
+    else:
+        name = find(args.runs, args.folder).name
+        found = (bills.study if name.startswith("study-") else bills.stage)(args.runs, name)
+    if args.json:
+        print_json(found)
+    else:
+        print(bills.text(found))
+    return None
+
+
+def trace(args: Args) -> int | None:
+    """``dagr trace``."""
+    from dagr_ray import report
+
+    found = report.trace(args.runs, args.id)
+    if args.json:
+        print_json(found)
+        return None
+    for key, value in found.items():
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        print(f"{key}:\n    " + text.replace("\n", "\n    ") if "\n" in text else f"{key}: {text}")
+    return None
+
+
+def report(args: Args) -> int | None:
+    """``dagr report``."""
+    from dagr_ray import report as reports
+
+    if args.study:
+        name = find(args.runs, args.study).name
+    else:
+        studies = [(changed, n) for n, changed in folders(args.runs) if n.startswith("study-")]
+        if not studies:
+            raise ConfigError(
+                f"no study in {args.runs!r}; run `dagr study jobs/quickstart.py --runs {args.runs}` first"
+            )
+        name = max(studies)[1]
+    if Artifact(args.runs, name).read_json("study.json") is None:
+        raise ConfigError(f"{name!r} is not a study; `dagr ls --runs {args.runs}` lists them (study-...)")
+    summary = reports.summarise(args.runs, name)
+    if args.json:
+        print_json(summary)
+    elif args.markdown:
+        print(reports.markdown_table(summary))
+    else:
+        print(reports.terminal_table(summary))
+        print(f"page: {reports.write_page(summary, args.runs, name)}")
+    return None
+
+
+def compare(args: Args) -> int | None:
+    """``dagr compare``."""
+    from dagr_ray.report import compare as comparing
+
+    systems = comparing.named(args.run, lambda name: find(args.runs, name))
+    found = comparing.compare(comparing.judged(args.data, args.split), systems, args.measure)
+    if args.json:
+        print_json(found)
+    else:
+        print(comparing.text(found))
+    return None
+
+
+def export(args: Args) -> int | None:
+    """``dagr export``."""
+    from dagr_ray import export as exports
+
+    folder = find(args.runs, args.folder)
+    if folder.manifest is None:
+        raise ConfigError(f"{folder.name} is not complete; run its job again to finish it")
+    write = {
+        "beir": exports.to_beir,
+        "sentence-transformers": exports.to_sentence_transformers,
+        "trec": exports.to_trec,
+    }
+    for name, lines in write[args.format](folder, args.runs, args.target).items():
+        print(f"{Path(args.target) / name if args.format == 'beir' else name}: {lines:,} lines")
+    return None
+
+
+def annotate(args: Args) -> int | None:
+    """``dagr annotate export`` and ``dagr annotate import``."""
+    from dagr_ray import annotate as annotations
+
+    annotations.run(args, lambda name: find(args.runs, name))
+    return None
