@@ -7,11 +7,16 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import codecs
+import contextlib
 import logging
 import os
+import select
 import shlex
 import signal
 import sys
+import threading
+import time
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -117,8 +122,16 @@ def _annotate(made: argparse.ArgumentParser) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Runs a verb and exits: 0 done or told to stop (SIGTERM), 1 failed, 2 the user's mistake, 130 interrupted."""
-    args, more = parser().parse_known_args(argv)
+    """Runs a verb and exits: 0 done, 1 failed, 2 the user's mistake; interrupted 130 (Ctrl-C), told to stop 143 (SIGTERM) or
+    129 (SIGHUP: the terminal is gone), 141 if nobody reads the output any more.
+    """
+    _open_streams()
+    if argv is None:
+        _use_utf8()
+    try:
+        args, more = parser().parse_known_args(argv)
+    except SystemExit as end:  # of help, or a mistake
+        sys.exit(_flushed(end.code if isinstance(end.code, int) else 1))
     if more:
         # argparse takes the list of values once; people write some of them after an option
         late = [word for word in more if "=" in word and not word.startswith("-")]
@@ -134,40 +147,77 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         parser().print_help()
         sys.exit(2)
     _calm()
-    _Stopped.heard = False
-    signal.signal(signal.SIGTERM, _stop)
+    stops = _Stops(shlex.join(["dagr", *(sys.argv[1:] if argv is None else argv)]))
     code = 1
     try:
         from dagr_ray import commands, results
 
         code = (getattr(commands, args.verb, None) or getattr(results, args.verb))(args) or 0
-    except (KeyboardInterrupt, BrokenPipeError) as stop:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_IGN)  # a second one would leave processes behind
-        told = _Stopped.heard
-        code = 0 if told else 130
-        if isinstance(stop, KeyboardInterrupt):
-            again = shlex.join(["dagr", *(sys.argv[1:] if argv is None else argv)])
-            what = "told to stop" if told else "interrupted"
-            print(f"\n{what}; what is finished is kept. Resume with: {again}", file=sys.stderr, flush=True)
-        _leave(code, grace_s=4)
+    except KeyboardInterrupt:
+        stops.end()
     except Exception as error:
+        if stops.heard:  # what the signal broke off may have failed in a way of its own
+            stops.end()
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            _leave(128 + signal.SIGPIPE, grace_s=4)
         code = _explain(error)
+    stops.ignore()
     _leave(code, grace_s=20)
 
 
 class _Stopped(KeyboardInterrupt):
-    """SIGTERM: a cluster takes the machine back, which is no failure of the job.
+    """A signal that tells this program to stop: a cluster takes the machine back, or the terminal is gone."""
 
-    ``heard`` says so too: what waits inside Ray's own code raises a plain KeyboardInterrupt in this one's place.
+
+class _Stops:
+    """Ends the program when a signal says so, by an exception in the main thread that lets everything be closed.
+
+    Python runs a signal's handler between two steps of its own; what waits inside a library for long would hold the end up,
+    and a library may swallow the exception. So a thread hears of the signal too, and ends the program if nothing else does.
     """
 
-    heard = False
+    WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "told to stop", signal.SIGHUP: "told to stop: no terminal"}
+    GRACE_S = 6.0
 
+    def __init__(self, command: str) -> None:
+        self.command, self.heard, self.ending = command, 0, threading.Lock()
+        # nohup and a shell's background jobs have some of them ignored, which stays so
+        self.numbers = [n for n in self.WORDS if signal.getsignal(n) != signal.SIG_IGN or n == signal.SIGTERM]
+        for number in self.numbers:
+            signal.signal(number, self._stop)
+        ear, mouth = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        os.set_blocking(ear, True)
+        signal.set_wakeup_fd(mouth, warn_on_full_buffer=False)
+        os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
+        threading.Thread(target=self._listen, args=(ear,), name="dagr-stops", daemon=True).start()
 
-def _stop(number: int, frame: Any) -> NoReturn:
-    _Stopped.heard = True
-    raise _Stopped
+    def _stop(self, number: int, frame: Any) -> NoReturn:
+        self.heard = self.heard or number
+        raise _Stopped
+
+    def _listen(self, ear: int) -> None:
+        while not self.heard:
+            self.heard = next((n for n in os.read(ear, 64) if n in self.numbers), 0)
+        time.sleep(self.GRACE_S)
+        self.end()
+
+    def end(self) -> NoReturn:
+        """Says how to go on and ends this process with all that it started."""
+        number = self.heard or signal.SIGINT
+        if not self.ending.acquire(blocking=False):  # the other thread is at it
+            time.sleep(2 * self.GRACE_S)
+            _kill(_children(), 128 + number)
+        self.ignore()
+        with contextlib.suppress(OSError, ValueError):
+            text = f"\n{self.WORDS[signal.Signals(number)]}; what is finished is kept. Resume with: {self.command}"
+            print(text, file=sys.stderr, flush=True)
+        _leave(128 + number, grace_s=4)
+
+    def ignore(self) -> None:
+        """From now on: a second signal would leave processes behind."""
+        if threading.current_thread() is threading.main_thread():
+            for number in self.numbers:
+                signal.signal(number, signal.SIG_IGN)
 
 
 def _calm() -> None:
@@ -182,8 +232,11 @@ def _calm() -> None:
         "VLLM_NO_USAGE_STATS": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
         "PYTHONWARNINGS": "ignore",
+        "PYTHONUTF8": "1",  # of workers: libraries there write files, whatever the terminal's encoding
     }.items():
         os.environ.setdefault(name, value)
+    if os.environ.get("DAGR_SCRATCH"):  # workers stand in other folders
+        os.environ["DAGR_SCRATCH"] = os.path.abspath(os.path.expanduser(os.environ["DAGR_SCRATCH"]))
     if not debug:
         import warnings
 
@@ -242,28 +295,105 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:1000]
 
 
+def _open_streams() -> None:
+    """Gives a closed standard stream a place to go, and lets every text be printed whatever the terminal's encoding.
+
+    A file that is opened in the place of a closed stream would get what libraries write to it.
+    """
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            if nowhere != number:
+                os.dup2(nowhere, number)
+                os.close(nowhere)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))
+    codecs.register_error("dagr", _in_other_letters)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a notebook's has none
+            stream.reconfigure(errors="dagr")
+
+
+def _use_utf8() -> None:
+    """Starts this program anew in Python's UTF-8 mode if the locale has other letters.
+
+    Libraries write their files in the locale's encoding, and Arrow knows paths in UTF-8 alone. What is printed keeps the
+    terminal's encoding.
+    """
+    if sys.getfilesystemencoding() == "utf-8" or os.environ.get("PYTHONUTF8") == "1":
+        return
+    os.environ["PYTHONUTF8"] = "1"
+    os.environ.setdefault("PYTHONIOENCODING", f"{sys.stdout.encoding}:backslashreplace")
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def _in_other_letters(error: UnicodeError) -> tuple[str, int]:
+    """What stands for a letter that a terminal's encoding lacks: signs of ours in ASCII, else an escape as JSON has it."""
+    assert isinstance(error, UnicodeEncodeError)
+    shown = []
+    for letter in error.object[error.start : error.end]:
+        units = letter.encode("utf-16-be", "surrogatepass")
+        escaped = "".join(f"\\u{units[i] << 8 | units[i + 1]:04x}" for i in range(0, len(units), 2))
+        shown.append({"−": "-", "–": "-", "×": "x", "…": "...", "≤": "<=", "≥": ">="}.get(letter, escaped))
+    return "".join(shown), error.end
+
+
+def _nobody_reads() -> bool:
+    """Whether the reader of this program's output is gone (``dagr ls | head -1``)."""
+    poll = select.poll()
+    for number in (1, 2):
+        poll.register(number, select.POLLERR)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
 def _leave(code: int, grace_s: float) -> NoReturn:
     """Ends this process and every process that it started, within seconds: engines must not outlive their driver."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    code = _flushed(code)
     ray = sys.modules.get("ray")
     if ray is None:
         atexit._run_exitfuncs()
         # not sys.exit: what C++ libraries take down after that has been seen to abort a finished `dagr trace`
         os._exit(code)
-    import threading
-
-    import psutil
-
-    children = set(psutil.Process().children(recursive=True))
-    closing = threading.Thread(target=ray.shutdown, daemon=True)
+    children = _children()
+    # not there yet if a signal came while Ray was imported
+    closing = threading.Thread(target=getattr(ray, "shutdown", lambda: None), daemon=True)
     closing.start()
     closing.join(timeout=grace_s)
-    children |= set(psutil.Process().children(recursive=True))  # workers may have been starting
+    _kill(children | _children(), code)  # workers may have been starting
+
+
+def _children() -> set[Any]:
+    import psutil
+
+    return set(psutil.Process().children(recursive=True))
+
+
+def _kill(children: set[Any], code: int) -> NoReturn:
+    import psutil
+
     _, alive = psutil.wait_procs(children, timeout=2)
     for process in alive:
-        process.kill()
+        with contextlib.suppress(psutil.Error):
+            process.kill()
     os._exit(code)
+
+
+def _flushed(code: int) -> int:
+    """Writes out what was printed; the exit code, another one if that fails."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        code = code or 128 + signal.SIGPIPE
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python itself tries once more at its end
+    except OSError as error:
+        code = code or 1
+        with contextlib.suppress(OSError):
+            print(f"dagr: failed: the output cannot be written: {error.strerror}", file=sys.stderr)
+    with contextlib.suppress(OSError):
+        sys.stderr.flush()
+    return code
 
 
 if __name__ == "__main__":

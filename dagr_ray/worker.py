@@ -132,6 +132,8 @@ class _Worker:
         # a thread that is not the main one cannot be interrupted
         if self.stage.rescues and (not self.inline or threading.current_thread() is threading.main_thread()):
             self.watchdog = Watchdog(self.pool.deadline_s, self._late)
+            if self.inline:
+                signal.signal(signal.SIGUSR1, signal.default_int_handler)
 
     def _open_marked(self) -> Run:
         """Opens the stage. Raises StageFailed where workers keep dying of it: Ray would replace them for ever."""
@@ -268,8 +270,8 @@ class _Worker:
         if self.turns.is_alone or self.inline:
             self.tries.ended(mark, HUNG, f"no answer within {self.pool.deadline_s:g} s")
         if self.inline:
-            # unlike _thread.interrupt_main, a real signal also ends a wait inside a system call
-            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+            # unlike _thread.interrupt_main, a real signal also ends a wait inside a system call; Ctrl-C is the user's
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
             return
         print(f"rows {mark.start} to {mark.stop}: no answer in {self.pool.deadline_s:g} s", file=sys.stderr, flush=True)
         os._exit(75)

@@ -5,11 +5,9 @@ Its Python wrappers are not used: they import torch, transformers and openai, wh
 
 from __future__ import annotations
 
-import atexit
 import ctypes
 import glob
 import os
-import shutil
 import signal
 import tempfile
 import weakref
@@ -25,6 +23,7 @@ from pydantic import Field
 from dagr_ray.config import ConfigError
 from dagr_ray.index import Hits, best_first
 from dagr_ray.miners import Build, Miner
+from dagr_ray.store import own_folder, own_temporary
 from dagr_ray.tables import clean, passage_text
 
 HEAP = "1g"
@@ -142,10 +141,11 @@ def start_java() -> Any:
         os.environ["JAVA_HOME"] = home
         os.environ["JVM_PATH"] = f"{home}/lib/server/libjvm.so"
         jars = f"{os.path.dirname(str(find_spec('pyserini').origin))}/resources/jars/anserini-*-fatjar.jar"  # type: ignore[union-attr]
-        settings = Path(tempfile.mkdtemp(prefix="dagr-java-"))
-        atexit.register(shutil.rmtree, settings, ignore_errors=True)
-        (settings / "log4j2.xml").write_text(SILENT_LOG4J)
-        (settings / "logging.properties").write_text(".level=OFF\nhandlers=\n")
+        settings = own_folder(f"{own_temporary()}/java")
+        for name, text in (("log4j2.xml", SILENT_LOG4J), ("logging.properties", ".level=OFF\nhandlers=\n")):
+            with tempfile.NamedTemporaryFile("w", dir=settings, delete=False, encoding="utf-8") as file:
+                file.write(text)
+            os.replace(file.name, f"{settings}/{name}")  # another process may be reading it
         jnius_config.set_classpath(*glob.glob(jars))
         jnius_config.set_options(
             f"-Xmx{HEAP}",

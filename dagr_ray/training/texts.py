@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 from dagr_ray import tables
 from dagr_ray.artifact import Artifact
 from dagr_ray.config import digest
-from dagr_ray.store import scratch
+from dagr_ray.store import own_folder, scratch
 
 ROWS = 65536  # of a table, read at once
 DIGEST = 16  # bytes of a text's hash: equal hashes are equal texts
@@ -91,7 +91,7 @@ def fetch(examples: Artifact, queries: Artifact, corpus: Artifact) -> Data:
     """The texts of the examples. Made by the first worker of a machine, and found by the others and after a restart."""
     # by content: a part that was damaged and built again may hold other texts
     key = digest([(each.manifest or {})["tables"] for each in (examples, queries, corpus)])
-    folder = Path(scratch()) / "training" / key
+    folder = Path(own_folder(f"{scratch()}/training")) / key
     with _locked(folder):
         if not (folder / "done").exists():
             shutil.rmtree(folder, ignore_errors=True)
