@@ -180,7 +180,7 @@ class _Stops:
     GRACE_S = 6.0
 
     def __init__(self, command: str) -> None:
-        self.command, self.heard, self.ending = command, 0, threading.Lock()
+        self.command, self.heard, self.raised, self.ending = command, 0, False, threading.Lock()
         # nohup and a shell's background jobs have some of them ignored, which stays so
         self.numbers = [n for n in self.WORDS if signal.getsignal(n) != signal.SIG_IGN or n == signal.SIGTERM]
         for number in self.numbers:
@@ -191,9 +191,11 @@ class _Stops:
         os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
         threading.Thread(target=self._listen, args=(ear,), name="dagr-stops", daemon=True).start()
 
-    def _stop(self, number: int, frame: Any) -> NoReturn:
+    def _stop(self, number: int, frame: Any) -> None:
         self.heard = self.heard or number
-        raise _Stopped
+        if not self.raised:  # a second one would break off what the first one has begun to close
+            self.raised = True
+            raise _Stopped
 
     def _listen(self, ear: int) -> None:
         while not self.heard:
@@ -325,7 +327,7 @@ def _use_utf8() -> None:
     if sys.getfilesystemencoding() == "utf-8" or os.environ.get("PYTHONUTF8") == "1":
         return
     os.environ["PYTHONUTF8"] = "1"
-    os.environ.setdefault("PYTHONIOENCODING", f"{sys.stdout.encoding}:backslashreplace")
+    os.environ["PYTHONIOENCODING"] = f"{sys.stdout.encoding}:backslashreplace"
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 

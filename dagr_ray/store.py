@@ -43,12 +43,14 @@ def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
 def scratch() -> str:
     """Where this machine keeps what it can make or fetch again, in a folder that no other user can write.
 
-    DAGR_SCRATCH, or a folder below it if others may write there too; else ``dagr`` in the user's cache folder
-    (XDG_CACHE_HOME, ``~/.cache``); else a folder of the user's below the temporary one. Raises ConfigError.
+    DAGR_SCRATCH, or a folder below it if others may write there too; else ``user_cache``. Raises ConfigError.
     """
     given = os.environ.get("DAGR_SCRATCH")
-    if given:
-        return _given(os.path.realpath(os.path.expanduser(given)))
+    return _given(os.path.realpath(os.path.expanduser(given))) if given else user_cache()
+
+
+def user_cache() -> str:
+    """``dagr`` in the user's cache folder (XDG_CACHE_HOME, ``~/.cache``), else a folder of the user's below the temporary one."""
     for folder in _cache_folders():
         with contextlib.suppress(OSError, ConfigError):
             return own_folder(folder)

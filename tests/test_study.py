@@ -153,7 +153,7 @@ def test_flipped_bit_is_found_by_check_deep_and_rebuilt(place) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sent", "code", "said"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 0, "told to stop")]
+    ("sent", "code", "said"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "told to stop")]
 )
 def test_interrupt_ends_within_ten_seconds_and_says_how_to_resume(place, tmp_path, sent, code, said) -> None:
     shutil.copytree(place / "runs", tmp_path, dirs_exist_ok=True)  # all but the trainings is there
