@@ -28,13 +28,14 @@ import pyarrow as pa
 
 from dagr_ray import retriever, tables
 from dagr_ray.artifact import Artifact
-from dagr_ray.filters import sketch, words
+from dagr_ray.filters import sketch
 from dagr_ray.filters.held_out import EQUAL, FLOORS, MECHANISMS, HeldOut, Matches, Telling
 from dagr_ray.models import minilm
 from dagr_ray.retriever import Encoder
 from dagr_ray.stage import Stage, materialize
 from dagr_ray.stages.corpus import Beir, PyDocs
 from dagr_ray.stages.leak import PASSAGES, LeakGate
+from dagr_ray.words import words
 
 BOUNDS = {
     "exact": 0.99,

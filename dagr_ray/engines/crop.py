@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import random
-import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, ClassVar
 
 from pydantic import Field
 
+from dagr_ray import words
 from dagr_ray.cluster import Pool
 from dagr_ray.engines import Completion, Engine, Sampling, Session
 from dagr_ray.strategies import Prompt
-
-# A sentence ends at . ! ? with space and no lower-case letter behind it, at CJK stops, and at the end of a paragraph. The
-# signs come first, because the search for a set of characters is quick and one for what follows a position is not.
-_END = re.compile(r"[.!?。\n](?:(?<=[.!?])[\"')\]]*\s+(?![a-z])|(?<=[。!?])|(?<=\n)\s*\n)")
 
 
 def sentences(text: str, min_words: int = 4, max_words: int = 32) -> list[str]:
@@ -26,32 +22,24 @@ def sentences(text: str, min_words: int = 4, max_words: int = 32) -> list[str]:
     >>> sentences("Copy a file.")
     ['Copy a file.']
     """
-    return [" ".join(span) for span in _spans(text, min_words, max_words)]
-
-
-def _spans(text: str, min_words: int, max_words: int) -> list[list[str]]:
-    found: list[list[str]] = []
-    short: list[list[str]] = []
-    for piece in _pieces(text):
-        words = piece.split()
-        if len(words) <= max_words:
-            if words:
-                (found if len(words) >= min_words else short).append(words)
-            continue
-        for i in range(0, len(words), max_words):
-            span = words[i : i + max_words]
-            (found if len(span) >= min_words else short).append(span)
+    found: list[str] = []
+    short: list[str] = []
+    for sentence in words.sentences(text):
+        for span in _spans(words.pieces(sentence), max_words):
+            (found if len(span) >= min_words else short).append("".join(span).rstrip())
     return found or short
 
 
-def _pieces(text: str) -> list[str]:
-    made, start = [], 0
-    for end in _END.finditer(text):
-        first = end.start()
-        made.append(text[start : first if text[first] == "\n" else first + 1])
-        start = end.end()
-    made.append(text[start:])
-    return made
+def _spans(pieces: list[str], most: int) -> Iterator[list[str]]:
+    """Runs of at most ``most`` pieces; a text without spaces between words is parted at the last space in reach."""
+    while len(pieces) > most:
+        stop = most
+        if words.unspaced("".join(pieces[:most])):
+            stop = next((i for i in range(most, most // 2, -1) if pieces[i - 1].endswith(" ")), most)
+        yield pieces[:stop]
+        pieces = pieces[stop:]
+    if pieces:
+        yield pieces
 
 
 class CropEngine(Engine):
@@ -63,6 +51,7 @@ class CropEngine(Engine):
     """
 
     abstract: ClassVar[bool] = False
+    version: ClassVar[int] = 2  # sentences and words of any script
     type: ClassVar[str] = "crop-engine"
     min_words: Annotated[int, Field(ge=1)] = 4
     max_words: Annotated[int, Field(ge=2)] = 32
@@ -85,12 +74,11 @@ class _Session:
             if prompt.whole:
                 made.append([Completion(prompt.passage, "stop", 0, 0, 0) for _ in range(n)])
                 continue
-            found = _spans(prompt.passage, self.config.min_words, self.config.max_words) or [[]]
+            found = sentences(prompt.passage, self.config.min_words, self.config.max_words) or [""]
             if len(found) > 1:
                 dice.seed(seed)
                 dice.shuffle(found)
-            drawn = [" ".join(span) for span in found[:n]]
-            made.append([Completion(drawn[i % len(drawn)], "stop", 0, 0, 0) for i in range(n)])
+            made.append([Completion(found[i % len(found)], "stop", 0, 0, 0) for i in range(n)])
         return made
 
     def close(self) -> None:

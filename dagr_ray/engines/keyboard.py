@@ -11,6 +11,7 @@ from pydantic import Field
 from dagr_ray.cluster import Pool
 from dagr_ray.engines import Completion, Engine, Sampling
 from dagr_ray.strategies import Prompt
+from dagr_ray.words import characters
 
 _ROWS = ("1234567890", "qwertyuiop", "asdfghjkl", "zxcvbnm")
 _AT = {key: (y, x) for y, row in enumerate(_ROWS) for x, key in enumerate(row)}
@@ -34,14 +35,15 @@ def slip(text: str, rate: float, rng: random.Random) -> str:
     >>> slip("42", 0.0, random.Random(0)) != "42"
     True
     """
-    at = [i for i, c in enumerate(text) if c.isalnum()]
+    keys = characters(text)
+    at = [i for i, key in enumerate(keys) if key[0].isalnum()]
     if not at:
         return text
     hit = {i for i in at if rng.random() < rate} or {rng.choice(at)}
     made: list[str] = []
     i = 0
-    while i < len(text):
-        key = text[i]
+    while i < len(keys):
+        key = keys[i]
         if i not in hit:
             made.append(key)
         else:
@@ -50,8 +52,8 @@ def slip(text: str, rate: float, rng: random.Random) -> str:
             if kind == "near" and near:
                 typed = rng.choice(near)
                 made.append(typed.upper() if key.isupper() else typed)
-            elif kind == "swap" and i + 1 < len(text) and text[i + 1] not in (key, " "):
-                made += [text[i + 1], key]
+            elif kind == "swap" and i + 1 < len(keys) and keys[i + 1] not in (key, " "):
+                made += [keys[i + 1], key]
                 i += 1
             elif kind == "drop" and len(at) > 1:
                 pass
@@ -72,6 +74,7 @@ class KeyboardEngine(Engine):
     """
 
     abstract: ClassVar[bool] = False
+    version: ClassVar[int] = 2  # a letter keeps its marks
     type: ClassVar[str] = "keyboard-engine"
     rate: Annotated[float, Field(ge=0, le=1)] = 0.03
 

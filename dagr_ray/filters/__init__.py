@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import ClassVar, Literal, NamedTuple
 
@@ -11,15 +10,6 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from dagr_ray.config import Config
-
-_CJK = "\u3040-\u30ff\u3400-\u9fff"  # written without spaces: each character counts as a word
-_WORD = re.compile(rf"[{_CJK}]|[^\W{_CJK}]+")
-
-
-def words(text: str) -> list[str]:
-    """The words of a text, without signs and spaces: what the filters count and compare."""
-    return _WORD.findall(text)
-
 
 Table = Literal["", "candidates", "scores", "generations"]
 

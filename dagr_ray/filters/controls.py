@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 
-from dagr_ray.filters import words
 from dagr_ray.language import language_of, likeness
 from dagr_ray.strategies import Strategy
 from dagr_ray.strategies.controls import Controls
 from dagr_ray.strategies.written import Written
+from dagr_ray.words import words
 
 # Under it a text counts as in another language: the threshold of the filter on languages.
 LEAST_LIKENESS = 0.1

@@ -9,7 +9,8 @@ import pyarrow as pa
 from pydantic import Field, field_validator
 
 from dagr_ray.config import ConfigError, JsonObject, Threshold
-from dagr_ray.filters import Candidate, Filter, words
+from dagr_ray.filters import Candidate, Filter
+from dagr_ray.words import folded
 
 # Of people's own queries for their passages (SciFact, SQuADShifts, Cranfield, NPL) 0 to 0.3 % and 0 to 1.7 % are over.
 LIMITS = {"ngram": 0.8, "lcs": 0.9}
@@ -66,6 +67,7 @@ class Copied(Filter):
     """
 
     abstract: ClassVar[bool] = False
+    version: ClassVar[int] = 2  # words of any script, with their marks
     rowwise: ClassVar[bool] = True
     measure: Literal["ngram", "lcs"] = "ngram"
     n: Annotated[int, Field(ge=1)] = 4
@@ -84,12 +86,12 @@ class Copied(Filter):
         scores: list[float] = []
         passage, known = "", list[str]()
         for row in rows:
-            asked = words(row.text.casefold())
+            asked = folded(row.text)
             if len(asked) < self.n:
                 scores.append(0.0)
                 continue
             if row.passage != passage:  # queries of one passage mostly stand together
-                passage, known = row.passage, words(row.passage.casefold())
+                passage, known = row.passage, folded(row.passage)
             if self.measure == "lcs":
                 scores.append(lcs_length(asked, known) / len(asked))
             else:

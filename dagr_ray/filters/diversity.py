@@ -15,8 +15,9 @@ from pydantic import Field
 
 from dagr_ray import retriever, tables
 from dagr_ray.config import Threshold
-from dagr_ray.filters import Candidate, Filter, words
+from dagr_ray.filters import Candidate, Filter
 from dagr_ray.retriever import Encoder
+from dagr_ray.words import folded
 
 Vectors = npt.NDArray[np.float32]
 ABSENT = 1e7  # the place of a query that was not reached; exact in float32
@@ -51,6 +52,7 @@ class Diversity(Filter):
     """
 
     abstract: ClassVar[bool] = False
+    version: ClassVar[int] = 2  # words of any script, with their marks
     needs_passage: ClassVar[bool] = False
     best: ClassVar[Literal["high", "low"]] = "low"
     by: Literal["k-centre", "facility"] = "facility"
@@ -95,7 +97,7 @@ def hashed(texts: Sequence[str]) -> Vectors:
     """
     vectors = np.zeros((len(texts), HASHED), np.float32)
     for row, text in enumerate(texts):
-        for word in words(text.casefold()):
+        for word in folded(text):
             for feature in {word, re.sub(r"^(.{4}).*", r"\1-", word)}:
                 code = crc32(feature.encode("utf-8", "surrogatepass"))
                 vectors[row, code % HASHED] += 1.0 if code >> 20 & 1 else -1.0

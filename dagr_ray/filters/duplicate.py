@@ -59,7 +59,7 @@ class Duplicate(Filter):
     abstract: ClassVar[bool] = False
     streams: ClassVar[bool] = True
     needs_passage: ClassVar[bool] = False
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3  # words of any script, with their marks
     by: Literal["exact", "normalised", "minhash", "embedding"] = "normalised"
     bands: Annotated[int, Field(ge=1, le=64)] = 12
     rows: Annotated[int, Field(ge=1, le=16)] = 4

@@ -9,7 +9,8 @@ from typing import Annotated, ClassVar, Literal
 import pyarrow as pa
 
 from dagr_ray.config import Threshold
-from dagr_ray.filters import Candidate, Filter, words
+from dagr_ray.filters import Candidate, Filter
+from dagr_ray.words import folded
 
 _TAGS = "a|b|br|code|div|em|h[1-6]|i|img|li|ol|p|pre|script|span|strong|table|td|th|tr|ul"
 _MARKUP = re.compile(
@@ -51,7 +52,7 @@ _EMPTY_WORDS = frozenset(
 
 
 def _empty(text: str) -> bool:
-    return all(word.casefold() in _EMPTY_WORDS for word in words(text))
+    return all(word in _EMPTY_WORDS for word in folded(text))
 
 
 Defect = Literal["no-letters", "markup", "list", "generic"]
@@ -82,7 +83,7 @@ class Format(Filter):
     """
 
     abstract: ClassVar[bool] = False
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3  # words of any script, with their marks
     rowwise: ClassVar[bool] = True
     needs_passage: ClassVar[bool] = False
     allow: Annotated[tuple[Defect, ...], Threshold()] = ()

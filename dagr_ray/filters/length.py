@@ -9,7 +9,8 @@ import pyarrow as pa
 from pydantic import Field, model_validator
 
 from dagr_ray.config import ConfigError, Threshold
-from dagr_ray.filters import Candidate, Filter, words
+from dagr_ray.filters import Candidate, Filter
+from dagr_ray.words import words
 
 
 class Length(Filter):
@@ -27,6 +28,7 @@ class Length(Filter):
     """
 
     abstract: ClassVar[bool] = False
+    version: ClassVar[int] = 2  # words of any script, with their marks
     rowwise: ClassVar[bool] = True
     needs_passage: ClassVar[bool] = False
     min_words: Annotated[int, Field(ge=1), Threshold()] = 2

@@ -10,7 +10,8 @@ import pyarrow as pa
 from pydantic import Field
 
 from dagr_ray.config import Threshold
-from dagr_ray.filters import Candidate, Filter, words
+from dagr_ray.filters import Candidate, Filter
+from dagr_ray.words import folded
 
 MIN_WORDS = 6  # a short query may say a word twice
 BLOCK = 4  # words of a block that may loop
@@ -36,6 +37,7 @@ class Repetition(Filter):
     """
 
     abstract: ClassVar[bool] = False
+    version: ClassVar[int] = 2  # words of any script, with their marks
     rowwise: ClassVar[bool] = True
     needs_passage: ClassVar[bool] = False
     max_share: Annotated[float, Field(gt=0, le=1), Threshold()] = 0.5
@@ -50,7 +52,7 @@ class Repetition(Filter):
 def repeated(text: str) -> float:
     """The share of a text that repeats what stands before it, in [0, 1]."""
     looked_at = text[:_LONGEST]
-    found = words(looked_at.casefold())
+    found = folded(looked_at)
     if _loops(found):
         return 1.0
     said_again = 1 - len(set(found)) / len(found) if len(found) >= MIN_WORDS else 0.0

@@ -6,7 +6,6 @@ depend on nothing but the text, so they are the same on any machine.
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dagr_ray.filters import words
+from dagr_ray.words import folded
 
 Longs = npt.NDArray[np.uint64]
 Places = npt.NDArray[np.int64]
@@ -222,7 +221,7 @@ def _folded(texts: pa.Array) -> pa.Array:
     other = pc.invert(pc.string_is_ascii(texts))
     if not pc.any(other).as_py():
         return texts
-    made = [" ".join(words(unicodedata.normalize("NFKC", text))).casefold() for text in texts.filter(other).to_pylist()]
+    made = [" ".join(folded(text)) for text in texts.filter(other).to_pylist()]
     return pc.replace_with_mask(texts, other, pa.array(made, pa.large_string()))
 
 

@@ -9,7 +9,8 @@ from typing import Annotated, ClassVar, Literal
 import pyarrow as pa
 
 from dagr_ray.config import Threshold
-from dagr_ray.filters import Candidate, Filter, words
+from dagr_ray.filters import Candidate, Filter
+from dagr_ray.words import folded
 
 PHRASE_WORDS = 5  # so many words of a phrase in a row are no accident
 Kind = Literal["chat-token", "placeholder", "prompt-label", "instruction", "phrase"]
@@ -63,6 +64,7 @@ class Template(Filter):
     """
 
     abstract: ClassVar[bool] = False
+    version: ClassVar[int] = 2  # words of any script, with their marks
     rowwise: ClassVar[bool] = True
     needs_passage: ClassVar[bool] = False
     phrases: tuple[str, ...] = ()
@@ -83,12 +85,12 @@ class _Phrases:
     """Whether a text holds a run of words of any of some phrases."""
 
     def __init__(self, phrases: Sequence[str]) -> None:
-        found = [words(phrase.casefold()) for phrase in phrases]
+        found = [folded(phrase) for phrase in phrases]
         self.sizes = sorted({min(len(phrase), PHRASE_WORDS) for phrase in found if phrase})
         self.runs = {run for phrase in found for run in _runs(phrase, min(len(phrase), PHRASE_WORDS))}
 
     def __call__(self, text: str) -> bool:
-        said = words(text.casefold())
+        said = folded(text)
         return any(run in self.runs for size in self.sizes for run in _runs(said, size))
 
 

@@ -12,6 +12,7 @@ from dagr_ray.artifact import Artifact
 from dagr_ray.cluster import Pool
 from dagr_ray.stage import Inputs, Output, Run, Stage
 from dagr_ray.strategies.crop import LEAST_REST, without
+from dagr_ray.words import word_count
 
 CLOZE = "crop/inverse-cloze"
 
@@ -25,6 +26,7 @@ class Cloze(Stage):
     """
 
     abstract: ClassVar[bool] = False
+    version: ClassVar[int] = 2  # words of any script
     outputs: ClassVar[tuple[str, ...]] = ("corpus",)
     corpus: Stage
     selected: Stage
@@ -50,7 +52,7 @@ class Cloze(Stage):
             for row, doc_id in enumerate(tables.texts(rows["doc_id"])):
                 for sentence in taken.get(doc_id, ()):
                     rest = without(sentence, texts[row])
-                    if len(rest.split()) >= LEAST_REST:
+                    if word_count(rest) >= LEAST_REST:
                         texts[row], removed = rest, removed + 1
             ids, titles = (rows[name] for name in ("doc_id", "title"))
             made = tables.columns("corpus", rows.num_rows, doc_id=ids, title=titles, text=texts)

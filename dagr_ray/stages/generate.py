@@ -18,11 +18,11 @@ from dagr_ray.artifact import Artifact
 from dagr_ray.cluster import Pool
 from dagr_ray.config import ConfigError, Later
 from dagr_ray.engines import Completion, Engine, Sampling, paid
-from dagr_ray.filters import words
 from dagr_ray.filters.controls import controlled, missed
 from dagr_ray.stage import Inputs, Output, Run, Stage
 from dagr_ray.strategies import Dice, Exemplar, Passage, Prompt, Strategy
 from dagr_ray.strategies.controls import Controls
+from dagr_ray.words import folded, long, pieces
 
 READS = {"corpus": "passages", "pairs": "Pairs or Linked"}
 
@@ -39,6 +39,7 @@ class Exemplars(Stage):
     """
 
     abstract: ClassVar[bool] = False
+    version: ClassVar[int] = 2  # words of any script, with their marks
     outputs: ClassVar[tuple[str, ...]] = ("exemplars",)
     corpus: Stage
     split: str = "dev"
@@ -65,7 +66,7 @@ class Exemplars(Stage):
             for part in source.scan("corpus"):
                 for row in part.to_pylist():
                     if row["doc_id"] in wanted:
-                        passage_of[row["doc_id"]] = tables.passage_text(row["title"], row["text"]).split()
+                        passage_of[row["doc_id"]] = pieces(tables.passage_text(row["title"], row["text"]))
             usable = [
                 row for row in judged if passage_of.get(row["doc_id"]) and text_of.get(row["query_id"], "").strip()
             ]
@@ -84,7 +85,7 @@ class Exemplars(Stage):
                 keys = {f"q{row['query_id']}", f"d{row['doc_id']}"}
                 if len(drawn) < self.k and not keys & seen:
                     seen |= keys
-                    passage = " ".join(passage_of[row["doc_id"]][: self.max_words])
+                    passage = "".join(passage_of[row["doc_id"]][: self.max_words]).rstrip()
                     drawn.append(
                         {
                             "query_id": row["query_id"],
@@ -102,8 +103,8 @@ class Exemplars(Stage):
 
 def _shared(query: str, passage: list[str]) -> float:
     """The share of a query's longer words that start a word of the passage, or are started by one."""
-    asked = {word for word in words(query.casefold()) if len(word) > 3}
-    there = {word for word in words(" ".join(passage).casefold()) if len(word) > 3}
+    asked = {word for word in folded(query) if long(word)}
+    there = {word for word in folded("".join(passage)) if long(word)}
     return sum(any(w.startswith(a) or a.startswith(w) for w in there) for a in asked) / max(len(asked), 1)
 
 

@@ -47,7 +47,7 @@ class LeakScan(Stage):
     """
 
     abstract: ClassVar[bool] = False
-    version: ClassVar[int] = 3  # an edit is in place
+    version: ClassVar[int] = 4  # words of any script, with their marks
     pool: ClassVar[str] = "retrieve"
     outputs: ClassVar[tuple[str, ...]] = ("leaks",)
     selected: Stage

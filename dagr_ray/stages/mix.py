@@ -16,9 +16,9 @@ from dagr_ray import tables
 from dagr_ray.artifact import Artifact
 from dagr_ray.cluster import Pool
 from dagr_ray.config import ConfigError
-from dagr_ray.filters import words
 from dagr_ray.retriever import Encoder, encode, load
 from dagr_ray.stage import Inputs, Output, Run, Stage
+from dagr_ray.words import folded, words
 
 
 class Mix(Stage):
@@ -112,7 +112,7 @@ def form_of(text: str) -> str:
     """
     if text.rstrip().endswith(("?", "？")) or _ASKS.match(text.strip()):
         return "question"
-    said = [word.casefold() for word in words(text)]
+    said = folded(text)
     return "keywords" if sum(word in _SMALL for word in said) <= len(said) // 6 else "statement"
 
 
@@ -124,7 +124,7 @@ def distinct(texts: Iterable[str], n: int) -> float:
     """
     counts = Counter[tuple[str, ...]]()
     for text in texts:
-        said = [word.casefold() for word in words(text)]
+        said = folded(text)
         counts.update(zip(*(said[i:] for i in range(n)), strict=False))
     return len(counts) / counts.total() if counts else 0.0
 
@@ -140,6 +140,7 @@ class Describe(Stage):
     """
 
     abstract: ClassVar[bool] = False
+    version: ClassVar[int] = 2  # words of any script, with their marks
     outputs: ClassVar[tuple[str, ...]] = ("metrics",)
     queries: Stage
     corpus: Stage
@@ -181,10 +182,10 @@ class Describe(Stage):
         for part in inputs["corpus"].scan("corpus"):
             for row in part.filter(pc.is_in(part["doc_id"], value_set=wanted)).to_pylist():
                 passage = tables.passage_text(row["title"], row["text"])
-                said[row["doc_id"]] = {word.casefold() for word in words(passage)}
+                said[row["doc_id"]] = set(folded(passage))
         shares = []
         for row in pairs:
-            own = [word.casefold() for word in words(text_of[row["query_id"]])]
+            own = folded(text_of[row["query_id"]])
             if own and row["doc_id"] in said:
                 shares.append(sum(word in said[row["doc_id"]] for word in own) / len(own))
         return float(np.mean(shares)) if shares else 0.0

@@ -14,6 +14,7 @@ from dagr_ray.artifact import Artifact
 from dagr_ray.cluster import Pool
 from dagr_ray.config import ConfigError
 from dagr_ray.stage import Inputs, Output, Run, Stage
+from dagr_ray.words import first_words
 
 
 class Pairs(Stage):
@@ -58,6 +59,7 @@ class AsQueries(Stage):
     """Passages as queries of their own, to search for what is near them; ``words`` is how many of each are taken."""
 
     abstract: ClassVar[bool] = False
+    version: ClassVar[int] = 2  # words of any script, with their marks
     outputs: ClassVar[tuple[str, ...]] = ("queries",)
     corpus: Stage
     words: Annotated[int, Field(ge=4)] = 64
@@ -66,7 +68,7 @@ class AsQueries(Stage):
         def run(start: int, stop: int) -> Output:
             rows = inputs["corpus"].read("corpus")
             whole = map(tables.passage_text, rows["title"].to_pylist(), rows["text"].to_pylist())
-            texts = [" ".join(text.split()[: self.words]) for text in whole]
+            texts = [first_words(text, self.words) for text in whole]
             made = tables.columns("queries", rows.num_rows, query_id=rows["doc_id"], text=texts)
             return Output({"queries": made}, counts={"in": rows.num_rows, "out": rows.num_rows})
 

@@ -12,10 +12,10 @@ from dagr_ray import tables
 from dagr_ray.artifact import Artifact
 from dagr_ray.cluster import Pool
 from dagr_ray.config import ConfigError, Later
-from dagr_ray.filters import words
 from dagr_ray.stage import Inputs, Output, Run, Stage
 from dagr_ray.strategies import Passage
 from dagr_ray.strategies.critique import FINE
+from dagr_ray.words import first_words, folded
 
 if TYPE_CHECKING:
     from dagr_ray.stages.generate import Generate
@@ -29,6 +29,7 @@ class Best(Stage):
     """
 
     abstract: ClassVar[bool] = False
+    version: ClassVar[int] = 2  # words of any script, with their marks
     outputs: ClassVar[tuple[str, ...]] = ("exemplars",)
     selected: Stage
     corpus: Stage
@@ -53,7 +54,7 @@ class Best(Stage):
             drawn: list[tuple[str, str]] = []
             seen: list[set[str]] = []
             for row in scored:
-                said = {word.casefold() for word in words(text_of[row["query_id"]])}
+                said = set(folded(text_of[row["query_id"]]))
                 alike = any(len(said & other) > len(said) / 2 for other in seen)
                 if said and not alike and row["doc_id"] not in {doc_id for _, doc_id in drawn}:
                     drawn.append((row["query_id"], row["doc_id"]))
@@ -64,8 +65,8 @@ class Best(Stage):
             passage_of = {}
             for part in inputs["corpus"].scan("corpus"):
                 for passage in part.filter(pc.is_in(part["doc_id"], value_set=wanted)).to_pylist():
-                    whole = tables.passage_text(passage["title"], passage["text"]).split()
-                    passage_of[passage["doc_id"]] = " ".join(whole[: self.max_words])
+                    whole = tables.passage_text(passage["title"], passage["text"])
+                    passage_of[passage["doc_id"]] = first_words(whole, self.max_words)
             made = [
                 {"query_id": query_id, "doc_id": doc_id, "query": text_of[query_id], "passage": passage_of[doc_id]}
                 for query_id, doc_id in drawn

@@ -67,7 +67,7 @@ class Controls(Config):
     """
 
     abstract: ClassVar[bool] = True  # no plugin: a value inside strategies
-    check_version: ClassVar[int] = 1
+    check_version: ClassVar[int] = 2  # words of any script
     language: str | None = None
     length: tuple[Count, Count] | None = None
     formality: Literal["formal", "casual"] | None = None

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from difflib import SequenceMatcher
 from typing import ClassVar
 
 from dagr_ray import tables
 from dagr_ray.strategies import Parsed, Passage
 from dagr_ray.strategies.rewriting import Form, Rewriting, one_line
-
-_TOKEN = re.compile(r"\w+(?:[.,]\d+)*|[^\w\s]")
+from dagr_ray.words import tokens, unspaced, word_count
 
 
 def changed_span(before: str, after: str) -> tuple[str, str] | None:
@@ -23,11 +21,12 @@ def changed_span(before: str, after: str) -> tuple[str, str] | None:
     >>> changed_span("a b c", "a b c") is None
     True
     """
-    old, new = _TOKEN.findall(before), _TOKEN.findall(after)
+    old, new = tokens(before), tokens(after)
     ops = [op for op in SequenceMatcher(None, old, new, autojunk=False).get_opcodes() if op[0] != "equal"]
     if not ops:
         return None
-    return " ".join(old[ops[0][1] : ops[-1][2]]), " ".join(new[ops[0][3] : ops[-1][4]])
+    between = "" if unspaced(before) else " "
+    return between.join(old[ops[0][1] : ops[-1][2]]), between.join(new[ops[0][3] : ops[-1][4]])
 
 
 _FORM = Form(
@@ -86,6 +85,6 @@ class Counterfactual(Rewriting):
         span = changed_span(one_line(tables.passage_text(row.title, row.text)), line)
         if span is None:
             return Parsed(rejected=[("unchanged", line[:200])])
-        if max(len(side.split()) for side in span) > self.max_span:
+        if max(map(word_count, span)) > self.max_span:
             return Parsed(rejected=[("more-than-one-change", line[:200])])
         return Parsed(kept=[line], changes=[span])

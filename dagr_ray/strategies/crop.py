@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal
 
 from dagr_ray.config import Later
 from dagr_ray.strategies import Exemplar, Parsed, Passage, Prompt, Strategy
+from dagr_ray.words import pieces, word_count
 
 # The share of a text that a span takes: Contriever's random cropping.
 SPAN = (0.05, 0.5)
@@ -35,6 +36,8 @@ class Crop(Strategy):
     """
 
     abstract: ClassVar[bool] = False
+    version: ClassVar[int] = 2  # words of any script
+    parse_version: ClassVar[int] = 2  # words of any script
     mode: Annotated[Literal["sentence", "span", "inverse-cloze"], Later()] = "sentence"
 
     def name(self) -> str:
@@ -48,10 +51,10 @@ class Crop(Strategy):
         text = row.text or row.title
         if self.mode != "span":
             return Prompt("", text, "")
-        words = text.split()
+        words = pieces(text)
         size = max(round(rng.uniform(*SPAN) * len(words)), LEAST_SPAN)
         first = rng.randint(0, max(len(words) - size, 0))
-        return Prompt("", " ".join(words[first : first + size]), "", whole=True)
+        return Prompt("", "".join(words[first : first + size]).rstrip(), "", whole=True)
 
     def parse(self, row: Passage, raw: str) -> Parsed:
         text = " ".join(raw.split())
@@ -61,7 +64,7 @@ class Crop(Strategy):
             return Parsed(rejected=[("no-text", text[:200])])
         if len(text.split()) < 2 and text.isascii():
             return Parsed(rejected=[("too-short", text[:200])])
-        if self.mode == "inverse-cloze" and len(without(text, row.text).split()) < LEAST_REST:
+        if self.mode == "inverse-cloze" and word_count(without(text, row.text)) < LEAST_REST:
             return Parsed(rejected=[("nothing-left", text[:200])])
         return Parsed(kept=[text])
 

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from dagr_ray.strategies import Parsed, Passage
 from dagr_ray.strategies.rewriting import Form, Rewriting
+from dagr_ray.words import folded
 
 _FORM = Form(
     ("Passage", "Query"),
@@ -52,6 +53,7 @@ class HardNegative(Rewriting):
     """
 
     abstract: ClassVar[bool] = False
+    parse_version: ClassVar[int] = 2  # words of any script
     writes: ClassVar[str] = "negatives"
     task: str = (
         "Each passage answers the query below it. The wrong passage is about the same topic in a similar style, but does "
@@ -63,8 +65,7 @@ class HardNegative(Rewriting):
 
     def judged(self, row: Passage, line: str) -> Parsed:
         """Rejected where most of it is the right passage."""
-        right = set(row.text.casefold().split())
-        written = line.casefold().split()
+        right, written = set(folded(row.text)), folded(line)
         if sum(word in right for word in written) > 0.8 * len(written):
             return Parsed(rejected=[("copies-positive", line[:200])])
         return Parsed(kept=[line])

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from dagr_ray.strategies import Parsed, Passage
 from dagr_ray.strategies.rewriting import Form, Rewriting
+from dagr_ray.words import folded, long
 
 _FORM = Form(
     ("Passage", "Second passage"),
@@ -48,6 +49,7 @@ class MultiHop(Rewriting):
     """
 
     abstract: ClassVar[bool] = False
+    parse_version: ClassVar[int] = 2  # words of any script
     task: str = "Each pair of passages is followed by a search query that can only be answered with both of them."
 
     def form(self) -> Form:
@@ -55,9 +57,8 @@ class MultiHop(Rewriting):
 
     def judged(self, row: Passage, line: str) -> Parsed:
         """Rejected unless each of the passages has a word of it, of four letters or more, that the other lacks."""
-        words = {word.strip("?.,!'\"") for word in line.casefold().split()}
-        first, second = ({w.strip("?.,!'\"") for w in text.casefold().split()} for text in self.lines(row))
-        long = {word for word in words if len(word) > 3 or not word.isascii()}
-        if not (long & first - second and long & second - first):
+        first, second = (set(folded(text)) for text in self.lines(row))
+        asked = {word for word in folded(line) if long(word)}
+        if not (asked & first - second and asked & second - first):
             return Parsed(rejected=[("one-passage", line[:200])])
         return Parsed(kept=[line])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import bisect
 import math
 import random
-import unicodedata
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -17,6 +16,7 @@ from dagr_ray import tables
 from dagr_ray.config import ConfigError, content_hash
 from dagr_ray.strategies import Exemplar, Parsed, Passage, Prompt, Strategy
 from dagr_ray.strategies.promptagator import Promptagator
+from dagr_ray.words import characters
 
 NEAREST = 100  # logged queries, the nearest in length, among which the length of a prefix is drawn
 Weight = Annotated[float, Field(ge=0)]
@@ -40,6 +40,8 @@ class Prefix(Strategy):
     """
 
     abstract: ClassVar[bool] = False
+    version: ClassVar[int] = 2  # characters as people see them
+    parse_version: ClassVar[int] = 2
     of: Strategy | None = Promptagator()
     log: str | None = None
     lengths: tuple[Weight, ...] = ()
@@ -107,11 +109,8 @@ class Prefix(Strategy):
 
     def cut(self, query: str, rng: random.Random) -> str:
         """A prefix of the query, of a length drawn with ``rng``; empty for a query that is too short to have one."""
-        text = " ".join(query.split())
-        size = self._length(len(text), rng)
-        while 0 < size < len(text) and unicodedata.combining(text[size]):
-            size += 1  # a letter keeps its accents
-        return text[:size].rstrip()
+        text = characters(" ".join(query.split()))
+        return "".join(text[: self._length(len(text), rng)]).rstrip()
 
     def _length(self, longest: int, rng: random.Random) -> int:
         """A length from ``min_characters`` to ``longest`` - 1; 0 where there is none."""
@@ -134,7 +133,7 @@ class _Log:
         alone: list[int] = []
         for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
             typed, tab, meant = line.partition("\t")
-            sizes = len(" ".join(typed.split())), len(" ".join(meant.split()))
+            sizes = len(characters(" ".join(typed.split()))), len(characters(" ".join(meant.split())))
             if tab and 0 < sizes[0] <= sizes[1]:
                 pairs.append((sizes[1], sizes[0]))
             elif sizes[0] and not tab:

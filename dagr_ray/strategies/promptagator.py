@@ -10,6 +10,7 @@ from pydantic import Field
 from dagr_ray import tables
 from dagr_ray.strategies import Exemplar, Parsed, Passage, Prompt
 from dagr_ray.strategies.written import Written, one_query
+from dagr_ray.words import first_words
 
 # Shown where a data set has no human queries to show. Four kinds of text and four ways to ask, none from a benchmark.
 GENERIC = (
@@ -56,6 +57,7 @@ class Promptagator(Written):
     """
 
     abstract: ClassVar[bool] = False
+    version: ClassVar[int] = 2  # words of any script
     task: str = "Each passage is followed by a search query that someone typed to find it."
     max_exemplars: Annotated[int, Field(ge=0, le=8)] = 8
     exemplar_words: Annotated[int, Field(ge=8)] = 60
@@ -67,8 +69,8 @@ class Promptagator(Written):
         task = " ".join(self.task.split())
         parts = [] if self.task_last else [task]
         for exemplar in shown:
-            words = exemplar.passage.split()[: self.exemplar_words]
-            parts.append(f"Passage:\n{' '.join(words)}\nQuery: {' '.join(exemplar.query.split())}")
+            passage = first_words(exemplar.passage, self.exemplar_words)
+            parts.append(f"Passage:\n{passage}\nQuery: {' '.join(exemplar.query.split())}")
         passage = " ".join(tables.passage_text(row.title, row.text).split())
         after = self.controls.line() + (f"\n{task}\nQuery:" if self.task_last else "\nQuery:")
         return Prompt("\n\n".join([*parts, "Passage:\n"]), passage, after, stop=("\n",))

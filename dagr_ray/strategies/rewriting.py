@@ -12,6 +12,7 @@ from pydantic import Field
 from dagr_ray import tables
 from dagr_ray.strategies import Exemplar, Parsed, Passage, Prompt
 from dagr_ray.strategies.written import Written
+from dagr_ray.words import word_count
 
 _QUOTES = "\"'`“”‘’«»„* \t"
 _MARKUP = re.compile(r"<\|[^|<>]{1,40}\|>|\[/?INST\]")
@@ -75,7 +76,7 @@ class Rewriting(Written):
             return Parsed(rejected=[("template", shown)])
         if line.casefold() in {example[form.label].casefold() for example in form.shown}:
             return Parsed(rejected=[("exemplar-copy", shown)])
-        if line.isascii() and len(line.split()) < form.least_words:
+        if word_count(line) < form.least_words:
             return Parsed(rejected=[("too-short", shown)])
         if line.casefold() in {given.casefold() for given in self.lines(row)}:
             return Parsed(rejected=[("unchanged", shown)])

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from dagr_ray.strategies import Parsed, Passage
 from dagr_ray.strategies.rewriting import Form, Rewriting
+from dagr_ray.words import word_count
 
 _FORM = Form(
     ("Passage",),
@@ -48,6 +49,7 @@ class Simplify(Rewriting):
     """
 
     abstract: ClassVar[bool] = False
+    parse_version: ClassVar[int] = 2  # words of any script
     writes: ClassVar[str] = "passages"
     task: str = "Each passage is followed by the same content in plain words and short sentences."
 
@@ -56,6 +58,6 @@ class Simplify(Rewriting):
 
     def judged(self, row: Passage, line: str) -> Parsed:
         """Rejected where it is longer than twice the passage: plain words need more room, but not other content."""
-        if len(line.split()) > 2 * max(len(row.text.split()), 10):
+        if word_count(line) > 2 * max(word_count(row.text), 10):
             return Parsed(rejected=[("too-long", line[:200])])
         return Parsed(kept=[line])

@@ -9,6 +9,7 @@ from typing import ClassVar
 from dagr_ray.strategies import Exemplar, Parsed, Passage, Prompt
 from dagr_ray.strategies.rewriting import one_line
 from dagr_ray.strategies.written import Written
+from dagr_ray.words import word_count
 
 _EXAMPLES = (
     (
@@ -56,6 +57,7 @@ class TaskTriple(Written):
     """
 
     abstract: ClassVar[bool] = False
+    parse_version: ClassVar[int] = 2  # words of any script
     writes: ClassVar[str] = "triples"
     task: str = "For each topic: a search task, a query, a passage that answers it, and a similar one that does not."
 
@@ -82,6 +84,6 @@ class TaskTriple(Written):
             return Parsed(rejected=[("repeated", shown)])
         if set(folded) & {text.casefold() for example in _EXAMPLES for text in example}:
             return Parsed(rejected=[("exemplar-copy", shown)])
-        if min(len(text.split()) for text in triple[1:]) < 5:
+        if min(map(word_count, triple[1:])) < 5:
             return Parsed(rejected=[("too-short", shown)])
         return Parsed(kept=triple)

@@ -14,6 +14,7 @@ from dagr_ray.cluster import Pool
 from dagr_ray.config import ConfigError
 from dagr_ray.retriever import Dtype, Pinned, compute_dtype
 from dagr_ray.teachers import Cost, Pair, Scorer, Teacher, by_query
+from dagr_ray.words import first_words
 
 if TYPE_CHECKING:
     import torch
@@ -228,7 +229,7 @@ class AttentionSession:
 
     def _cut(self, text: str) -> str:
         words = self.config.max_words
-        return " ".join(text[: 4 * words * CHARACTERS_PER_WORD].split()[:words])[: words * CHARACTERS_PER_WORD]
+        return first_words(text[: 4 * words * CHARACTERS_PER_WORD], words)[: words * CHARACTERS_PER_WORD]
 
     def _tensor(self, tokens: list[int]) -> torch.Tensor:
         import torch

@@ -16,6 +16,7 @@ from dagr_ray.engines.next_token import NextToken, next_token
 from dagr_ray.engines.vllm import VLLM
 from dagr_ray.strategies import Prompt
 from dagr_ray.teachers import NO_SCORE, Cost, Pair, Scorer, Teacher, by_query
+from dagr_ray.words import first_words
 
 GRADES = (" 0", " 1", " 2", " 3")
 SIDES = (" A", " B")
@@ -144,8 +145,9 @@ class LLMJudge(Teacher):
 
 def _line(text: str, words: int | None = None) -> str:
     """One line: white space folded, so that no text looks like the next part of a prompt."""
-    found = " ".join(tables.clean(text).split()[:words])
-    return found if words is None else found[: words * CHARACTERS_PER_WORD]
+    if words is None:
+        return " ".join(tables.clean(text).split())
+    return first_words(tables.clean(text), words)[: words * CHARACTERS_PER_WORD]
 
 
 class _Judge:
