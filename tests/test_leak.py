@@ -12,7 +12,7 @@ import pytest
 from dagr_ray import pydocs, report, tables
 from dagr_ray.cluster import Placement, Pool
 from dagr_ray.config import ConfigError
-from dagr_ray.filters import sketch, words
+from dagr_ray.filters import sketch
 from dagr_ray.filters.held_out import FLOORS, MECHANISMS, HeldOut, Matches, Telling, matching
 from dagr_ray.models import minilm
 from dagr_ray.retriever import Encoder
@@ -20,6 +20,7 @@ from dagr_ray.stage import Output, Stage, load_stage, materialize
 from dagr_ray.stages import leak
 from dagr_ray.stages.evaluate import Evaluate, Scorecard
 from dagr_ray.stages.leak import LeakGate, LeakScan
+from dagr_ray.words import words
 from tests.studies import EVIL, made_study
 
 TRANSLATED = Path(__file__).parent.parent / "benchmarks" / "leak_translated.jsonl"
