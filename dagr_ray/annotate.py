@@ -29,6 +29,7 @@ from dagr_ray.retriever import Encoder
 from dagr_ray.stage import materialize
 from dagr_ray.stages.people import AGREEMENT, People, all_ratings, plain_cell
 from dagr_ray.store import filesystem
+from dagr_ray.terminal import say
 
 Find = Callable[[str], Artifact]
 JUDGE = "llm-judge"
@@ -60,8 +61,8 @@ def run(args: argparse.Namespace, find: Find) -> None:
     chosen = [find(name) for name in folders]
     if args.action == "import":
         folder, report = take(chosen, files, args.runs, args.threshold)
-        print(json.dumps(report, indent=1, ensure_ascii=False) if args.json else text(report))
-        print(folder.path, file=sys.stderr if args.json else sys.stdout)
+        say(json.dumps(report, indent=1, ensure_ascii=False) if args.json else text(report))
+        say(folder.path, to=sys.stderr if args.json else sys.stdout)
         return
     encoder = None
     if args.encoder:
@@ -70,11 +71,11 @@ def run(args: argparse.Namespace, find: Find) -> None:
     people = find(args.people) if args.people else None
     counts = export(chosen, files[0], args.items, args.threshold, encoder, people)
     if args.json:
-        print(json.dumps(counts))
+        say(json.dumps(counts))
         return
-    print("; ".join(f"{count} {REASONS[reason]}" for reason, count in counts.items() if count))
+    say("; ".join(f"{count} {REASONS[reason]}" for reason, count in counts.items() if count))
     for name in FILES:
-        print(f"{files[0].rstrip('/')}/{name}")
+        say(f"{files[0].rstrip('/')}/{name}")
 
 
 def thresholds_named(words: Sequence[str], scorers: Iterable[str], earlier: Artifact | None = None) -> dict[str, Cuts]:

@@ -17,8 +17,11 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
+
+from dagr_ray.terminal import Parser, Shown, say
 
 VERBS = {
     "check": "validate a job before anything is spent: each stage cached, partial or to do, with an estimate",
@@ -41,7 +44,7 @@ VERBS = {
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    top = argparse.ArgumentParser(prog="dagr", description="Turn a pile of documents into a better retriever.")
+    top = Parser(prog="dagr", description="Turn a pile of documents into a better retriever.")
     top.add_argument("--version", action="store_true", help="print the version and exit")
     verbs = top.add_subparsers(dest="verb", metavar="VERB")
     made = {
@@ -141,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     if args.version:
         from dagr_ray import __version__
 
-        print(__version__)
+        say(__version__)
         sys.exit(0)
     if args.verb is None:
         parser().print_help()
@@ -225,7 +228,9 @@ class _Stops:
 def _calm() -> None:
     """One line per message of ours, and quiet from the libraries; DAGR_DEBUG=1 shows all."""
     debug = bool(os.environ.get("DAGR_DEBUG"))
-    logging.basicConfig(level=logging.INFO if debug else logging.ERROR, format="%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(Shown("%(message)s"))
+    logging.basicConfig(level=logging.INFO if debug else logging.ERROR, handlers=[handler])
     logging.getLogger("dagr").setLevel(logging.INFO if debug else logging.WARNING)
     for name, value in {
         "RAY_DEDUP_LOGS": "0",
@@ -248,7 +253,8 @@ def _calm() -> None:
 def _explain(error: Exception) -> int:
     """Prints one line for an error that a user can act on; a traceback for a defect. Returns the exit code."""
     if os.environ.get("DAGR_DEBUG"):
-        raise error
+        say("".join(traceback.format_exception(error)), to=sys.stderr, end="")
+        return 1
     from dagr_ray.config import ConfigError
 
     failed = getattr(sys.modules.get("dagr_ray.worker"), "StageFailed", ())  # its module needs more packages
@@ -258,13 +264,13 @@ def _explain(error: Exception) -> int:
     while link is not None and id(link) not in seen:
         seen.add(id(link))
         if isinstance(link, ConfigError):
-            print(f"dagr: error: {_one_line(link)}", file=sys.stderr)
+            say(f"dagr: error: {_one_line(link)}", to=sys.stderr)
             return 2
         if isinstance(link, failed):
-            print("\n  ".join([f"dagr: failed: {_one_line(link)}", *getattr(link, "rows", ())]), file=sys.stderr)
+            say("\n  ".join([f"dagr: failed: {_one_line(link)}", *getattr(link, "rows", ())]), to=sys.stderr)
             return 1
         if isinstance(link, ModuleNotFoundError) and not by_the_way and (told := _missing(link)):
-            print(f"dagr: error: {told}", file=sys.stderr)
+            say(f"dagr: error: {told}", to=sys.stderr)
             return 2
         named = getattr(link, "cause", None) or link.__cause__
         by_the_way = by_the_way or named is None  # a library that looked for another one before it failed
@@ -273,9 +279,9 @@ def _explain(error: Exception) -> int:
     # An error that came out of a worker carries its own message in text; find ours in it.
     for mark, code in (("ConfigError: ", 2), ("StageFailed: ", 1)):
         if mark in str(error):
-            print(f"dagr: error: {str(error).rsplit(mark, 1)[1].splitlines()[0]}", file=sys.stderr)
+            say(f"dagr: error: {str(error).rsplit(mark, 1)[1].splitlines()[0]}", to=sys.stderr)
             return code
-    print(f"dagr: failed: {type(error).__name__}: {last}; set DAGR_DEBUG=1 to see where", file=sys.stderr)
+    say(f"dagr: failed: {type(error).__name__}: {last}; set DAGR_DEBUG=1 to see where", to=sys.stderr)
     return 1
 
 

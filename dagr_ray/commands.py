@@ -18,7 +18,7 @@ from dagr_ray.progress import Reporter, duration, size
 from dagr_ray.results import folders
 from dagr_ray.stage import Stage, materialize, survey, walk
 from dagr_ray.study import Job, Study, load_job, parse_axes, plan_study, run_study
-from dagr_ray.terminal import print_json, print_table
+from dagr_ray.terminal import print_json, print_table, say
 
 log = logging.getLogger("dagr")
 Args = argparse.Namespace
@@ -97,11 +97,11 @@ def check(args: Args) -> int | None:
         rows.append([line.stage.folder_name(), line.state, shown, tokens, hours, stored, money, basis, line.problem])
     print_table(rows, ["stage", "state", "shards", "tokens ~", "time ~", "storage ~", "cost ~", "as in", "problem"])
     todo = [line for line in lines if line.state != "cached"]
-    print(f"{len(lines)} stages, {len(lines) - len(todo)} cached; {_to_do(guesses.values())}")
+    say(f"{len(lines)} stages, {len(lines) - len(todo)} cached; {_to_do(guesses.values())}")
     if any(guess["basis"] != "this corpus" for guess in guesses.values() if guess["tokens"]):
-        print("the tokens are a guess: --canary asks for 64 passages and knows better")
+        say("the tokens are a guess: --canary asks for 64 passages and knows better")
     for line in damaged:
-        print(f"damaged: {line.stage.folder_name()}: {line.problem}; the next run rebuilds what is damaged")
+        say(f"damaged: {line.stage.folder_name()}: {line.problem}; the next run rebuilds what is damaged")
     return 1 if damaged else None
 
 
@@ -116,8 +116,8 @@ def _canary(args: Args, stages: Sequence[Stage], placement: cluster.Placement, r
         cluster.connect(args.address)
     for canary, findings in fly(todo, args.runs, placement, guards, reporter):
         seen = ", ".join(f"{finding.guard} {finding.share:.0%}" for finding in findings)
-        print(f"canary {canary.generate.label()}: {seen}", file=sys.stderr)
-    print(f"canary: {_to_do(estimate(todo, args.runs, placement).values())}", file=sys.stderr)
+        say(f"canary {canary.generate.label()}: {seen}", to=sys.stderr)
+    say(f"canary: {_to_do(estimate(todo, args.runs, placement).values())}", to=sys.stderr)
 
 
 def _to_do(guesses: Iterable[dict[str, Any]]) -> str:
@@ -144,7 +144,7 @@ def preview(args: Args) -> int | None:
     _validate([generate], here)
     with tempfile.TemporaryDirectory(prefix="dagr-preview-") as runs:
         for line in shown(generate, args.rows, runs, here):
-            print(line)
+            say(line)
     return None
 
 
@@ -162,7 +162,7 @@ def run(args: Args) -> int | None:
     if "metrics" in folder.table_names():
         means = [r for r in folder.read("metrics").to_pylist() if r["query_id"] is None]
         print_table([[r["data"] or "", r["measure"], f"{r['value']:.4f}"] for r in means], ["data", "measure", "mean"])
-    print(folder.path)
+    say(folder.path)
     return None
 
 
@@ -185,19 +185,19 @@ def study(args: Args) -> int | None:
     folder = run_study(planned, args.runs, placement, reporter, mirror.soon)
     summary = report.summarise(args.runs, folder.name)
     page = report.write_page(summary, args.runs, folder.name)
-    print(report.terminal_table(summary))
+    say(report.terminal_table(summary))
     problem = mirror.finish(folder)
     of = len(planned.stages())
     took = duration(time.time() - started)
-    print(f"{len(planned.trials)} rows; {of - len(todo)} of {of} stages were there already; {took}")
-    print(f"page: {page}")
+    say(f"{len(planned.trials)} rows; {of - len(todo)} of {of} stages were there already; {took}")
+    say(f"page: {page}")
     if problem:
-        print(f"not tracked: {problem}; run `dagr track {args.runs}` later", file=sys.stderr)
+        say(f"not tracked: {problem}; run `dagr track {args.runs}` later", to=sys.stderr)
     elif not args.no_track:
-        print(f"mlflow: {mirror.where}")
+        say(f"mlflow: {mirror.where}")
     failed = [trial for trial in planned.trials if trial.state != "done"]
     for trial in failed:
-        print(f"{trial.state}: {trial.name} {trial.params}: {trial.error or 'not run'}")
+        say(f"{trial.state}: {trial.name} {trial.params}: {trial.error or 'not run'}")
     return 1 if failed else None
 
 
@@ -242,9 +242,9 @@ def track(args: Args) -> int | None:
     for name in names:
         result = tracking.mirror(args.runs, name)
         if result.problem:
-            print(f"{name}: not tracked: {result.problem}")
+            say(f"{name}: not tracked: {result.problem}")
             return 1
-        print(f"{name}: {result.parents} parent and {result.children} child runs logged, {result.skipped} were there")
+        say(f"{name}: {result.parents} parent and {result.children} child runs logged, {result.skipped} were there")
     return None
 
 

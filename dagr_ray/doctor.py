@@ -24,6 +24,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from dagr_ray.config import ConfigError
+from dagr_ray.terminal import say
 
 PYTHONS = ((3, 11), (3, 12))
 PROBE_SECONDS = 180
@@ -352,16 +353,16 @@ def run(json: bool = False) -> int:
     checks = diagnose()
     able = all(check.ok for check in checks if check.required)
     if json:
-        print(jsonlib.dumps({"ok": able, "checks": [asdict(check) for check in checks]}, indent=1))
+        say(jsonlib.dumps({"ok": able, "checks": [asdict(check) for check in checks]}, indent=1))
         return 0 if able else 1
     for check in checks:
         state = "ok" if check.ok else "MISSING" if check.required else "warning"
-        print(f"{state:8} {check.name:10} {check.detail}")
+        say(f"{state:8} {check.name:10} {check.detail}")
         if not check.ok:
-            print(f"{'':19} -> {check.fix}")
+            say(f"{'':19} -> {check.fix}")
     bad = sum(not check.ok for check in checks if check.required)
     verdict = "the quick start can run" if able else f"the quick start cannot run: {bad} to mend"
-    print(f"{verdict} ({time.monotonic() - began:.0f} s)")
+    say(f"{verdict} ({time.monotonic() - began:.0f} s)")
     return 0 if able else 1
 
 
@@ -371,14 +372,14 @@ def main() -> int:
     if not arguments:
         return run()
     if arguments[-1] not in LIGHT | HEAVY:
-        print(f"doctor: no probe {arguments[-1]!r}; allowed: {', '.join(ORDER)}", file=sys.stderr)
+        say(f"doctor: no probe {arguments[-1]!r}; allowed: {', '.join(ORDER)}", to=sys.stderr)
         return 2
     if arguments[0] == "--answer":
         answer = asdict(attempt(arguments[-1]))
         # flushed and left at once: a JVM or a CUDA library may crash in its farewell, which is no finding
-        print(f"\n{ANSWER}{jsonlib.dumps(answer)}", flush=True)
+        say(f"\n{ANSWER}{jsonlib.dumps(answer)}")
         os._exit(0)
-    print((LIGHT | HEAVY)[arguments[-1]]())
+    say((LIGHT | HEAVY)[arguments[-1]]())
     return 0
 
 

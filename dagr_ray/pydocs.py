@@ -239,4 +239,4 @@ def _chunks(text: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(_collect(sys.argv[1:])))
+    sys.stdout.write(json.dumps(_collect(sys.argv[1:])))

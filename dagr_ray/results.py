@@ -10,7 +10,7 @@ from typing import Any
 from dagr_ray.artifact import Artifact
 from dagr_ray.config import ConfigError, packed
 from dagr_ray.store import filesystem
-from dagr_ray.terminal import print_json, print_table
+from dagr_ray.terminal import print_json, print_table, say
 
 Args = argparse.Namespace
 
@@ -67,7 +67,7 @@ def ls(args: Args) -> int | None:
         print_json(rows)
         return None
     if not rows:
-        print(f"nothing in {args.runs}")
+        say(f"nothing in {args.runs}")
         return None
     shown = sorted(rows, key=lambda row: row["changed"])
     table = []
@@ -76,6 +76,11 @@ def ls(args: Args) -> int | None:
         table.append([row["folder"], row["state"], f"${row['price']:.5f}" if row["price"] is not None else "", counts])
     print_table(table, ["folder", "state", "price", "rows"])
     return None
+
+
+def _indented(value: object) -> str:
+    """A text whose further lines cannot be taken for fields of their own."""
+    return str(value).replace("\n", "\n    ")
 
 
 def show(args: Args) -> int | None:
@@ -91,7 +96,7 @@ def show(args: Args) -> int | None:
             print_json(rows)
         else:
             for row in rows:
-                print("\n".join(f"{key}: {value}" for key, value in row.items()), end="\n\n")
+                say("\n".join(f"{key}: {_indented(value)}" for key, value in row.items()), end="\n\n")
         return None
     if args.json:
         print_json(manifest)
@@ -99,12 +104,12 @@ def show(args: Args) -> int | None:
     assert manifest is not None
     for key in ("fingerprint", "inputs", "counts", "cost", "price", "attempts", "placement", "packages"):
         if key in manifest:
-            print(f"{key}: {json.dumps(manifest[key], ensure_ascii=False)}")
+            say(f"{key}: {json.dumps(manifest[key], ensure_ascii=False)}")
     for name, entry in manifest.get("tables", {}).items():
-        print(f"table {name}: {entry['rows']:,} rows, {entry['bytes']:,} bytes, {len(entry['parts'])} parts")
+        say(f"table {name}: {entry['rows']:,} rows, {entry['bytes']:,} bytes, {len(entry['parts'])} parts")
     for name, entry in manifest.get("files", {}).items():
-        print(f"file {name}: {entry['bytes']:,} bytes")
-    print(f"stage: {json.dumps(packed(manifest.get('stage', manifest.get('axes'))), ensure_ascii=False)}")
+        say(f"file {name}: {entry['bytes']:,} bytes")
+    say(f"stage: {json.dumps(packed(manifest.get('stage', manifest.get('axes'))), ensure_ascii=False)}")
     return None
 
 
@@ -124,7 +129,7 @@ def bill(args: Args) -> int | None:
     if args.json:
         print_json(found)
     else:
-        print(bills.text(found))
+        say(bills.text(found))
     return None
 
 
@@ -138,7 +143,7 @@ def trace(args: Args) -> int | None:
         return None
     for key, value in found.items():
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        print(f"{key}:\n    " + text.replace("\n", "\n    ") if "\n" in text else f"{key}: {text}")
+        say(f"{key}:\n    {_indented(text)}" if "\n" in text else f"{key}: {text}")
     return None
 
 
@@ -161,10 +166,10 @@ def report(args: Args) -> int | None:
     if args.json:
         print_json(summary)
     elif args.markdown:
-        print(reports.markdown_table(summary))
+        say(reports.markdown_table(summary))
     else:
-        print(reports.terminal_table(summary))
-        print(f"page: {reports.write_page(summary, args.runs, name)}")
+        say(reports.terminal_table(summary))
+        say(f"page: {reports.write_page(summary, args.runs, name)}")
     return None
 
 
@@ -177,7 +182,7 @@ def compare(args: Args) -> int | None:
     if args.json:
         print_json(found)
     else:
-        print(comparing.text(found))
+        say(comparing.text(found))
     return None
 
 
@@ -194,7 +199,7 @@ def export(args: Args) -> int | None:
         "trec": exports.to_trec,
     }
     for name, lines in write[args.format](folder, args.runs, args.target).items():
-        print(f"{Path(args.target) / name if args.format == 'beir' else name}: {lines:,} lines")
+        say(f"{Path(args.target) / name if args.format == 'beir' else name}: {lines:,} lines")
     return None
 
 

@@ -5,17 +5,27 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
 import stat
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
 import pyarrow.fs as pafs
 
 from dagr_ray.config import ConfigError, digest
+
+LONGEST_NAME, LONGEST_PATH = 255, 1024  # bytes: what Linux's file systems take for a name, and S3 for a key
+FETCHERS = 8  # files of a folder at once
+PART = ".part"
+ABANDONED_S = 6 * 3600.0
+_IS_PART = re.compile(r"\.[0-9a-f]{8}\.part$")
+_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
@@ -141,24 +151,145 @@ def _check_own(path: str) -> None:
             raise ConfigError(f"{at!r} in the scratch folder {kind}: it may hold anything; remove it and run again")
 
 
+def below(folder: str | os.PathLike[str], name: str, of: str = "") -> str:
+    """The path of ``name`` inside a folder of this machine, for a name that somebody else chose.
+
+    A key in a store's listing, a file in a list, an id or a label may be any text. Allowed are parts joined by ``/`` that
+    every file system takes for names. Raises ConfigError, with the name, for one that is absolute or empty, has a part
+    that is empty, ``.`` or ``..``, a backslash, a drive, a control character or over 255 bytes, or goes through a symlink
+    that leads out of the folder. ``of`` says in the message where the name stands.
+
+    >>> below("cache", "models/m.bin")
+    'cache/models/m.bin'
+    """
+    root = os.fspath(folder)
+    problem = _problem(name) or (None if _is_inside(root, name) else "a symlink in it leads out of its folder")
+    if problem:
+        raise ConfigError(
+            f"the name {_quoted(name)}{f' in {_quoted(of)}' if of else ''} is refused: {problem}; allowed are names joined "
+            "by / that stay below their folder; rename it where it comes from"
+        )
+    return os.path.join(root, name)
+
+
+def _problem(name: str) -> str | None:
+    """What is wrong with a name, whatever the folder is."""
+    try:
+        encoded = name.encode()
+    except UnicodeEncodeError:
+        return "it is not Unicode"
+    if len(encoded) > LONGEST_PATH:
+        return f"it has over {LONGEST_PATH} bytes"
+    if _CONTROLS.search(name) or "\\" in name:
+        return "it has a backslash" if "\\" in name else "it has control characters"
+    if name.startswith("/") or re.match("[A-Za-z]:", name):
+        return "it is absolute"
+    for part in name.split("/"):
+        if part in ("", ".", ".."):
+            return f"it has {part!r} for a part" if part else "it has an empty part"
+        if len(part.encode()) > LONGEST_NAME:
+            return f"it has a part of over {LONGEST_NAME} bytes"
+    return None
+
+
+def _is_inside(root: str, name: str) -> bool:
+    real = os.path.realpath(root)
+    return os.path.commonpath([real, os.path.realpath(os.path.join(real, name))]) == real
+
+
+def _quoted(text: str) -> str:
+    return repr(text if len(text) <= 120 else f"{text[:117]}...")
+
+
 def fetch(fs: pafs.FileSystem, source: str, cache: str) -> None:
     """Copies a file or folder to a place in the scratch folder, unless it is there; complete or absent whenever it is seen.
 
-    Raises ConfigError if what is there was not put there by this user.
+    Markers of empty folders (keys that end in a slash) are left out. What a fetch that failed has brought is removed; what
+    one that was killed has left is removed by a later one. Raises ConfigError for a key that is no path below the folder,
+    for two keys that would be one file, and if what is there was not put there by this user.
     """
     _check_own(cache)
     if os.path.exists(cache):
         return
-    part = f"{cache}.{uuid.uuid4().hex[:8]}.part"
-    # copy_files makes the folders inside a folder but not the folder itself
-    is_folder = fs.get_file_info(source).type == pafs.FileType.Directory
-    os.makedirs(part if is_folder else os.path.dirname(part), exist_ok=True)
-    pafs.copy_files(source, part, source_filesystem=fs, destination_filesystem=None)
+    place = os.path.dirname(cache)
+    os.makedirs(place, exist_ok=True)
+    _remove_old_parts(place)
+    part = f"{cache}.{uuid.uuid4().hex[:8]}{PART}"
     try:
-        os.replace(part, cache)
-    except OSError:  # another process of this machine brought the same folder first
-        shutil.rmtree(part)
-        _check_own(cache)
+        if fs.get_file_info(source).type == pafs.FileType.Directory:
+            os.makedirs(part)
+            _fetch_folder(fs, source, part)
+        else:
+            pafs.copy_files(source, part, source_filesystem=fs, destination_filesystem=None)
+        try:
+            os.replace(part, cache)
+        except OSError:  # another process of this machine may have brought the same folder first
+            if not os.path.isdir(cache):
+                raise
+            _check_own(cache)
+    finally:
+        _remove(part)
+
+
+def _fetch_folder(fs: pafs.FileSystem, source: str, part: str) -> None:
+    files = [each for each in fs.get_file_info(pafs.FileSelector(source, recursive=True)) if each.is_file]
+    targets: dict[str, pafs.FileInfo] = {}
+    for each in files:
+        if not each.path.startswith(f"{source}/"):
+            raise ConfigError(f"the store lists {_quoted(each.path)} below {_quoted(source)}; it is refused")
+        targets[below(part, each.path[len(source) + 1 :], of=source)] = each
+    for target in targets:  # a store may have a file and a folder of one name
+        above = next((folder for folder in _folders_above(target, part) if folder in targets), None)
+        if above:
+            raise ConfigError(
+                f"{_quoted(targets[above].path)} is a file and a folder in the store; remove one of the two"
+            )
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+
+    def bring(target: str) -> None:
+        each = targets[target]
+        if os.path.exists(target):  # on a disk to which upper and lower case are the same
+            raise ConfigError(
+                f"{_quoted(each.path)} is one file with another of its folder here; rename it in the store"
+            )
+        try:
+            pafs.copy_files(each.path, target, source_filesystem=fs, destination_filesystem=None)
+        except FileNotFoundError:
+            raise ConfigError(
+                f"{_quoted(each.path)} is in the store's list, but not there; put it there again"
+            ) from None
+        if os.path.getsize(target) != each.size:
+            raise OSError(
+                f"{each.path!r} came with {os.path.getsize(target)} bytes, the store lists {each.size}; try again"
+            )
+
+    with ThreadPoolExecutor(FETCHERS) as pool:
+        for _ in pool.map(bring, targets):
+            pass
+
+
+def _folders_above(path: str, root: str) -> Iterator[str]:
+    while len(path := os.path.dirname(path)) > len(root):
+        yield path
+
+
+def _remove(path: str) -> None:
+    if os.path.isdir(path):
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(path)
+
+
+@lru_cache(maxsize=1024)
+def _remove_old_parts(place: str) -> None:
+    """Removes what killed fetches left: parts in which nothing has been written for hours. Looks once in a process."""
+    for entry in os.scandir(place):
+        if _IS_PART.search(entry.name):
+            inside = [os.path.join(top, name) for top, _, names in os.walk(entry.path) for name in names]
+            with contextlib.suppress(FileNotFoundError):  # another process is done with it
+                if time.time() - max(map(os.path.getmtime, [entry.path, *inside])) > ABANDONED_S:
+                    _remove(entry.path)
 
 
 @lru_cache(maxsize=64)
@@ -175,6 +306,6 @@ def local_folder(folder: str) -> Path:
     files = sorted((f.path, f.size, f.mtime_ns) for f in found if f.is_file)
     if not files:
         raise ConfigError(f"no files at {folder!r}; give the address of a folder")
-    cache = os.path.join(scratch(), "folders", digest(files), root.rsplit("/", 1)[-1])
+    cache = below(os.path.join(scratch(), "folders", digest(files)), root.rsplit("/", 1)[-1])
     fetch(fs, root, cache)
     return Path(cache)

@@ -24,6 +24,7 @@ from dagr_ray.artifact import Artifact, Damaged, Json, add_up
 from dagr_ray.cluster import Pool
 from dagr_ray.config import ConfigError
 from dagr_ray.engines import EngineDied, cores_held
+from dagr_ray.terminal import say
 from dagr_ray.tries import DIED, DONE, ENDED, STOPPED, Given, Mark, Range, Tries, Turns, Watchdog, narrow
 
 if TYPE_CHECKING:
@@ -273,5 +274,5 @@ class _Worker:
             # unlike _thread.interrupt_main, a real signal also ends a wait inside a system call; Ctrl-C is the user's
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
             return
-        print(f"rows {mark.start} to {mark.stop}: no answer in {self.pool.deadline_s:g} s", file=sys.stderr, flush=True)
+        say(f"rows {mark.start} to {mark.stop}: no answer in {self.pool.deadline_s:g} s", to=sys.stderr)
         os._exit(75)

@@ -24,7 +24,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from dagr_ray import tables
 from dagr_ray.cluster import Pool, Prices, TokenPrices
 from dagr_ray.config import ConfigError
-from dagr_ray.engines import Completion, Engine, Sampling
+from dagr_ray.engines import Completion, Engine, Sampling, answers
 from dagr_ray.strategies import Prompt
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ Result = TypeVar("Result")
 BACKOFF_S = 0.5  # before the second attempt; doubled for each one after it
 BACKOFF_MAX_S = 30.0
 RETRY_AFTER_MAX_S = 600.0  # a server that asks for more (a daily quota) is not waited for
+BAD_ANSWERS = 3  # answers to one request that are none, each of which may be paid for
 AGAIN = frozenset({408, 409, 429})  # and 5xx
 HIDDEN = "(hidden)"
 LOCAL = ("localhost", "127.0.0.1", "::1")
@@ -191,7 +192,7 @@ def retry_after_s(value: str | None, now: float) -> float:
         return float(text)
     try:
         return max(0.0, parsedate_to_datetime(text).replace(tzinfo=UTC).timestamp() - now)
-    except ValueError:
+    except (ValueError, OverflowError, TypeError):
         return 0.0
 
 
@@ -234,11 +235,15 @@ class _Budget:
 
 
 class _Failure(NamedTuple):
-    """Why an attempt gave no completion; ``billed`` where it may have cost something all the same."""
+    """Why an attempt gave no completion; ``billed`` where it may have cost something all the same.
+
+    ``bad``: there was an answer, and it is none. A proxy that is busy gives such; a server that always does is paid for it.
+    """
 
     cause: str
     again: bool = True
     billed: bool = False
+    bad: bool = False
     wait_s: float = 0.0
 
 
@@ -273,11 +278,14 @@ class _Session:
     async def _connect(self) -> aiohttp.ClientSession:
         import aiohttp
 
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
+        plain = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+        headers = plain | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
         return aiohttp.ClientSession(
             headers=headers,
             timeout=aiohttp.ClientTimeout(total=self.config.timeout_s),
             connector=aiohttp.TCPConnector(limit=0),
+            cookie_jar=aiohttp.DummyCookieJar(),  # a server gets nothing back that it sent
+            auto_decompress=False,  # see ``answers.body``
         )
 
     def generate(
@@ -313,7 +321,7 @@ class _Session:
     async def _complete(self, request: dict[str, Any], truncated: bool) -> list[Completion]:
         """The samples of a request. What its failed attempts may have cost stands with the first."""
         cause, samples = "", request.get("n", 1)
-        retries = billed = 0
+        retries = billed = bad = 0
         async with self.slots:
             for attempt in range(self.config.max_attempts):
                 if attempt:  # half of it by chance, so that what failed together does not come back together
@@ -322,9 +330,9 @@ class _Session:
                 answer = await self._attempt(request)
                 if isinstance(answer, list):
                     break
-                retries, billed = retries + 1, billed + answer.billed
+                retries, billed, bad = retries + 1, billed + answer.billed, bad + answer.bad
                 cause = f"{answer.cause} (attempt {attempt + 1})"
-                if not answer.again or answer.wait_s > RETRY_AFTER_MAX_S:
+                if not answer.again or bad == BAD_ANSWERS or answer.wait_s > RETRY_AFTER_MAX_S:
                     break
                 self.shut_until = max(self.shut_until, time.monotonic() + answer.wait_s)
         if isinstance(answer, _Failure):
@@ -356,7 +364,7 @@ class _Session:
             answer = await self._post(request)
             if isinstance(answer, _Failure):
                 cost = most if answer.billed else 0.0
-            elif answer[0].prompt_tokens:
+            elif answer[0].prompt_tokens and any(c.completion_tokens or not c.raw for c in answer):
                 prompt, written = answer[0].prompt_tokens, sum(c.completion_tokens for c in answer)
                 cost, used = self.config.usd(prompt, written, answer[0].cached_tokens), prompt + written
             return answer
@@ -372,16 +380,24 @@ class _Session:
         # Nothing of aiohttp's gets out of here: some of its exceptions hold the request's headers, and so the key.
         try:
             async with self.http.post(url, data=body, proxy=self.proxy, allow_redirects=False) as response:
-                status, headers, raw = response.status, response.headers, await response.read()
+                status, headers = response.status, response.headers
+                raw = await answers.body(response, answers.largest(wanted))
         except aiohttp.ClientConnectorError as error:
             return _Failure(self._line(f"no connection: {error}"))
         except TimeoutError:
             return _Failure(f"no answer within timeout_s = {self.config.timeout_s:g}", billed=True)
+        except answers.TooLarge as error:
+            return _Failure(str(error), again=False, billed=True)
+        except ValueError as error:
+            return _Failure(self._line(str(error)), billed=True, bad=True)
         except (aiohttp.ClientError, OSError) as error:
             return _Failure(f"the connection broke: {type(error).__name__}", billed=True)
         if 200 <= status < 300:
-            found = _completions(raw, request.get("n", 1))
-            return found or _Failure("the answer is no completion in JSON", billed=True)
+            try:
+                found = answers.completions(raw, request, _most_tokens(request["prompt"]))
+            except answers.TooLarge as error:
+                return _Failure(str(error), again=False, billed=True)
+            return _Failure(found, billed=True, bad=True) if isinstance(found, str) else found
         said = raw.decode(errors="replace")
         if status in (400, 422) and "logprobs" in wanted and "logprobs" in said:
             self.tells = False
@@ -418,47 +434,3 @@ class _Session:
 def _most_tokens(prompt: str) -> int:
     """No token is less than a byte, and a start token may come on top."""
     return len(prompt.encode()) + 16
-
-
-def _completions(raw: bytes, samples: int) -> list[Completion] | None:
-    """The completions in an answer; None where there are not as many. A count that is missing or no number is 0.
-
-    Servers count what they wrote in all: it is shared out among several samples.
-    """
-    try:
-        value = json.loads(raw)
-        usage = value.get("usage") or {}
-        details = usage.get("prompt_tokens_details") or {}
-        choices = sorted(value["choices"], key=lambda choice: choice.get("index") or 0)[:samples]
-        texts = [(choice["text"], choice.get("finish_reason")) for choice in choices]
-        means = [_mean(choice.get("logprobs")) for choice in choices]
-        counts = usage.get("prompt_tokens"), details.get("cached_tokens"), usage.get("completion_tokens")
-    except (ValueError, RecursionError, AttributeError, LookupError, TypeError):
-        return None
-    if len(texts) < samples or not all(isinstance(text, str) for text, _ in texts):
-        return None
-    prompt, cached, written = (c if isinstance(c, int) and 0 <= c < 2**31 else 0 for c in counts)
-    return [
-        Completion(
-            tables.clean(text),
-            str(reason) if reason else None,
-            prompt,
-            min(cached, prompt),
-            (written + i) // samples,
-            logprob=means[i],
-        )
-        for i, (text, reason) in enumerate(texts)
-    ]
-
-
-def _mean(logprobs: Any) -> float | None:
-    """The mean of an answer's ``token_logprobs``; None where they are no list of numbers, as some servers' are not.
-
-    >>> _mean({"token_logprobs": [-1.0, -2.0]}), _mean({"token_logprobs": [None]}), _mean(None)
-    (-1.5, None, None)
-    """
-    found = logprobs.get("token_logprobs") if isinstance(logprobs, dict) else None
-    if not isinstance(found, list) or not found or not all(isinstance(x, int | float) for x in found):
-        return None
-    mean = sum(found) / len(found)
-    return mean if math.isfinite(mean) else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dagr_ray.artifact import Artifact, Json
 from dagr_ray.report import verdict
@@ -13,6 +13,7 @@ from dagr_ray.report.charts import curves_svg
 from dagr_ray.report.lineage import Folders
 from dagr_ray.report.rows import samples
 from dagr_ray.report.text import seed_lines
+from dagr_ray.terminal import shown
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -36,6 +37,11 @@ def render(summary: Json, runs: str) -> str:
     return template.render(s=summary, samples=shown, chart=curves_svg(summary), seeds=seed_lines(summary))
 
 
+def visible(value: Any) -> Any:
+    """A text as a page may hold it: marks that would turn a line around, and what nobody sees, are spelled out."""
+    return shown(value) if type(value) is str else value  # markup is a string of another type
+
+
 @lru_cache(maxsize=1)
 def _environment() -> Environment:
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -44,6 +50,7 @@ def _environment() -> Environment:
         loader=PackageLoader("dagr_ray.report", "."),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=visible,
         trim_blocks=True,
         lstrip_blocks=True,
     )

@@ -13,14 +13,21 @@ import contextlib
 import hashlib
 import json
 import logging
+import re
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pyarrow.fs as pafs
 
 from dagr_ray.artifact import Artifact
+from dagr_ray.config import ConfigError
+from dagr_ray.store import below
 
 log = logging.getLogger("dagr")
 FOLDER = "checkpoints"
+NAME = re.compile(r"[0-9]{8,12}-[0-9A-Za-z_-]{1,64}")
+MOST_WORKERS = 65536
 
 
 class Checkpoints:
@@ -59,6 +66,7 @@ class Checkpoints:
                 target.rmdir()
                 self._before = name
                 return int(name.split("-")[0])
+            shutil.rmtree(target)
             log.warning("%s: checkpoint %s is not whole; an older one is taken", self.folder.name, name)
         return None
 
@@ -67,25 +75,26 @@ class Checkpoints:
         self._remove("")
 
     def _names(self) -> list[str]:
-        """Newest first."""
+        """Newest first; what has no name of ours is left alone."""
         found = self.folder.fs.get_file_info(pafs.FileSelector(self.root, allow_not_found=True))
-        return sorted((each.base_name for each in found if each.type == pafs.FileType.Directory), reverse=True)
+        names = (each.base_name for each in found if each.type == pafs.FileType.Directory)
+        return sorted(filter(NAME.fullmatch, names), reverse=True)
 
     def _fetch(self, name: str, target: Path) -> bool:
-        first = self.folder.read_json(f"{FOLDER}/{name}/rank-0.json")
-        lists = [
-            self.folder.read_json(f"{FOLDER}/{name}/rank-{r}.json") for r in range(first["workers"] if first else 1)
-        ]
         target.mkdir(parents=True)
-        for listed in lists:
+        rank, workers = 0, 1
+        while rank < workers:
+            listed = _listed(self.folder.read_json(f"{FOLDER}/{name}/rank-{rank}.json"))
             if listed is None:
                 return False
-            for relative, sha in listed["files"].items():
-                path = target / relative
-                path.parent.mkdir(parents=True, exist_ok=True)
+            workers, files = listed
+            rank += 1
+            for relative, sha in files.items():
                 try:
+                    path = Path(below(target, relative, of=name))
+                    path.parent.mkdir(parents=True, exist_ok=True)
                     pafs.copy_files(f"{self.root}/{name}/{relative}", str(path), source_filesystem=self.folder.fs)
-                except FileNotFoundError:
+                except (ConfigError, FileNotFoundError, FileExistsError, NotADirectoryError):
                     return False
                 if _sha256(path) != sha:
                     return False
@@ -94,6 +103,16 @@ class Checkpoints:
     def _remove(self, name: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             self.folder.fs.delete_dir(f"{self.root}/{name}".rstrip("/"))
+
+
+def _listed(value: Any) -> tuple[int, dict[str, str]] | None:
+    """A worker's list: how many workers there are, and its files with their checksums; None where it is none."""
+    if not isinstance(value, dict):
+        return None
+    workers, files = value.get("workers"), value.get("files")
+    if type(workers) is not int or not 1 <= workers <= MOST_WORKERS or not isinstance(files, dict):
+        return None
+    return (workers, files) if all(isinstance(sha, str) for sha in files.values()) else None
 
 
 def _sha256(path: Path) -> str:
