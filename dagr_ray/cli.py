@@ -215,7 +215,7 @@ class _Stops:
         self.ignore()
         with contextlib.suppress(OSError, ValueError):
             text = f"\n{self.WORDS[signal.Signals(number)]}; what is finished is kept. Resume with: {self.command}"
-            print(text, file=sys.stderr, flush=True)
+            say(text, to=sys.stderr)
         _leave(128 + number, grace_s=4)
 
     def ignore(self) -> None:
@@ -398,7 +398,7 @@ def _flushed(code: int) -> int:
     except OSError as error:
         code = code or 1
         with contextlib.suppress(OSError):
-            print(f"dagr: failed: the output cannot be written: {error.strerror}", file=sys.stderr)
+            say(f"dagr: failed: the output cannot be written: {error.strerror}", to=sys.stderr)
     with contextlib.suppress(OSError):
         sys.stderr.flush()
     return code

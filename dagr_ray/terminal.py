@@ -77,9 +77,9 @@ def say(*texts: object, to: TextIO | None = None, end: str = "\n", over: bool = 
     """
     stream = to or sys.stdout
     text = shown(" ".join(map(str, texts))) + end
-    encoding = getattr(stream, "encoding", None) or "utf-8"
-    # a terminal that has no such letter is shown its number
-    text = text.encode(encoding, "backslashreplace").decode(encoding)
+    encoding = getattr(stream, "encoding", None)
+    if encoding and getattr(stream, "errors", "strict") == "strict":  # the command line's own streams have a better way
+        text = text.encode(encoding, "backslashreplace").decode(encoding)
     stream.write((CLEAR_LINE if over else "") + text)
     stream.flush()
 

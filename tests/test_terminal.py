@@ -258,7 +258,7 @@ def test_no_verb_sends_what_a_corpus_or_a_name_spells(tmp_path, capsys):
         (0, ["check", job, f"data={data}", "--one", "--runs", runs], "cached"),
         (2, ["show", f"none{HOSTILE}", "--runs", runs], "over"),
         (2, ["check", job, f"data=none{HOSTILE}", "--one"], "over"),
-        (2, ["check", job, f"other{HOSTILE}=1", "--one"], "over"),
+        (2, ["check", job, f"other{HOSTILE}=1", "--one"], "other"),
         (2, ["run", job, f"data={data}", "--placement", f"x{HOSTILE}"], "over"),
     ]  # fmt: skip
     capsys.readouterr()

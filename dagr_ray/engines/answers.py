@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 TOKEN_CHARACTERS = 256
 # Bytes of JSON for each token that was asked for, and with its log-probability, its text and its place beside it.
 TOKEN_BYTES, TOLD_BYTES = 512, 2048
-BESIDES_BYTES = 65536  # names, identifiers, usage, spaces
+BESIDES_BYTES = 131072  # names, identifiers, usage, spaces
+TEMPLATE_TOKENS = 512  # which a server may put around a prompt
 LOWEST_LOGPROB = -1e4
 NO_COMPLETION = "the answer is no completion in JSON"
 
@@ -64,7 +65,7 @@ async def body(response: aiohttp.ClientResponse, most: int) -> bytes:
 
 
 def completions(raw: bytes, request: dict[str, Any], most_prompt: int) -> list[Completion] | str:
-    """The completions in an answer to a request, or what is wrong with it. ``most_prompt``: tokens that its prompt may have.
+    """The completions in an answer to a request, or what is wrong with it. ``most_prompt``: tokens of its prompt.
 
     A count that is missing or no number is 0, and none is more than what was asked for. Servers count what they wrote in
     all: it is shared out among several samples. Raises TooLarge for a text that ``max_tokens`` cannot hold.
@@ -80,14 +81,14 @@ def completions(raw: bytes, request: dict[str, Any], most_prompt: int) -> list[C
     chosen = _in_order(choices, samples)
     if isinstance(chosen, str):
         return chosen
-    texts = [choice.get("text") for choice in chosen]
-    if not all(isinstance(text, str) for text in texts):
+    texts = [choice["text"] for choice in chosen if isinstance(choice.get("text"), str)]
+    if len(texts) < samples:
         return NO_COMPLETION
     longest = max(map(len, texts))
     if longest > max_tokens * TOKEN_CHARACTERS:
         raise TooLarge(f"the answer has {longest} characters, more than max_tokens = {max_tokens} can hold")
     usage = _object(value.get("usage"))
-    prompt = _count(usage.get("prompt_tokens"), most_prompt)
+    prompt = _count(usage.get("prompt_tokens"), most_prompt + TEMPLATE_TOKENS)
     cached = _count(_object(usage.get("prompt_tokens_details")).get("cached_tokens"), prompt)
     written = _count(usage.get("completion_tokens"), max_tokens * samples)
     return [
