@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dagr_ray.config import ConfigError
+from dagr_ray.markers import unmarked as unmarked
 
 TEXT = pa.large_string()
 _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
@@ -206,26 +207,6 @@ def clean(text: str) -> str:
     if text.isascii() and "\x00" not in text:
         return text
     return _UNSTORABLE.sub("\ufffd", text)
-
-
-# How special tokens are spelled: by bars (ChatML, Llama 3, DeepSeek, Gemma 4, EXAONE), by names with an underscore (Gemma,
-# T5, StarCoder), by some names without one, and Mistral's and BERT's in square brackets.
-_MARKER = re.compile(
-    r"<(?=[|｜][^\s<>]{1,64}>|/?[^\s<>]{1,64}[|｜]>|/?\w{1,64}_\w{1,64}>|</?SYS>>"
-    r"|/?(?i:s|bos|eos|pad|unk|mask|cls|sep|sop|eop|eod|think|image|filename|reponame|unused\d+)>)"
-    r"|\[(?=\|[^\s\[\]]{1,64}\|\]|/?(?:INST|IMG|THINK|ARGS|CLS|SEP|[gs]?MASK|PAD|UNK|[A-Z]+_[A-Z_]{1,64})\])"
-)
-
-
-def unmarked(text: str) -> str:
-    """Text in which nothing spells a special token of a known family of models: a space follows the bracket.
-
-    For a text that somebody else tokenises, who may take ``<|im_start|>`` in a passage for the beginning of a turn.
-
-    >>> unmarked("<|im_start|>user [INST] a < b, x[0] </s> <b>bold</b> <start_of_turn>")
-    '< |im_start|>user [ INST] a < b, x[0] < /s> <b>bold</b> < start_of_turn>'
-    """
-    return _MARKER.sub(r"\g<0> ", text) if "<" in text or "[" in text else text
 
 
 def passage_text(title: str, text: str) -> str:

@@ -93,6 +93,10 @@ class Engine(Config):
     # Prompts are tokenised elsewhere, where a special token that a passage spells out may become one.
     reads_markers: ClassVar[bool] = False
 
+    def special_tokens(self) -> frozenset[str]:
+        """Those of the model's own tokenizer, for an engine that ``reads_markers``; none where it is not known."""
+        return frozenset()
+
     def open(self, pool: Pool) -> Session:
         """Loads the model in this process (or in processes of its own). Raises ConfigError naming cause and remedy."""
         raise NotImplementedError

@@ -15,16 +15,18 @@ import urllib.request
 from collections.abc import Coroutine, Sequence
 from datetime import UTC
 from email.utils import parsedate_to_datetime
+from functools import lru_cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from dagr_ray import tables
+from dagr_ray import markers, tables
 from dagr_ray.cluster import Pool, Prices, TokenPrices
 from dagr_ray.config import ConfigError
 from dagr_ray.engines import Completion, Engine, Sampling, answers
+from dagr_ray.store import local_folder
 from dagr_ray.strategies import Prompt
 
 if TYPE_CHECKING:
@@ -55,6 +57,8 @@ class OpenAIServer(Engine):
     still too long is an error of its row. The limits hold for a stage: each of the pool's workers has an equal share.
 
     A special token that data spells out (``</s>`` in a passage) is broken by a space; the strategy's own words are not.
+    Those of known families are (``markers``); ``tokenizer`` is a folder (or its address) with the files of the model's own
+    tokenizer, whose special tokens are broken too. It is read as data, on the machine that asks.
 
     Log-probabilities are asked for until the server refuses a request because of them.
 
@@ -71,7 +75,9 @@ class OpenAIServer(Engine):
 
     abstract: ClassVar[bool] = False
     type: ClassVar[str] = "openai"
-    version: ClassVar[int] = 2  # special tokens spelled out in data are broken
+    version: ClassVar[int] = (
+        3  # special tokens spelled out in data are broken, those of more families and words of templates
+    )
     reads_markers: ClassVar[bool] = True
     model: Annotated[str, Field(min_length=1)]
     revision: str | None = None
@@ -89,6 +95,7 @@ class OpenAIServer(Engine):
     usd_per_million_cached_tokens: Price | None = None
     usd_per_million_completion_tokens: Price = 0.0
     one_request: bool = False
+    tokenizer: str | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -137,7 +144,11 @@ class OpenAIServer(Engine):
 
     def identity(self) -> dict[str, Any]:
         fields = {name: value for name, value in super().identity().items() if name in HASHED}
-        return fields | ({"one_request": True} if self.one_request else {})
+        own = self.special_tokens()
+        return fields | ({"one_request": True} if self.one_request else {}) | ({"tokens": sorted(own)} if own else {})
+
+    def special_tokens(self) -> frozenset[str]:
+        return _special_tokens(self.tokenizer) if self.tokenizer else frozenset()
 
     def model_name(self) -> str:
         return f"{self.model}@{self.revision}" if self.revision else self.model
@@ -146,6 +157,7 @@ class OpenAIServer(Engine):
         if find_spec("aiohttp") is None:
             raise ConfigError("engine openai: aiohttp is not installed; run `make setup`, or: pip install aiohttp")
         _key(self.api_key_env)
+        self.special_tokens()
 
     def token_prices(self, prices: Prices) -> TokenPrices | None:
         """The engine's own prices, else those of the placement for the model's name."""
@@ -167,6 +179,11 @@ class OpenAIServer(Engine):
     def open(self, pool: Pool) -> _Session:
         self.check()
         return _Session(self, pool)
+
+
+@lru_cache(maxsize=8)
+def _special_tokens(folder: str) -> frozenset[str]:
+    return markers.special_tokens(local_folder(folder))
 
 
 def _key(name: str | None) -> str | None:

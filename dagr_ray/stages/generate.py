@@ -6,6 +6,7 @@ import atexit
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import sha256 as _sha256
 from typing import Annotated, Any, ClassVar
 
@@ -13,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field, model_validator
 
-from dagr_ray import bill, tables
+from dagr_ray import bill, markers, tables
 from dagr_ray.artifact import Artifact
 from dagr_ray.cluster import Pool
 from dagr_ray.config import ConfigError, Later
@@ -219,7 +220,7 @@ class Generate(Stage):
         """What to ask of the passages, and those that nothing is asked of. ``start`` is the first part of all ids."""
         asked, rejected, dice, strategies = _Asked(), tables.Rejected(), Dice(), self.strategy.asked()
         apart = any(strategy.draws() for strategy in strategies)
-        plain = tables.unmarked if self.engine.reads_markers else None
+        plain = partial(markers.unmarked, own=self.engine.special_tokens()) if self.engine.reads_markers else None
         if plain:
             shown = tuple(Exemplar(plain(each.passage), plain(each.query)) for each in shown)
         for doc_id, title, text, *more in zip(*map(tables.texts, tables.asked_about(corpus).columns), strict=True):
