@@ -29,7 +29,7 @@ import pyarrow as pa
 from dagr_ray import retriever, tables
 from dagr_ray.artifact import Artifact
 from dagr_ray.filters import sketch
-from dagr_ray.filters.held_out import EQUAL, FLOORS, MECHANISMS, HeldOut, Matches, Telling
+from dagr_ray.filters.held_out import EQUAL, FLOORS, MECHANISMS, Answered, HeldOut, Matches, Telling
 from dagr_ray.models import minilm
 from dagr_ray.retriever import Encoder
 from dagr_ray.stage import Stage, materialize
@@ -80,8 +80,8 @@ class Set:
     def encoded(self, texts: list[str]) -> sketch.Floats | None:
         return retriever.encode(self.model, texts) if self.model is not None and texts else None
 
-    def resembling(self, texts: list[str], by_meaning: bool) -> Matches:
-        return self.held.resembling(_array(texts), self.encoded(texts) if by_meaning else None)
+    def resembling(self, texts: list[str], by_meaning: bool, about: Answered | None = None) -> Matches:
+        return self.held.resembling(_array(texts), self.encoded(texts) if by_meaning else None, about)
 
     def found(self, texts: list[str], by_meaning: bool) -> Matches:
         return self.resembling(texts, by_meaning).over(LEAST)
@@ -141,18 +141,13 @@ def recall(data: Set, form: str) -> tuple[int, int, Counter[str]]:
 
 def alarms(data: Set) -> tuple[int, int, int, Counter[str]]:
     """Real training queries, those that are refused, those of them for nothing, and the mechanisms of these."""
-    answered: dict[str, list[int]] = {}
-    for place, query_id in enumerate(data.test):
-        for passage in data.relevant.get(query_id, ()):
-            answered.setdefault(passage, []).append(place)
-    same = [
-        (row, other)
-        for row, query_id in enumerate(data.train)
-        for passage in data.relevant.get(query_id, ())
-        for other in answered.get(passage, ())
-    ]
-    rows, others = np.array(same, np.int64).reshape(-1, 2).T
-    found = data.resembling(data.asked, by_meaning=True).about(rows, others).over(LEAST)
+    passages = {passage: place for place, passage in enumerate(sorted(set().union(*data.relevant.values())))}
+    made_of, answers = (
+        np.array([(i, passages[p]) for i, q in enumerate(ids) for p in data.relevant.get(q, ())], np.int64)
+        for ids in (data.train, data.test)
+    )
+    about = Answered(*made_of.reshape(-1, 2).T, *answers.reshape(-1, 2).T)
+    found = data.resembling(data.asked, by_meaning=True, about=about).over(LEAST)
     refused, false = set(), Counter[int]()
     by = Counter[str]()
     for row, other, how in zip(found.rows.tolist(), found.held_out.tolist(), found.how.tolist(), strict=True):

@@ -13,7 +13,8 @@ from dagr_ray import pydocs, report, tables
 from dagr_ray.cluster import Placement, Pool
 from dagr_ray.config import ConfigError
 from dagr_ray.filters import sketch
-from dagr_ray.filters.held_out import FLOORS, MECHANISMS, HeldOut, Matches, Telling, matching
+from dagr_ray.filters.held_out import FLOORS, MECHANISMS, HeldOut, Matches, Telling
+from dagr_ray.filters.joins import matching
 from dagr_ray.models import minilm
 from dagr_ray.retriever import Encoder
 from dagr_ray.stage import Output, Stage, load_stage, materialize

@@ -1,7 +1,8 @@
 """Texts that must not be trained on, and what resembles them: the mechanisms of the leak gate, without any stage.
 
-Held-out texts are few (those of evaluation sets) and stand in memory; any number of others is compared with them batch
-by batch, through hashes, so that a batch costs what its words cost and not what the pairs would.
+Held-out texts (those of evaluation sets) stand in memory; any number of others is compared with them block by block,
+through hashes. A block costs what its words cost and not what the pairs would, also where all texts have a header, a
+licence or a template in common: see ``joins``. Texts with the same words are compared once.
 """
 
 from __future__ import annotations
@@ -9,13 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from dagr_ray.filters import sketch
-from dagr_ray.filters.sketch import Floats, Longs, Places, Sets, Words
+from dagr_ray.filters.joins import Alike, Grams, best, count_matching, matching
+from dagr_ray.filters.sketch import Flags, Floats, Longs, Places, Words
 
 SAME_WORDS = ("exact", "normalised", "reordered")
 MECHANISMS = (*SAME_WORDS, "edited", "rearranged", "contained", "minhash", "embedding", "paraphrase")
@@ -26,18 +29,27 @@ FLOORS = {"edited": 0.5, "rearranged": 0.5, "contained": 0.5, "minhash": 0.6, "e
 # From these scores on two passages are one.
 SAME = {"contained": 0.9, "minhash": 0.9, "edited": math.inf, "rearranged": math.inf, "embedding": math.inf}
 BANDS, ROWS = 20, 4  # of MinHash: sets of similarity 0.7 are compared with odds of 0.995
+BEST = 8  # held-out texts that are named for a text and a mechanism
+VECTORS = 1024, 4096  # compared at once: texts and held-out texts
+FLAGS = 1 << 26  # pairs of texts and held-out texts of which it is held whether one passage answers both
+COLUMNS = ("rows", "held_out", "how", "scores")  # of matches
 MIN_WORDS = 3  # of a text that is looked for inside others
 MIN_BITS = 12.0  # and what its words have to tell: "what is it made of" stands in many questions
 
 
 @dataclass(frozen=True)
 class Matches:
-    """Rows of a batch beside the held-out rows that they resemble: ``how`` is a place in ``MECHANISMS``."""
+    """Rows of a batch beside the held-out rows that they resemble: ``how`` is a place in ``MECHANISMS``.
+
+    By each mechanism a row is beside the ``BEST`` that it resembles most, and a held-out row beside the row that resembles
+    it most, so what leaks at any threshold, and what is touched, is all there. ``left_out`` [mechanisms] counts other pairs.
+    """
 
     rows: Places
     held_out: Places
     how: npt.NDArray[np.int8]
     scores: Floats
+    left_out: Places = field(default_factory=lambda: np.zeros(len(MECHANISMS), np.int64))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -45,49 +57,65 @@ class Matches:
     def over(self, least: dict[str, float]) -> Matches:
         """Those with at least a score for their mechanism."""
         limits = np.array([least.get(name, 0.0) for name in MECHANISMS], np.float32)
-        return self._those(self.scores >= limits[self.how] - 1e-6)
+        return self.those(self.scores >= limits[self.how] - 1e-6)
 
-    def about(self, rows: Places, held_out: Places) -> Matches:
-        """With ``paraphrase`` for what ``embedding`` found of these pairs: questions that one and the same passage answers."""
-        named = np.isin(self.rows << 32 | self.held_out, rows << 32 | held_out)
-        again = self._those(named & (self.how == EMBEDDING))
-        more = Matches(again.rows, again.held_out, np.full(len(again), PARAPHRASE, np.int8), again.scores)
-        return Matches(
-            *(
-                np.concatenate([getattr(self, name), getattr(more, name)])
-                for name in ("rows", "held_out", "how", "scores")
-            )
-        )
+    def those(self, flags: Flags | Places) -> Matches:
+        """Some of them, by flags or places."""
+        return Matches(self.rows[flags], self.held_out[flags], self.how[flags], self.scores[flags], self.left_out)
 
-    def _those(self, flags: sketch.Flags) -> Matches:
-        return Matches(self.rows[flags], self.held_out[flags], self.how[flags], self.scores[flags])
+    def cut(self) -> Matches:
+        """The ``BEST`` of each row and the best of each held-out row, by mechanism."""
+        groups = len(MECHANISMS)
+        kept = best(self.rows * groups + self.how, self.scores, BEST)
+        kept |= best(self.held_out * groups + self.how, self.scores, 1)
+        left_out = self.left_out + np.bincount(self.how[~kept], minlength=groups)
+        return Matches(self.rows[kept], self.held_out[kept], self.how[kept], self.scores[kept], left_out)
+
+    def without_less(self) -> Matches:
+        """Without what says less of pairs that are equal, by row and held-out row."""
+        order = np.lexsort((self.how, self.held_out, self.rows))
+        rows, others, how = self.rows[order], self.held_out[order], self.how[order]
+        pair = np.concatenate([np.ones(min(len(rows), 1), bool), (rows[1:] != rows[:-1]) | (others[1:] != others[:-1])])
+        first = how[np.flatnonzero(pair)][np.cumsum(pair) - 1]
+        return self.those(order).those((how == first) | (first >= EQUAL))
 
     @classmethod
-    def joined(cls, parts: Iterable[tuple[int, Places, Places, Floats]]) -> Matches:
-        """The best score of each pair and mechanism, without what says less of pairs that are equal."""
-        found = [(np.full(len(rows), how, np.int8), rows, others, scores) for how, rows, others, scores in parts]
-        if not found:
-            return cls(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.int8), np.zeros(0, np.float32))
-        how, rows, others, scores = (np.concatenate(column) for column in zip(*found, strict=True))
-        order = np.lexsort((-scores, how, others, rows))
-        how, rows, others, scores = how[order], rows[order], others[order], scores[order]
-        pair = np.concatenate([np.ones(min(len(rows), 1), bool), (rows[1:] != rows[:-1]) | (others[1:] != others[:-1])])
-        best = how[np.flatnonzero(pair)][np.cumsum(pair) - 1]
-        first = pair | np.concatenate([np.zeros(min(len(how), 1), bool), how[1:] != how[:-1]])
-        kept = first & ((how == best) | (best >= EQUAL))
-        return cls(rows, others, how, scores)._those(kept)
+    def joined(cls, parts: Iterable[Matches]) -> Matches:
+        """One after the other."""
+        empty = cls(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.int8), np.zeros(0, np.float32))
+        every = [empty, *parts]
+        rows, held_out, how, scores = (np.concatenate([getattr(e, name) for e in every]) for name in COLUMNS)
+        return cls(rows, held_out, how, scores, np.sum([each.left_out for each in every], axis=0))
+
+    @classmethod
+    def of(cls, how: int, rows: Places, held_out: Places, scores: Floats | None = None, left_out: int = 0) -> Matches:
+        """Those of one mechanism; ``scores`` are 1 where none are given."""
+        counted = np.zeros(len(MECHANISMS), np.int64)
+        counted[how] = left_out
+        given = np.ones(len(rows), np.float32) if scores is None else scores.astype(np.float32)
+        return cls(rows, held_out, np.full(len(rows), how, np.int8), given, counted)
 
 
-def matching(left: Longs, right: Longs) -> tuple[Places, Places]:
-    """All pairs of places (in ``left``, in ``right``) with equal keys."""
-    order = np.argsort(right, kind="stable")
-    ordered = right[order]
-    first, last = np.searchsorted(ordered, left, "left"), np.searchsorted(ordered, left, "right")
-    some = np.flatnonzero(last > first)
-    counts = (last - first)[some]
-    ends = np.cumsum(counts)
-    inside = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - counts, counts)
-    return np.repeat(some, counts), order[np.repeat(first[some], counts) + inside]
+class Answered(NamedTuple):
+    """Of which passages a text was made and which passages answer a held-out text: pairs (``rows``, ``made_of``), and pairs
+    (``held_out``, ``answers``). Both that have a passage in common are questions that it answers.
+    """
+
+    rows: Places
+    made_of: Places
+    held_out: Places
+    answers: Places
+
+    def flags(self, first: int, last: int, count: int) -> Flags:
+        """For the rows from ``first`` to before ``last`` whether it is so of each of ``count`` held-out texts."""
+        found = np.zeros((last - first, count), bool)
+        some = np.flatnonzero((self.rows >= first) & (self.rows < last))
+        order = np.argsort(self.answers, kind="stable")
+        passages, held = self.answers[order], self.held_out[order]
+        edges = (np.searchsorted(passages, self.made_of[some], side) for side in ("left", "right"))
+        for row, start, stop in zip((self.rows[some] - first).tolist(), *(e.tolist() for e in edges), strict=True):
+            found[row, held[start:stop]] = True
+        return found
 
 
 class Telling:
@@ -125,9 +153,13 @@ class HeldOut:
       ``telling``) that is still there. Where the word that tells most was replaced the question is another one, and a
       frame that several held-out texts share ("what is the size of the ...") says nothing: neither counts.
     * ``rearranged``: the same, but the other words are in another order, so that more has changed than the score says.
-    * ``contained``: the share of the held-out text's word n-grams that stand in the other one.
+    * ``contained``: the share of the held-out text's different word n-grams that stand in the other one.
     * ``minhash``: the Jaccard similarity of the sets of words; ``embedding``: the cosine of ``vectors``, unit vectors.
-    * ``paraphrase``: the same cosine, where it is known that one passage answers both: see ``Matches.about``.
+    * ``paraphrase``: the same cosine, where it is known that one passage answers both: see ``Answered``.
+
+    What many held-out texts have in common (boilerplate) is not what pairs are found by, but counts in their scores;
+    equal words are found by a hash of all, whatever they are. See ``joins`` for the bounds, and ``common`` for how much
+    of the texts that is.
     """
 
     texts: pa.Array
@@ -137,154 +169,223 @@ class HeldOut:
     words: Words = field(init=False)
 
     def __post_init__(self) -> None:
-        self.words = sketch.split(self.texts)
-        self._sets = Sets.of(self.words)
-        self._keys = self._sets.bands(BANDS, ROWS)
+        every = sketch.split(self.texts)
+        self._bytes, self._whole = sketch.hashed(self.texts), every.whole
+        _, first, self.same = np.unique(every.whole, return_index=True, return_inverse=True)
+        # in the order of the texts: of those with the same words the first stands for all
+        firsts = np.sort(first)
+        self.same = np.searchsorted(firsts, first[self.same])
+        self.words = every.take(firsts)
+        self._bags = self.words.bags()
+        self._alike = Alike(self.words, BANDS, ROWS)
         bits = self.telling.of(self.words) if self.telling else np.ones(len(self.words.hashes))
         rows, total = self.words.rows, np.zeros(len(self.words))
         np.add.at(total, rows, bits)
         most = np.zeros(len(self.words))
         np.maximum.at(most, rows, bits)
-        self._left, self._share = _frames(self.words, bits, total, most)
+        left, share = _frames(self.words, self._bags, bits, total, most)
+        enough = np.flatnonzero(share >= FLOORS["edited"])
+        self._frames, self._framed, self._share = left[enough], rows[enough], share[enough].astype(np.float32)
         short = (self.words.counts < MIN_WORDS) | ((total < MIN_BITS) if self.telling else False)
         self._findable = ~short
         self._grams = {n: self._ngrams(n) for n in range(MIN_WORDS, self.ngram + 1)}
 
-    def _ngrams(self, n: int) -> tuple[Longs, Places]:
-        """The n-grams of findable texts that are looked for by runs of n words, and the text that each is of."""
+    def _ngrams(self, n: int) -> Grams:
+        """The n-grams of findable texts that are looked for by runs of n words."""
         grams, at = self.words.ngrams(n)
         rows = self.words.rows[at]
         some = self._findable[rows] & ((self.words.counts[rows] == n) | (n == self.ngram))
-        return grams[some], rows[some]
+        return Grams(grams[some], rows[some], len(self.words))
 
-    def resembling(self, texts: pa.Array, vectors: Floats | None = None) -> Matches:
+    def common(self) -> dict[str, int]:
+        """``ngrams`` of ``of`` different ones are common, and ``texts`` have no other: boilerplate."""
+        common = [grams.postings.common for grams in self._grams.values()]
+        return {
+            "ngrams": sum(map(int, map(np.count_nonzero, common))),
+            "of": sum(map(len, common)),
+            "texts": sum(grams.only_common() for grams in self._grams.values()),
+        }
+
+    def resembling(self, texts: pa.Array, vectors: Floats | None = None, about: Answered | None = None) -> Matches:
         """What resembles the held-out texts by any mechanism, with scores from ``FLOORS`` on."""
-        found = sketch.split(texts)
-        bags, own = found.bags(), self.words.bags()
-        parts = [
-            (0, *matching(sketch.hashed(texts), sketch.hashed(self.texts))),
-            (1, *matching(found.whole, self.words.whole)),
-            (2, *_both(matching(bags, own), found.counts > 0)),
-        ]
-        scored = [(how, rows, others, np.ones(len(rows), np.float32)) for how, rows, others in parts]
-        for rows, others, shares in self._edited(found, bags, own):
-            same = _but_one_place(found, rows, self.words, others)
-            scored += [(EDITED, rows[same], others[same], shares[same])]
-            scored += [(REARRANGED, rows[~same], others[~same], shares[~same])]
-        scored += [(CONTAINED, *self._contained(found)), (MINHASH, *self._alike(found))]
+        found, raw = sketch.split(texts), sketch.hashed(texts)
+        parts = [_from(self._resembling(some), first) for first, some in found.blocks()]
+        equal = [self._equal(0, raw, self._bytes), self._equal(1, found.whole, self._whole)]
+        made = Matches.joined([*equal, self._named(Matches.joined(parts))])
         if vectors is not None and self.vectors is not None:
-            scored.append((EMBEDDING, *self._near(vectors)))
-        return Matches.joined(scored).over(FLOORS)
+            near = self._near(vectors, about)
+            other = found.bags()[near.rows] != self._bags[self.same[near.held_out]]
+            made = Matches.joined([made, near.those(other | (found.counts[near.rows] == 0))])
+        return made.over(FLOORS).without_less().cut()
+
+    def _equal(self, how: int, left: Longs, right: Longs) -> Matches:
+        rows, others = matching(left, right, BEST)
+        return Matches.of(how, rows, others, left_out=count_matching(left, right) - len(rows))
+
+    def _resembling(self, found: Words) -> Matches:
+        """The same by words, of texts that differ in them; those with others in their order are left to their hash."""
+        bags, parts = found.bags(), []
+        rows, others = matching(bags, self._bags, BEST)
+        some = found.counts[rows] > 0
+        parts.append(Matches.of(2, rows[some], others[some], left_out=count_matching(bags, self._bags) - len(rows)))
+        rows, others, shares = self._edited(found, bags)
+        same = _but_one_place(found, rows, self.words, others)
+        parts.append(Matches.of(EDITED, rows[same], others[same], shares[same]))
+        parts.append(Matches.of(REARRANGED, rows[~same], others[~same], shares[~same]))
+        parts += self._contained(found)
+        parts += [_cut(MINHASH, *each) for each in self._alike.to(found, FLOORS["minhash"])]
+        made = Matches.joined(parts)
+        equal = bags[made.rows] == self._bags[made.held_out]
+        made = made.those(~equal | ((made.how == 2) & (found.whole[made.rows] != self.words.whole[made.held_out])))
+        order = np.lexsort((-made.scores, made.how, made.held_out, made.rows))
+        return _once(made, order).cut()
+
+    def _named(self, found: Matches) -> Matches:
+        """Matches of different texts as matches of all that have their words."""
+        found = found.those(np.argsort(-found.scores, kind="stable"))
+        parts = []
+        for how in np.unique(found.how).tolist():
+            some = np.flatnonzero(found.how == how)
+            left, right = found.held_out[some].astype(np.uint64), self.same.astype(np.uint64)
+            at, others = matching(left, right, BEST)
+            more = count_matching(left, right) - len(at)
+            parts.append(Matches.of(how, found.rows[some][at], others, found.scores[some][at], more))
+        made = Matches.joined(parts)
+        return Matches(made.rows, made.held_out, made.how, made.scores, made.left_out + found.left_out)
 
     def quoting(self, texts: pa.Array) -> Matches:
         """Texts with whole held-out texts inside, such as a passage that holds a question."""
-        return Matches.joined([(CONTAINED, *self._contained(sketch.split(texts)))]).over(FLOORS)
+        blocks = sketch.split(texts).blocks()
+        found = Matches.joined(_from(Matches.joined(self._contained(some)).cut(), first) for first, some in blocks)
+        return self._named(found).over(FLOORS).cut()
 
     def quoted(self, texts: pa.Array) -> Matches:
         """Texts that are taken out of a held-out one: the score is the share of their n-grams that stand there."""
-        found = sketch.split(texts)
-        grams, at = found.ngrams(self.ngram)
-        mine, held_at = self.words.ngrams(self.ngram)
-        where, other = matching(grams, mine)
-        sizes = np.maximum(found.counts - self.ngram + 1, 1)
-        return Matches.joined(
-            [(CONTAINED, *_shares(found.rows[at][where], self.words.rows[held_at][other], where, sizes))]
-        ).over(FLOORS)
+        parts = []
+        for first, some in sketch.split(texts).blocks():
+            grams, at = some.ngrams(self.ngram)
+            grams, own = _once_each(grams, some.rows[at])
+            sizes = np.maximum(np.bincount(own, minlength=len(some)), 1)
+            for rows, others, shared in self._grams[self.ngram].shared(grams, own, len(some)):
+                parts.append(_from(_cut(CONTAINED, rows, others, shared / sizes[rows]), first))
+        return self._named(Matches.joined(parts)).over(FLOORS).cut()
 
-    def _edited(self, found: Words, bags: Longs, own: Longs) -> Iterable[tuple[Places, Places, Floats]]:
-        rows = found.rows
-        left = bags[rows] - found.weights
-        enough = np.flatnonzero(self._share >= FLOORS["edited"])
-        frames, of = self._left[enough], self.words.rows[enough]
-        where, place = matching(left, frames)
-        yield rows[where], of[place], self._share[enough[place]].astype(np.float32)
-        row, place = matching(bags, frames)
-        yield row, of[place], self._share[enough[place]].astype(np.float32)
+    def _edited(self, found: Words, bags: Longs) -> tuple[Places, Places, Floats]:
+        """Rows, texts and shares. A word is left out once, however often the text has it."""
+        left, rows = _once_each(bags[found.rows] - found.weights, found.rows)
         findable = np.flatnonzero(self._findable)
-        where, place = matching(left, own[findable])
-        yield rows[where], findable[place], np.ones(len(where), np.float32)
+        replaced, frame = matching(left, self._frames, BEST)
+        less, frame_of_less = matching(bags, self._frames, BEST)
+        more, whole = matching(left, self._bags[findable], BEST)
+        frame = np.concatenate([frame, frame_of_less])
+        shares = np.concatenate([self._share[frame], np.ones(len(more), np.float32)])
+        others = np.concatenate([self._framed[frame], findable[whole]])
+        return np.concatenate([rows[replaced], less, rows[more]]), others, shares
 
-    def _contained(self, found: Words) -> tuple[Places, Places, Floats]:
-        sizes = np.maximum(self.words.counts - self.ngram + 1, 1)
-        rows, others, scores = [], [], []
-        for n, (grams, of) in self._grams.items():
+    def _contained(self, found: Words) -> list[Matches]:
+        made = []
+        for n, grams in self._grams.items():
             theirs, at = found.ngrams(n)
-            where, place = matching(theirs, grams)
-            row, other, share = _shares(of[place], found.rows[at][where], place, sizes)
-            rows.append(other)
-            others.append(row)
-            scores.append(share)
-        return np.concatenate(rows), np.concatenate(others), np.concatenate(scores)
+            for rows, others, shared in grams.shared(theirs, found.rows[at], len(found)):
+                made.append(_cut(CONTAINED, rows, others, shared / grams.sizes[others]))
+        return made
 
-    def _alike(self, found: Words) -> tuple[Places, Places, Floats]:
-        sets = Sets.of(found)
-        keys, some = sets.bands(BANDS, ROWS)
-        held, mine = self._keys
-        pairs = []
-        for band in range(BANDS):
-            left, right = matching(keys[:, band], held[:, band])
-            pairs.append(some[left] << 32 | mine[right])
-        both = np.unique(np.concatenate(pairs))
-        rows, others = both >> 32, both & 0xFFFFFFFF
-        shared = sketch.shared(
-            *sketch.picked(sets.words, sets.starts, rows),
-            *sketch.picked(self._sets.words, self._sets.starts, others),
-        )
-        union = np.diff(sets.starts)[rows] + np.diff(self._sets.starts)[others] - shared
-        return rows, others, (shared / np.maximum(union, 1)).astype(np.float32)
-
-    def _near(self, vectors: Floats) -> tuple[Places, Places, Floats]:
+    def _near(self, vectors: Floats, about: Answered | None) -> Matches:
         assert self.vectors is not None
-        rows, others, scores = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], [np.zeros(0, np.float32)]
-        for start in range(0, len(vectors), 1024):
-            alike = vectors[start : start + 1024] @ self.vectors.T
-            row, other = np.nonzero(alike >= FLOORS["embedding"])
-            rows.append(row + start)
-            others.append(other)
-            scores.append(alike[row, other])
-        return np.concatenate(rows), np.concatenate(others), np.concatenate(scores)
+        parts = []
+        step = max(min(VECTORS[0], FLAGS // max(len(self.vectors), 1)), 1)
+        for first in range(0, len(vectors), step):
+            some = vectors[first : first + step]
+            told = about.flags(first, first + len(some), len(self.vectors)) if about is not None else None
+            for start in range(0, len(self.vectors), VECTORS[1]):
+                alike = some @ self.vectors[start : start + VECTORS[1]].T
+                near = alike >= FLOORS["embedding"]
+                parts.append(_from(_highest(EMBEDDING, alike, near), first, start))
+                if told is not None:
+                    near &= told[:, start : start + VECTORS[1]]
+                    parts.append(_from(_highest(PARAPHRASE, alike, near), first, start))
+        return Matches.joined(parts)
 
 
-def _both(pairs: tuple[Places, Places], some: sketch.Flags) -> tuple[Places, Places]:
-    kept = some[pairs[0]]
-    return pairs[0][kept], pairs[1][kept]
+def _highest(how: int, scores: Floats, flags: Flags) -> Matches:
+    """The best of a block of scores [rows, held-out rows], of those that are flagged."""
+    kept, every = flags, int(np.count_nonzero(flags))
+    if every and np.count_nonzero(flags, axis=1).max() > BEST:
+        values = np.where(flags, scores, -np.inf)
+        kept = np.zeros_like(flags)
+        np.put_along_axis(kept, np.argpartition(values, -BEST, axis=1)[:, -BEST:], True, axis=1)
+        kept[values.argmax(axis=0), np.arange(values.shape[1])] = True
+        kept &= flags
+    rows, others = (places.astype(np.int64) for places in np.nonzero(kept))
+    return Matches.of(how, rows, others, scores[rows, others], every - len(rows))
 
 
-def _but_one_place(left: Words, rows: Places, right: Words, others: Places) -> sketch.Flags:
+def _from(found: Matches, row: int, held_out: int = 0) -> Matches:
+    """Matches of a block whose first row and held-out row are these."""
+    return Matches(found.rows + row, found.held_out + held_out, found.how, found.scores, found.left_out)
+
+
+def _cut(how: int, rows: Places, others: Places, scores: npt.NDArray[np.floating]) -> Matches:
+    """Matches of one mechanism over its floor, the best of them."""
+    return Matches.of(how, rows, others, scores.astype(np.float32)).over(FLOORS).cut()
+
+
+def _once(found: Matches, order: Places) -> Matches:
+    """The first in ``order`` of each row, held-out row and mechanism."""
+    found = found.those(order)
+    keys = (found.rows, found.held_out, found.how.astype(np.int64))
+    return found.those(np.any([np.diff(column, prepend=-1) != 0 for column in keys], axis=0))
+
+
+def _once_each(keys: Longs, rows: Places) -> tuple[Longs, Places]:
+    """Each key of a row once; ``rows`` are sorted."""
+    order = np.lexsort((keys, rows))
+    keys, rows = keys[order], rows[order]
+    new = np.concatenate([np.ones(min(len(keys), 1), bool), (keys[1:] != keys[:-1]) | (rows[1:] != rows[:-1])])
+    return keys[new], rows[new]
+
+
+def _but_one_place(left: Words, rows: Places, right: Words, others: Places) -> Flags:
     """Whether two texts have the same words in the same order but at one place: one replaced, added or left out there."""
     counts, theirs = left.counts[rows], right.counts[others]
-    shorter = np.minimum(counts, theirs)
     shared = np.zeros(len(rows), np.int64)
-    firsts, lasts = (left.starts[rows], right.starts[others]), (left.starts[rows + 1] - 1, right.starts[others + 1] - 1)
-    for (mine, held), step in ((firsts, 1), (lasts, -1)):
-        going, place = np.flatnonzero(shorter > 0), 0
-        while len(going):
-            alike = left.hashes[mine[going] + step * place] == right.hashes[held[going] + step * place]
-            shared[going] += alike
-            place += 1
-            going = going[alike & (shorter[going] > place)]
-    same: sketch.Flags = shared >= np.maximum(counts, theirs) - 1
+    if not len(rows):
+        return shared > 0
+    for backwards in (False, True):
+        mine, held = left.prefixes(backwards), right.prefixes(backwards)
+        # the longest common run, by halving: a hash of a beginning is equal where the beginning is
+        low, high = np.zeros(len(rows), np.int64), np.minimum(counts, theirs)
+        while (low < high).any():
+            middle = (low + high + 1) // 2
+            alike = mine(rows, middle) == held(others, middle)
+            low, high = np.where(alike, middle, low), np.where(alike, high, middle - 1)
+        shared += low
+    same: Flags = shared >= np.maximum(counts, theirs) - 1
     return same
 
 
 def _frames(
-    held: Words, bits: npt.NDArray[np.float64], total: npt.NDArray[np.float64], most: npt.NDArray[np.float64]
+    held: Words,
+    own: Longs,
+    bits: npt.NDArray[np.float64],
+    total: npt.NDArray[np.float64],
+    most: npt.NDArray[np.float64],
 ) -> tuple[Longs, npt.NDArray[np.float64]]:
     """For each word the bag of its text without it, and the share of what the text tells that is left; 0 for a mere frame."""
-    rows, bags = held.rows, held.bags()
-    left = bags[rows] - held.weights
+    rows = held.rows
+    bags = own[rows]
+    left = bags - held.weights
     share = 1 - bits / np.maximum(total[rows], 1e-9)
     share[bits >= most[rows]] = 0.0
-    _, distinct = np.unique(np.stack([left, bags[rows]], axis=1), axis=0, return_index=True)
-    frames, counts = np.unique(left[distinct], return_counts=True)
-    share[np.isin(left, frames[counts > 1])] = 0.0
+    order = np.lexsort((bags, left))
+    left_in, bags_in = left[order], bags[order]
+    start = np.ones(min(len(order), 1), bool)
+    other = np.concatenate([start, left_in[1:] != left_in[:-1]])
+    texts = np.cumsum(other | np.concatenate([start, bags_in[1:] != bags_in[:-1]]))
+    frame = np.cumsum(other) - 1
+    begins = np.flatnonzero(other)
+    # of different texts: the last one's number less the first one's
+    ends = np.append(begins[1:], len(order)) - 1
+    several = texts[ends] > texts[begins] if len(order) else other
+    share[order[several[frame]]] = 0.0
     return left, share
-
-
-def _shares(rows: Places, others: Places, grams: Places, sizes: Places) -> tuple[Places, Places, Floats]:
-    """The share of a row's n-grams, ``sizes`` of them, that another has; ``grams`` are the places of the row's own."""
-    if not len(rows):
-        return rows, others, np.zeros(0, np.float32)
-    distinct = np.unique(np.stack([rows, others, grams], axis=1), axis=0)
-    pairs, counts = np.unique(distinct[:, :2], axis=0, return_counts=True)
-    return pairs[:, 0], pairs[:, 1], (counts / sizes[pairs[:, 0]]).astype(np.float32)

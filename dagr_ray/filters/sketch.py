@@ -6,7 +6,7 @@ depend on nothing but the text, so they are the same on any machine.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -140,6 +140,21 @@ class Words:
     def bags(self) -> Longs:
         """A hash of each text's words in any order, repeated ones counted: sums of ``weights``."""
         return _sums(self.weights, self.starts)
+
+    def prefixes(self, backwards: bool = False) -> Callable[[Places, Places], Longs]:
+        """Hashes of the first words of texts, by rows and how many; of the last ones where ``backwards``."""
+        values = self.hashes[::-1] if backwards else self.hashes
+        starts = (len(self.hashes) - self.starts[1:]) if backwards else self.starts[:-1]
+        factors = constants(int(self.counts.max(initial=0)), 9)
+        lengths, at = self.counts, np.arange(len(values), dtype=np.int64)
+        place = at - (np.repeat(starts[::-1], lengths[::-1]) if backwards else np.repeat(starts, lengths))
+        with np.errstate(over="ignore"):
+            total = np.concatenate([np.zeros(1, np.uint64), np.cumsum((values + np.uint64(1)) * factors[place])])
+
+        def of(rows: Places, counts: Places) -> Longs:
+            return total[starts[rows] + counts] - total[starts[rows]]
+
+        return of
 
     @property
     def weights(self) -> Longs:

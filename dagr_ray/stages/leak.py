@@ -17,7 +17,8 @@ from dagr_ray.artifact import Artifact
 from dagr_ray.cluster import Pool
 from dagr_ray.config import ConfigError
 from dagr_ray.filters import sketch
-from dagr_ray.filters.held_out import FLOORS, MECHANISMS, SAME, HeldOut, Matches, Telling, matching
+from dagr_ray.filters.held_out import BEST, FLOORS, MECHANISMS, SAME, Answered, HeldOut, Matches, Telling
+from dagr_ray.filters.joins import count_matching, matching
 from dagr_ray.filters.sketch import Places
 from dagr_ray.retriever import Encoder
 from dagr_ray.stage import Inputs, Output, Run, Stage
@@ -41,13 +42,17 @@ class LeakScan(Stage):
     passage with the relevant ones and as one that holds a test query, and the ``exemplars`` with both. How is told in
     ``HeldOut``; with an ``encoder`` (the frozen base) also by cosine. ``data`` names the evaluation set's folder.
 
-    Scores are stored from low floors on, so another threshold of the ``LeakGate`` compares nothing anew. That
+    Scores are stored from low floors on, so another threshold of the ``LeakGate`` compares nothing anew. A training text
+    is beside the few held-out ones that it resembles most by each mechanism, and each held-out text beside the one that
+    resembles it most; ``left_out`` in the counts has the other pairs, and ``common`` how many n-grams of the held-out
+    texts are boilerplate, by which nothing is looked for (see ``HeldOut``): time and memory grow with the texts, and not
+    with the pairs of texts that have a template in common. That
     evaluation sets stand in training data, and by which measures it is found, is surveyed by Xu et al. 2024 (arXiv
     2406.04244).
     """
 
     abstract: ClassVar[bool] = False
-    version: ClassVar[int] = 4  # words of any script, with their marks
+    version: ClassVar[int] = 5  # what texts have in common with many others finds nothing; the best pairs of each
     pool: ClassVar[str] = "retrieve"
     outputs: ClassVar[tuple[str, ...]] = ("leaks",)
     selected: Stage
@@ -81,7 +86,7 @@ class LeakScan(Stage):
             for each in sets:
                 alike = positives.by_query(each.passages.resembling(positives.texts, passage_vectors))
                 about = each.asked_of(alike[0], pc.index_in(alike[1], value_set=ids).to_numpy())
-                found.add("query-query", each, each.queries.resembling(texts, vectors).about(*about), ids, texts)
+                found.add("query-query", each, each.queries.resembling(texts, vectors, about), ids, texts)
                 found.add("query-passage", each, each.passages.quoted(texts), ids, texts)
                 found.add("positive-query", each, *positives.by_query(each.queries.quoting(positives.texts)))
                 found.add("positive-passage", each, *alike)
@@ -92,10 +97,13 @@ class LeakScan(Stage):
                 for each in sets:
                     shared = each.passages.resembling(passages, passage_vectors)
                     about = each.asked_of(shared, np.arange(len(ids)))
-                    found.add("exemplar-query", each, each.queries.resembling(texts, vectors).about(*about), ids, texts)
+                    found.add("exemplar-query", each, each.queries.resembling(texts, vectors, about), ids, texts)
                     found.add("exemplar-passage", each, shared, ids, passages)
             made = found.table()
-            counts = {"in": queries.num_rows, "out": made.num_rows, "compared": _by_mechanism(made)}
+            counts: dict[str, Any] = {"in": queries.num_rows, "out": made.num_rows, "compared": _by_mechanism(made)}
+            counts["left_out"] = found.left_out
+            if start == 0:  # once, because the counts of shards are added up
+                counts["common"] = {each.name: each.common() for each in sets}
             return Output({"leaks": made}, counts=counts)
 
         return run
@@ -132,16 +140,27 @@ class _Positives:
             found.append(part.filter(pc.is_in(part["doc_id"], value_set=docs)))
         passages = pa.concat_tables(found)
         self.texts = _texts(passages)
+        self._shown = _shown(self.texts)
         place = pc.index_in(qrels["doc_id"], value_set=_flat(passages["doc_id"]))
         assert place.null_count == 0, f"positives are not in {inputs['corpus'].path}; give the corpus that holds them"
         self._passage = place.to_numpy().astype(np.int64)
         self._queries = _flat(qrels["query_id"])
 
     def by_query(self, found: Matches) -> tuple[Matches, pa.Array, pa.Array]:
-        """Matches of the passages as matches of (query, passage) pairs, with the pairs' ids and texts."""
-        match, pair = matching(found.rows.astype(np.uint64), self._passage.astype(np.uint64))
-        expanded = Matches(pair, found.held_out[match], found.how[match], found.scores[match])
-        return expanded, self._queries, self.texts.take(pa.array(self._passage))
+        """Matches of the passages as matches of (query, passage) pairs, with the pairs' ids and the beginnings of their texts.
+
+        Each pair is beside the best of its passage, and all of a passage's matches are beside some pair.
+        """
+        order = np.argsort(-found.scores, kind="stable")
+        rows, passages = found.rows[order].astype(np.uint64), self._passage.astype(np.uint64)
+        match, pair = matching(rows, passages, BEST * len(MECHANISMS))
+        more = np.zeros(len(MECHANISMS), np.int64)
+        for how in np.unique(found.how[order]):
+            mine = found.how[order] == how
+            more[how] = count_matching(rows[mine], passages) - np.count_nonzero(mine[match])
+        match = order[match]
+        expanded = Matches(pair, found.held_out[match], found.how[match], found.scores[match], found.left_out + more)
+        return expanded, self._queries, self._shown.take(pa.array(self._passage))
 
 
 def _flat(column: pa.ChunkedArray) -> pa.Array:
@@ -189,24 +208,32 @@ class _Set:
         docs = [part.filter(pc.is_in(part["doc_id"], value_set=relevant)) for part in data.scan("corpus")]
         passages = pa.concat_tables([tables.empty("corpus"), *docs])
         self.query_ids, self.passage_ids = _flat(queries["query_id"]), _flat(passages["doc_id"])
-        self._asks = pc.index_in(pairs["query_id"], value_set=self.query_ids).to_numpy().astype(np.int64)
-        self._answers = pc.index_in(pairs["doc_id"], value_set=self.passage_ids).fill_null(-1).to_numpy()
+        asks = pc.index_in(pairs["query_id"], value_set=self.query_ids).to_numpy().astype(np.int64)
+        answers = pc.index_in(pairs["doc_id"], value_set=self.passage_ids).fill_null(-1).to_numpy().astype(np.int64)
         texts, bodies = _flat(queries["text"]), _texts(passages)
         telling = Telling(sketch.split(texts), [sketch.split(_texts(data.slice("corpus", 0, PASSAGES)))])
         self.queries = HeldOut(texts, telling=telling, vectors=encoded(texts, True))
         self.passages = HeldOut(bodies, ngram=PASSAGE_NGRAM, vectors=encoded(bodies, False))
+        there = answers >= 0
+        # passages with the same words are one
+        self._asks, self._answers = asks[there], self.passages.same[answers[there]]
+        self.shown = {"query": _shown(texts), "passage": _shown(bodies)}
 
-    def asked_of(self, alike: Matches, rows: Places) -> tuple[Places, Places]:
-        """The texts ``rows`` (one for each that ``alike`` counts) beside the test queries that the same passage answers."""
+    def common(self) -> dict[str, dict[str, int]]:
+        """How much of the texts many of them have in common."""
+        return {"query": self.queries.common(), "passage": self.passages.common()}
+
+    def asked_of(self, alike: Matches, rows: Places) -> Answered:
+        """Which test queries a passage answers that ``alike`` finds the same as a text's; ``rows`` has the text's place."""
         same = alike.over(SAME)
-        match, pair = matching(same.held_out.astype(np.uint64), self._answers.astype(np.uint64))
-        return rows[same.rows[match]].astype(np.int64), self._asks[pair]
+        of = self.passages.same[same.held_out]
+        return Answered(rows[same.rows].astype(np.int64), of, self._asks, self._answers)
 
     def ids(self, kind: str) -> tuple[pa.Array, pa.Array]:
-        """Ids and texts of what is held out, for a kind of comparison."""
+        """Ids and beginnings of what is held out, for a kind of comparison."""
         if kind.endswith("-query"):
-            return self.query_ids, self.queries.texts
-        return self.passage_ids, self.passages.texts
+            return self.query_ids, self.shown["query"]
+        return self.passage_ids, self.shown["passage"]
 
 
 def _texts(corpus: pa.Table) -> pa.Array:
@@ -214,11 +241,17 @@ def _texts(corpus: pa.Table) -> pa.Array:
     return pa.array([tables.passage_text(title, text) for title, text in rows], tables.TEXT)
 
 
+def _shown(texts: pa.Array) -> pa.Array:
+    """The beginnings of texts, for people to read: a text is in a row of ``leaks`` for each that it resembles."""
+    return pc.utf8_slice_codeunits(texts, 0, SHOWN)
+
+
 class _Found:
-    """Rows of ``leaks``."""
+    """Rows of ``leaks``; ``left_out`` counts pairs of which each text has better ones."""
 
     def __init__(self) -> None:
         self._parts = [tables.empty("leaks")]
+        self.left_out: Counter[str] = Counter()
 
     def add(self, kind: Kind, held: _Set, found: Matches, ids: pa.Array, texts: pa.Array) -> None:
         held_ids, held_texts = held.ids(kind)
@@ -232,10 +265,12 @@ class _Found:
             data=held.name,
             held_out_id=held_ids.take(others),
             score=pa.array(found.scores, pa.float32()),
-            text=pc.utf8_slice_codeunits(texts.take(rows), 0, SHOWN),
-            held_out=pc.utf8_slice_codeunits(held_texts.take(others), 0, SHOWN),
+            text=_shown(texts).take(rows),
+            held_out=held_texts.take(others),
         )
         self._parts.append(made)
+        more = {f"{kind}/{name}": int(n) for name, n in zip(MECHANISMS, found.left_out, strict=True) if n}
+        self.left_out.update(more)
 
     def table(self) -> pa.Table:
         return pa.concat_tables(self._parts).combine_chunks()
