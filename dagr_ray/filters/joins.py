@@ -19,11 +19,13 @@ from dagr_ray.filters.sketch import Flags, Floats, Longs, Places, Sets, Words
 COMMON = 64  # texts that may share a key
 RARE = 16  # and a longer piece of a sketch or a word, which are asked where shorter pieces are common
 FEW = 4  # texts of a common key that are looked at all the same
+SCORED = 64  # texts that are scored for a row: those that share most with it
 ENTRIES = 1 << 20  # of keys, pairs or words at once
 ROWS_AT_ONCE = 2048
 WIDER = (2, 4, 8)  # bands in a row that are a key where one band is common
 
 Pairs = tuple[Places, Places]
+Marks = npt.NDArray[np.uint16]
 
 
 def matching(left: Longs, right: Longs, most: int | None = None) -> Pairs:
@@ -68,7 +70,7 @@ def _rank(groups: Places) -> Places:
     return np.arange(len(groups)) - np.flatnonzero(begins)[np.cumsum(begins) - 1]
 
 
-def best(groups: Places, scores: Floats, most: int) -> Flags:
+def best(groups: Places, scores: Floats | Places, most: int) -> Flags:
     """Which entries are among the ``most`` best of their group; of equal ones the first."""
     order = np.lexsort((-scores, groups))
     kept = np.zeros(len(groups), bool)
@@ -76,9 +78,20 @@ def best(groups: Places, scores: Floats, most: int) -> Flags:
     return kept
 
 
-def packed(rows: Places, texts: Places) -> Places:
-    """Pairs as numbers, sorted, each once."""
-    return np.unique(rows << 32 | texts)
+def _most(rows: Places, shared: Places) -> Flags:
+    """Which pairs are among the ``SCORED`` of their row that share most; ``rows`` are sorted."""
+    kept = np.ones(len(rows), bool)
+    many = np.bincount(rows) > SCORED if len(rows) else kept
+    some = np.flatnonzero(many[rows])
+    if len(some):
+        kept[some] = best(rows[some], shared[some], SCORED)
+    return kept
+
+
+def _distinct(numbers: Places) -> Places:
+    """Sorted, each once. Sorting is several times as fast as the table of hashes that numpy makes."""
+    numbers = np.sort(numbers)
+    return numbers[np.concatenate([np.ones(min(len(numbers), 1), bool), numbers[1:] != numbers[:-1]])]
 
 
 def _chunks(sizes: Places, most: int = ENTRIES) -> Iterator[tuple[int, int]]:
@@ -118,7 +131,7 @@ class Postings:
             return np.zeros(0, np.int64), np.zeros(0, np.int64)
         place = np.searchsorted(self.keys, keys)
         some = np.flatnonzero(self.keys[np.minimum(place, len(self.keys) - 1)] == keys)
-        rows, place = np.divmod(np.unique(rows[some] * len(self.keys) + place[some]), len(self.keys))
+        rows, place = np.divmod(_distinct(rows[some] * len(self.keys) + place[some]), len(self.keys))
         return rows, place
 
     def pairs(self, rows: Places, places: Places) -> Iterator[tuple[Places, Places, Places]]:
@@ -164,10 +177,15 @@ class Grams:
         self._common = _lists(self.postings.texts, places, self.postings.common[places], count)
 
     def shared(self, keys: Longs, rows: Places, count: int) -> Iterator[tuple[Places, Places, Places]]:
-        """Rows, of ``count``, and texts, and how many different runs they share."""
+        """Rows, of ``count``, and texts, and how many different runs they share.
+
+        Of a row's texts those are looked at with which it shares most runs that are not common.
+        """
         rows, places = self.postings.known(keys, rows)
         own = _lists(rows, places, self.postings.common[places], count)
         for left, right, counts in self.postings.pairs(rows, places):
+            most = _most(left, counts)
+            left, right, counts = left[most], right[most], counts[most]
             sizes = np.diff(own[1])[left] + np.diff(self._common[1])[right]
             for first, last in _chunks(sizes, 4 * ENTRIES):
                 mine = slice(first, last)
@@ -192,13 +210,15 @@ class Alike:
     """Texts by their sets of words, and what is like them: candidates by MinHash, the Jaccard similarity exact.
 
     A band that is common is no key; then several bands in a row are, and words and runs of three words that few texts
-    have. Longer pieces of a sketch where short ones are common: Bawa, Condie and Ganesan 2005 (LSH forest).
+    have. Longer pieces of a sketch where short ones are common: Bawa, Condie and Ganesan 2005 (LSH forest). Of a row's
+    candidates those are scored that agree with it in most bands.
     """
 
     def __init__(self, words: Words, bands: int, rows: int) -> None:
         self.bands, self.rows = bands, rows
         self.sets = Sets.of(words)
         keys, some = self.sets.bands(bands, rows)
+        self.marks = _marks(keys, some, len(words))
         self.levels = [Postings(keys.ravel(), np.repeat(some, bands))]
         self.rare: Postings | None = None
         again = self._unclear(self.levels[0], len(words))
@@ -223,10 +243,12 @@ class Alike:
         for first in range(0, len(found), ROWS_AT_ONCE):
             some = found.slice(first, min(first + ROWS_AT_ONCE, len(found)))
             sets = Sets.of(some)
-            rows, texts = self._candidates(some, sets)
+            rows, texts, marks = self._candidates(some, sets)
             mine, theirs = np.diff(sets.starts)[rows], sizes[texts]
             close = np.minimum(mine, theirs) >= least * np.maximum(mine, theirs) - 1e-6
             rows, texts, both = rows[close], texts[close], (mine + theirs)[close]
+            most = self._nearest(marks, rows, texts)
+            rows, texts, both = rows[most], texts[most], both[most]
             for start, stop in _chunks(both, 4 * ENTRIES):
                 left, right = rows[start:stop], texts[start:stop]
                 shared = sketch.shared(
@@ -237,7 +259,16 @@ class Alike:
                 over = scores >= least - 1e-6
                 yield left[over] + first, right[over], scores[over]
 
-    def _candidates(self, some: Words, sets: Sets) -> Pairs:
+    def _nearest(self, marks: Marks, rows: Places, texts: Places) -> Flags:
+        """Which pairs to score, of rows with many: those that agree in most bands."""
+        many = np.flatnonzero((np.bincount(rows) > SCORED)[rows]) if len(rows) else rows
+        agree = np.zeros(len(rows), np.int64)
+        for first in range(0, len(many), ENTRIES // 4):
+            mine = many[first : first + ENTRIES // 4]
+            agree[mine] = np.count_nonzero(marks[rows[mine]] == self.marks[texts[mine]], axis=1)
+        return _most(rows, agree)
+
+    def _candidates(self, some: Words, sets: Sets) -> tuple[Places, Places, Marks]:
         keys, at = sets.bands(self.bands, self.rows)
         found, width = [], 1
         unclear = at
@@ -245,15 +276,22 @@ class Alike:
             mine = np.isin(at, unclear)
             asked = keys[mine] if width == 1 else _wider(keys[mine], width)
             rows, places = level.known(asked.ravel(), np.repeat(at[mine], self.bands))
-            found += [packed(left, right) for left, right, _ in level.pairs(rows, places)]
+            found += [left << 32 | right for left, right, _ in level.pairs(rows, places)]
             unclear = np.unique(rows[level.common[places]])
             if width == 1 and self.rare is not None and len(unclear):
                 rows, places = self.rare.known(*_telling(some.take(unclear), unclear))
-                found += [packed(left, right) for left, right, _ in self.rare.pairs(rows, places)]
+                found += [left << 32 | right for left, right, _ in self.rare.pairs(rows, places)]
             if not len(unclear):
                 break
-        both = np.unique(np.concatenate([np.zeros(0, np.int64), *found]))
-        return both >> 32, both & 0xFFFFFFFF
+        both = _distinct(np.concatenate([np.zeros(0, np.int64), *found]))
+        return both >> 32, both & 0xFFFFFFFF, _marks(keys, at, len(some))
+
+
+def _marks(keys: Longs, at: Places, count: int) -> Marks:
+    """16 bits of each band of ``count`` texts, [count, bands]: enough to guess which of many are alike."""
+    marks = np.zeros((count, keys.shape[1]), np.uint16)
+    marks[at] = keys.astype(np.uint16)
+    return marks
 
 
 def _wider(keys: Longs, width: int) -> Longs:
