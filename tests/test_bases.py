@@ -121,7 +121,7 @@ def test_bases_that_number_positions_otherwise_are_read_trained_and_opened(numbe
 def test_prompts_are_those_of_the_models_card_unless_they_are_given(tmp_path):
     shutil.copytree(models.minilm(), tmp_path / "m")
     card = tmp_path / "m" / "config_sentence_transformers.json"
-    card.write_text(json.dumps({"prompts": {"query": "query: ", "passage": "passage: "}}))
+    card.write_text(json.dumps({"prompts": {"query": "query: ", "document": "passage: ", "passage": "not used"}}))
     said, given, plain = (
         Encoder(model=str(tmp_path / "m"), **fields)
         for fields in (

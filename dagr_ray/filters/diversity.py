@@ -87,7 +87,7 @@ class Diversity(Filter):
 def encoded(encoder: Encoder, texts: Sequence[str]) -> Vectors:
     """Unit vectors (rows, dimensions) by an encoder."""
     model = retriever.load(encoder)
-    return retriever.encode(model, texts, encoder.prompts()[0], encoder.dtype)
+    return retriever.encode(model, texts, encoder.prompts()[0], encoder.dtype, "query")
 
 
 def hashed(texts: Sequence[str]) -> Vectors:

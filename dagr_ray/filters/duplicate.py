@@ -211,7 +211,8 @@ class _Work:
             texts = tables.texts(part["text"].filter(pa.array(fresh[at : at + part.num_rows])))
             for start in range(0, len(texts), retriever.WINDOW):
                 some = texts[start : start + retriever.WINDOW]
-                vectors[done : done + len(some)] = retriever.encode(model, some, encoder.prompts()[0], encoder.dtype)
+                prompt = encoder.prompts()[0]
+                vectors[done : done + len(some)] = retriever.encode(model, some, prompt, encoder.dtype, "query")
                 done += len(some)
             at += part.num_rows
         return vectors

@@ -57,7 +57,9 @@ class Dense(Miner):
                     for start in range(0, part.num_rows, retriever.WINDOW):
                         rows = part.slice(start, retriever.WINDOW).to_pylist()
                         texts = [passage_text(row["title"], row["text"]) for row in rows]
-                        vectors = retriever.encode(loaded, texts, self.encoder.prompts()[1], self.encoder.dtype)
+                        vectors = retriever.encode(
+                            loaded, texts, self.encoder.prompts()[1], self.encoder.dtype, "document"
+                        )
                         writer.add([row["doc_id"] for row in rows], vectors)
 
         return build
@@ -89,7 +91,8 @@ class DenseIndex:
 
     def encoded(self, queries: Sequence[str]) -> np.ndarray:
         """The vectors of queries."""
-        return retriever.encode(self._model, queries, self.encoder.prompts()[0], self.encoder.dtype)
+        prompt, dtype = self.encoder.prompts()[0], self.encoder.dtype
+        return retriever.encode(self._model, queries, prompt, dtype, "query")
 
     def search(self, queries: Sequence[str], k: int) -> list[Hits]:
         """See ``Searcher``."""

@@ -119,7 +119,8 @@ class _Encoded:
         if self.model is None or self.encoder is None:
             return None
         prefix = self.encoder.prompts()[0 if queries else 1]
-        return retriever.encode(self.model, tables.texts(texts), prefix, self.encoder.dtype)
+        task = retriever.TASKS[0 if queries else 1]
+        return retriever.encode(self.model, tables.texts(texts), prefix, self.encoder.dtype, task)
 
 
 @lru_cache(maxsize=4)
