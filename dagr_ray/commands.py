@@ -16,7 +16,7 @@ from dagr_ray.artifact import Artifact
 from dagr_ray.config import ConfigError, plugins as registered
 from dagr_ray.progress import Reporter, duration, size
 from dagr_ray.results import folders
-from dagr_ray.stage import Stage, materialize, survey, walk
+from dagr_ray.stage import Stage, materialize, parts, survey, walk
 from dagr_ray.study import Job, Study, load_job, parse_axes, plan_study, run_study
 from dagr_ray.terminal import print_json, print_table, say
 
@@ -37,15 +37,24 @@ def _study(args: Args) -> Study:
 
 def _validate(stages: Iterable[Stage], placement: cluster.Placement) -> None:
     """Everything that can be known to be wrong before anything starts (missing package, model or key, wrong option)."""
+    from dagr_ray import opening
     from dagr_ray.engines import Engine
+    from dagr_ray.retriever import Encoder, Pinned
 
+    encoders: list[Encoder] = []
     for stage in stages:
+        stage.check()
         for name in stage.__class__.model_fields:
             value = getattr(stage, name)
             if isinstance(value, Engine):
                 value.check(getattr(placement, stage.pool))
-            elif callable(getattr(value, "check", None)):
+            elif callable(getattr(value, "check", None)) and not isinstance(value, Stage):
                 value.check()
+            for part in parts(value):  # a miner's or a filter's
+                if isinstance(part, Pinned):
+                    part.check()
+                encoders += [part] if isinstance(part, Encoder) else []
+    opening.check(encoders)
 
 
 def _afford(stages: Iterable[Stage], runs: str) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import logging
+from collections import defaultdict
 from collections.abc import Iterator
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -12,6 +16,8 @@ from dagr_ray import beir, tables, trec
 from dagr_ray.artifact import Artifact
 from dagr_ray.config import ConfigError
 from dagr_ray.store import filesystem
+
+log = logging.getLogger("dagr")
 
 
 def ancestor(folder: Artifact, table: str) -> Artifact:
@@ -62,7 +68,11 @@ def to_beir(folder: Artifact, runs: str, target: str) -> dict[str, int]:
 
 
 def to_sentence_transformers(folder: Artifact, runs: str, target: str) -> dict[str, int]:
-    """JSON lines with ``anchor``, ``positive``, ``negative_1``..: what SentenceTransformerTrainer takes."""
+    """JSON lines with ``anchor``, ``positive``, ``negative_1``..: what SentenceTransformerTrainer takes.
+
+    That reads columns, so each line has as many negatives as the longest. A query with fewer has its own again, in turn; one
+    without any has passages of other queries, none of which is known to be relevant to it.
+    """
     examples = ancestor(folder, "examples").read("examples").to_pylist()
     queries = dict(
         zip(*ancestor(folder, "queries").read("queries", ["query_id", "text"]).to_pydict().values(), strict=True)
@@ -73,12 +83,34 @@ def to_sentence_transformers(folder: Artifact, runs: str, target: str) -> dict[s
         for row in part.to_pylist()
     }
 
+    columns = max((len(row["negative_ids"]) for row in examples), default=0)
+    relevant: dict[str, set[str]] = defaultdict(set)
+    for row in examples:
+        relevant[queries[row["query_id"]]].add(corpus[row["positive_id"]])
+    passages = sorted({text for found in relevant.values() for text in found})
+    filled = sum(len(row["negative_ids"]) < columns for row in examples)
+
+    def negatives(row: dict[str, Any]) -> list[str]:
+        own = [corpus[doc_id] for doc_id in row["negative_ids"]]
+        if not own:
+            start, known = tables.seed_of(row["query_id"], row["positive_id"]), relevant[queries[row["query_id"]]]
+            others = (passages[(start + i) % len(passages)] for i in range(len(passages)))
+            own = list(itertools.islice((text for text in others if text not in known), columns))
+        if columns and not own:
+            raise ConfigError(
+                f"export: query {row['query_id']!r} has no negatives, and every passage of {folder.name} is relevant to it; "
+                "mine some, or leave it out"
+            )
+        return list(itertools.islice(itertools.cycle(own), columns))
+
     def lines() -> Iterator[str]:
         for row in examples:
             record = {"anchor": queries[row["query_id"]], "positive": corpus[row["positive_id"]]}
-            record |= {f"negative_{i}": corpus[doc_id] for i, doc_id in enumerate(row["negative_ids"], 1)}
+            record |= {f"negative_{i}": text for i, text in enumerate(negatives(row), 1)}
             yield json.dumps(record, ensure_ascii=False)
 
+    if filled:
+        log.info("export: %d of %d lines had fewer than %d negatives and are filled up", filled, len(examples), columns)
     return {target: _write_lines(target, lines())}
 
 

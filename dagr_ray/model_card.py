@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ def model_card(settings: dict[str, Any], summary: dict[str, Any]) -> str:
         f"* examples: {counts['examples']}, with {counts['negatives']:.2f} negatives each on average",
         f"* steps: {counts['steps']} of {summary['samples'] / counts['steps']:.1f} examples",
         f"* effective negatives of a query: {met or 'none'}; padding: {counts['padding']:.1%} of the computed tokens",
+        *_reads(settings, summary),
         *[f"* loss: {', '.join(f'{k} {v}' for k, v in loss.items())}" for loss in settings["losses"]],
         f"* loss at the end: {last}; {summary['train_s']:.0f} s of training",
         *_chosen(summary["dev"], counts),
@@ -49,6 +51,16 @@ def model_card(settings: dict[str, Any], summary: dict[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _reads(settings: dict[str, Any], summary: dict[str, Any]) -> Iterator[str]:
+    """What stands before a text, and how much of it is read."""
+    for task, prompt in zip(("query", "passage"), summary["prompts"], strict=True):
+        said = json.dumps(prompt, ensure_ascii=False).replace("`", "\\u0060")
+        yield f"* put before a {task}: " + (f"`{said}`, a prompt of the model" if prompt else "nothing")
+    for reads in sorted(set(summary["reads"])):
+        trained = min(settings["max_length"], reads)
+        yield f"* tokens of a text that are read: {trained} in training, {reads} in search and by this folder"
 
 
 def _chosen(dev: list[tuple[int, float]], counts: dict[str, Any]) -> Iterator[str]:

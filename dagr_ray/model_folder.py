@@ -6,6 +6,7 @@ Nothing of the model runs here: JSON, the heads of safetensors files, and the nu
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 from dagr_ray.config import ConfigError, content_hash
 
+log = logging.getLogger("dagr")
 CARD = "config_sentence_transformers.json"
 MODULES = "modules.json"
 OWN = "sentence_transformers."
@@ -21,6 +23,9 @@ KIND = "SentenceTransformer"
 OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack", ".joblib")
 # Parts of a transformer's config that read pictures or sounds.
 OTHER_SENSES = ("vision_config", "audio_config")
+# Files that hold a tokenizer's words, and tokenizers that read bytes or letters by their numbers.
+WORDS = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "bpe.codes", "spiece.model")
+WITHOUT_WORDS = ("ByT5Tokenizer", "CanineTokenizer", "PerceiverTokenizer")
 MORE = "; copy the folder anew, or give another model"
 
 
@@ -83,6 +88,7 @@ def _encoder(folder: Path, content: str, who: str) -> None:
             raise ConfigError(f"{where}: {name!r} reads pictures; give a model of texts alone")
     for place in [place for name, place in modules if name.endswith(".Transformer")] or ([] if modules else [folder]):
         _check_transformer(folder, place, plain=not modules, who=who)
+    _notice_readme(folder, who)
     for place in [place for _, place in modules]:
         others = sorted(path for path in _files(place) if path.suffix in OTHER_WEIGHTS and "training" not in path.name)
         if others and not any(path.suffix == ".safetensors" for path in _files(place)):
@@ -97,6 +103,20 @@ def check_encoder(folder: Path, who: str) -> None:
     _encoder(folder, content_hash(folder), who)
 
 
+def _notice_readme(folder: Path, who: str) -> None:
+    """A warning where the readme cannot be read: no vector depends on it, but hubs do not take the folder as it is."""
+    import yaml
+
+    path = folder / "README.md"
+    try:
+        said = path.read_text(encoding="utf-8") if path.is_file() else ""
+        if said.startswith("---\n"):
+            yaml.safe_load(said[4:].partition("\n---")[0])
+    except (ValueError, yaml.YAMLError) as error:
+        reason = str(error).splitlines()[0][:120]
+        log.warning("%s: %r: README.md cannot be read (%s); it is not needed here", who, str(folder), reason)
+
+
 def _check_transformer(folder: Path, place: Path, plain: bool, who: str) -> None:
     where, config = f"{who}: {str(folder)!r}", _object(folder, place / "config.json", who)
     if not config:
@@ -109,14 +129,29 @@ def _check_transformer(folder: Path, place: Path, plain: bool, who: str) -> None
     reads = _object(folder, place / "sentence_bert_config.json", who).get("modality_config") or {"text": {}}
     senses = [name for name in OTHER_SENSES if config.get(name)]
     if senses or set(reads) - {"text", "message"}:
-        raise ConfigError(f"{where} reads more than texts ({', '.join(senses or sorted(reads))}); give a model of texts")
+        raise ConfigError(
+            f"{where} reads more than texts ({', '.join(senses or sorted(reads))}); give a model of texts"
+        )
+    if not _spelled(folder, place, who):
+        raise ConfigError(f"{where}: no words of a tokenizer ({', '.join(WORDS[:3])}, ...) in {place.name!r}{MORE}")
     highest, rows = _highest(folder, place, who), config.get("vocab_size")
     if highest is not None and isinstance(rows, int) and highest >= rows:
-        raise ConfigError(f"{where}: its tokenizer has ids up to {highest}, and vocab_size = {rows} in config.json{MORE}")
+        raise ConfigError(
+            f"{where}: its tokenizer has ids up to {highest}, and vocab_size = {rows} in config.json{MORE}"
+        )
+
+
+def _spelled(folder: Path, place: Path, who: str) -> bool:
+    """Whether there is a tokenizer's list of words. Without one, transformers makes an empty tokenizer and says nothing."""
+    if _object(folder, place / "tokenizer_config.json", who).get("tokenizer_class") in WITHOUT_WORDS:
+        return True
+    return any(path.name in WORDS or path.suffix in (".model", ".spm", ".tiktoken") for path in _files(place))
 
 
 def _highest(folder: Path, place: Path, who: str) -> int | None:
-    """The highest id of the tokenizer; None where it has no tokenizer.json."""
+    """The highest id of the tokenizer; None where it has neither tokenizer.json nor vocab.txt."""
+    if not (place / "tokenizer.json").is_file() and (place / "vocab.txt").is_file():
+        return len((place / "vocab.txt").read_bytes().splitlines()) - 1
     said = _object(folder, place / "tokenizer.json", who)
     model = said.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None

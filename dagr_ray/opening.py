@@ -63,8 +63,10 @@ def tried(encoder: Encoder) -> None:
     for task, prompt in zip(retriever.TASKS, encoder.prompts(), strict=True):
         texts = [*TEXTS, "long " * min(2 * (encoder.max_length or 512), 4096)]
         try:
-            wide.append(retriever.encode(model, texts, prompt, "float32", task).shape[1])
-            needed = _needed(model, prompt, task)
+            dimension, needed = _needed(model, prompt, task)
+            wide.append(dimension)
+            if len(set(wide)) == 1:
+                retriever.encode(model, texts, prompt, "float32", task)
         except Exception as error:
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise ConfigError(f"encoder: model = {encoder.model!r} cannot encode a {task}: {reason}") from error
@@ -101,13 +103,15 @@ def _told_what_is_missing(names: set[str]) -> Iterator[None]:
             modeling_utils.log_state_dict_report = real
 
 
-def _needed(model: SentenceTransformer, prompt: str, task: retriever.Task) -> list[str]:
-    """The weights that a vector depends on. BERT's pooler, say, is there and not used."""
+def _needed(model: SentenceTransformer, prompt: str, task: retriever.Task) -> tuple[int, list[str]]:
+    """The dimension of a vector, and the weights that it depends on: BERT's pooler, say, is there and not used."""
     tokens = model.preprocess(list(TEXTS), prompt=prompt or None, task=task)
-    model(tokens, task=task)["sentence_embedding"].sum().backward()
+    vectors = model(tokens, task=task)["sentence_embedding"]
+    if vectors.requires_grad:
+        vectors.sum().backward()
     needed = [name for name, parameter in model.named_parameters() if parameter.grad is not None]
     model.zero_grad(set_to_none=True)
-    return needed
+    return vectors.shape[1], needed
 
 
 def main() -> int:

@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
-from weakref import WeakKeyDictionary
 
 import numpy as np
 from pydantic import Field
@@ -190,8 +189,7 @@ def load(encoder: Encoder, device: str | None = None, model: str | Path | None =
             raise ConfigError(
                 f"encoder: max_length = {encoder.max_length}: {encoder.model!r} reads at most {limit} tokens"
             )
-        _OWN[module] = min(own or limit, limit or own)
-        module.max_seq_length = encoder.max_length or _OWN[module]
+        module.max_seq_length = encoder.max_length or min(own or limit, limit or own)
         if module.tokenizer.pad_token is None:  # a decoder that was made to write one text at a time
             module.tokenizer.pad_token = module.tokenizer.eos_token
     _pool(loaded, encoder)
@@ -204,10 +202,6 @@ def load(encoder: Encoder, device: str | None = None, model: str | Path | None =
     if encoder.reinitialise is not None:
         weights.reinitialise(found[0].auto_model, encoder.reinitialise)
     return loaded.eval()
-
-
-# The length that a transformer came with: what its saved folder says again.
-_OWN: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 
 
 def transformers(model: SentenceTransformer) -> list[Any]:
@@ -237,7 +231,8 @@ def _pool(model: SentenceTransformer, encoder: Encoder) -> None:
     at = next((i for i, module in enumerate(model) if isinstance(module, Pooling)), None)
     if at is None:
         raise ConfigError(f"encoder: pooling = {encoder.pooling!r}: {encoder.model!r} does not pool; leave it out")
-    model[at] = Pooling(model[at - 1].get_embedding_dimension(), encoder.pooling)
+    old = model[at]
+    model[at] = Pooling(old.embedding_dimension, encoder.pooling, include_prompt=old.include_prompt)
 
 
 def _prompt(model: SentenceTransformer, encoder: Encoder) -> None:
@@ -303,7 +298,9 @@ def encode(
                 for module, given in chain:
                     if module in heavy:
                         out = module(out, **given)
-                        out = {k: v.float() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in out.items()}
+                        out = {
+                            k: v.float() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in out.items()
+                        }
                     else:
                         with torch.autocast(device, enabled=False):
                             out = module(out, **given)
@@ -416,9 +413,7 @@ class _Padded:
         return iter(self.features[int(rows[0])].items())
 
 
-def _preprocessed(
-    model: SentenceTransformer, texts: Sequence[str], prefix: str, task: Task | None
-) -> dict[str, Any]:
+def _preprocessed(model: SentenceTransformer, texts: Sequence[str], prefix: str, task: Task | None) -> dict[str, Any]:
     return dict(model.preprocess(list(texts), prompt=prefix or None, **({} if task is None else {"task": task})))
 
 
@@ -474,14 +469,8 @@ def _batches(lengths: np.ndarray, budget: int) -> Iterator[np.ndarray]:
 def save(model: SentenceTransformer, folder: str | Path) -> list[str]:
     """Writes the model as a sentence-transformers folder with safetensors; returns its files, relative, sorted.
 
-    It reads as many tokens as the one that it came from, or as it was told to read if those are more.
+    The folder reads as many tokens as the model does now, with the same prompts.
     """
-    root, lengths = Path(folder), {module: module.max_seq_length for module in transformers(model)}
-    try:
-        for module, length in lengths.items():
-            module.max_seq_length = max(length, _OWN.get(module, length))
-        model.save_pretrained(str(root), create_model_card=False, safe_serialization=True)
-    finally:
-        for module, length in lengths.items():
-            module.max_seq_length = length
+    root = Path(folder)
+    model.save_pretrained(str(root), create_model_card=False, safe_serialization=True)
     return sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())

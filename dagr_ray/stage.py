@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 from dagr_ray import __version__, bill, cluster, tables
 from dagr_ray.artifact import Artifact, Attempt, Json, add_up
@@ -65,6 +65,9 @@ class Stage(Config):
             found |= {f"{name}.{i}" if isinstance(value, tuple) else name: item for i, item in enumerate(stages)}
         return found
 
+    def check(self) -> None:
+        """Raises ConfigError where the fields cannot be done together, as far as is known before anything is built."""
+
     def size(self, inputs: Inputs) -> int | None:
         """Rows to shard over; None for a stage that is done in one piece."""
         return None
@@ -91,6 +94,17 @@ class Stage(Config):
 
     def folder(self, runs: str) -> Artifact:
         return Artifact(runs, self.folder_name())
+
+
+def parts(value: Any) -> Iterator[Config]:
+    """A field's configs, one inside the other; not those of another stage, which has its own turn."""
+    if isinstance(value, Stage):
+        return
+    if isinstance(value, Config):
+        yield value
+        value = [getattr(value, name) for name in value.__class__.model_fields]
+    for each in value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ():
+        yield from parts(each)
 
 
 def walk(*stages: Stage) -> list[Stage]:

@@ -41,7 +41,7 @@ def beir(
     """
     corpus = Beir(path=data)
     sets = {each.label(): each for each in (corpus, *([Beir(path=ood)] if ood else []))}
-    encoder = Encoder(model=str(minilm()) if base == "minilm" else base, max_length=256)
+    encoder = Encoder(model=str(minilm()) if base == "minilm" else base)
     exemplars = Exemplars(corpus=corpus, split="dev", k=6)
     if volume == 0:
         return judge(sets, Dense(encoder=encoder), exclude=exemplars)

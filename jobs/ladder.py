@@ -33,7 +33,7 @@ def ladder(
     sets = {corpus.label(): corpus}
     others = [Beir(path=path) for path in ood.split("+")] if ood else [] if data else [PyDocs(part="numeric")]
     sets |= {each.label(): each for each in others}
-    frozen = Encoder(model=str(minilm()) if base in ("minilm", "scratch") else base, max_length=256 if data else 48)
+    frozen = Encoder(model=str(minilm()) if base in ("minilm", "scratch") else base, max_length=None if data else 48)
     encoder = frozen.model_copy(update={"reinitialise": 0, "layers": 2}) if base == "scratch" else frozen
     exemplars = Exemplars(corpus=corpus, split="dev", otherwise="train", k=4)
     if volume == 0:

@@ -34,7 +34,7 @@ def negatives(
     """
     corpus = Beir(path=data)
     sets = {corpus.label(): corpus}
-    encoder = Encoder(model=base if base not in ("minilm", "scratch") else str(minilm()), max_length=256)
+    encoder = Encoder(model=base if base not in ("minilm", "scratch") else str(minilm()))
     if base == "scratch":
         encoder = encoder.model_copy(update={"reinitialise": 0, "layers": 2})
     if queries == 0:

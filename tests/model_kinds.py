@@ -112,8 +112,8 @@ def asym(folder: Path) -> Path:
     """A router under its former name, with its file under its former name."""
     ways = {"query": [*whole(folder / "q")], "document": [*whole(folder / "document")]}
     made = put(folder / "model", Router(ways, default_route="document"))
-    listed = (made / "modules.json").read_text()
-    (made / "modules.json").write_text(listed.replace("sentence_transformers.base.modules.router.Router", "sentence_transformers.models.Asym"))  # fmt: skip
+    listed, kind = (made / "modules.json").read_text(), "sentence_transformers.base.modules.router.Router"
+    (made / "modules.json").write_text(listed.replace(kind, "sentence_transformers.models.Asym"))
     (made / "router_config.json").rename(made / "config.json")
     return made
 
@@ -135,7 +135,9 @@ def from_hub(folder: Path, kind: str) -> Path:
     special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
     size = dict(SIZE)
     if kind == "MPNet":
-        tokenizer: Any = hf.MPNetTokenizer(vocab={w: i for i, w in enumerate([*special, *VOCABULARY])}, unk_token="<unk>")
+        tokenizer: Any = hf.MPNetTokenizer(
+            vocab={w: i for i, w in enumerate([*special, *VOCABULARY])}, unk_token="<unk>"
+        )
     elif kind == "XLMRoberta":
         vocab = [*((s, 0.0) for s in special), *((f"▁{word}", -1.0) for word in VOCABULARY)]
         tokenizer = hf.XLMRobertaTokenizer(vocab=vocab)
@@ -199,12 +201,16 @@ def decoding(folder: Path, **options: Any) -> Path:
     """A decoder as a finished encoder, as Qwen's are."""
     transformer = Transformer(str(decoder(folder / "plain", **options)))
     transformer.tokenizer.pad_token = transformer.tokenizer.eos_token
-    return put(folder / "model", transformer, st.Pooling(16, "lasttoken"), Normalize(), prompts=PROMPTS | {"document": ""})
+    return put(
+        folder / "model", transformer, st.Pooling(16, "lasttoken"), Normalize(), prompts=PROMPTS | {"document": ""}
+    )
 
 
 def dense(folder: Path) -> Path:
     """Pooling, a projection, a norm."""
-    return put(folder / "model", *whole(folder / "plain"), Dense(16, 12), st.LayerNorm(12), Normalize(), prompts=PROMPTS)
+    return put(
+        folder / "model", *whole(folder / "plain"), Dense(16, 12), st.LayerNorm(12), Normalize(), prompts=PROMPTS
+    )
 
 
 def copied(folder: Path) -> Path:

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.fs as pafs
 from pydantic import Field, model_validator
 
-from dagr_ray import retriever, tables
+from dagr_ray import model_folder, retriever, tables
 from dagr_ray.artifact import Artifact
 from dagr_ray.cluster import Pool, is_alone
 from dagr_ray.config import ConfigError
@@ -53,6 +53,10 @@ class Train(Stage):
     their best negative, by the scores in ``examples`` (the first search's, or the teacher's after ``Relabel``).
     ``steps`` ends the training after so many, and takes as many epochs as that needs.
 
+    A base reads texts in training as it does in search, with its prompts; where it is cut to so many dimensions, these are
+    trained. The model is saved with the base's prompts and length, which are not those of training. Tables of words (static
+    models) are trained without ``lora`` and without ``cached`` losses.
+
     ``start`` is a training of the same base whose model this one goes on from. ``warmup`` is the share of the steps in
     which the rate rises; then it falls to zero in a line or half a cosine, or stays. Passages are cut to ``max_length``
     tokens in training. ``precision`` ``auto`` computes as the base's ``dtype`` says; weights stay float32.
@@ -69,7 +73,7 @@ class Train(Stage):
     """
 
     abstract: ClassVar[bool] = False
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     pool: ClassVar[str] = "train"
     starts_workers: ClassVar[bool] = True
     outputs: ClassVar[tuple[str, ...]] = ("metrics",)
@@ -124,6 +128,20 @@ class Train(Stage):
 
     def label(self) -> str:
         return self.base.label()
+
+    def check(self) -> None:
+        """Raises ConfigError where the base cannot be trained in the way that the fields say."""
+        kinds = model_folder.kinds(self.base.folder, "train") if self.base.local else []
+        tables_of_words = sorted({"StaticEmbedding", "BoW"} & set(kinds))
+        if tables_of_words and self.lora is not None:
+            raise ConfigError(f"train: lora: base = {self.base.model!r} is a {tables_of_words[0]}; leave lora out")
+        if tables_of_words and any(getattr(loss, "cached", None) for loss in self.losses):
+            raise ConfigError(
+                f"train: cached: base = {self.base.model!r} is a {tables_of_words[0]}, whose batches need no cutting; "
+                "leave cached out"
+            )
+        if self.lora is not None and kinds and "Transformer" not in kinds:
+            raise ConfigError(f"train: lora: base = {self.base.model!r} has no transformer; leave lora out")
 
     def job(self, pool: Pool) -> Job:
         """What the workers are told."""
@@ -317,6 +335,11 @@ def _trained(
     counts = fitted.counts | ({"best_step": fitted.best_step} if fitted.dev else {})
     summary: dict[str, Any] = {"losses": fitted.losses, "dev": fitted.dev, "counts": counts}
     summary |= {"samples": fitted.samples, "train_s": fitted.seconds}
+    summary |= {
+        "prompts": job.base.prompts(),
+        "reads": [module.max_seq_length for module in retriever.transformers(model)],
+    }
+    model.similarity_fn_name = "cosine"  # what it was trained by, and is searched by
     summary["files"] = _save(model, model_card(job.card, summary), folder)
     return summary
 

@@ -22,13 +22,15 @@ from sentence_transformers import (
     SentenceTransformerTrainer,
     SentenceTransformerTrainingArguments,
 )
+from sentence_transformers.util import truncate_embeddings
 from torch.nn.functional import normalize
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, TrainerCallback
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from dagr_ray import retriever
-from dagr_ray.retriever import Encoder
+from dagr_ray.config import ConfigError
+from dagr_ray.retriever import TASKS, Encoder
 from dagr_ray.training import lora as adapters, sharded
 from dagr_ray.training.batches import plan, repeats
 from dagr_ray.training.checkpoints import Checkpoints
@@ -94,6 +96,7 @@ def fit(
         adapters.adapt(model, settings.lora, settings.seed)
     _set_dropout(model, settings.dropout)
     _freeze_unused(model, encoder)
+    lengths = [module.max_seq_length for module in retriever.transformers(model)]
     with _prepared(model, settings.max_length), tempfile.TemporaryDirectory(prefix="dagr-train-") as scratch:
         sharing = settings.fsdp and workers > 1
         collator = Collator(model, data, encoder.prompts(), rank, workers, cached(settings.losses), sharing)
@@ -107,7 +110,7 @@ def fit(
             trainer.shard()
         progress = trainer.progress
         if dev is not None:
-            trainer.add_callback(_Evaluator(trainer, dev, encoder, settings, len(batches)))
+            trainer.add_callback(_Evaluator(trainer, dev, lengths, settings, len(batches)))
         if checkpoints is not None:
             trainer.add_callback(_Saver(checkpoints))
         for callback in callbacks:
@@ -270,8 +273,8 @@ class _Saver(TrainerCallback):
 class _Evaluator(TrainerCallback):
     """nDCG@10 on the dev set before the first step, every so many steps, and after the last; keeps the best weights."""
 
-    def __init__(self, trainer: _Trainer, dev: Dev, encoder: Encoder, settings: Settings, steps: int) -> None:
-        self.trainer, self.dev, self.encoder, self.patience = trainer, dev, encoder, settings.patience
+    def __init__(self, trainer: _Trainer, dev: Dev, lengths: list[int], settings: Settings, steps: int) -> None:
+        self.trainer, self.dev, self.lengths, self.patience = trainer, dev, lengths, settings.patience
         self.steps, self.every = steps, settings.eval_every or max(steps // EVALUATIONS, 1)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -296,26 +299,25 @@ class _Evaluator(TrainerCallback):
     def _embed(self, texts: Sequence[str], queries: bool) -> np.ndarray:
         """Unit vectors, in the order of the texts; each worker computes its share."""
         model, collator = self.trainer.model, self.trainer.collator
-        prompt = collator.prompts[0 if queries else 1]
+        prompt, task = collator.prompts[0 if queries else 1], TASKS[0 if queries else 1]
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         share = order[collator.rank :: collator.workers]
         # with FSDP, all workers have to make the same number of passes
         share += order[:1] * (-(-len(texts) // collator.workers) - len(share))
-        parts, length, training = [], model.max_seq_length, model.training
+        parts, training = [], model.training
         at_once = TEXTS.get(model.device.type, TEXTS["cuda"])
         model.eval()
-        model.max_seq_length = self.encoder.max_length
-        with torch.no_grad():
+        with _cut(model, self.lengths), torch.no_grad():
             for start in range(0, len(share), at_once):
                 some = [texts[i] for i in share[start : start + at_once]]
-                tokens = model.preprocess(some, prompt=prompt or None)
+                tokens = model.preprocess(some, prompt=prompt or None, task=task)
                 tokens = {k: v.to(model.device) if torch.is_tensor(v) else v for k, v in tokens.items()}
-                parts.append(normalize(model(tokens)["sentence_embedding"].float(), dim=1))
-        model.max_seq_length = length
+                vectors = model(tokens | {"task": task})["sentence_embedding"].float()
+                parts.append(normalize(truncate_embeddings(vectors, model.truncate_dim), dim=1))
         model.train(training)
-        vectors = gathered(torch.cat(parts), len(texts)).cpu().numpy()
-        placed = np.empty_like(vectors)
-        placed[order] = vectors
+        found = gathered(torch.cat(parts), len(texts)).cpu().numpy()
+        placed = np.empty_like(found)
+        placed[order] = found
         return placed
 
 
@@ -360,16 +362,34 @@ def _arguments(
 
 @contextlib.contextmanager
 def _prepared(model: SentenceTransformer, length: int) -> Iterator[None]:
-    """Texts are cut for training, and padded at the end: what is padded there can be cut off, pass by pass.
+    """Texts are cut for training, no later than for search, and padded at the end, where it can be cut off, pass by pass.
 
     The pooling of decoders finds the last token by the mask, on either side.
     """
-    before, side = model.max_seq_length, model.tokenizer.padding_side
-    model.max_seq_length, model.tokenizer.padding_side = length, "right"
+    found = retriever.transformers(model)
+    sides = [module.tokenizer.padding_side for module in found]
+    for module in found:
+        module.tokenizer.padding_side = "right"
+    try:
+        with _cut(model, [min(length, module.max_seq_length) for module in found]):
+            yield
+    finally:
+        for module, side in zip(found, sides, strict=True):
+            module.tokenizer.padding_side = side
+
+
+@contextlib.contextmanager
+def _cut(model: SentenceTransformer, lengths: Sequence[int]) -> Iterator[None]:
+    """Each transformer reads so many tokens."""
+    found = retriever.transformers(model)
+    before = [module.max_seq_length for module in found]
+    for module, length in zip(found, lengths, strict=True):
+        module.max_seq_length = length
     try:
         yield
     finally:
-        model.max_seq_length, model.tokenizer.padding_side = before, side
+        for module, length in zip(found, before, strict=True):
+            module.max_seq_length = length
 
 
 def _set_dropout(model: SentenceTransformer, share: float) -> None:
@@ -384,11 +404,16 @@ def _set_dropout(model: SentenceTransformer, share: float) -> None:
 def _freeze_unused(model: SentenceTransformer, encoder: Encoder) -> None:
     """Weights that no embedding depends on (BERT's pooler) get no gradient, on which workers would wait for ever."""
     model.train()
-    tokens = model.preprocess(["a text"], prompt=encoder.prompts()[0] or None)
-    tokens = {k: v.to(model.device) if torch.is_tensor(v) else v for k, v in tokens.items()}
-    model(tokens)["sentence_embedding"].sum().backward()
+    for prompt, task in zip(encoder.prompts(), TASKS, strict=True):
+        tokens = model.preprocess(["a text"], prompt=prompt or None, task=task)
+        tokens = {k: v.to(model.device) if torch.is_tensor(v) else v for k, v in tokens.items()}
+        found = model(tokens | {"task": task})["sentence_embedding"]
+        if found.requires_grad:
+            truncate_embeddings(found, model.truncate_dim).sum().backward()
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.grad is not None)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError(f"train: base = {encoder.model!r} has no weights that can be trained; give another base")
     model.zero_grad(set_to_none=True)
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from pydantic import Field
 
 from dagr_ray.config import Config, ConfigError
+from dagr_ray.retriever import transformers
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -46,13 +47,14 @@ def adapt(model: SentenceTransformer, lora: LoRA, seed: int) -> None:
         target_modules=list(lora.targets) or "all-linear",
         task_type=peft.TaskType.FEATURE_EXTRACTION,
     )
-    transformer = model[0]
-    try:
-        transformer.model = peft.get_peft_model(transformer.auto_model, options)
-    except ValueError as error:
-        raise ConfigError(f"lora: targets = {lora.targets}: {' '.join(str(error).split())[:200]}") from error
+    for transformer in transformers(model):
+        try:
+            transformer.model = peft.get_peft_model(transformer.auto_model, options)
+        except ValueError as error:
+            raise ConfigError(f"lora: targets = {lora.targets}: {' '.join(str(error).split())[:200]}") from error
 
 
 def merge(model: SentenceTransformer) -> None:
     """Adds the adapters' products to the weights that they stand beside and removes them, in place."""
-    model[0].model = model[0].model.merge_and_unload()
+    for transformer in transformers(model):
+        transformer.model = transformer.model.merge_and_unload()

@@ -18,13 +18,15 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
+from dagr_ray.retriever import transformers
+
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
 
 
 def shard(model: SentenceTransformer) -> None:
     """Spreads the weights over the workers, layer by layer, in place; each is whole only while its layer is at work."""
     mesh = init_device_mesh(model.device.type, (torch.distributed.get_world_size(),))
-    layers = set(model[0].auto_model._no_split_modules or ())
+    layers = {name for module in transformers(model) for name in module.auto_model._no_split_modules or ()}
     for module in list(model.modules()):
         if type(module).__name__ in layers:
             fully_shard(module, mesh=mesh)

@@ -16,8 +16,10 @@ import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.losses.gradcache import CachedLossMixin, _create_minibatch
+from sentence_transformers.util import truncate_embeddings
 from torch import Tensor, nn
 
+from dagr_ray.retriever import TASKS, Task
 from dagr_ray.training.batches import rows_of
 from dagr_ray.training.losses import InfoNCE, Loss, Scored
 from dagr_ray.training.texts import Data, Texts
@@ -73,11 +75,11 @@ class Collator:
             known += [(i, column[p]) for p in relevant if p in column]
         features: dict[str, Any] = {"return_loss": True}
         back, cuts = {}, []
-        for name, texts, of, prompt in (
-            ("query", self.data.queries, queries, self.prompts[0]),
-            ("passage", self.data.passages, passages, self.prompts[1]),
-        ):
-            tokens, back[name], cut = self._tokens(texts, of, prompt)
+        for name, texts, of, prompt, task in zip(
+            ("query", "passage"), (self.data.queries, self.data.passages), (queries, passages), self.prompts, TASKS,
+            strict=True,
+        ):  # fmt: skip
+            tokens, back[name], cut = self._tokens(texts, of, prompt, task)
             cuts.append(cut)
             features |= {f"{name}_{key}": value for key, value in tokens.items()}
         features["label"] = {
@@ -94,13 +96,16 @@ class Collator:
         return features
 
     def _tokens(
-        self, texts: Texts, numbers: np.ndarray, prompt: str
+        self, texts: Texts, numbers: np.ndarray, prompt: str, task: Task
     ) -> tuple[dict[str, Any], Tensor, list[tuple[int, int]]]:
         """This worker's texts, short ones first, the place of each of its embeddings, and the passes over them."""
         share = numbers[self.rank :: self.workers]
         least = -(-len(numbers) // self.workers) if self.even else 1
         share = np.concatenate([share, np.repeat(numbers[:1], max(least - len(share), 0))])
-        tokens = self.model.preprocess(texts.read(share), prompt=prompt or None)
+        tokens = self.model.preprocess(texts.read(share), prompt=prompt or None, task=task)
+        tokens["task"] = task  # a router that does not stand first reads it here
+        if "attention_mask" not in tokens:  # a table of words: nothing is padded, and nothing can be cut
+            return tokens, torch.arange(len(share)), [(0, len(share))]
         lengths = tokens["attention_mask"].sum(1)
         order = lengths.argsort(stable=True)
         for key, value in tokens.items():
@@ -142,6 +147,7 @@ class Objective(CachedLossMixin, nn.Module):
     def __init__(self, model: SentenceTransformer, losses: Sequence[Loss]) -> None:
         super().__init__()
         self.model, self.losses = model, tuple(losses)
+        self.truncate_dim = model.truncate_dim  # what is searched is what is trained
         self.mini_batch_size = cached(losses) or 0
         self.uses_gradient_cache = cached(losses) is not None
         self.tally: Counter[str] = Counter()
@@ -152,7 +158,7 @@ class Objective(CachedLossMixin, nn.Module):
         if self.uses_gradient_cache:
             return self.forward_cached(features, labels)
         parts = [
-            [self.model(_create_minibatch(each, start, stop))["sentence_embedding"] for start, stop in cut]
+            [self.model(_part(each, start, stop))["sentence_embedding"] for start, stop in cut]
             for each, cut in zip(features, labels["passes"], strict=True)
         ]
         loss = self._value(parts, labels)
@@ -171,7 +177,10 @@ class Objective(CachedLossMixin, nn.Module):
     def _value(self, parts: list[list[Tensor]], labels: dict[str, Any]) -> Tensor:
         from torch.nn.functional import normalize
 
-        own = [torch.cat(each)[back] for each, back in zip(parts, labels["back"], strict=True)]
+        own = [
+            truncate_embeddings(torch.cat(each)[back], self.truncate_dim)
+            for each, back in zip(parts, labels["back"], strict=True)
+        ]
         queries, passages = (
             normalize(gathered(each, total), dim=1) for each, total in zip(own, labels["total"], strict=True)
         )
@@ -180,6 +189,10 @@ class Objective(CachedLossMixin, nn.Module):
         for loss in self.losses:
             self.tally[loss.type] += loss.negatives(batch)
         return torch.stack([loss.weight * loss.value(batch) for loss in self.losses]).sum()
+
+
+def _part(features: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
+    return _create_minibatch(features, start, stop) if "attention_mask" in features else dict(features)
 
 
 def cached(losses: Sequence[Loss]) -> int | None:
