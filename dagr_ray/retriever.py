@@ -189,7 +189,7 @@ def load(encoder: Encoder, device: str | None = None, model: str | Path | None =
             raise ConfigError(
                 f"encoder: max_length = {encoder.max_length}: {encoder.model!r} reads at most {limit} tokens"
             )
-        module.max_seq_length = encoder.max_length or min(own or limit, limit or own)
+        module.max_seq_length = encoder.max_length or min(own, limit or own)
         if module.tokenizer.pad_token is None:  # a decoder that was made to write one text at a time
             module.tokenizer.pad_token = module.tokenizer.eos_token
     _pool(loaded, encoder)
