@@ -6,6 +6,7 @@ URI that pyarrow opens. Source of the layout: BEIR (Thakur et al., arXiv 2104.08
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import io
@@ -234,3 +235,20 @@ def write(target: str, corpus: Artifact | None, queries: pa.Table, qrels: dict[s
 
 def _json(**values: str) -> str:
     return json.dumps(values, ensure_ascii=False)
+
+
+def head(path: str, n: int, most: int = 1 << 22) -> list[str]:
+    """Title and text of the first ``n`` good passages of a folder, as far as ``most`` bytes hold them."""
+    fs, members = _members(path)
+    start = b""
+    with contextlib.suppress(OSError), fs.open_input_stream(members["corpus.jsonl"].path) as stream:
+        start = stream.read(most)
+    found: list[str] = []
+    for line in start.decode("utf-8", "replace").split("\n"):
+        # what is wrong with a line is told when the folder is read
+        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            row = json.loads(line)
+            found.append(tables.passage_text(str(row.get("title") or ""), str(row["text"])))
+        if len(found) == n:
+            break
+    return found

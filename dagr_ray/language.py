@@ -12,10 +12,21 @@ Django's translations into 28 other languages, one core, the likeliest of all la
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
 
+PASSAGES, SPOKEN = 256, 1000  # passages of a collection, and characters of each, that tell its language
 UNDETERMINED = "und"  # ISO 639's code for it
+_UNTOLD = (UNDETERMINED, "zxx")  # and for what is no language
+# Codes that stand for one written language, as far as its words go.
+_SAME = {
+    **dict.fromkeys(("nb", "nn"), "no"),
+    **dict.fromkeys(("ary", "arz", "arb"), "ar"),
+    **dict.fromkeys(("cmn", "wuu", "yue"), "zh"),
+    **{"fil": "tl", "grc": "el", "hbo": "he", "in": "id", "iw": "he", "ji": "yi"},
+}
 
 
 @lru_cache(maxsize=1)
@@ -41,6 +52,42 @@ def language_of(text: str) -> tuple[str, float]:
         return UNDETERMINED, 0.0
     code, probability = _identifier().classify(text)
     return str(code), float(probability)
+
+
+def written(code: str) -> str:
+    """The code of a written language for that of a region or a dialect.
+
+    >>> written("pt-BR"), written("zh_Hant"), written("nb")
+    ('pt', 'zh', 'no')
+    """
+    code = code.replace("_", "-").split("-")[0].lower()
+    return _SAME.get(code, code)
+
+
+def language_of_all(texts: Iterable[str]) -> str:
+    """The ISO 639 code of a collection, by some of its texts: that of at least half of those with letters.
+
+    English where nothing has letters, or where none has half and nearly all letters are ASCII (code, names, numbers);
+    "und" for what else is mixed.
+
+    >>> language_of_all(["Wie kopiere ich einen Ordner?", "Der Zug fährt heute nicht.", "print(x)"])
+    'de'
+    >>> language_of_all(["how to copy a folder", "Wie kopiere ich einen Ordner?", "как скопировать папку"])
+    'und'
+    """
+    counts, letters, plain = Counter[str](), 0, 0
+    for text in texts:
+        code = written(language_of(text)[0])
+        if code not in _UNTOLD:
+            counts[code] += 1
+            mine = [c for c in text if c.isalpha()]
+            letters, plain = letters + len(mine), plain + sum(map(str.isascii, mine))
+    if not counts:
+        return "en"
+    code, most = counts.most_common(1)[0]
+    if most >= counts.total() / 2 or code == "en":
+        return code
+    return "en" if plain > 0.99 * letters else UNDETERMINED
 
 
 def languages() -> tuple[str, ...]:

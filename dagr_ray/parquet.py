@@ -327,3 +327,15 @@ def _read_group(path: str, group: _Group, start: int, stop: int) -> Iterator[pa.
             at += len(batch)
             if at >= stop:
                 return
+
+
+def head(path: str, n: int) -> list[str]:
+    """Title and text of the first ``n`` good passages of a source."""
+    fs, members = _members(path)
+    for name, info in sorted(members.items()):
+        with fs.open_input_file(info.path) as stream:
+            opened = _open(stream, name)
+            for batch in opened.iter_batches(n, columns=_wanted(opened)):
+                rows = _passages(batch)[0]
+                return list(map(tables.passage_text, rows["title"].to_pylist(), rows["text"].to_pylist()))
+    return []

@@ -89,6 +89,14 @@ class Stage(Config):
         """What rows ``row`` to ``row + 1`` make where that row is given up: it ended or hung its worker, or raised."""
         raise NotImplementedError(f"{type(self).__name__} cannot give up a row")
 
+    def spoken(self) -> str | None:
+        """The language of the passages that a source holds, told by its first ones; None for what is made of other stages."""
+        return None
+
+    def remark(self, counts: Json) -> str | None:
+        """A warning about a folder that was just completed, in one line; None where all is well."""
+        return None
+
     def folder_name(self) -> str:
         return "-".join(part for part in (self.type, self.label(), self.fingerprint()) if part)
 
@@ -326,6 +334,8 @@ class _Builder:
         spent = _bill(self.stage, self.folder, receipts, self.placement)
         for name, entry in made.items():
             entry["schema"] = tables.schema(name).to_string()
+        if (remark := self.stage.remark(counts)) is not None:
+            log.warning("%s: %s", self.folder.name, remark)
         self.folder.write_json(
             "manifest.json",
             {

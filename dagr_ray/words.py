@@ -19,6 +19,7 @@ _UNSPACED = re.compile(
     "\u3005-\u3007\u3040-\u312f\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U0001b000-\U0001b16f"
     "\U00020000-\U000323af]"
 )
+_RUN = re.compile(f"(?:{_UNSPACED.pattern}[\u0300-\u036f\u3099\u309a]*)+")
 _SYLLABIC = re.compile(f"{_UNSPACED.pattern[:-1]}\u1200-\u137f\uac00-\ud7a3]")
 # Format characters belong to the word around them (UAX 29, WB4). So do the Armenian signs that stand inside of a word
 # where others put a sign behind the sentence. U+200B is a space without a width and no part of a word.
@@ -133,6 +134,24 @@ def first_words(text: str, n: int) -> str:
     ('Copy a', '今天，天气')
     """
     return "".join(pieces(text)[:n]).rstrip()
+
+
+def searchable(text: str) -> str:
+    """A text in the spelling that equal texts have in common (NFC), without what no reader sees.
+
+    >>> searchable("cafe\u0301") == "café"
+    True
+    """
+    return text if text.isascii() else _UNSEEN.sub("", _composed(text))
+
+
+def spaced(text: str) -> str:
+    """A text with spaces between the words of scripts that have none.
+
+    >>> spaced("ข้าวหอมมะลิ rice")
+    'ข้าว หอม มะลิ rice'
+    """
+    return _RUN.sub(lambda run: " ".join(_breaker()(run.group(), "en")), text) if unspaced(text) else text
 
 
 def long(word: str) -> bool:

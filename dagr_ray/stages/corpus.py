@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import platform
 from collections import Counter
+from collections.abc import Callable
 from functools import lru_cache
 from importlib.metadata import version
 from typing import Annotated, Any, ClassVar, Literal
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field, model_validator
@@ -17,7 +19,9 @@ from dagr_ray import beir, parquet, pydocs, tables
 from dagr_ray.artifact import Artifact
 from dagr_ray.cluster import Pool
 from dagr_ray.config import ConfigError, content_hash
+from dagr_ray.language import PASSAGES, SPOKEN, language_of_all
 from dagr_ray.stage import Inputs, Output, Run, Stage
+from dagr_ray.words import word_count
 
 log = logging.getLogger("dagr")
 
@@ -38,6 +42,10 @@ class PyDocs(Stage):
     def identity(self) -> dict[str, Any]:
         """The texts belong to the interpreter and the packages, so their versions stand for them."""
         return super().identity() | {"texts": _documented(self.part), "judged": content_hash(pydocs.DATA / self.part)}
+
+    def spoken(self) -> str:
+        """English, as Python's documentation is."""
+        return "en"
 
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
         def run(start: int, stop: int) -> Output:
@@ -85,6 +93,10 @@ class Beir(Stage):
         """The bytes of the folder's files stand for its path."""
         return {"type": self.type, "version": self.version, "content": beir.content(self.path)}
 
+    def spoken(self) -> str:
+        """See ``Stage``."""
+        return _spoken(beir.head, self.path, beir.content(self.path))
+
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
         def run(start: int, stop: int) -> Output:
             data = beir.read(self.path)
@@ -105,6 +117,11 @@ class Beir(Stage):
 def _label(path: str) -> str:
     name = path.partition("?")[0].rstrip("/").rsplit("/", 1)[-1].lower()
     return "".join(c if c.isalnum() else "_" for c in name)[:40]
+
+
+@lru_cache(maxsize=64)
+def _spoken(head: Callable[[str, int], list[str]], path: str, content: str) -> str:
+    return language_of_all(text[:SPOKEN] for text in head(path, PASSAGES))
 
 
 class ParquetCheck(Stage):
@@ -158,6 +175,10 @@ class Parquet(Stage):
         """The bytes of the files stand for their path."""
         return {"type": self.type, "version": self.version, "content": parquet.content(self.path)}
 
+    def spoken(self) -> str:
+        """See ``Stage``."""
+        return _spoken(parquet.head, self.path, parquet.content(self.path))
+
     def inputs(self) -> dict[str, Stage]:
         """What is wrong with the source is found in one pass before it is read."""
         return {"check": ParquetCheck(path=self.path)}
@@ -198,6 +219,7 @@ class Sample(Stage):
     """
 
     abstract: ClassVar[bool] = False
+    version: ClassVar[int] = 2  # words of any script
     outputs: ClassVar[tuple[str, ...]] = ("corpus", "rejected")
     corpus: Stage
     n: Annotated[int, Field(ge=1)] | None = None
@@ -226,8 +248,10 @@ class Sample(Stage):
             ]
             pool_of = corpus.filter(pc.invert(is_out))
             if self.min_words:
-                words = pc.list_value_length(pc.utf8_split_whitespace(pool_of["text"]))
-                pool_of = pool_of.filter(pc.greater_equal(words, self.min_words))
+                words = pc.list_value_length(pc.utf8_split_whitespace(pool_of["text"])).to_numpy().copy()
+                for row in np.flatnonzero(~pc.string_is_ascii(pool_of["text"]).to_numpy()):
+                    words[row] = word_count(pool_of["text"][row].as_py())
+                pool_of = pool_of.filter(pa.array(words >= self.min_words))
             drawn = [tables.unit_of(self.seed, doc_id) for doc_id in pool_of["doc_id"].to_pylist()]
             order = sorted(range(len(drawn)), key=drawn.__getitem__)
             if self.share is not None:

@@ -22,9 +22,10 @@ from pydantic import Field
 
 from dagr_ray import approximate, tables
 from dagr_ray.approximate import Approximation
-from dagr_ray.artifact import Artifact
+from dagr_ray.artifact import Artifact, Json
 from dagr_ray.cluster import Pool
 from dagr_ray.index import Hits
+from dagr_ray.language import PASSAGES, SPOKEN, language_of_all
 from dagr_ray.miners import Miner, Searcher
 from dagr_ray.miners.dense import Dense, DenseIndex
 from dagr_ray.stage import Inputs, Output, Run, Stage
@@ -32,6 +33,7 @@ from dagr_ray.stage import Inputs, Output, Run, Stage
 log = logging.getLogger("dagr")
 ROWS_AT_ONCE = 8192
 QUERIES_AT_ONCE = 16384
+NO_HITS = 0.2  # share of queries without a hit that is said
 # Queries of one shard of a search, in rows of a placement's shard: an exact search reads all vectors for each shard.
 SEARCHED = 64
 # An index of more vectors is searched slab by slab, so many queries at once, and what the slabs give is merged.
@@ -62,7 +64,29 @@ class Index(Stage):
 
     def identity(self) -> dict[str, Any]:
         """The miner by what its index is made of."""
-        return super().identity() | {"miner": self.miner.built().fingerprint()}
+        return super().identity() | {"miner": self.settled().built().fingerprint()}
+
+    def to_json(self) -> dict[str, Any]:
+        """With the miner as it was settled, so that a plan says how its index was made and is built so again."""
+        found = super().to_json()
+        found["miner"] = self.settled().to_json()
+        return found
+
+    def settled(self) -> Miner:
+        """The miner for the language of the corpus."""
+        return self.miner.settled(_spoken(self.corpus))
+
+    def _told(self, inputs: Inputs) -> Miner:
+        """``settled``, by the passages themselves where no source tells beforehand."""
+        language = _spoken(self.corpus)
+        if language is None:
+            rows = inputs["corpus"].slice("corpus", 0, PASSAGES).select(["title", "text"]).to_pylist()
+            language = language_of_all(tables.passage_text(row["title"], row["text"])[:SPOKEN] for row in rows)
+        return self.miner.settled(language)
+
+    def remark(self, counts: Json) -> str | None:
+        """That the passages are in another language than the miner reads."""
+        return self.miner.objection(_spoken(self.corpus))
 
     def size(self, inputs: Inputs) -> int | None:
         return None if self.miner.part is None else inputs["corpus"].count("corpus")
@@ -72,7 +96,7 @@ class Index(Stage):
         return super().ranges(inputs, step * (self.miner.part or 1)) or [(0, 0)]
 
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
-        build = self.miner.builder(_model(inputs, "trained"))
+        build = self._told(inputs).builder(_model(inputs, "trained"))
 
         def run(start: int, stop: int) -> Output:
             started = time.time()
@@ -83,6 +107,23 @@ class Index(Stage):
             return Output({}, files, {"in": stop - start, "out": stop - start}, cost)
 
         return run
+
+
+def _spoken(corpus: Stage) -> str | None:
+    """The language of the first source that a corpus is made of."""
+    seen: dict[int, Stage] = {}  # which keeps their ids from being used again
+    ahead = [corpus]
+    while ahead:
+        stage = ahead.pop()
+        if id(stage) in seen:
+            continue
+        seen[id(stage)] = stage
+        if (language := stage.spoken()) is not None:
+            return language
+        inner = stage.inputs()
+        # what a corpus is called in most stages is looked at first
+        ahead += sorted(inner.values(), key=lambda each: each is inner.get("corpus"))
+    return None
 
 
 def _passages(inputs: Inputs, start: int, stop: int) -> Iterator[pa.Table]:
@@ -197,7 +238,7 @@ class Asking(Stage):
 
     def identity(self) -> dict[str, Any]:
         """The miner too, where its index stands for several."""
-        miner = self.index.miner
+        miner = self.index.settled()
         shared = miner.built().fingerprint() != miner.fingerprint()
         return super().identity() | ({"miner": miner.fingerprint()} if shared else {})
 
@@ -364,6 +405,16 @@ class Search(Asking):
             )
 
         return run
+
+    def remark(self, counts: Json) -> str | None:
+        """That many queries found nothing."""
+        none, every = counts["no_hits"], counts["in"]
+        if none <= NO_HITS * every:
+            return None
+        read = self.index.settled().read_as()
+        return f"{none:,} of {every:,} queries found nothing" + (
+            f"; passages and queries are read as {read}" if read else ""
+        )
 
     def _merging(self, inputs: Inputs, queries: _Questions) -> Callable[[int, int], pa.Table]:
         cells = len(_cells(queries))
