@@ -198,7 +198,8 @@ def sentences(text: str) -> list[str]:
     for end in _END.finditer(text):
         at, stop = end.span()
         sign = text[at]
-        small = at + 1 < stop < len(text) and text[stop].islower() and not text[stop - 2].isspace()
+        # Georgian letters are small ones that a sentence begins with: they have no titlecase
+        small = at + 1 < stop < len(text) and text[stop].title() != text[stop] and not text[stop - 2].isspace()
         if sign in ".!?" and small and not text[at - 1].isascii():
             continue  # a small letter that is not one of a to z: т. е., but not behind an English sentence
         made.append(text[start:at] if sign == "\n" else text[start : at + 1] if sign in ".!?" else text[start:stop])

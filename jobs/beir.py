@@ -33,13 +33,14 @@ def beir(
     epochs: int = 1,
     lr: float = 2e-5,
     seed: int = 0,
+    language: str = "auto",
 ) -> Scorecard:
     """A retriever trained on ``volume`` queries generated for the passages of ``data``, judged on its test split.
 
     ``ood`` is a second BEIR folder for the out-of-distribution row; ``base`` is ``minilm`` or the folder of an encoder;
     ``people`` are files of their ratings, joined by ``+``, which win over the filters.
     """
-    corpus = Beir(path=data)
+    corpus = Beir(path=data, language=language)
     sets = {each.label(): each for each in (corpus, *([Beir(path=ood)] if ood else []))}
     encoder = Encoder(model=str(minilm()) if base == "minilm" else base)
     exemplars = Exemplars(corpus=corpus, split="dev", k=6)

@@ -31,9 +31,10 @@ def filters(
     samples: int = 2,
     max_rank: int = 20,
     seed: int = 0,
+    language: str = "auto",
 ) -> Scorecard:
     """A retriever trained on ``volume`` queries that pass ``filters``, judged on ``data`` (none: Python's documentation)."""
-    corpus = Beir(path=data) if data else PyDocs(part="stdlib")
+    corpus = Beir(path=data, language=language) if data else PyDocs(part="stdlib")
     frozen = encoder = Encoder(model=str(minilm()), max_length=256 if data else 48)
     if base == "scratch":
         encoder = encoder.model_copy(update={"reinitialise": 0, "layers": 2})

@@ -22,6 +22,7 @@ def ladder(
     volume: int = 1000, generator: Literal["smollm2", "crop", "llm"] = "smollm2", model: str | None = None,
     teacher: str | None = None, bm25_share: float | None = None, passages: int = 1500, samples: int = 4,
     negatives: int = 7, max_rank: int = 100, epochs: int | None = None, lr: float | None = None, seed: int = 0,
+    language: str = "auto",
 ) -> Scorecard:  # fmt: skip
     """A retriever trained on ``volume`` pairs at a rung, judged on ``data`` (a BEIR folder, or none: Python's documentation).
 
@@ -29,7 +30,7 @@ def ladder(
     ``human``: the share of pairs out of the train split; ``teacher``: a cross-encoder's folder, or none: BM25 by
     ``bm25_share`` (0.6) and the base. At this ``max_rank`` 23 % of 400 queries on product reviews pass all filters (20: 15 %).
     """
-    corpus = Beir(path=data) if data else PyDocs(part="stdlib")
+    corpus = Beir(path=data, language=language) if data else PyDocs(part="stdlib")
     sets = {corpus.label(): corpus}
     others = [Beir(path=path) for path in ood.split("+")] if ood else [] if data else [PyDocs(part="numeric")]
     sets |= {each.label(): each for each in others}

@@ -27,6 +27,7 @@ def mixture(
     max_rank: int = 20,
     lr: float = 2e-5,
     seed: int = 0,
+    language: str = "auto",
 ) -> Scorecard:
     """A retriever trained on ``volume`` rows of ``strategies``, judged on ``data``'s test split.
 
@@ -34,7 +35,7 @@ def mixture(
     ``budget``: all rows that each strategy gives for so many dollars, whatever ``volume`` is.
     ``mix`` is ``all`` of them, ``only-NAME`` or ``without-NAME``, always at the same volume. ``volume=0`` is the frozen base.
     """
-    corpus = Beir(path=data) if data else PyDocs(part="stdlib")
+    corpus = Beir(path=data, language=language) if data else PyDocs(part="stdlib")
     sets = {corpus.label(): corpus}
     encoder = Encoder(model=str(minilm()), max_length=256 if data else 48)
     exemplars = Exemplars(corpus=corpus, split="dev", k=4)

@@ -25,6 +25,7 @@ def negatives(
     epochs: int = 1,
     lr: float = 2e-5,
     seed: int = 0,
+    language: str = "auto",
 ) -> Scorecard:
     """A retriever trained on ``queries`` of people's out of the train split with ``k`` negatives each out of ``source``.
 
@@ -32,7 +33,7 @@ def negatives(
     ``base`` is ``minilm``, ``scratch`` (two re-initialised layers) or the folder of an encoder; ``model`` the folder of the
     language model, or none for the quick start's. ``queries=0`` is the frozen base.
     """
-    corpus = Beir(path=data)
+    corpus = Beir(path=data, language=language)
     sets = {corpus.label(): corpus}
     encoder = Encoder(model=base if base not in ("minilm", "scratch") else str(minilm()))
     if base == "scratch":

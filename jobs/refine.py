@@ -29,12 +29,13 @@ def refine(
     max_rank: int = 20,
     lr: float = 2e-5,
     seed: int = 0,
+    language: str = "auto",
 ) -> Scorecard:
     """A retriever trained on ``volume`` queries of at most ``rounds`` rounds, judged on ``data``'s test split.
 
     ``until`` says who ends the loop for a passage (see ``recipes.refine``). The report shows what each step added.
     """
-    corpus = Beir(path=data) if data else PyDocs(part="stdlib")
+    corpus = Beir(path=data, language=language) if data else PyDocs(part="stdlib")
     sets = {corpus.label(): corpus}
     encoder = Encoder(model=str(minilm()), max_length=256 if data else 48)
     exemplars = Exemplars(corpus=corpus, split="dev", k=4)

@@ -13,17 +13,19 @@ from typing import Annotated, Any, ClassVar, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from dagr_ray import beir, parquet, pydocs, tables
-from dagr_ray.artifact import Artifact
+from dagr_ray.artifact import Artifact, Json
 from dagr_ray.cluster import Pool
 from dagr_ray.config import ConfigError, content_hash
 from dagr_ray.language import PASSAGES, SPOKEN, language_of_all
+from dagr_ray.miners.analyzers import AUTO, analyzer, known
 from dagr_ray.stage import Inputs, Output, Run, Stage
 from dagr_ray.words import word_count
 
 log = logging.getLogger("dagr")
+Spoken = Annotated[str, AfterValidator(known)]
 
 
 class PyDocs(Stage):
@@ -79,12 +81,14 @@ class Beir(Stage):
     """Any BEIR folder: a path or a URI that pyarrow opens; plain or gzipped files.
 
     Bad lines (broken JSON, wrong encoding, empty text, duplicate or unknown id) are left out, counted and listed in
-    ``rejected`` with file and line; over 1 % of them in one file raises ConfigError.
+    ``rejected`` with file and line; over 1 % of them in one file raises ConfigError. ``language`` is that of the passages
+    (an ISO 639 code, "und" for several), by which BM25 reads them; "auto" is told by the first ones.
     """
 
     abstract: ClassVar[bool] = False
     outputs: ClassVar[tuple[str, ...]] = ("corpus", "queries", "rejected")
     path: Annotated[str, Field(min_length=1)]
+    language: Spoken = AUTO
 
     def label(self) -> str:
         return _label(self.path)
@@ -95,7 +99,14 @@ class Beir(Stage):
 
     def spoken(self) -> str:
         """See ``Stage``."""
-        return _spoken(beir.head, self.path, beir.content(self.path))
+        return self._heard() if self.language == AUTO else self.language
+
+    def _heard(self) -> str:
+        return _heard(beir.head, self.path, beir.content(self.path))
+
+    def remark(self, counts: Json) -> str | None:
+        """That the passages look like another language than was named."""
+        return _doubt(self.language, self._heard())
 
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
         def run(start: int, stop: int) -> Output:
@@ -120,8 +131,17 @@ def _label(path: str) -> str:
 
 
 @lru_cache(maxsize=64)
-def _spoken(head: Callable[[str, int], list[str]], path: str, content: str) -> str:
+def _heard(head: Callable[[str, int], list[str]], path: str, content: str) -> str:
     return language_of_all(text[:SPOKEN] for text in head(path, PASSAGES))
+
+
+def _doubt(named: str, heard: str) -> str | None:
+    if named == AUTO or analyzer(named).described == analyzer(heard).described:
+        return None
+    return (
+        f"language = {named!r}, and the first passages look like {heard!r}; BM25 reads them as {analyzer(named).described}; "
+        f"leave language out, or give language={heard}"
+    )
 
 
 class ParquetCheck(Stage):
@@ -161,12 +181,13 @@ class Parquet(Stage):
 
     Read in ranges of rows, so any number of passages fits. Bad rows (no or duplicate id, empty text, wrong encoding) are
     left out, counted and listed in ``rejected`` with file and row from 0; over 1 % of them in one file raises
-    ConfigError. A title stands in for an empty text. Integer ids become text.
+    ConfigError. A title stands in for an empty text. Integer ids become text. ``language`` is as in ``Beir``.
     """
 
     abstract: ClassVar[bool] = False
     outputs: ClassVar[tuple[str, ...]] = ("corpus", "rejected")
     path: Annotated[str, Field(min_length=1)]
+    language: Spoken = AUTO
 
     def label(self) -> str:
         return _label(self.path)
@@ -177,7 +198,14 @@ class Parquet(Stage):
 
     def spoken(self) -> str:
         """See ``Stage``."""
-        return _spoken(parquet.head, self.path, parquet.content(self.path))
+        return self._heard() if self.language == AUTO else self.language
+
+    def _heard(self) -> str:
+        return _heard(parquet.head, self.path, parquet.content(self.path))
+
+    def remark(self, counts: Json) -> str | None:
+        """That the passages look like another language than was named."""
+        return _doubt(self.language, self._heard())
 
     def inputs(self) -> dict[str, Stage]:
         """What is wrong with the source is found in one pass before it is read."""
