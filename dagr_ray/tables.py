@@ -215,7 +215,9 @@ def passage_text(title: str, text: str) -> str:
 
 
 def folded(texts: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
-    """Texts without differences of case and spacing: two passages that are equal so are one passage under two ids."""
+    """Texts without differences of case, spacing and spelling (NFC): equal ones are one passage with two ids."""
+    if not pc.all(pc.string_is_ascii(texts)).as_py():
+        texts = pc.utf8_normalize(texts, form="NFC")
     return pc.utf8_trim_whitespace(pc.replace_substring_regex(pc.utf8_lower(texts), r"[\s\pZ]+", " "))
 
 

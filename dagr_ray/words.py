@@ -95,7 +95,13 @@ def characters(text: str) -> list[str]:
         return list(text)
     from icu4py.breakers import CharacterBreaker
 
-    return list(CharacterBreaker(text, "en"))
+    found: list[str] = []
+    for cluster in CharacterBreaker(text, "en"):
+        if found and unicodedata.category(cluster[0])[0] == "M":  # Burmese vowels, which Unicode leaves by themselves
+            found[-1] += cluster
+        else:
+            found.append(cluster)
+    return found
 
 
 def pieces(text: str) -> list[str]:
@@ -145,6 +151,15 @@ def searchable(text: str) -> str:
     return text if text.isascii() else _UNSEEN.sub("", _composed(text))
 
 
+def wording(text: str) -> str:
+    """What two texts have in common that say the same in the same words and signs: case, spacing and spelling are one.
+
+    >>> wording("Cafe\u0301  du Nord") == wording("CAFÉ du nord")
+    True
+    """
+    return " ".join(searchable(text).casefold().split())
+
+
 def spaced(text: str) -> str:
     """A text with spaces between the words of scripts that have none.
 
@@ -155,12 +170,14 @@ def spaced(text: str) -> str:
 
 
 def long(word: str) -> bool:
-    """Whether a word is long enough to name something: over three letters, over one where letters are syllables or signs.
+    """Whether a word is long enough to name something: over three letters, over two outside ASCII, over one of syllables.
 
     >>> [word for word in ("copy", "the", "蜂蜜", "和", "서울", "слова") if long(word)]
     ['copy', '蜂蜜', '서울', 'слова']
     """
-    return len(word) > 3 or (len(word) > 1 and not word.isascii() and _SYLLABIC.search(word) is not None)
+    if len(word) == 2:
+        return not word.isascii() and _SYLLABIC.search(word) is not None
+    return len(word) > (3 if word.isascii() else 2)
 
 
 def unspaced(text: str) -> bool:

@@ -12,6 +12,7 @@ from dagr_ray.artifact import Artifact, Json
 from dagr_ray.config import ConfigError, digest
 from dagr_ray.report.boards import MEASURE, averages, boards_of
 from dagr_ray.report.leaks import leaks
+from dagr_ray.report.lexical import lexical
 from dagr_ray.report.lineage import Arm, Folders, funnel
 from dagr_ray.report.verdict import verdict
 
@@ -59,6 +60,7 @@ def summarise(runs: str, study_folder: str) -> Json:
         "leaks": leaks(folders, arms, made, MEASURE),
         "changes": [change for board in boards for change in board.changes(by_name)],
         "stages": _stages(folders, rows),
+        "lexical": lexical(folders, (row.trial["folder"] for row in rows if row.kind == "bm25"), warnings),
         "warnings": warnings,
     }
     summary |= _versions(folders, rows)

@@ -29,7 +29,7 @@ def terminal_table(summary: Json) -> str:
     ]
     shown.insert(1, "  ".join("-" * w for w in widths))
     words = summary["verdict"]
-    notes = [f"note: {warning}" for warning in summary["warnings"]]
+    notes = [f"note: {warning}" for warning in [*summary["warnings"], *_read(summary)]]
     return "\n".join(
         [*(line.rstrip() for line in shown), "", words["headline"], *(f"* {s}" for s in words["sentences"]), *notes]
     )
@@ -84,8 +84,17 @@ def markdown_table(summary: Json) -> str:
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     if any(len(trial["seeds"]) > 1 for trial in summary["trials"]):
         lines += ["", *_seeds(summary)]
-    lines += [f"\nNote: {warning}" for warning in summary["warnings"]]
+    lines += [f"\nNote: {warning}" for warning in [*summary["warnings"], *_read(summary)]]
     return "\n".join(lines)
+
+
+def _read(summary: Json) -> list[str]:
+    """How BM25 reads what is not English."""
+    return [
+        f"BM25 reads {each['data']} as {each['read_as']} (language {each['language']})"
+        for each in summary["lexical"]
+        if each["language"] != "en"
+    ]
 
 
 def _titled(data: Json) -> str:

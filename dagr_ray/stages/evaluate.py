@@ -16,6 +16,7 @@ from dagr_ray.cluster import Pool
 from dagr_ray.config import ConfigError, Later
 from dagr_ray.index import Hits, best_first
 from dagr_ray.stage import Inputs, Output, Run, Stage
+from dagr_ray.words import wording
 
 MEASURES = ("nDCG@10", "R@100", "RR@10", "AP", "Success@1", "Success@5", "Success@10")
 TREC_RUN = "run.trec"
@@ -137,10 +138,10 @@ def _exemplars(inputs: Inputs) -> set[str]:
     if "exclude" not in inputs:
         return set()
     shown = inputs["exclude"].read("exemplars", ["query_id", "query"]).to_pylist()
-    wordings = {_wording(row["query"]) for row in shown}
+    wordings = {wording(row["query"]) for row in shown}
     # judgements out of a TREC file come without wordings
     texts = tables.texts_of(inputs["data"].read("queries")) if "queries" in inputs["data"].table_names() else {}
-    same = {query_id for query_id, text in texts.items() if _wording(text) in wordings}
+    same = {query_id for query_id, text in texts.items() if wording(text) in wordings}
     return same | {row["query_id"] for row in shown}
 
 
@@ -154,10 +155,6 @@ def _touched(inputs: Inputs) -> set[str]:
         mine = pc.and_(pc.is_in(part["kind"], value_set=kinds), pc.equal(part["data"], inputs["data"].name))
         found |= set(tables.texts(part.filter(mine)["held_out_id"]))
     return found
-
-
-def _wording(text: str) -> str:
-    return " ".join(text.casefold().split())
 
 
 def rankings(candidates: pa.Table, qrels: Qrels) -> tuple[Rankings, int]:

@@ -110,7 +110,7 @@ def form_of(text: str) -> str:
     >>> [form_of(q) for q in ("how do I copy a folder", "copy folder python", "My train was cancelled and I want a refund.")]
     ['question', 'keywords', 'statement']
     """
-    if text.rstrip().endswith(("?", "？")) or _ASKS.match(text.strip()):
+    if text.rstrip().endswith(("?", "？", "؟", "፧", "\u037e")) or "՞" in text or _ASKS.match(text.strip()):
         return "question"
     said = folded(text)
     return "keywords" if sum(word in _SMALL for word in said) <= len(said) // 6 else "statement"

@@ -14,7 +14,7 @@ from dagr_ray.artifact import Artifact
 from dagr_ray.cluster import Pool
 from dagr_ray.config import ConfigError
 from dagr_ray.stage import Inputs, Output, Run, Stage
-from dagr_ray.words import first_words
+from dagr_ray.words import first_words, wording
 
 
 class Pairs(Stage):
@@ -128,7 +128,7 @@ class Linked(Stage):
 
 
 def _folded(row: dict[str, Any]) -> str:
-    return " ".join(tables.passage_text(row["title"], row["text"]).casefold().split())
+    return wording(tables.passage_text(row["title"], row["text"]))
 
 
 def _rows_of(corpus: Artifact, ids: set[str]) -> Iterator[dict[str, Any]]:

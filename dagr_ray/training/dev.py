@@ -14,6 +14,7 @@ from dagr_ray.artifact import Artifact
 from dagr_ray.config import ConfigError
 from dagr_ray.index import VectorIndex
 from dagr_ray.training.texts import Data, ranges
+from dagr_ray.words import wording
 
 MEASURE = "nDCG@10"
 CUT = 10
@@ -46,10 +47,10 @@ class Dev:
         said: dict[str, str] = {}
         for part in ranges(self.corpus, "corpus"):
             for row in part.filter(pc.is_in(part["doc_id"], value_set=relevant)).to_pylist():
-                said[_folded(tables.passage_text(row["title"], row["text"]))] = row["doc_id"]
+                said[wording(tables.passage_text(row["title"], row["text"]))] = row["doc_id"]
         found = set()
         for number in np.unique(training.examples.positive):
-            doc_id = said.get(_folded(training.passages.read([number])[0]))
+            doc_id = said.get(wording(training.passages.read([number])[0]))
             if doc_id is not None:
                 found.add(doc_id)
         if found:
@@ -75,7 +76,3 @@ class Dev:
             run += [ir_measures.ScoredDoc(query_id, doc_id, float(-rank)) for rank, doc_id in enumerate(kept)]
         judged = [ir_measures.Qrel(q, d, r) for q, docs in self.qrels.items() for d, r in docs.items()]
         return float(ir_measures.calc_aggregate([ir_measures.parse_measure(MEASURE)], judged, run).popitem()[1])
-
-
-def _folded(text: str) -> str:
-    return " ".join(text.casefold().split())
