@@ -4,8 +4,11 @@ Everything comes from what lies in the stage's folder: the receipts of shards th
 back, and the event logs of the attempts. Every second that a worker was held is counted once, so the parts add up::
 
     seconds:  start + busy + idle + waste + rest = held
-    dollars:  work + waste + rest = total
+    dollars:  work + waste = total;  total + setup + waiting = held
 
+A stage is billed for the time that its workers were busy, and for work that was lost. What went into getting them ready
+(``setup``: models that were loaded, processes that were started) and what they waited (``waiting``: idle, and the rest)
+stands on lines of its own, because on a shared machine somebody else works in that time.
 ``rest`` is what no receipt accounts for: Ray's start, the wait for the last shard, and work that died with its worker.
 An attempt that was killed ends with its last sign of life. What tokens were lost with it is an upper bound.
 """
@@ -23,6 +26,8 @@ from dagr_ray.engines import Engine
 
 KINDS = ("prompt", "cached", "completion")
 SECONDS = ("start", "busy", "idle")
+# What the dollars of a worker's second are called, by what it was spent on.
+LINES = {"start": "setup", "busy": "work", "idle": "waiting"}
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,16 @@ class Rates:
     def from_json(cls, value: Json) -> Rates:
         tokens = value.get("tokens")
         return cls(value["cpu_hour"], value["gpu_hour"], TokenPrices(**tokens) if tokens else None)
+
+    def __str__(self) -> str:
+        """
+        >>> str(Rates(cpu_hour=0.05, gpu_hour=2)), str(Rates(tokens=TokenPrices(prompt=2, completion=8)))
+        ('$0.05 a core-hour and $2 a GPU-hour', '$2 and $8 a million prompt and completion tokens')
+        """
+        if self.tokens is not None:
+            return f"${self.tokens.prompt:g} and ${self.tokens.completion:g} a million prompt and completion tokens"
+        hours = {"core": self.cpu_hour, "GPU": self.gpu_hour}
+        return " and ".join(f"${usd:g} a {kind}-hour" for kind, usd in hours.items() if usd) or "no price an hour"
 
     def to_json(self) -> Json:
         return {
@@ -125,13 +140,19 @@ def shard_bill(receipt: Json, attempt: Attempt | None, rates: Rates) -> Json:
     together = attempt.holds["workers_of_a_shard"] if attempt else 1
     tokens = {kind: cost.get(f"{kind}_tokens", 0) for kind in KINDS}
     seconds = {kind: cost.get(f"{kind}_s", 0.0) * together for kind in SECONDS}
+    # a training starts its workers inside its only shard
+    setup_s = min(cost.get("setup_s", 0.0) * together, seconds["busy"])
+    seconds = seconds | {"start": seconds["start"] + setup_s, "busy": seconds["busy"] - setup_s}
     lost, both = cost.get("lost_tokens", 0), tokens["prompt"] + tokens["completion"]
     failed = [cost.get(f"failed_{kind}_tokens", 0) for kind in ("prompt", "completion")]
     if rates.tokens is not None:
         work = rates.tokens.usd(**tokens)
         waste = (work * lost / both if both else 0.0) + rates.tokens.usd(prompt=failed[0], completion=failed[1])
+        usd = {"setup": 0.0, "work": work, "waiting": 0.0, "waste": waste}
     else:
-        work, waste = attempt.usd(sum(seconds.values()), rates) if attempt else 0.0, 0.0
+        usd = {line: attempt.usd(seconds[kind], rates) if attempt else 0.0 for kind, line in LINES.items()} | {
+            "waste": 0.0
+        }
     rejected = {reason: n for reason, n in counts.get("rejected", {}).items() if n}
     return {
         "rows": {key: counts.get(key, 0) for key in ("in", "out", "errors")} | {"rejected": rejected},
@@ -142,7 +163,7 @@ def shard_bill(receipt: Json, attempt: Attempt | None, rates: Rates) -> Json:
             "tries": cost.get("lost_tries", 0),
             "retries": cost.get("retries", 0),
         },
-        "usd": {"work": work, "waste": waste},
+        "usd": usd,
     }
 
 
@@ -175,11 +196,11 @@ def stage_bill(folder: Artifact, receipts: Iterable[Json], rates: Rates) -> Json
     seconds["rest"] = seconds["held"] - sum(seconds[kind] for kind in SECONDS) - waste["seconds"]
     for kind in ("cpu", "gpu"):
         seconds[f"held_{kind}"] = sum(attempt.held_s * attempt.holds[f"{kind}s"] for attempt in tries.values())
-    spent = usd["work"] + usd["waste"]
-    usd["total"] = spent
+    usd["total"] = usd["work"] + usd["waste"]
+    usd["held"] = usd["total"]
     if rates.tokens is None:
-        usd["total"] = sum(attempt.usd(attempt.held_s, rates) for attempt in tries.values())
-    usd["rest"] = usd["total"] - spent
+        usd["held"] = sum(attempt.usd(attempt.held_s, rates) for attempt in tries.values())
+        usd["waiting"] = usd["held"] - usd["total"] - usd["setup"]
     return total | {"attempts": len(tries), "rates": rates.to_json()}
 
 

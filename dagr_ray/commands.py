@@ -132,9 +132,10 @@ def _canary(args: Args, stages: Sequence[Stage], placement: cluster.Placement, r
 def _to_do(guesses: Iterable[dict[str, Any]]) -> str:
     guesses = list(guesses)
     total = {key: sum(guess.get(key) or 0 for guess in guesses) for key in ("seconds", "tokens", "bytes", "price")}
+    at = "; ".join(sorted({guess["rates"] for guess in guesses if guess.get("price")}))
     return (
         f"about {duration(total['seconds'])} of work, {total['tokens']:,} tokens, {size(total['bytes'])} and "
-        f"${total['price']:.4f} to do"
+        f"${total['price']:.4f} to do" + (f" (busy workers, at {at})" if at else "")
     )
 
 
@@ -178,6 +179,7 @@ def run(args: Args) -> int | None:
 def study(args: Args) -> int | None:
     """``dagr study``."""
     from dagr_ray import report
+    from dagr_ray.estimate import remaining_seconds
 
     started = time.time()
     placement = cluster.load_placement(args.placement)
@@ -191,7 +193,15 @@ def study(args: Args) -> int | None:
     if args.canary:
         _canary(args, todo, placement, reporter)
     mirror = _Mirror(args.runs, enabled=not args.no_track)
-    folder = run_study(planned, args.runs, placement, reporter, mirror.soon)
+    of_trials = [each.stage for each in survey(planned.apart(), args.runs) if each.state != "cached"]
+    reporter.remaining = lambda: remaining_seconds(
+        of_trials, args.runs, placement, min(placement.trials, len(of_trials))
+    )
+    try:
+        folder = run_study(planned, args.runs, placement, reporter, mirror.soon)
+    except BaseException:
+        mirror.finish(planned.folder(args.runs))  # the store is told that the study stopped
+        raise
     summary = report.summarise(args.runs, folder.name)
     page = report.write_page(summary, args.runs, folder.name)
     say(report.terminal_table(summary))

@@ -8,10 +8,13 @@ row, and those of a part whatever its rows.
 from __future__ import annotations
 
 import io
+import json
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
+from pathlib import Path
 from statistics import median
 
 import pyarrow as pa
@@ -24,10 +27,13 @@ from dagr_ray.bill import KINDS, Rates
 from dagr_ray.cluster import Placement, Pool
 from dagr_ray.engines import cores_held
 from dagr_ray.engines.crop import CropEngine
+from dagr_ray.miners.dense import Dense
 from dagr_ray.stage import Stage
 from dagr_ray.stages.corpus import Beir, PyDocs, Sample
 from dagr_ray.stages.generate import Generate
+from dagr_ray.stages.retrieve import Index
 from dagr_ray.stages.select import Take
+from dagr_ray.stages.train import Train
 from dagr_ray.store import filesystem
 
 PYDOCS_ROWS = {"stdlib": 3400, "numeric": 2100}
@@ -37,6 +43,17 @@ PROMPT_TOKENS = 600  # six exemplars of up to 60 words, a passage of about 120 w
 DEFAULT_ROW_S = {"generate": 0.07, "train": 0.08, "index": 0.007, "search": 0.0003}
 DEFAULT_START_S = {"generate": 15.0, "train": 15.0, "search": 0.5}
 DEFAULT_FIXED_S = 0.3
+# Bytes a row of tables takes that are compressed: a query and its ids; longer ones by type. Of a Lucene index of passages
+# of a hundred words (145 to 220 on Cranfield, SQuADShifts and SciFact); of a number in a vector.
+ROW_BYTES, POSTINGS_BYTES, VECTOR_BYTES = 60.0, 180.0, 4.0
+DEFAULT_ROW_BYTES = {
+    "beir": 400.0,
+    "pydocs": 400.0,
+    "sample": 400.0,
+    "search": 1200.0,
+    "fuse": 1200.0,
+    "evaluate": 3000.0,
+}
 # How much a finished folder has in common with a stage: what the estimate says it is based on, best first.
 BASES = ("this corpus", "another corpus", "its type")
 
@@ -52,6 +69,7 @@ class Record:
     row_s: float
     tokens: dict[str, float]  # for a row, by kind
     row_bytes: float
+    fixed_bytes: float  # whatever its rows: the model of a training
     kept: float  # rows that come out for each that goes in
 
     @classmethod
@@ -69,7 +87,9 @@ class Record:
         stored = sum(
             entry["bytes"] - len(entry["parts"]) * _part_bytes(name) for name, entry in manifest["tables"].items()
         )
-        stored += sum(entry["bytes"] for entry in manifest["files"].values())
+        files = sum(entry["bytes"] for entry in manifest["files"].values())
+        is_model = manifest["stage"]["type"] == "train"
+        stored += 0 if is_model else files
         return cls(
             manifest,
             rows,
@@ -78,6 +98,7 @@ class Record:
             seconds["busy"] / rows,
             {kind: bill["tokens"][kind] / rows for kind in KINDS},
             max(stored, 0) / rows,
+            files if is_model else 0.0,
             manifest["counts"].get("out", rows) / rows,
         )
 
@@ -240,11 +261,13 @@ class _Estimator:
         workers = max(min(pool.workers, shards), 1)
         per_row = [0.0] * len(KINDS)
         if guess.records:
-            seconds = guess.middle("fixed_s") + guess.middle("start_s") + to_do * left * guess.mean("row_s") / workers
+            busy_s = to_do * left * guess.mean("row_s")
+            seconds = guess.middle("fixed_s") + guess.middle("start_s") + busy_s / workers
             per_row = [guess.tokens(kind) for kind in KINDS]
-            stored = left * (to_do * guess.mean("row_bytes") + shards * sum(map(_part_bytes, stage.outputs)))
+            stored = to_do * guess.mean("row_bytes") + guess.middle("fixed_bytes")
         else:
-            seconds, stored = _default_seconds(stage, to_do * left, pool), None
+            busy_s, start_s = _default_seconds(stage, to_do * left)
+            seconds, stored = start_s + busy_s / workers, _default_bytes(stage, to_do)
             if isinstance(stage, Generate) and not isinstance(stage.engine, CropEngine):
                 prompts = stage.per_passage() // stage.per_request()
                 per_row = [PROMPT_TOKENS * prompts, 0, stage.per_passage() * stage.sampling.max_tokens]
@@ -254,24 +277,56 @@ class _Estimator:
             "tokens": tokens["prompt"] + tokens["completion"] or None,
             **{f"{kind}_tokens": number for kind, number in tokens.items()},
             "seconds": seconds,
-            "bytes": None if stored is None else round(stored),
-            "price": self._price(stage, seconds, tokens, pool),
+            "busy_seconds": busy_s,
+            "bytes": round(left * (stored + shards * sum(map(_part_bytes, stage.outputs)))),
+            "price": self._price(stage, busy_s, tokens, pool),
+            "rates": str(Rates.of(self.placement.prices, getattr(stage, "engine", None))),
             "basis": guess.basis,
         }
 
-    def _price(self, stage: Stage, seconds: float, tokens: dict[str, int], pool: Pool) -> float:
+    def _price(self, stage: Stage, busy_s: float, tokens: dict[str, int], pool: Pool) -> float:
         rates = Rates.of(self.placement.prices, getattr(stage, "engine", None))
         if rates.tokens is not None:
             return rates.tokens.usd(**tokens)
         an_hour = pool.gpus * rates.gpu_hour + cores_held(stage, pool) * rates.cpu_hour
-        return seconds / 3600 * max(pool.workers, 1) * an_hour
+        return busy_s / 3600 * an_hour
 
 
-def _default_seconds(stage: Stage, rows: float, pool: Pool) -> float:
+def _default_seconds(stage: Stage, rows: float) -> tuple[float, float]:
+    """(busy, start) seconds of a worker."""
     free = isinstance(stage, Generate) and isinstance(stage.engine, CropEngine)
     per_row = 0.0005 if free else DEFAULT_ROW_S.get(stage.type, 0.0)
     start = DEFAULT_FIXED_S if free else DEFAULT_START_S.get(stage.type, DEFAULT_FIXED_S)
-    return start + rows * per_row / max(pool.workers, 1)
+    return rows * per_row, start
+
+
+def _default_bytes(stage: Stage, rows: int) -> float:
+    """What a stage stores besides its parts: a training a model as large as its base, an index its vectors or postings."""
+    if isinstance(stage, Train):
+        return _folder_bytes(stage.base.model)
+    if isinstance(stage, Index):
+        if isinstance(stage.miner, Dense):
+            return rows * VECTOR_BYTES * _dimensions(stage.miner.encoder.model)
+        return rows * POSTINGS_BYTES
+    return rows * DEFAULT_ROW_BYTES.get(stage.type, ROW_BYTES) if stage.outputs else 0.0
+
+
+@lru_cache(maxsize=64)
+def _folder_bytes(folder: str) -> int:
+    """The size of a model's files that a training writes again; 0 for a model that is not on this machine yet."""
+    path = Path(folder).expanduser()
+    kinds = (".safetensors", ".json", ".txt", ".model")
+    return sum(file.stat().st_size for file in path.rglob("*") if file.suffix in kinds) if path.is_dir() else 0
+
+
+@lru_cache(maxsize=64)
+def _dimensions(folder: str) -> int:
+    """Numbers of a model's vector, from its configuration; 768, as most have, if that does not tell."""
+    try:
+        found = json.loads((Path(folder).expanduser() / "config.json").read_text()).get("hidden_size")
+    except (OSError, ValueError, AttributeError):
+        found = None
+    return found if isinstance(found, int) and 0 < found < 1 << 20 else 768
 
 
 def _left(stage: Stage, runs: str) -> float:
@@ -303,3 +358,34 @@ def estimate(stages: Sequence[Stage], runs: str, placement: Placement) -> dict[s
     """
     estimator = _Estimator(runs, placement)
     return {stage.fingerprint(): estimator.of(stage) for stage in stages}
+
+
+def remaining_seconds(stages: Sequence[Stage], runs: str, placement: Placement, at_once: int) -> float | None:
+    """Seconds on the clock until these stages are complete, if ``at_once`` of them run side by side.
+
+    What finished folders of the same kind took decides, so the guess gets better as a study goes on. None as long as
+    most of it would rest on constants of another machine.
+    """
+    estimator = _Estimator(runs, placement)
+    known = guessed = 0.0
+    for stage in stages:
+        if stage.folder(runs).manifest is not None:
+            continue
+        seconds = estimator.of(stage)["seconds"]
+        seconds = max(seconds - _under_way_s(stage, runs), seconds * 0.05)
+        if estimator.guess(stage).records:
+            known += seconds
+        else:
+            guessed += seconds
+    return (known + guessed) / max(at_once, 1) if known >= guessed else None
+
+
+def _under_way_s(stage: Stage, runs: str) -> float:
+    """How long the last attempt at a stage of one shard has lasted; of several, their receipts tell what is done."""
+    folder = stage.folder(runs)
+    plan = folder.read_json("plan.json")
+    names = sorted(folder.listing("attempts")) if plan and len(plan["shards"]) == 1 else []
+    if not names:
+        return 0.0
+    first = (folder.read_bytes(f"attempts/{names[-1]}") or b"").splitlines()[:1]
+    return max(time.time() - json.loads(first[0])["at"], 0.0) if first else 0.0

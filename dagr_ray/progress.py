@@ -5,12 +5,14 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import TextIO
 
 from dagr_ray.stage import Progress
 from dagr_ray.terminal import say, shown
 
 EVERY_S = 30.0
+ASK_EVERY_S = 5.0  # to look at the folders of a study takes a while
 
 
 def duration(seconds: float) -> str:
@@ -43,22 +45,35 @@ def describe(progress: Progress) -> str:
     refused = sum(counts.get("rejected", {}).values())
     if refused and "out" in counts:
         words.append(f"{counts['out'] / (counts['out'] + refused):.0%} accepted")
-    if progress.resumed < progress.shards < progress.of:
-        each = seconds / (progress.shards - progress.resumed)
-        words.append(f"{duration(each * (progress.of - progress.shards))} left")
+    if (remaining := remaining_seconds(progress)) is not None:
+        words.append(f"{duration(remaining)} left")
     return ", ".join(words)
 
 
-def _left(progress: Progress) -> str:
-    if not progress.shards:
-        return ""
-    return f", {duration(progress.seconds / progress.shards * (progress.of - progress.shards))} left"
+def remaining_seconds(progress: Progress) -> float | None:
+    """Seconds until a stage's last shard, at the speed since its workers were ready; None before the first shard.
+
+    A worker takes up a shard when it has ended one, so the last ends tell since when the open shards have been at work:
+    their time so far is no part of what remains.
+    """
+    done, open_shards = progress.shards - progress.resumed, progress.of - progress.shards
+    if done <= 0 or open_shards <= 0:
+        return None
+    ends = progress.ends or (progress.seconds,)
+    lanes = min(progress.at_once, done + open_shards)
+    a_shard = sum(end - progress.setup_s for end in ends) / done
+    begun = (*ends, *[progress.setup_s] * (lanes - len(ends)))
+    spent = sum(progress.seconds - at for at in begun[-min(lanes, open_shards) :])
+    return max(open_shards * a_shard - spent, 0.0) / lanes
 
 
 class Reporter:
     """Prints the progress of ``materialize`` and of a study to ``stream``. Cached stages are only counted."""
 
     def __init__(self, stream: TextIO | None = None, quiet: bool = False) -> None:
+        # seconds until a study's last trial, or None if nothing tells; set by who knows the study
+        self.remaining: Callable[[], float | None] = lambda: None
+        self.asked, self.answer = 0.0, None  # type: float, float | None
         self.stream = stream or sys.stderr
         self.live = self.stream.isatty()
         self.quiet = quiet
@@ -99,7 +114,7 @@ class Reporter:
             self._line(f"trial {progress.shards}/{progress.of} done in {duration(progress.seconds)}  {name}")
         elif progress.state == "trials":
             if self.live or time.time() - self.last >= EVERY_S:
-                self._update(f"trials: {progress.shards} of {progress.of} done{_left(progress)}")
+                self._update(f"trials: {progress.shards} of {progress.of} done{self._trials_left()}")
         elif progress.state == "start":
             if progress.shards:
                 self._line(f"{name}: resuming, {progress.shards} of {progress.of} shards are there")
@@ -109,6 +124,12 @@ class Reporter:
             self._line(f"{name}: done in {duration(progress.seconds)}  {describe(progress)}")
         elif progress.state == "running" and (self.live or time.time() - self.last >= EVERY_S):
             self._update(f"{name}: {describe(progress)}")
+
+    def _trials_left(self) -> str:
+        """Trials differ in size by orders of magnitude, so their number says nothing about the time."""
+        if time.time() - self.asked >= ASK_EVERY_S:
+            self.answer, self.asked = self.remaining(), time.time()
+        return "" if self.answer is None else f", about {duration(self.answer)} left"
 
     def _line(self, text: str, end: str = "\n") -> None:
         say(f"[{duration(time.time() - self.started)}] {text}", to=self.stream, end=end, over=self.live)

@@ -149,6 +149,9 @@ class Progress:
     seconds: float = 0.0
     resumed: int = 0  # shards, and rows read, that were there at the start: no part of the speed
     resumed_rows: int = 0
+    setup_s: float = 0.0  # until the first worker was ready
+    at_once: int = 1  # shards that are under way at one time
+    ends: tuple[float, ...] = ()  # when the last ``at_once`` shards ended, in seconds since the start
 
 
 Observer = Callable[[Progress], None]
@@ -247,6 +250,7 @@ class _Builder:
             add_up(progress.counts, receipt["counts"])
         progress.resumed, progress.resumed_rows = len(done), progress.counts.get("in", 0)
         self.observe(progress)
+        progress.at_once = max(self.pool.workers, 1) * self._threads()
         worker = Opener(self.stage, self.inputs, self.folder, self.pool, attempt.name)
         try:
             pool = self.pool.model_copy(update={"workers": 0}) if self.stage.starts_workers else self.pool
@@ -255,6 +259,9 @@ class _Builder:
                 add_up(progress.counts, receipt["counts"])
                 add_up(progress.cost, receipt["cost"])
                 progress.shards, progress.state, progress.seconds = len(done), "running", time.time() - started
+                if not progress.setup_s:
+                    progress.setup_s = max(progress.seconds - receipt["cost"].get("busy_s", 0.0), 0.0)
+                progress.ends = (*progress.ends, progress.seconds)[-progress.at_once :]
                 self.observe(progress)
         except BaseException as error:
             attempt.note("failed", error=repr(error)[:2000], done=len(done))

@@ -162,6 +162,11 @@ class Study:
         simple = {s.fingerprint() for t in self.trials if t.kind != "augmented" for s in walk(t.card)}
         return [s for s in self.stages() if used[s.fingerprint()] > 1 or s.fingerprint() in simple]
 
+    def apart(self) -> list[Stage]:
+        """What is built in the trials: all that is not ``shared``."""
+        shared = {stage.fingerprint() for stage in self.shared()}
+        return [stage for stage in self.stages() if stage.fingerprint() not in shared]
+
 
 def plan_study(job: Job, axes: Mapping[str, Sequence[Any]]) -> Study:
     """Every combination of the axes, without repeats, and the baselines that each of them is compared with."""
@@ -239,13 +244,18 @@ def run_study(
             trial.state = "done"
     worked = any(trial.state != "done" for trial in study.trials)
 
-    def save() -> None:
+    def save(state: str = "running") -> None:
         wall = earlier.get("wall_s", 0.0) + (time.time() - begun if worked else 0.0)
-        folder.write_json("study.json", _described(study, earlier, wall, worked))
+        _set_seconds(study, runs)
+        ended = "ended" if all(trial.state in ("done", "failed") for trial in study.trials) else state
+        described = _described(study, earlier, wall, worked) | {"state": ended, "driver": _driver()}
+        folder.write_json("study.json", described | {"created": earlier.get("created", begun)})
         on_trial(folder)
 
     save()
-    if worked:
+    if not worked:
+        return folder
+    try:
         for stage in study.shared():
             materialize(stage, runs, placement, observe)
         for trial in study.trials:
@@ -255,7 +265,32 @@ def run_study(
         waiting = [trial for trial in study.trials if trial.state != "done"]
         if waiting:
             _tune(waiting, folder, placement, observe, save)
+    except Exception:
+        save("failed")
+        raise
+    except BaseException:
+        save("stopped")
+        raise
     return folder
+
+
+def _set_seconds(study: Study, runs: str) -> None:
+    """Gives each finished trial that has no time of its own yet (a baseline, one that another study has built) what the
+    folders took that not all trials need."""
+    without = [trial for trial in study.trials if trial.state == "done" and not trial.seconds]
+    if not without:
+        return
+    used = Counter(stage.fingerprint() for trial in study.trials for stage in walk(trial.card))
+    for trial in without:
+        stages = walk(trial.card)
+        own = [stage for stage in stages if used[stage.fingerprint()] < len(study.trials)] or stages
+        manifests = [stage.folder(runs).manifest for stage in own]
+        trial.seconds = sum(found["cost"].get("wall_s", 0.0) for found in manifests if found)
+
+
+def _driver() -> Json:
+    """The process that runs a study: whether it is still alive can be seen on its own machine."""
+    return {"host": platform.node(), "pid": os.getpid()}
 
 
 def _described(study: Study, earlier: Json, wall: float, worked: bool) -> Json:
@@ -264,7 +299,6 @@ def _described(study: Study, earlier: Json, wall: float, worked: bool) -> Json:
         "job": study.job.path,
         "axes": study.axes,
         "defaults": study.job.values_by_default(),
-        "created": earlier.get("created", time.time()),
         # of a finished study that is only looked at again: where it was made
         "machine": _machine() if worked else earlier.get("machine") or _machine(),
         "wall_s": wall,

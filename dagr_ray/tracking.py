@@ -1,22 +1,29 @@
 """MLflow as a mirror of finished folders: it may be down, slow or deleted, and nothing is lost.
 
 A pass reads a study's folder and logs what the store does not have: one parent run a study, one child a trial. Runs are
-found again by tags, so passes may be repeated, interrupted, and made from several machines one after another.
+found again by tags, so passes may be repeated, interrupted, and made from several machines, also at once: of two runs of
+one trial the one with the smaller id stands. What a child says depends on the other arms (a corrected p value does), so
+each pass compares all of it with what was logged.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import os
+import platform
 import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import psutil
+
 from dagr_ray import __version__
 from dagr_ray.artifact import Artifact, Json
+from dagr_ray.config import digest
 from dagr_ray.doctor import pip_install
 from dagr_ray.report.lineage import Folders
 from dagr_ray.report.summary import summarise
@@ -29,6 +36,7 @@ if TYPE_CHECKING:
 TIMEOUT_S, RETRIES = 10, 1
 LOCK_S = 30
 STUDY, TRIAL, COMPLETE = "dagr.study", "dagr.trial", "dagr.complete"
+SEEN = "dagr.seen"  # a digest of what was logged
 
 
 @dataclass
@@ -124,14 +132,27 @@ class _Pass:
         parent = known.pop("", None) or self._parent()
         for trial in self.study["trials"]:
             found = known.get(trial["trial"])
+            if self.folders.manifest(trial["folder"]) is None:
+                continue
+            measured = _measured(_row(self.summary, trial))
             if found is not None and found.data.tags.get(COMPLETE):
+                self._refresh(found, measured)
                 self.result.skipped += 1
-            elif self.folders.manifest(trial["folder"]) is not None:
-                if found is not None:  # a pass ended in its middle
-                    self.client.delete_run(found.info.run_id)
-                self._child(trial, parent.info.run_id)
+            else:  # a pass that ended in its middle left a run, which is completed
+                self._child(trial, parent.info.run_id, measured, found)
                 self.result.children += 1
         self._finish(parent)
+        self._known()  # of what another pass has made meanwhile, one of each stands
+
+    def _refresh(self, run: Run, measured: dict[str, float]) -> None:
+        """Logs what has changed since: the corrected p values of an arm depend on the arms that ended after it."""
+        from mlflow.entities import Metric, RunTag
+
+        if run.data.tags.get(SEEN) != digest(measured):
+            # the latest time stands; a worker's clock may be ahead of this one
+            now = max(int(time.time() * 1000), (run.info.end_time or 0) + 1)
+            metrics = [Metric(key, value, now, 0) for key, value in measured.items()]
+            self.client.log_batch(run.info.run_id, metrics=metrics, tags=[RunTag(SEEN, digest(measured))])
 
     def _experiment(self) -> str:
         name = f"dagr-{self.study['name']}"
@@ -146,29 +167,49 @@ class _Pass:
         return self.client.create_experiment(name, artifact_location=f"file://{place}" if local else None)
 
     def _known(self) -> dict[str, Run]:
-        """Runs of this study by trial; the parent's is the empty name."""
-        found: dict[str, Run] = {}
+        """Runs of this study by trial; the parent's is the empty name. Of several runs of one trial, which passes from two
+        machines make, the one with the smallest id stands, and the others are deleted once it is complete."""
+        found: dict[str, list[Run]] = {}
         token = None
         while True:
             page = self.client.search_runs(
                 [self.experiment], f"tags.`{STUDY}` = '{self.folder.name}'", max_results=500, page_token=token
             )
-            found |= {run.data.tags.get(TRIAL, ""): run for run in page}
+            for run in page:
+                found.setdefault(run.data.tags.get(TRIAL, ""), []).append(run)
             token = page.token
             if not token:
-                return found
+                break
+        standing: dict[str, Run] = {}
+        for trial, runs in found.items():
+            standing[trial], *others = sorted(runs, key=lambda run: run.info.run_id)
+            if not trial or standing[trial].data.tags.get(COMPLETE):
+                for run in others:
+                    self.client.delete_run(run.info.run_id)
+        return standing
+
+    def _create(self, start: int, tags: Json, trial: str = "") -> str:
+        """The id of a new run or, if another pass makes one for the same trial at the same time, the smaller of the two."""
+        mine = self.client.create_run(self.experiment, start_time=start, tags=tags).info.run_id
+        same = f"tags.`{STUDY}` = '{self.folder.name}'" + (f" and tags.`{TRIAL}` = '{trial}'" if trial else "")
+        found = self.client.search_runs([self.experiment], same, max_results=1000 if not trial else 100)
+        others = [run.info.run_id for run in found if run.data.tags.get(TRIAL, "") == trial]
+        standing = min([mine, *others])
+        if standing != mine:
+            self.client.delete_run(mine)
+        return standing
 
     def _parent(self) -> Run:
         study = self.study
         tags = {STUDY: self.folder.name, "mlflow.runName": self.folder.name, "dagr.version": __version__}
-        made = self.client.create_run(self.experiment, start_time=int(study["created"] * 1000), tags=tags)
+        made = self.client.get_run(self._create(int(study["created"] * 1000), tags))
         params = {"job": study["job"]} | {f"axis.{k}": ", ".join(map(str, v)) for k, v in study["axes"].items()}
         self.client.log_batch(made.info.run_id, params=_params(params))
         self.result.parents += 1
         return made
 
-    def _child(self, trial: Json, parent: str) -> None:
-        from mlflow.entities import RunTag
+    def _child(self, trial: Json, parent: str, measured: dict[str, float], begun: Run | None) -> None:
+        from mlflow.entities import Metric, RunTag
 
         row = _row(self.summary, trial)
         finished = self.folders.found(trial["folder"])["finished"]
@@ -182,10 +223,11 @@ class _Pass:
             "dagr.folder": trial["folder"],
         }
         start = int((finished - trial["seconds"]) * 1000)
-        run_id = self.client.create_run(self.experiment, start_time=start, tags=tags).info.run_id
+        run_id = begun.info.run_id if begun is not None else self._create(start, tags, trial["trial"])
         fingerprints = [RunTag(f"dagr.stage.{folder}", mark) for folder, mark in trial["stages"].items()]
         params = {"kind": trial["kind"], "base": row["base"], "generator": row["label"], **trial["params"]}
-        metrics = _measured(row, int(finished * 1000))
+        metrics = [Metric(key, value, int(finished * 1000), 0) for key, value in measured.items()]
+        fingerprints.append(RunTag(SEEN, digest(measured)))
         self.client.log_batch(run_id, metrics=metrics, params=_params(params), tags=fingerprints)
         self._inputs(run_id, row)
         self.client.log_dict(run_id, trial, "trial.json")
@@ -227,18 +269,33 @@ class _Pass:
 
         run_id, total, now = parent.info.run_id, self.summary["total"], int(time.time() * 1000)
         states = [trial["state"] for trial in self.study["trials"]]
+        status = _status(self.study)
         page = self.folder.read_bytes("report.html")
-        mark = f"{states} {len(page or b'')} {self.summary['wall_s']:.3f}"
-        if parent.data.tags.get("dagr.seen") == mark[:4000]:
+        mark = digest([states, status, hashlib.sha256(page or b"").hexdigest(), self.summary["wall_s"]])
+        if parent.data.tags.get(SEEN) == mark:
             return
         values = {**total, "wall_seconds": self.summary["wall_s"], "trials_done": states.count("done")}
         self.client.log_batch(run_id, metrics=[Metric(k, float(v), now, 0) for k, v in values.items()])
         self.client.set_tag(run_id, "mlflow.note.content", _note(self.summary))
         if page is not None:
             self.client.log_artifact(run_id, self.folder.local_path("report.html"))
-        self.client.set_tag(run_id, "dagr.seen", mark[:4000])
-        if all(state in ("done", "failed") for state in states):
-            self.client.set_terminated(run_id, "FAILED" if "failed" in states else "FINISHED")
+        self.client.set_tag(run_id, SEEN, mark)
+        if status == "RUNNING":
+            self.client.update_run(run_id, status=status)  # one that had stopped goes on
+        else:
+            self.client.set_terminated(run_id, status)
+
+
+def _status(study: Json) -> str:
+    """A study's state in MLflow's words. One whose driver was killed without a word has stopped: its process is gone."""
+    states = {trial["state"] for trial in study["trials"]}
+    if states <= {"done", "failed"}:
+        return "FAILED" if "failed" in states else "FINISHED"
+    if study.get("state") == "failed":
+        return "FAILED"
+    driver = study.get("driver", {})
+    gone = driver.get("host") == platform.node() and not psutil.pid_exists(driver.get("pid", 0))
+    return "KILLED" if gone or study.get("state") == "stopped" else "RUNNING"
 
 
 def _note(summary: Json) -> str:
@@ -261,10 +318,8 @@ def _params(values: dict[str, Any]) -> list[Any]:
     return [Param(key, str(value)[:6000]) for key, value in values.items()]
 
 
-def _measured(row: Json, at: int) -> list[Any]:
+def _measured(row: Json) -> dict[str, float]:
     """Means, intervals and gains for each data set, and what the arm cost. MLflow wants names without ``@``."""
-    from mlflow.entities import Metric
-
     values: dict[str, float] = {"rows": row["used"], "trial_seconds": row["seconds"], **(row["cost"] or {})}
     for data, measures in row["scores"].items():
         for measure, score in measures.items():
@@ -273,4 +328,4 @@ def _measured(row: Json, at: int) -> list[Any]:
             for key in ("low", "high", "delta", "delta_low", "delta_high", "p_holm"):
                 if key in score:
                     values[f"{stem}.{key}"] = score[key]
-    return [Metric(key, float(value), at, 0) for key, value in values.items()]
+    return {key: float(value) for key, value in values.items()}

@@ -92,7 +92,9 @@ def adds_up(runs: str, name: str) -> dict:
     )
     assert seconds["rest"] >= -0.05
     assert sum(shard["usd"]["work"] for shard in shards) == pytest.approx(usd["work"])
-    assert usd["work"] + usd["waste"] + usd["rest"] == pytest.approx(usd["total"])
+    assert usd["work"] + usd["waste"] == pytest.approx(usd["total"])
+    assert usd["total"] + usd["setup"] + usd["waiting"] == pytest.approx(usd["held"])
+    assert min(usd.values()) >= -0.05 * 3600
     assert sum(shard["waste"]["tokens"] for shard in shards) <= waste["tokens"]
     back = Artifact(runs, name).revoked()
     assert waste["shards"] == len(back)

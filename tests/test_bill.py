@@ -94,7 +94,8 @@ def test_after_kills_and_a_damaged_shard_the_bill_holds_all_that_the_server_coun
         assert whole["waste"]["tries"] >= 2
         assert whole["waste"]["tokens"] <= 0.5 * both(whole["tokens"])
         assert 150 * 0.03 / 2 < whole["seconds"]["wall"] <= lived
-        assert whole["usd"]["total"] == pytest.approx(whole["seconds"]["held"], rel=1e-9)
+        assert whole["usd"]["held"] == pytest.approx(whole["seconds"]["held"], rel=1e-9)
+        assert whole["usd"]["work"] == pytest.approx(whole["seconds"]["busy"], rel=1e-9)
         assert folder.manifest["cost"]["wall_s"] == whole["seconds"]["wall"]
 
         part = next((Path(folder.path) / "generations").glob("part-00003-*"))
@@ -180,7 +181,7 @@ def test_what_tokens_cost_is_what_the_endpoint_bills_and_no_machine(tmp_path):
         cached = sum(u["prompt_tokens_details"]["cached_tokens"] for u in usage)
         assert made["tokens"] == {"prompt": prompt, "cached": cached, "completion": written}
         assert folder.manifest["price"] == pytest.approx(((prompt - cached) * 2 + cached * 0.5 + written * 8) / 1e6)
-        assert (made["usd"]["waste"], made["usd"]["rest"]) == (0, pytest.approx(0, abs=1e-12))
+        assert (made["usd"]["waste"], made["usd"]["setup"], made["usd"]["waiting"]) == (0, 0, 0)
         assert len(server.seen) == (60 if name == "each" else 20)
         assert folder.count("generations") == 60
     assert found["each"]["tokens"]["prompt"] == 3 * found["at once"]["tokens"]["prompt"]
@@ -361,9 +362,13 @@ def test_a_stage_of_one_shard_that_takes_all_workers_is_billed_for_them(tmp_path
     attempt = bill.Attempt("001", 100.0, 110.0, held)
     rates = bill.Rates(cpu_hour=36.0, gpu_hour=360.0)
     assert attempt.held_s == 30 and attempt.usd(attempt.held_s, rates) == pytest.approx(30 * (2 * 0.01 + 0.1))
-    receipt = {"counts": {"in": 1, "out": 1}, "cost": {"start_s": 1.0, "busy_s": 8.0, "idle_s": 0.5}}
+    receipt = {"counts": {"in": 1, "out": 1}, "cost": {"start_s": 1.0, "busy_s": 8.0, "idle_s": 0.5, "setup_s": 3.0}}
     line = bill.shard_bill(receipt, attempt, rates)
-    assert line["seconds"]["busy"] == 24 and line["usd"]["work"] == pytest.approx(28.5 * 0.12)
+    assert (
+        line["seconds"]["busy"] == 15 and line["seconds"]["start"] == 12
+    )  # a training starts its workers while it is busy
+    spent = {"setup": 12 * 0.12, "work": 15 * 0.12, "waiting": 1.5 * 0.12, "waste": 0.0}
+    assert line["usd"] == pytest.approx(spent)
 
 
 class Wide(CropEngine):
@@ -384,8 +389,9 @@ def test_the_cores_that_an_engine_takes_are_billed_and_older_folders_still_are(t
     folder = materialize(stage, runs, HERE)
     whole = adds_up(runs, folder.name)
     assert whole["seconds"]["held_cpu"] == pytest.approx(3 * whole["seconds"]["held"])
-    assert whole["usd"]["total"] == pytest.approx(3 * whole["seconds"]["held"])  # at a dollar a second
-    assert guess["price"] == pytest.approx(3 * guess["seconds"])
+    assert whole["usd"]["held"] == pytest.approx(3 * whole["seconds"]["held"])  # at a dollar a second
+    assert whole["usd"]["work"] == pytest.approx(3 * whole["seconds"]["busy"])
+    assert guess["price"] == pytest.approx(3 * guess["busy_seconds"]) and guess["busy_seconds"] < guess["seconds"]
     # what was written before receipts told it
     for path in Path(folder.path, "receipts").iterdir():
         value = json.loads(path.read_text())

@@ -1,6 +1,7 @@
 """Progress as lines: what a log of a cluster job shows."""
 
 import io
+import random
 import re
 import time
 from contextlib import nullcontext
@@ -33,6 +34,34 @@ def test_what_an_earlier_try_did_is_no_speed_of_this_one() -> None:
     assert "10 rows/s" in said
     assert said.endswith("1m00s left")
     assert "left" not in progress.describe(_running(2, 20, resumed=2, resumed_rows=200))
+
+
+def _simulated(shards: int, lanes: int, setup_s: float, shard_s: float) -> list[tuple[float, float]]:
+    """(seconds said to be left, seconds really left) after every shard; shards take half to one and a half ``shard_s``."""
+    chance, free, ends = random.Random(7), [setup_s] * lanes, []
+    for _ in range(shards):
+        lane = free.index(min(free))
+        free[lane] += shard_s * chance.uniform(0.5, 1.5)
+        ends.append(free[lane])
+    ends.sort()
+    found = []
+    for n, at in enumerate(ends, 1):
+        more = {"setup_s": setup_s, "at_once": lanes, "ends": tuple(ends[max(n - lanes, 0) : n])}
+        found.append(
+            (progress.remaining_seconds(Progress(STAGE, "running", n, shards, seconds=at, **more)), ends[-1] - at)
+        )
+    return found
+
+
+@pytest.mark.parametrize(("shards", "lanes"), [(20, 1), (40, 2), (40, 8), (400, 16)])
+@pytest.mark.parametrize(("setup_s", "shard_s"), [(0.0, 10.0), (120.0, 10.0), (300.0, 2.0)])
+def test_the_time_left_is_right_whatever_the_start_takes(shards, lanes, setup_s, shard_s) -> None:
+    found = _simulated(shards, lanes, setup_s, shard_s)
+    # at first few are known, and those that end first are short ones
+    for said, real in found[max(shards // 4, 2 * lanes) : -lanes]:
+        assert said == pytest.approx(real, rel=0.35, abs=shard_s)
+    for said, real in found[: -2 * lanes]:
+        assert real / 2.5 < said + shard_s and said < 2.5 * (real + shard_s)
 
 
 @pytest.mark.parametrize("state", ["running", "trials"])

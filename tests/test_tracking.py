@@ -1,6 +1,7 @@
 """The mirror on a real MLflow store: complete, repeatable, interrupted, two at once, and a server that does not answer."""
 
 import os
+import platform
 import shutil
 import socket
 import subprocess
@@ -75,6 +76,84 @@ def test_a_run_that_was_cut_off_is_logged_anew(made) -> None:
     assert len(logged(runs)) == 5
 
 
+def test_p_values_of_a_child_follow_the_arms_that_end_after_it(tmp_path) -> None:
+    noise = np.random.default_rng(5).normal(0, 0.1, 40)
+    arms = {n: {"in": (SCORES + noise + 0.03).tolist()} for n in (8, 16, 24)}
+    runs, study = made_study(tmp_path, {"in": SCORES.tolist()}, arms)
+    folder, whole = Artifact(runs, study), Artifact(runs, study).read_json("study.json")
+    waiting = [{**t, "state": "pending"} if t["params"].get("volume") in (16, 24) else t for t in whole["trials"]]
+    folder.write_json("study.json", whole | {"trials": waiting, "state": "running"})
+    hidden = [(Path(runs, t["folder"]), Path(runs, f".{t['folder']}")) for t in waiting if t["state"] == "pending"]
+    for shown, away in hidden:
+        shown.rename(away)
+    assert tracking.mirror(runs, study).children == 3
+    [early] = [r for r in logged(runs) if r.data.params.get("volume") == "8"]
+    for shown, away in hidden:
+        away.rename(shown)
+    folder.write_json("study.json", whole)
+    assert tracking.mirror(runs, study).children == 2
+    on_page = {t["params"].get("volume"): t["scores"]["in"]["nDCG@10"] for t in report.summarise(runs, study)["trials"]}
+    children = [r for r in logged(runs) if r.data.params.get("kind") == "augmented"]
+    for run in children:
+        assert run.data.metrics["in/nDCG_10.p_holm"] == on_page[int(run.data.params["volume"])]["p_holm"]
+    assert early.data.metrics["in/nDCG_10.p_holm"] < on_page[8]["p_holm"], "the correction was to grow with the arms"
+
+
+def test_children_that_two_machines_doubled_are_one_each_after_the_next_pass(tmp_path) -> None:
+    runs, study = made_study(tmp_path, {"in": SCORES.tolist()}, {8: {"in": SCORES.tolist()}})
+    tracking.mirror(runs, study)
+    client = MlflowClient(f"sqlite:///{runs}/mlflow.db")
+    before = logged(runs)
+    for run in before:  # as another machine logs them that looked before this one had written
+        tags = {k: v for k, v in run.data.tags.items() if k != "dagr.seen"}
+        client.create_run(run.info.experiment_id, start_time=run.info.start_time, tags=tags)
+    assert len(logged(runs)) == 2 * len(before)
+    assert tracking.mirror(runs, study).problem is None
+    after = logged(runs)
+    assert [r.data.tags.get("dagr.trial") for r in after] == [r.data.tags.get("dagr.trial") for r in before]
+
+
+def test_runs_that_two_passes_create_at_the_same_moment_are_one(tmp_path, monkeypatch) -> None:
+    """The other pass creates its run between this one's look and its own creation, as no lock of a server prevents."""
+    runs, study = made_study(tmp_path, {"in": SCORES.tolist()}, {8: {"in": SCORES.tolist()}})
+    create = MlflowClient.create_run
+
+    def twice(client, *args, **more):
+        create(client, *args, **more)
+        return create(client, *args, **more)
+
+    monkeypatch.setattr(MlflowClient, "create_run", twice)
+    assert tracking.mirror(runs, study).problem is None
+    monkeypatch.undo()
+    assert tracking.mirror(runs, study).problem is None
+    assert len(logged(runs)) == 4 and all(r.data.tags.get("dagr.complete") for r in logged(runs)[1:])
+
+
+@pytest.mark.parametrize(
+    ("written", "status"),
+    [
+        ({"state": "stopped"}, "KILLED"),
+        ({"state": "failed"}, "FAILED"),
+        (
+            {"state": "running", "driver": {"host": platform.node(), "pid": 2**22 + 5}},
+            "KILLED",
+        ),  # no process has this id
+        ({"state": "running", "driver": {"host": "elsewhere", "pid": 2**22 + 5}}, "RUNNING"),
+        ({"state": "running", "driver": {"host": platform.node(), "pid": os.getpid()}}, "RUNNING"),
+    ],
+)
+def test_a_study_that_stopped_does_not_stay_running(tmp_path, written, status) -> None:
+    runs, study = made_study(tmp_path, {"in": SCORES.tolist()}, {8: {"in": SCORES.tolist()}})
+    folder, whole = Artifact(runs, study), Artifact(runs, study).read_json("study.json")
+    trials = [*whole["trials"][:-1], whole["trials"][-1] | {"state": "pending"}]
+    folder.write_json("study.json", whole | {"trials": trials} | written)
+    tracking.mirror(runs, study)
+    assert logged(runs)[0].info.status == status
+    folder.write_json("study.json", whole)  # it was run again, to its end
+    tracking.mirror(runs, study)
+    assert logged(runs)[0].info.status == "FINISHED"
+
+
 def test_two_processes_at_once_log_one_set(made) -> None:
     runs, study = made
     for path in Path(runs).glob("mlflow*"):
@@ -142,3 +221,11 @@ def test_a_study_beside_a_dead_server_ends_well_and_is_logged_later(tmp_path) ->
         assert local.read_bytes() == Path(runs, written, "run.trec").read_bytes() != b""
         assert any(name.endswith("nDCG_10") for name in child.data.metrics)
     assert {child.data.params["kind"] for child in children} == {"bm25", "frozen"}
+    for child in children:
+        assert child.info.end_time - child.info.start_time >= 100, "a baseline takes time, too"
+    written = Artifact(runs, next(Path(runs).glob("study-*")).name).read_json("study.json")
+    assert written["state"] == "ended" and written["created"] < min(
+        t["seconds"] + written["created"] for t in written["trials"]
+    )
+    assert parent.info.start_time == int(written["created"] * 1000)
+    assert written["created"] * 1000 < min(child.info.end_time for child in children)

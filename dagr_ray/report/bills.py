@@ -121,7 +121,7 @@ def text(found: Json) -> str:
         return "\n".join([f"{found['folder']}: {found['state']}, {found['attempts']} attempts", *_described(found)])
     if not found["stages"]:
         return "nothing was spent"
-    head = ["stage", "state", "tokens", "cached", "held", "busy", "overhead", "cost"]
+    head = ["stage", "state", "tokens", "cached", "held", "busy", "waste", "set-up", "waiting", "cost", "at"]
     rows = [
         [
             line["folder"],
@@ -130,8 +130,8 @@ def text(found: Json) -> str:
             f"{line['tokens']['cached'] / line['tokens']['prompt']:.0%}" if line["tokens"]["prompt"] else "",
             duration(line["seconds"]["held"]),
             f"{line['seconds']['busy'] / line['seconds']['held']:.0%}" if line["seconds"]["held"] else "",
-            dollars(line["usd"]["waste"] + line["usd"]["rest"]),
-            dollars(line["usd"]["total"]),
+            *(dollars(line["usd"].get(kind, 0.0)) for kind in ("waste", "setup", "waiting", "total")),
+            str(Rates.from_json(line["rates"])),
         ]
         for line in found["stages"]
     ]
@@ -174,8 +174,10 @@ def _described(line: Json) -> list[str]:
     parts["rest"] = seconds["rest"]
     shown = " + ".join(f"{value:,.1f} {kind}" for kind, value in parts.items())
     said.append(f"seconds  {seconds['held']:,.1f} of workers = {shown}")
-    paid = " + ".join(f"{dollars(usd[kind])} {kind}" for kind in ("work", "waste", "rest"))
-    said.append(f"cost     {dollars(usd['total'])} = {paid}")
+    at = f" at {Rates.from_json(line['rates'])}" if "rates" in line else ""
+    said.append(f"cost     {dollars(usd['total'])} = {dollars(usd['work'])} busy + {dollars(usd['waste'])} waste{at}")
+    beside = f"{dollars(usd.get('setup', 0.0))} set-up and {dollars(usd.get('waiting', 0.0))} waiting"
+    said.append(f"beside   {beside}; {dollars(usd.get('held', usd['total']))} for all the time that workers were held")
     if line.get("chain_usd_per_row") is not None:
         rows = line["rows"]["out"]
         said.append(

@@ -14,6 +14,9 @@ from functools import cached_property
 from dagr_ray import bill
 from dagr_ray.artifact import Artifact, Json, add_up
 
+# Lines of a bill that are no part of the price.
+BESIDE = ("setup", "waiting")
+
 
 class Folders:
     """Complete folders of a runs folder by name; each manifest is read once."""
@@ -48,7 +51,10 @@ class Folders:
         return list(seen)
 
     def sums(self, names: Iterable[str]) -> Json:
-        """Seconds, dollars and tokens of some folders together; ``wasted_tokens`` (at most so many) are in no table."""
+        """Seconds, dollars and tokens of some folders together; ``wasted_tokens`` (at most so many) are in no table.
+
+        ``setup_price`` and ``waiting_price`` are no part of ``price``.
+        """
         manifests = [self.found(name) for name in names]
         costs = [m["cost"] for m in manifests]
         spent = {f"{kind}_tokens": sum(c.get(f"{kind}_tokens", 0) for c in costs) for kind in bill.KINDS}
@@ -56,6 +62,10 @@ class Folders:
         return {
             "seconds": sum(c.get("wall_s", 0.0) for c in costs),
             "price": sum(m.get("price") or 0.0 for m in manifests),
+            **{
+                f"{line}_price": sum(m.get("bill", {}).get("usd", {}).get(line, 0.0) for m in manifests)
+                for line in BESIDE
+            },
             **spent,
         }
 

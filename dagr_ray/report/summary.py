@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from dagr_ray.artifact import Artifact, Json
+from dagr_ray.bill import Rates
 from dagr_ray.config import ConfigError, digest
 from dagr_ray.report.boards import MEASURE, averages, boards_of
 from dagr_ray.report.leaks import leaks
@@ -65,6 +66,7 @@ def summarise(runs: str, study_folder: str) -> Json:
     }
     summary |= _versions(folders, rows)
     summary["total"] = folders.sums(stage["folder"] for stage in summary["stages"])
+    summary["rates"] = sorted({str(Rates.from_json(b["rates"])) for b in _bills(folders, summary["stages"])})
     summary["verdict"] = verdict(summary)
     return summary
 
@@ -264,6 +266,12 @@ def _stages(folders: Folders, rows: list[Row]) -> list[Json]:
             }
         )
     return found
+
+
+def _bills(folders: Folders, stages: list[Json]) -> list[Json]:
+    """The bills of the folders that something was paid for."""
+    found = [folders.found(stage["folder"]).get("bill") for stage in stages]
+    return [bill for bill in found if bill and bill["usd"]["total"]]
 
 
 def _versions(folders: Folders, rows: list[Row]) -> Json:

@@ -260,7 +260,7 @@ def _cost(summary: Json) -> list[str]:
     tokens = total["prompt_tokens"] + total["completion_tokens"]
     said = [
         f"Cost: {duration(summary['wall_s'])} on the clock, {duration(total['seconds'])} of stages, {tokens:,} tokens, "
-        f"{dollars(total['price'])}."
+        f"{_price(summary)}."
     ]
     for g in summary["generators"]:
         if g["accepted"]:
@@ -272,6 +272,16 @@ def _cost(summary: Json) -> list[str]:
         else:
             said.append(f"{g['generator']}: none of {g['completions']:,} completions was accepted.")
     return said
+
+
+def _price(summary: Json) -> str:
+    """Dollars with the rates that they were computed from, and what is no part of them."""
+    total, rates = summary["total"], summary.get("rates", [])
+    said = dollars(total["price"]) + (f" for busy workers (at {'; '.join(rates)})" if rates else "")
+    beside = [
+        f"{dollars(total[f'{line}_price'])} of {name}" for line, name in (("setup", "set-up"), ("waiting", "waiting"))
+    ]
+    return f"{said}, beside {' and '.join(beside)}" if total["setup_price"] + total["waiting_price"] > 0 else said
 
 
 def _cached(generator: Json) -> str:
