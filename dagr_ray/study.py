@@ -162,10 +162,11 @@ class Study:
         simple = {s.fingerprint() for t in self.trials if t.kind != "augmented" for s in walk(t.card)}
         return [s for s in self.stages() if used[s.fingerprint()] > 1 or s.fingerprint() in simple]
 
-    def apart(self) -> list[Stage]:
-        """What is built in the trials: all that is not ``shared``."""
+    def unshared(self) -> list[list[Stage]]:
+        """What each trial builds itself: all that is not ``shared``. Only trials that build something."""
         shared = {stage.fingerprint() for stage in self.shared()}
-        return [stage for stage in self.stages() if stage.fingerprint() not in shared]
+        own = [[stage for stage in walk(trial.card) if stage.fingerprint() not in shared] for trial in self.trials]
+        return [stages for stages in own if stages]
 
 
 def plan_study(job: Job, axes: Mapping[str, Sequence[Any]]) -> Study:
