@@ -193,10 +193,8 @@ def study(args: Args) -> int | None:
     if args.canary:
         _canary(args, todo, placement, reporter)
     mirror = _Mirror(args.runs, enabled=not args.no_track)
-    of_trials = [each.stage for each in survey(planned.apart(), args.runs) if each.state != "cached"]
-    reporter.remaining = lambda: remaining_seconds(
-        of_trials, args.runs, placement, min(placement.trials, len(of_trials))
-    )
+    of_trials = planned.unshared()
+    reporter.remaining = lambda: remaining_seconds(of_trials, args.runs, placement)
     try:
         folder = run_study(planned, args.runs, placement, reporter, mirror.soon)
     except BaseException:

@@ -360,24 +360,27 @@ def estimate(stages: Sequence[Stage], runs: str, placement: Placement) -> dict[s
     return {stage.fingerprint(): estimator.of(stage) for stage in stages}
 
 
-def remaining_seconds(stages: Sequence[Stage], runs: str, placement: Placement, at_once: int) -> float | None:
-    """Seconds on the clock until these stages are complete, if ``at_once`` of them run side by side.
+def remaining_seconds(trials: Sequence[Sequence[Stage]], runs: str, placement: Placement) -> float | None:
+    """Seconds on the clock until all trials have ended, each given as the stages that it builds one after the other.
 
-    What finished folders of the same kind took decides, so the guess gets better as a study goes on. None as long as
-    most of it would rest on constants of another machine.
+    ``placement.trials`` of them run side by side, so it takes at least as long as the longest one. What finished folders
+    of the same kind took decides, and the guess gets better as a study goes on. None as long as most of it would rest on
+    constants of another machine.
     """
     estimator = _Estimator(runs, placement)
-    known = guessed = 0.0
-    for stage in stages:
-        if stage.folder(runs).manifest is not None:
-            continue
-        seconds = estimator.of(stage)["seconds"]
-        seconds = max(seconds - _under_way_s(stage, runs), seconds * 0.05)
-        if estimator.guess(stage).records:
-            known += seconds
-        else:
-            guessed += seconds
-    return (known + guessed) / max(at_once, 1) if known >= guessed else None
+    known = guessed = longest = 0.0
+    for stages in trials:
+        whole = 0.0
+        for stage in (each for each in stages if each.folder(runs).manifest is None):
+            seconds = estimator.of(stage)["seconds"]
+            seconds = max(seconds - _under_way_s(stage, runs), seconds * 0.05)
+            whole += seconds
+            if estimator.guess(stage).records:
+                known += seconds
+            else:
+                guessed += seconds
+        longest = max(longest, whole)
+    return max((known + guessed) / placement.trials, longest) if known >= guessed else None
 
 
 def _under_way_s(stage: Stage, runs: str) -> float:

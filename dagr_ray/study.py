@@ -247,6 +247,11 @@ def run_study(
 
     def save(state: str = "running") -> None:
         wall = earlier.get("wall_s", 0.0) + (time.time() - begun if worked else 0.0)
+        for trial in (
+            study.trials if state != "running" else ()
+        ):  # a baseline may be complete before the work ends early
+            if trial.state == "pending" and trial.card.folder(runs).manifest is not None:
+                trial.state = "done"
         _set_seconds(study, runs)
         ended = "ended" if all(trial.state in ("done", "failed") for trial in study.trials) else state
         described = _described(study, earlier, wall, worked) | {"state": ended, "driver": _driver()}

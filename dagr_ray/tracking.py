@@ -132,7 +132,7 @@ class _Pass:
         parent = known.pop("", None) or self._parent()
         for trial in self.study["trials"]:
             found = known.get(trial["trial"])
-            if self.folders.manifest(trial["folder"]) is None:
+            if trial["state"] != "done" or self.folders.manifest(trial["folder"]) is None:
                 continue
             measured = _measured(_row(self.summary, trial))
             if found is not None and found.data.tags.get(COMPLETE):

@@ -71,15 +71,17 @@ def test_the_time_that_a_study_still_takes_follows_the_size_of_its_trials(tmp_pa
         Train(examples=corpora[docs], queries=corpora[docs], corpus=corpora[docs], base=Encoder(model=str(minilm())))
         for docs in (1000, 100)
     )
-    assert remaining_seconds([small, large], runs, HERE, 1) is None  # nothing is known of this machine
+    alone, beside = HERE.model_copy(update={"trials": 1}), HERE.model_copy(update={"trials": 2})
+    assert remaining_seconds([[small], [large]], runs, alone) is None  # nothing is known of this machine
     _trained(runs, "train-a", rows=50, seconds=5.0, size=1)
     expected = {small: 5 + 100 * 0.1, large: 5 + 1000 * 0.1}
-    assert remaining_seconds([small, large], runs, HERE, 1) == pytest.approx(sum(expected.values()))
-    assert remaining_seconds([small, large], runs, HERE, 2) == pytest.approx(sum(expected.values()) / 2)
+    assert remaining_seconds([[small], [large]], runs, alone) == pytest.approx(sum(expected.values()))
+    assert remaining_seconds([[small], [large]], runs, beside) == pytest.approx(expected[large])  # the longest one
+    assert remaining_seconds([[small]] * 4, runs, beside) == pytest.approx(2 * expected[small])
     folder = large.folder(runs)
     folder.write_json("plan.json", {"shards": [{"shard": 0, "start": 0, "stop": 1000}]})
     folder.write_bytes("attempts/001-aaaa.jsonl", json.dumps({"at": time.time() - 60, "event": "start"}).encode())
-    assert remaining_seconds([large], runs, HERE, 1) == pytest.approx(expected[large] - 60, abs=1)
+    assert remaining_seconds([[large]], runs, alone) == pytest.approx(expected[large] - 60, abs=1)
 
 
 def test_trials_are_not_counted_to_tell_the_time(monkeypatch) -> None:
