@@ -21,7 +21,7 @@ from dagr_ray.bill import Rates
 from dagr_ray.cluster import Placement, Pool
 from dagr_ray.config import Config, ConfigError, fingerprints_held, from_json
 from dagr_ray.engines import cores_held
-from dagr_ray.worker import Inputs, Opener, Output, Run, StageFailed
+from dagr_ray.worker import GIVEN_UP, Inputs, Opener, Output, Run, StageFailed
 
 __all__ = ["Inputs", "Output", "Run", "Stage", "StageFailed", "materialize", "survey", "walk"]
 log = logging.getLogger("dagr")
@@ -286,17 +286,23 @@ class _Builder:
         return {n: r for n, r in self.folder.receipts().items() if n in rows and r.get("rows", rows[n]) == rows[n]}
 
     def _without_errors(self, plan: Json, done: dict[int, Json]) -> dict[int, Json]:
-        """The receipts that stand. A stage that ended with too many errors does the shards again that have them."""
-        rows = sum(receipt["counts"].get("in", 0) for receipt in done.values())
-        if len(done) < len(plan["shards"]) or not self._too_many(_errors(done), rows):
+        """The receipts that stand. A stage that ended without a result does the shards again that have errors."""
+        if len(done) < len(plan["shards"]) or not self._fault(done):
             return done
-        again = [shard for shard, receipt in done.items() if receipt["counts"].get("errors")]
+        again = [shard for shard, receipt in done.items() if _errors({0: receipt}) or _given_up({0: receipt})]
         log.warning("%s: doing %d shard(s) again that had errors", self.folder.name, len(again))
         self.folder.revoke(again)
         return {shard: receipt for shard, receipt in done.items() if shard not in set(again)}
 
-    def _too_many(self, errors: int, rows: int) -> bool:
-        return errors / max(rows, 1) > self.stage.max_error_rate
+    def _fault(self, receipts: dict[int, Json]) -> str | None:
+        """Why all shards together are no result: too many rows with errors, or no answer and rows that were given up."""
+        total, out = (sum(receipt["counts"].get(key, 0) for receipt in receipts.values()) for key in ("in", "out"))
+        errors, given_up = _errors(receipts), _given_up(receipts)
+        if errors / max(total, 1) > self.stage.max_error_rate:
+            return f"{errors} of {total} rows failed, over the limit of {self.stage.max_error_rate:.0%}"
+        if given_up and not out:
+            return f"none of {total} rows has an answer, {given_up} were given up: the fault is not in the rows"
+        return None
 
     def _threads(self) -> int:
         return self.pool.in_flight if self.stage.concurrent else 1
@@ -329,12 +335,8 @@ class _Builder:
                 entry["parts"].append(part)
                 entry["rows"] += part["rows"]
                 entry["bytes"] += part["bytes"]
-        errors, total = _errors(receipts), counts.get("in", 0)
-        if self._too_many(errors, total):
-            raise StageFailed(
-                f"{self.folder.name}: {errors} of {total} rows failed, over the limit of {self.stage.max_error_rate:.0%}; "
-                "run again to do the shards with errors again"
-            )
+        if fault := self._fault(receipts):
+            raise StageFailed(f"{self.folder.name}: {fault}; run again to do the shards with errors again")
         waste: Json = {}
         for receipt in self.folder.revoked():
             add_up(waste, receipt["cost"])
@@ -368,6 +370,12 @@ class _Builder:
 
 def _errors(receipts: dict[int, Json]) -> int:
     return sum(receipt["counts"].get("errors", 0) for receipt in receipts.values())
+
+
+def _given_up(receipts: dict[int, Json]) -> int:
+    """Rows that ended or hung their worker, or raised."""
+    found = (receipt["counts"].get("rejected", {}).items() for receipt in receipts.values())
+    return sum(rows for each in found for why, rows in each if why.rpartition("/")[2] in GIVEN_UP)
 
 
 def _bill(stage: Stage, folder: Artifact, receipts: dict[int, Json], placement: Placement) -> Json:

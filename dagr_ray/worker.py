@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 TRIES_PER_SHARD = 3
 HUNG, RAISED = "engine_hang", "engine_error"
+GIVEN_UP = (DIED, HUNG, RAISED)  # why a row is
 
 
 class StageFailed(RuntimeError):

@@ -79,6 +79,24 @@ def starts(tmp_path) -> int:
     return (tmp_path / "log").read_text().splitlines().count("open")
 
 
+def test_a_stage_whose_rows_were_all_given_up_is_no_success_and_goes_on_later(tmp_path):
+    tiny_beir(tmp_path / "set", docs=12)
+    evils = {f"n{i}": "raise" for i in range(12)}
+    runs, here = str(tmp_path / "runs"), Placement(generate=Pool(workers=0, shard_rows=2))
+    for _ in range(2):  # the second run asks again, and ends as the first did
+        before = (tmp_path / "log").read_text().count("\n") if (tmp_path / "log").exists() else 0
+        with pytest.raises(StageFailed, match="none of 12 rows has an answer, 12 were given up: .*; run again") as told:
+            materialize(asked(tmp_path, **evils), runs, here)
+        assert "\n" not in str(told.value)
+        assert (tmp_path / "log").read_text().count("\n") > before
+    folder = asked(tmp_path, **evils).folder(runs)
+    assert folder.manifest is None and len(folder.receipts()) == 6 and len(folder.revoked()) == 6
+    made = materialize(asked(tmp_path, n3="raise"), runs, here)  # the engine is mended, but for one row
+    assert made.name == folder.name and refused(made) == {"d3": "engine_error"} and made.count("generations") == 11
+    # a stage of which nothing was asked is none that failed
+    assert materialize(asked(tmp_path), runs, here).name == made.name
+
+
 @pytest.mark.parametrize("workers", [1, 0])
 def test_rows_that_raise_or_answer_nothing_are_given_up_alone(tmp_path, workers):
     stage = asked(tmp_path, n5="raise", n7="nothing", n40="raise")
