@@ -21,12 +21,12 @@ def lexical(folders: Folders, cards: Iterable[str], warnings: list[str]) -> list
             continue
         for name in folders.ancestors(card):
             manifest = folders.found(name)
-            if manifest["stage"]["type"] != "evaluate":
+            if manifest["stage"].get("type") != "evaluate":
                 continue
             data = str(manifest["stage"].get("name") or "data")
             for search in manifest["inputs"].values():
                 made = folders.found(search)
-                miner = made["stage"].get("index", {}).get("miner", {})
+                miner = (made["stage"].get("index") or {}).get("miner") or {}
                 if miner.get("type") != "bm25":
                     continue
                 language = miner.get("language", ENGLISH)
