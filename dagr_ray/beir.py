@@ -1,217 +1,259 @@
-"""BEIR folders: read with care (every bad line counted, with its file and line) and written.
+"""Collections read with care (every bad line counted, with its file and line), and BEIR folders written.
 
-A folder holds ``corpus.jsonl``, ``queries.jsonl`` (or ``.jsonl.gz``) and ``qrels/<split>.tsv``; it may lie behind any
-URI that pyarrow opens. Source of the layout: BEIR (Thakur et al., arXiv 2104.08663).
+A collection is a folder with passages, queries and judgements by split, in any layout that ``layouts`` knows and any
+format that ``records`` reads; it may lie behind any URI that pyarrow opens. What is written is BEIR's own layout (Thakur
+et al., arXiv 2104.08663): ``corpus.jsonl``, ``queries.jsonl`` and ``qrels/<split>.tsv``.
 """
 
 from __future__ import annotations
 
 import contextlib
-import gzip
-import hashlib
-import io
+import itertools
 import json
-from collections.abc import Iterator
+import logging
+import re
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from dagr_ray import tables
+from dagr_ray import layouts, records, sources, tables
 from dagr_ray.artifact import Artifact
 from dagr_ray.config import ConfigError, digest
+from dagr_ray.sources import MAX_BAD_SHARE, WANTED, Problem, Source, stream_sha
 from dagr_ray.store import filesystem
 
-MAX_BAD_SHARE = 0.01
-
-
-@dataclass
-class Problem:
-    """A line that was left out (or mended), where it stands, and why."""
-
-    file: str
-    line: int
-    reason: str
-    detail: str = ""
-    mended: bool = False
+log = logging.getLogger("dagr")
+__all__ = ["MAX_BAD_SHARE", "BeirData", "Problem", "content", "judgements", "read", "stream_sha", "told", "write"]
+# Judgements of what is not there are common, as a part of a collection is; where more than these are, it is another one's.
+MAX_UNKNOWN_SHARE = 0.5
+UNKNOWN = ("unknown-query", "unknown-document")
 
 
 @dataclass
 class BeirData:
-    """What a folder held: tables ``corpus``, ``queries``, ``qrels.<split>``; the problems; lines read by file."""
+    """What a folder held: tables ``corpus``, ``queries``, ``qrels.<split>``; the problems; lines read by file.
+
+    ``unusable`` says why the judgements of a split cannot be used; it has no table.
+    """
 
     tables: dict[str, pa.Table] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     lines: dict[str, int] = field(default_factory=dict)
-
-
-def _members(path: str) -> tuple[pafs.FileSystem, dict[str, pafs.FileInfo]]:
-    """The files of a BEIR folder by their name without ``.gz``. Raises ConfigError where one is missing."""
-    fs, root = filesystem(path)
-    found: dict[str, pafs.FileInfo] = {}
-    for folder in (root, f"{root}/qrels"):
-        for info in fs.get_file_info(pafs.FileSelector(folder, allow_not_found=True)):
-            name = info.path[len(root) + 1 :].removesuffix(".gz")
-            if info.is_file and (name in ("corpus.jsonl", "queries.jsonl") or name.startswith("qrels/")):
-                found[name] = info
-    for name in ("corpus.jsonl", "queries.jsonl"):
-        if name not in found:
-            raise ConfigError(
-                f"no {name} in {path!r}; give a BEIR folder (corpus.jsonl, queries.jsonl, qrels/<split>.tsv)"
-            )
-    return fs, {name: info for name, info in found.items() if not name.startswith("qrels/") or name.endswith(".tsv")}
-
-
-@lru_cache(maxsize=65536)
-def stream_sha(uri: str, file: str, size: int, mtime_ns: int | None) -> str:
-    """SHA-256 of a file (a path in ``uri``'s file system), computed again only where size or time have changed."""
-    fs, _ = filesystem(uri)
-    with fs.open_input_stream(file, compression=None) as stream:
-        sha = hashlib.sha256()
-        while block := stream.read(1 << 20):
-            sha.update(block)
-    return sha.hexdigest()
+    unusable: dict[str, str] = field(default_factory=dict)
 
 
 def content(path: str) -> str:
-    """Hash of the bytes of a BEIR folder's files; what lies beside them does not count."""
-    _, members = _members(path)
-    return digest([(name, stream_sha(path, i.path, i.size, i.mtime_ns)) for name, i in sorted(members.items())], 16)
+    """Hash of the bytes of a folder's files; what lies beside them does not count."""
+    files = layouts.found(path).files()
+    return digest([(name, stream_sha(path, i.path, i.size, i.mtime_ns)) for name, i in sorted(files.items())], 16)
 
 
 def read(path: str) -> BeirData:
-    """Reads a folder. Bad lines are left out and listed; over 1 % of them in a file raises ConfigError with the first."""
-    fs, members = _members(path)
-    data = BeirData()
-    corpus = list(_documents(fs, members, data))
-    queries = list(_queries(fs, members, data))
+    """Reads a folder. Bad lines are left out and listed; over 1 % of them in a file raises ConfigError with the first.
+
+    Judgements of queries or passages that are not there are left out too, up to half of them. A split of which more is bad
+    is ``unusable``: another split may be the one that is wanted.
+    """
+    layout, data = layouts.found(path), BeirData()
+    corpus = list(_documents(path, layout, data))
+    if not corpus:
+        raise ConfigError(f"{path}/{next(iter(layout.corpus))}: no passage in it; give a collection that has some")
+    queries = list(_queries(path, layout, data))
     data.tables = {"corpus": tables.table("corpus", corpus), "queries": tables.table("queries", queries)}
     doc_ids, query_ids = {row["doc_id"] for row in corpus}, {row["query_id"] for row in queries}
-    for name in sorted(members):
-        if name.startswith("qrels/"):
-            split = name.removeprefix("qrels/").removesuffix(".tsv")
-            rows = list(_judgements(fs, members, name, doc_ids, query_ids, data))
+    for split in layout.qrels:
+        try:
+            rows = list(_judgements(path, layout, split, doc_ids, query_ids, data))
+        except ConfigError as error:
+            data.unusable[split] = str(error)
+        else:
             data.tables[f"qrels.{split}"] = tables.table("qrels", rows)
-    _refuse_if_bad(path, data)
+    return data
+
+
+def glance(path: str, head: int, splits: Collection[str]) -> BeirData:
+    """As ``read``, but of some splits alone, of the first ``head`` passages, and of judgements of whatever passage."""
+    layout, data = layouts.found(path), BeirData()
+    first = list(itertools.islice(_documents(path, layout, data), head))
+    if not first:
+        raise ConfigError(f"{path}/{next(iter(layout.corpus))}: no passage in it; give a collection that has some")
+    queries = {row["query_id"] for row in _queries(path, layout, data)} if splits else set()
+    for split in layout.qrels:
+        wanted = any(tables.split_of(layout.qrels, each) == split for each in splits)
+        try:
+            rows = list(_judgements(path, layout, split, None, queries, data)) if wanted else []
+        except ConfigError as error:
+            data.unusable[split] = str(error)
+        else:
+            data.tables[f"qrels.{split}"] = tables.table("qrels", rows)
     return data
 
 
 def judgements(path: str, split: str) -> tuple[pa.Table, pa.Table]:
     """The ``qrels`` of a split and the ``queries`` of a folder, whose corpus is not read. Bad lines as in ``read``."""
-    fs, members = _members(path)
-    name = f"qrels/{split}.tsv"
-    if name not in members:
-        there = [n.removeprefix("qrels/").removesuffix(".tsv") for n in sorted(members) if n.startswith("qrels/")]
-        raise ConfigError(f"no split {split!r} in {path!r}; allowed: {', '.join(there) or 'none'}")
+    layout = layouts.found(path)
+    named = tables.split_of(layout.qrels, split)
+    if named is None:
+        raise ConfigError(f"no split {split!r} in {path!r}; allowed: {', '.join(layout.qrels) or 'none'}")
     data = BeirData()
-    queries = list(_queries(fs, members, data))
-    rows = list(_judgements(fs, members, name, None, {row["query_id"] for row in queries}, data))
-    _refuse_if_bad(path, data)
+    queries = list(_queries(path, layout, data))
+    rows = list(_judgements(path, layout, named, None, {row["query_id"] for row in queries}, data))
+    warn(path, data.problems)
     return tables.table("qrels", rows), tables.table("queries", queries)
 
 
-def _refuse_if_bad(path: str, data: BeirData) -> None:
-    for name, lines in data.lines.items():
-        bad = [p for p in data.problems if p.file == name and not p.mended]
-        if len(bad) > MAX_BAD_SHARE * lines:
-            shown = "; ".join(f"line {p.line}: {p.reason}" + (f" ({p.detail})" if p.detail else "") for p in bad[:3])
-            raise ConfigError(
-                f"{path}/{name}: {len(bad)} of {lines} lines are bad, over the limit of {MAX_BAD_SHARE:.0%} ({shown}); "
-                "mend the file"
-            )
+def judgement_file(path: str) -> pa.Table:
+    """The ``qrels`` of a file in any of the formats, TREC's too. Bad lines as in ``read``."""
+    fs, inside = filesystem(path)
+    data = BeirData()
+    info = fs.get_file_info(inside)
+    place, _, name = path.partition("?")[0].rpartition("/")
+    layout = layouts.Layout(fs, qrels={"": {name: info}})
+    found = tables.table("qrels", _judgements(place, layout, "", None, None, data))
+    warn(place, data.problems)
+    return found
 
 
-def _lines(
-    fs: pafs.FileSystem, members: dict[str, pafs.FileInfo], name: str, data: BeirData
-) -> Iterator[tuple[int, str]]:
-    info = members[name]
-    data.lines[name] = 0
-    with fs.open_input_stream(info.path, compression=None) as stream:
-        binary = gzip.GzipFile(fileobj=stream) if info.path.endswith(".gz") else stream
-        try:
-            for number, raw in enumerate(io.BufferedReader(binary), 1):
-                if not raw.strip():
-                    continue
-                data.lines[name] += 1
-                try:
-                    yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-                except UnicodeDecodeError as error:
-                    data.problems.append(Problem(name, number, "wrong-encoding", f"byte {error.start} is not UTF-8"))
-        except (EOFError, gzip.BadGzipFile) as error:
-            raise ConfigError(f"{info.path}: not a whole gzip file ({error}); fetch it again") from None
+def warn(path: str, problems: Collection[Problem]) -> None:
+    """Says what was left out or mended: one line for all problems of one kind in a file."""
+    for line in told(problems):
+        log.warning("%s", f"{path}/{line}" if path else line)
 
 
-def _records(
-    fs: pafs.FileSystem, members: dict[str, pafs.FileInfo], name: str, data: BeirData
-) -> Iterator[tuple[int, str, str, str]]:
-    """(line, id, title, text) of the good lines of a JSONL file; ids are unique and texts not empty."""
-    seen: set[str] = set()
-    for number, line in _lines(fs, members, name, data):
-        try:
-            value: Any = json.loads(line)
-            key, text, title = value["_id"], value.get("text") or "", value.get("title") or ""
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            data.problems.append(Problem(name, number, "broken-json", f"{type(error).__name__}: {error}"[:200]))
-            continue
-        if not (isinstance(text, str) and isinstance(title, str) and isinstance(key, str | int)):
-            data.problems.append(Problem(name, number, "broken-json", "_id, title and text must be strings"))
-            continue
-        key, text, title = tables.clean(str(key)), tables.clean(text), tables.clean(title)
-        if key in seen:
-            data.problems.append(Problem(name, number, "duplicate-id", key))
-        elif not text.strip() and not title.strip():
-            data.problems.append(Problem(name, number, "empty-text", key))
-        else:
-            if not text.strip():
-                data.problems.append(Problem(name, number, "empty-text", f"{key}: the title stands in", mended=True))
-            seen.add(key)
-            yield number, key, title, text
+def told(problems: Collection[Problem]) -> list[str]:
+    """A line for all problems of one kind in a file, with the first of them."""
+    groups: dict[tuple[str, str, bool], list[Problem]] = {}
+    for problem in problems:
+        groups.setdefault((problem.file, problem.reason, problem.mended), []).append(problem)
+    return [
+        f"{file}: {len(each):,} line{'s' * (len(each) > 1)} {'mended' if mended else 'left out'}: {reason} (line "
+        f"{each[0].line}{f': {each[0].detail}' if each[0].detail else ''})"
+        for (file, reason, mended), each in groups.items()
+    ]
 
 
-def _documents(fs: pafs.FileSystem, members: dict[str, pafs.FileInfo], data: BeirData) -> Iterator[dict[str, str]]:
-    for _, key, title, text in _records(fs, members, "corpus.jsonl", data):
-        yield {"doc_id": key, "title": title, "text": text if text.strip() else title}
+def _sources(path: str, files: dict[str, pafs.FileInfo], kind: sources.Kind, fs: pafs.FileSystem) -> Iterator[Source]:
+    return (Source(fs, info.path, name.removesuffix(".gz"), path, kind) for name, info in sorted(files.items()))
 
 
-def _queries(fs: pafs.FileSystem, members: dict[str, pafs.FileInfo], data: BeirData) -> Iterator[dict[str, str]]:
-    for _, key, title, text in _records(fs, members, "queries.jsonl", data):
-        yield {"query_id": key, "text": text if text.strip() else title}
+def _done(source: Source, data: BeirData) -> None:
+    """Takes over what was found in a file. Raises ConfigError where too much of it is bad."""
+    data.problems += source.problems
+    data.lines[source.name] = source.lines
+    bad = [p for p in source.problems if not p.mended and p.reason not in UNKNOWN]
+    if len(bad) > MAX_BAD_SHARE * source.lines:
+        shown = "; ".join(f"line {p.line}: {p.reason}" + (f" ({p.detail})" if p.detail else "") for p in bad[:3])
+        raise source.refuse(
+            f"{len(bad)} of {source.lines} lines are bad, over the limit of {MAX_BAD_SHARE:.0%} ({shown}); mend the file: a "
+            f"row has {WANTED[source.kind]}"
+        )
+    unknown = [p for p in source.problems if p.reason in UNKNOWN]
+    if len(unknown) > MAX_UNKNOWN_SHARE * source.lines:
+        first = unknown[0]
+        what = first.reason.removeprefix("unknown-")
+        raise source.refuse(
+            f"{len(unknown)} of {source.lines} lines judge what is not there (line {first.line}: no {what} has the id "
+            f"{first.detail!r}); give the judgements of this collection, in columns {WANTED['qrels']}"
+        )
+
+
+def _id(value: Any) -> str | None:
+    """An id as text; None for what is none."""
+    if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+        return None
+    return tables.clean(str(value))
+
+
+def _records(path: str, layout: layouts.Layout, kind: sources.Kind, data: BeirData) -> Iterator[tuple[str, str, str]]:
+    """(id, title, text) of the good rows of passages or queries; ids are unique and texts not empty.
+
+    A title without a text is the text, and then no title.
+    """
+    seen: dict[str, str] = {}
+    for source in _sources(path, layout.corpus if kind == "corpus" else layout.queries, kind, layout.fs):
+        for number, row in records.rows(source):
+            key, text, title = _id(row.get("id")), _text(row.get("text")), _text(row.get("title"))
+            if key is None:
+                source.bad(number, "no-id", f"{row.get('id')!r} is no id; give text or a whole number")
+            elif text is None or title is None:
+                source.bad(number, "broken-json", f"{key}: _id, title and text must be strings")
+            elif not text.strip() and not title.strip():
+                source.bad(number, "empty-text", key)
+            elif key in seen:
+                # a query may stand in the lists of several splits
+                again = kind == "queries" and seen[key] == (text if text.strip() else title)
+                source.bad(number, "duplicate-id", key)
+                source.problems[-1].mended = again
+            else:
+                if not text.strip():
+                    source.bad(number, "empty-text", f"{key}: the title stands in")
+                    source.problems[-1].mended = True
+                    text, title = title, ""
+                seen[key] = text if kind == "queries" else ""
+                yield key, title, text
+        _done(source, data)
+
+
+def _text(value: Any) -> str | None:
+    """A text, empty where there is none; None for what is no text."""
+    if value is None or value != value:
+        return ""
+    return tables.clean(value) if isinstance(value, str) else None
+
+
+def _documents(path: str, layout: layouts.Layout, data: BeirData) -> Iterator[dict[str, str]]:
+    for key, title, text in _records(path, layout, "corpus", data):
+        yield {"doc_id": key, "title": title, "text": text}
+
+
+def _queries(path: str, layout: layouts.Layout, data: BeirData) -> Iterator[dict[str, str]]:
+    for key, _, text in _records(path, layout, "queries", data):
+        yield {"query_id": key, "text": text}
 
 
 def _judgements(
-    fs: pafs.FileSystem,
-    members: dict[str, pafs.FileInfo],
-    name: str,
+    path: str,
+    layout: layouts.Layout,
+    split: str,
     doc_ids: set[str] | None,
-    query_ids: set[str],
+    query_ids: set[str] | None,
     data: BeirData,
 ) -> Iterator[dict[str, Any]]:
-    seen: set[tuple[str, str]] = set()
-    for number, line in _lines(fs, members, name, data):
-        cells = line.split("\t")
-        if number == 1 and cells[0].strip().lower() in ("query-id", "query_id", "qid"):
-            data.lines[name] -= 1
-            continue
-        try:
-            query_id, doc_id, relevance = cells[0], cells[1], int(cells[2])
-        except (IndexError, ValueError):
-            data.problems.append(Problem(name, number, "broken-line", line[:100]))
-            continue
-        if query_id not in query_ids:
-            data.problems.append(Problem(name, number, "unknown-query", query_id))
-        elif doc_ids is not None and doc_id not in doc_ids:
-            data.problems.append(Problem(name, number, "unknown-document", doc_id))
-        elif (query_id, doc_id) in seen:
-            data.problems.append(Problem(name, number, "duplicate-id", f"{query_id} {doc_id}"))
-        else:
-            seen.add((query_id, doc_id))
-            yield {"query_id": query_id, "doc_id": doc_id, "relevance": relevance}
+    seen: dict[tuple[str, str], int] = {}
+    for source in _sources(path, layout.qrels[split], "qrels", layout.fs):
+        for number, row in records.rows(source):
+            query_id, doc_id, grade = _id(row["query"]), _id(row["doc"]), sources.grade_of(row.get("score", 1))
+            if query_id is None or doc_id is None:
+                source.bad(number, "no-id", f"{row['query']!r}, {row['doc']!r}")
+                continue
+            if source.spaced:
+                query_id, doc_id = tables.unspaced(query_id), tables.unspaced(doc_id)
+            if query_ids is not None and query_id not in query_ids:
+                source.bad(number, "unknown-query", query_id)
+            elif doc_ids is not None and doc_id not in doc_ids:
+                source.bad(number, "unknown-document", doc_id)
+            elif isinstance(grade, str):
+                source.bad(number, "broken-line", grade)
+            elif (before := seen.get((query_id, doc_id))) is not None:
+                told_twice = f"{query_id} {doc_id}: grade {grade}" + (
+                    f", and {before} before" if before != grade else ""
+                )
+                source.bad(number, "duplicate-id", told_twice)
+                source.problems[-1].mended = before == grade
+            else:
+                seen[query_id, doc_id] = grade
+                yield {"query_id": query_id, "doc_id": doc_id, "relevance": grade}
+        _done(source, data)
 
 
 def write(target: str, corpus: Artifact | None, queries: pa.Table, qrels: dict[str, pa.Table]) -> dict[str, int]:
-    """Writes a BEIR folder (path or URI); returns lines by file. ``corpus`` None leaves the passages out."""
+    """Writes a BEIR folder (path or URI); returns lines by file. ``corpus`` None leaves the passages out.
+
+    Ids with tabs, line ends or quotation marks are quoted as in CSV, which is how BEIR's own loader reads judgements.
+    """
     fs, root = filesystem(target)
     fs.create_dir(f"{root}/qrels", recursive=True)
     counts: dict[str, int] = {}
@@ -228,7 +270,7 @@ def write(target: str, corpus: Artifact | None, queries: pa.Table, qrels: dict[s
         put("corpus.jsonl", (_json(_id=r["doc_id"], title=r["title"], text=r["text"]) for r in rows))
     put("queries.jsonl", (_json(_id=r["query_id"], text=r["text"]) for r in queries.to_pylist()))
     for split, table in qrels.items():
-        body = (f"{r['query_id']}\t{r['doc_id']}\t{r['relevance']}" for r in table.to_pylist())
+        body = (f"{_cell(r['query_id'])}\t{_cell(r['doc_id'])}\t{r['relevance']}" for r in table.to_pylist())
         put(f"qrels/{split}.tsv", (line for part in (iter(["query-id\tcorpus-id\tscore"]), body) for line in part))
     return counts
 
@@ -237,18 +279,19 @@ def _json(**values: str) -> str:
     return json.dumps(values, ensure_ascii=False)
 
 
-def head(path: str, n: int, most: int = 1 << 22) -> list[str]:
-    """Title and text of the first ``n`` good passages of a folder, as far as ``most`` bytes hold them."""
-    fs, members = _members(path)
-    start = b""
-    with contextlib.suppress(OSError), fs.open_input_stream(members["corpus.jsonl"].path) as stream:
-        start = stream.read(most)
+def head(path: str, n: int) -> list[str]:
+    """Title and text of the first ``n`` good passages of a folder; fewer where it cannot be read, which is told later."""
     found: list[str] = []
-    for line in start.decode("utf-8", "replace").split("\n"):
-        # what is wrong with a line is told when the folder is read
-        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            row = json.loads(line)
-            found.append(tables.passage_text(str(row.get("title") or ""), str(row["text"])))
-        if len(found) == n:
-            break
+    with contextlib.suppress(ConfigError):
+        for row in itertools.islice(_documents(path, layouts.found(path), BeirData()), n):
+            found.append(tables.passage_text(row["title"], row["text"]))
     return found
+
+
+def _cell(text: str) -> str:
+    """A cell of a TSV file that may hold anything.
+
+    >>> print(_cell("d1"), _cell('a "b"'))
+    d1 "a ""b""\"
+    """
+    return '"' + text.replace('"', '""') + '"' if re.search(r'["\t\r\n]', text) else text

@@ -109,18 +109,19 @@ def arm(
     max_rank: int = 20,
     negatives: int = 1,
     held_out: Sequence[Stage] = (),
+    split: str = "test",
     max_cost: float | None = None,
 ) -> Arm:
     """The arm of a strategy. Those that read a query read ``Promptagator``'s accepted ones, which are so part of the cost.
 
-    Queries that resemble the test queries of ``held_out`` (evaluation sets) are left out. With ``max_cost``, passages are
+    Queries that resemble those of ``split`` in ``held_out`` (evaluation sets) are left out. With ``max_cost``, passages are
     asked in steps until so many dollars are spent (``Reach``). Raises ConfigError for that where a strategy reads pairs.
     """
     if max_cost is not None and (strategy.reads, strategy.writes) != ("corpus", "queries"):
         raise ConfigError(f"max_cost = {max_cost}: {strategy.type!r} does not write queries for passages; leave it out")
 
     def clean(queries: Stage, positives: Stage) -> Stage:
-        return gated(queries, positives, held_out, encoder) if held_out else queries
+        return gated(queries, positives, held_out, encoder, split=split) if held_out else queries
 
     used = _engine_of(strategy, engine)
     sampling = Sampling(max_tokens=TOKENS[strategy.writes])
@@ -131,7 +132,7 @@ def arm(
         selected, mined = augment(
             passages, corpus, strategy, used, exemplars=shown, samples=samples, max_rank=max_rank, negatives=negatives,
             max_tokens=sampling.max_tokens, held_out=held_out, base=encoder, without=without, max_cost=max_cost,
-            accepted=None if max_cost is None else MOST,
+            accepted=None if max_cost is None else MOST, split=split,
         )  # fmt: skip
         kept: Stage = selected
         while isinstance(kept, LeakGate | Reach):
@@ -155,7 +156,7 @@ def arm(
     else:
         first, mined = augment(
             passages, corpus, Promptagator(), engine, exemplars=exemplars, samples=samples, max_rank=max_rank,
-            negatives=negatives, held_out=held_out, base=encoder,
+            negatives=negatives, held_out=held_out, base=encoder, split=split,
         )  # fmt: skip
         asked = Pairs(queries=first, corpus=corpus)
     made = _rewritten(strategy, used, asked, sampling, samples)
@@ -284,6 +285,7 @@ def filtered_by(
     max_rank: int,
     held_out: Sequence[Stage] = (),
     exemplars: Stage | None = None,
+    split: str = "test",
 ) -> Stage:
     """The queries of ``parsed`` by ``all`` the filters of ``filtered``, ``none``, all ``without-NAME``, or all ``with-NAME`` too.
 
@@ -309,7 +311,7 @@ def filtered_by(
         kept = Select(parsed=every, scores=(order,))
     elif word == "with":
         kept = every.model_copy(update={"scores": (*every.scores, _extra(name, parsed, passages, corpus, encoder))})
-    return gated(kept, passages, held_out, encoder, exemplars=exemplars) if held_out else kept
+    return gated(kept, passages, held_out, encoder, exemplars=exemplars, split=split) if held_out else kept
 
 
 def _extra(name: str, parsed: Parse, passages: Stage, corpus: Stage, encoder: Encoder) -> Score:

@@ -14,6 +14,7 @@ from typing import Any
 from dagr_ray import cluster
 from dagr_ray.artifact import Artifact
 from dagr_ray.config import ConfigError, plugins as registered
+from dagr_ray.preflight import look
 from dagr_ray.progress import Reporter, duration, size
 from dagr_ray.results import folders
 from dagr_ray.stage import Stage, materialize, parts, survey, walk
@@ -78,6 +79,7 @@ def check(args: Args) -> int | None:
     placement = cluster.load_placement(args.placement)
     stages = walk(_one(args)[1]) if args.one else _study(args).stages()
     _validate(stages, placement)
+    seen = look(stages, args.runs, whole=True)
     _afford(stages, args.runs)
     if args.canary:
         _canary(args, stages, placement, Reporter(quiet=args.quiet))
@@ -92,7 +94,7 @@ def check(args: Args) -> int | None:
             }
             for s in lines
         ]  # fmt: skip
-        print_json({"stages": told})
+        print_json({"data": seen, "stages": told})
         return 1 if damaged else None
     rows = []
     for line in lines:
@@ -106,6 +108,8 @@ def check(args: Args) -> int | None:
         rows.append([line.stage.folder_name(), line.state, shown, tokens, hours, stored, money, basis, line.problem])
     print_table(rows, ["stage", "state", "shards", "tokens ~", "time ~", "storage ~", "cost ~", "as in", "problem"])
     todo = [line for line in lines if line.state != "cached"]
+    for seen_line in seen:
+        say(seen_line)
     say(f"{len(lines)} stages, {len(lines) - len(todo)} cached; {_to_do(guesses.values())}")
     if any(guess["basis"] != "this corpus" for guess in guesses.values() if guess["tokens"]):
         say("the tokens are a guess: --canary asks for 64 passages and knows better")
@@ -153,6 +157,7 @@ def preview(args: Args) -> int | None:
     here = cluster.Placement(generate=cluster.Pool(workers=0))
     _validate([generate], here)
     with tempfile.TemporaryDirectory(prefix="dagr-preview-") as runs:
+        look([generate], runs, whole=False)
         for line in shown(generate, args.rows, runs, here):
             say(line)
     return None
@@ -162,7 +167,9 @@ def run(args: Args) -> int | None:
     """``dagr run``."""
     placement = cluster.load_placement(args.placement)
     _, stage = _one(args)
-    _validate([line.stage for line in survey([stage], args.runs) if line.state != "cached"], placement)
+    todo = [line.stage for line in survey([stage], args.runs) if line.state != "cached"]
+    _validate(todo, placement)
+    look(todo, args.runs, whole=False)
     _afford(walk(stage), args.runs)
     cluster.connect(args.address)
     reporter = Reporter(quiet=args.quiet)
@@ -186,6 +193,7 @@ def study(args: Args) -> int | None:
     planned = _study(args)
     todo = [s.stage for s in survey(planned.stages(), args.runs) if s.state != "cached"]
     _validate(todo, placement)
+    look(todo, args.runs, whole=False)
     _afford(todo, args.runs)
     reporter = Reporter(quiet=args.quiet)
     if todo:

@@ -147,10 +147,12 @@ def _judgements(found: Artifact) -> pa.Table | None:
     """What the queries of a search or an evaluation are judged by; None where they are not."""
     manifest = found.manifest or {"inputs": {}, "stage": {}, "tables": {}}
     split = manifest["stage"].get("split")
-    name = f"qrels.{split}" if split else "qrels"
     for field in ("data", "queries"):
         source = manifest["inputs"].get(field)
-        if source and name in ((Artifact(found.runs, source).manifest or {}).get("tables") or {}):
+        there = ((Artifact(found.runs, source).manifest or {}).get("tables") or {}) if source else {}
+        splits = [name.removeprefix("qrels.") for name in there if name.startswith("qrels.")]
+        name = f"qrels.{tables.split_of(splits, split)}" if split else "qrels"
+        if source and name in there:
             rows = Artifact(found.runs, source).read(name)
             if "metrics" in manifest["tables"]:
                 counted = found.read("metrics", ["query_id"])["query_id"].drop_null().unique()

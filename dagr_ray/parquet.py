@@ -1,7 +1,8 @@
 """Passages in Parquet files: every row checked in one pass of bounded memory, then read in any range of rows.
 
 A source is a file, or a folder whose ``.parquet`` files are read in the order of their names (Spark's and Hive's
-folders too), behind any URI that pyarrow opens. Columns: ``doc_id`` and ``text``, ``title`` where there is one.
+folders too), behind any URI that pyarrow opens. Columns: ``doc_id`` (or ``_id``, ``id``) and ``text``, ``title`` where
+there is one.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from dagr_ray import tables
-from dagr_ray.beir import MAX_BAD_SHARE, Problem, stream_sha
 from dagr_ray.config import ConfigError, digest
+from dagr_ray.sources import MAX_BAD_SHARE, Problem, stream_sha
 from dagr_ray.store import filesystem
 
 BATCH = 16384
 # a row group of more rows than this is read in pieces of so many
 LARGE = 131072
+IDS = ("doc_id", "_id", "id")
 Layout = list[dict[str, Any]]  # of each file: its name, and the rows of each row group
 
 
@@ -81,7 +83,7 @@ def check(path: str) -> Checked:
                 groups = [opened.metadata.row_group(i).num_rows for i in range(opened.num_row_groups)]
                 here: list[Problem] = []
                 row = 0
-                for batch in opened.iter_batches(BATCH, columns=_wanted(opened)):
+                for batch in _read_batches(opened):
                     corpus, bad = _passages(batch)
                     here += [Problem(name, row + i, *why) for i, why in sorted(bad.items())]
                     _stop_if_over(sum(groups), len(here), here, f"{path} ({name})")
@@ -124,25 +126,34 @@ def _open(stream: Any, where: str) -> pq.ParquetFile:
     except (pa.ArrowInvalid, OSError) as error:
         raise ConfigError(f"{where}: not a whole Parquet file ({error}); write it again") from None
     types = dict(zip(opened.schema_arrow.names, opened.schema_arrow.types, strict=True))
-    for name, required in (("doc_id", True), ("text", True), ("title", False)):
-        kind = types.get(name)
-        if kind is None:
-            if required:
-                raise ConfigError(
-                    f"{where}: no column {name!r}, only {', '.join(types) or 'none'}; rename the one it is"
-                )
-            continue
+    spelled = _wanted(opened)
+    for name in ("doc_id", "text"):
+        if name not in spelled:
+            raise ConfigError(f"{where}: no column {name!r}, only {', '.join(types) or 'none'}; rename the one it is")
+    for name, column in spelled.items():
+        kind = types[column]
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind
         is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
         if not is_text and not (name == "doc_id" and pa.types.is_integer(kind)):
             raise ConfigError(
-                f"{where}: column {name!r} is of type {kind}; allowed: string" + (" or integer" * (name == "doc_id"))
+                f"{where}: column {column!r} is of type {kind}; allowed: string" + (" or integer" * (name == "doc_id"))
             )
     return opened
 
 
-def _wanted(opened: pq.ParquetFile) -> list[str]:
-    return [name for name in ("doc_id", "title", "text") if name in opened.schema_arrow.names]
+def _wanted(opened: pq.ParquetFile) -> dict[str, str]:
+    """Which of the file's columns are read, by what they are. A title of nulls alone, as others write it, is none."""
+    there = dict(zip(opened.schema_arrow.names, opened.schema_arrow.types, strict=True))
+    spelled = {"doc_id": IDS, "title": ("title",), "text": ("text",)}
+    found = {name: next((n for n in names if n in there), None) for name, names in spelled.items()}
+    return {n: c for n, c in found.items() if c is not None and not (n == "title" and pa.types.is_null(there[c]))}
+
+
+def _read_batches(opened: pq.ParquetFile, groups: list[int] | None = None) -> Iterator[pa.Table]:
+    """The wanted columns under the names that we know them by, in batches."""
+    wanted = {column: name for name, column in _wanted(opened).items()}
+    for batch in opened.iter_batches(BATCH, groups, list(wanted)):
+        yield batch.rename_columns([wanted[column] for column in batch.schema.names])
 
 
 def _passages(rows: pa.Table | pa.RecordBatch) -> tuple[pa.Table, dict[int, tuple[str, str]]]:
@@ -163,7 +174,8 @@ def _passages(rows: pa.Table | pa.RecordBatch) -> tuple[pa.Table, dict[int, tupl
         untitled = pc.and_(blank, _blank(columns["title"]))
         for i in set(_positions(untitled)) - bad.keys():
             bad[i] = ("empty-text", columns["doc_id"][i].as_py()[:100])
-        columns["text"] = pc.if_else(blank, columns["title"], columns["text"])  # the title stands in
+        columns["text"] = pc.if_else(blank, columns["title"], columns["text"])  # the title stands in, and stands once
+        columns["title"] = pc.if_else(blank, "", columns["title"])
     return pa.table(columns, schema=tables.schema("corpus")), bad
 
 
@@ -320,7 +332,7 @@ def _read_group(path: str, group: _Group, start: int, stop: int) -> Iterator[pa.
     with fs.open_input_file(file) as stream:
         opened = _open(stream, f"{path} ({group.file})")
         at = 0
-        for batch in opened.iter_batches(BATCH, [group.number], _wanted(opened)):
+        for batch in _read_batches(opened, [group.number]):
             first, last = max(start - at, 0), min(stop - at, len(batch))
             if first < last:
                 yield _passages(batch.slice(first, last - first))[0]
@@ -335,7 +347,7 @@ def head(path: str, n: int) -> list[str]:
     for name, info in sorted(members.items()):
         with fs.open_input_file(info.path) as stream:
             opened = _open(stream, name)
-            for batch in opened.iter_batches(n, columns=_wanted(opened)):
-                rows = _passages(batch)[0]
+            for batch in _read_batches(opened):
+                rows = _passages(batch.slice(0, n))[0]
                 return list(map(tables.passage_text, rows["title"].to_pylist(), rows["text"].to_pylist()))
     return []

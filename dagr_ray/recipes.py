@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
+from dagr_ray import tables
 from dagr_ray.config import ConfigError
 from dagr_ray.engines import Engine, Sampling
 from dagr_ray.engines.crop import CropEngine
@@ -83,6 +84,7 @@ def augment(
     max_candidates: int | None = None,
     max_cost: float | None = None,
     held_out: Sequence[Stage] = (),
+    split: str = "test",
     base: Encoder | None = None,
     without: Collection[str] = (),
     people: Stage | None = None,
@@ -90,7 +92,7 @@ def augment(
     """Queries for ``passages``, filtered and with BM25 negatives from ``corpus``: the selected queries and the examples.
 
     With ``accepted``, passages are asked only until so many queries are accepted or a limit is reached: see ``Reach``.
-    Queries that resemble the test queries of ``held_out`` (evaluation sets) are left out: see ``LeakGate``; with the
+    Queries that resemble those of ``split`` in ``held_out`` (evaluation sets) are left out: see ``LeakGate``; with the
     encoder ``base`` also those that only mean the same. ``without`` names filters, by type, that are left out. What
     ``people`` said (``People``) wins over the filters, in both directions. A cropped query is a copy of its passage by
     design, so the filter against copies is left out for it.
@@ -119,7 +121,7 @@ def augment(
     if people is not None:
         selected = Labelled(source=selected, people=people, queries=parsed)
     if held_out:
-        selected = gated(selected, passages, held_out, base, exemplars=shown)
+        selected = gated(selected, passages, held_out, base, exemplars=shown, split=split)
     return selected, Mine(selected=selected, corpus=corpus, searches=(search,), negatives=negatives)
 
 
@@ -148,13 +150,22 @@ def filtered(
 
 
 def gated(
-    selected: Stage, passages: Stage, held_out: Sequence[Stage], base: Encoder | None, *, exemplars: Stage | None = None
+    selected: Stage,
+    passages: Stage,
+    held_out: Sequence[Stage],
+    base: Encoder | None,
+    *,
+    exemplars: Stage | None = None,
+    split: str = "test",
 ) -> LeakGate:
-    """``selected`` without the queries that resemble the test queries of ``held_out``; ``passages`` hold their positives.
+    """``selected`` without the queries that resemble those of ``split`` in ``held_out``; ``passages`` hold their positives.
 
     ``exemplars`` are looked at too. With the encoder ``base`` also those are left out that only mean the same.
     """
-    scan = LeakScan(selected=selected, corpus=passages, held_out=tuple(held_out), exemplars=exemplars, encoder=base)
+    sets = tuple(held_out)
+    scan = LeakScan(
+        selected=selected, corpus=passages, held_out=sets, exemplars=exemplars, encoder=base, split=split
+    )  # fmt: skip
     return LeakGate(selected=selected, scan=scan)
 
 
@@ -282,6 +293,7 @@ def climb(
     teacher: Teacher | None = None,
     bm25_share: float | None = None,
     held_out: Sequence[Stage] = (),
+    split: str = "test",
 ) -> tuple[Stage, Stage, tuple[Loss, ...]]:
     """``n`` examples of some queries at a rung of the ladder, the stage with their queries, and the losses to train with.
 
@@ -293,7 +305,7 @@ def climb(
     The teacher is, unless another is given, the weighted mean of BM25's z-scores, with a weight of ``bm25_share`` (0.6), and
     ``base``'s; another's scores are logits, as a cross-encoder's are, and so at a temperature of 1. ``filters`` differs
     from ``teacher`` in the queries that are given: see ``filtered``. Several sources are blended by weight (``Blend``).
-    Queries that resemble the test queries of ``held_out`` are left out.
+    Queries that resemble those of ``split`` in ``held_out`` are left out.
     """
     if teacher is not None and bm25_share is not None:
         raise ConfigError(
@@ -302,7 +314,7 @@ def climb(
     bm25_share = 0.6 if bm25_share is None else bm25_share
     if not 0 <= bm25_share <= 1:
         raise ConfigError(f"climb: bm25_share = {bm25_share}; give BM25's share of the teacher, from 0 to 1")
-    queries = [gated(s.queries, s.passages, held_out, base) if held_out else s.queries for s in sources]
+    queries = [gated(s.queries, s.passages, held_out, base, split=split) if held_out else s.queries for s in sources]
     scores = teacher or Hybrid(fusion="z-score", weights=(bm25_share, round(1 - bm25_share, 6)))
     examples = [_examples(rung, each, corpus, base, negatives, scores) for each in queries]
     kl = KL() if teacher is None else KL(teacher_temperature=1.0)
@@ -326,6 +338,15 @@ def _examples(rung: Rung, queries: Stage, corpus: Stage, base: Encoder, negative
     mined = Mine(selected=queries, corpus=corpus, searches=searches, negatives=negatives, margin=None)
     labels = Label(teacher=teacher, queries=queries, corpus=corpus, searches=searches, examples=mined)
     return Relabel(mined=mined, labels=labels)
+
+
+def shown_split(split: str) -> str:
+    """The split that exemplars are drawn from where ``split`` is judged: another one.
+
+    >>> shown_split("test"), shown_split("dev"), shown_split("validation")
+    ('dev', 'train', 'train')
+    """
+    return "train" if split in tables.DEV else "dev"
 
 
 def judge(

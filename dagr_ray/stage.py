@@ -53,6 +53,7 @@ class Stage(Config):
     grows: ClassVar[bool] = False  # has `grow`: finds some of its inputs by building them
     rescues: ClassVar[bool] = False  # has `refuse`: a row that ends its worker is given up, the others are kept
     outputs: ClassVar[tuple[str, ...]] = ()
+    judged: ClassVar[dict[str, str]] = {}  # inputs whose judgements it reads, and the field that names their split
     max_error_rate: ClassVar[float] = 0.01
 
     def inputs(self) -> dict[str, Stage]:

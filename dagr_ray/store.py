@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.fs as pafs
 
 from dagr_ray.config import ConfigError, digest
@@ -45,7 +46,13 @@ def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
         if scheme == "s3" and "allow_delayed_open" not in uri:
             # a small file is one request instead of three
             uri += ("&" if "?" in uri else "?") + "allow_delayed_open=true"
-        fs, path = pafs.FileSystem.from_uri(uri)
+        try:
+            fs, path = pafs.FileSystem.from_uri(uri)
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            raise ConfigError(
+                f"{uri.partition('?')[0]!r} is no address ({error}); write a space as %20, and give a path, "
+                "or s3://, gs:// or file:// and the place"
+            ) from None
         return fs, path.rstrip("/")
     return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
 

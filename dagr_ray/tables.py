@@ -19,6 +19,8 @@ from dagr_ray.config import ConfigError
 from dagr_ray.markers import unmarked as unmarked
 
 TEXT = pa.large_string()
+# Names by which collections call the judgements to develop on.
+DEV = ("dev", "validation", "valid", "val", "development")
 _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 
 
@@ -193,13 +195,28 @@ def relevant(qrels: pa.Table) -> pa.Table:
     return qrels.filter(pc.greater(qrels["relevance"], 0))
 
 
+def split_of(splits: Iterable[str], wanted: str) -> str | None:
+    """The split of that name; ``dev``, ``validation``, ``valid`` and ``val`` are one. None where there is none.
+
+    >>> split_of(["test", "validation"], "dev"), split_of(["dev", "val"], "val"), split_of(["test"], "dev")
+    ('validation', 'val', None)
+    """
+    there = list(splits)
+    if wanted in there:
+        return wanted
+    return next((name for name in DEV if name in there), None) if wanted in DEV else None
+
+
 def judgements(there: Iterable[str], split: str, who: str, where: str) -> str:
-    """The name of the table of a split's judgements. Raises ConfigError where it is not among the tables that are ``there``."""
-    name, names = f"qrels.{split}", set(there)
-    if name not in names:
-        splits = sorted(n.removeprefix("qrels.") for n in names if n.startswith("qrels."))
+    """The name of the table of a split's judgements. Raises ConfigError where it is not among the tables that are ``there``.
+
+    ``dev`` and ``validation`` are one: see ``split_of``.
+    """
+    splits = sorted(name.removeprefix("qrels.") for name in there if name.startswith("qrels."))
+    named = split_of(splits, split)
+    if named is None:
         raise ConfigError(f"{who}: split = {split!r} is not in {where}; allowed: {', '.join(splits) or 'none'}")
-    return name
+    return f"qrels.{named}"
 
 
 def clean(text: str) -> str:
@@ -207,6 +224,31 @@ def clean(text: str) -> str:
     if text.isascii() and "\x00" not in text:
         return text
     return _UNSTORABLE.sub("\ufffd", text)
+
+
+_SPACE = re.compile(r"[\s\ufeff]|\\(?=u[0-9a-f]{4})")
+_SPELLED = re.compile(r"\\u([0-9a-f]{4})")
+
+
+def spaced(id: str) -> str:
+    """An id as a word without white space, for formats whose columns stand apart by it; ``unspaced`` gives the id back.
+
+    White space becomes ``\\u`` and its number in hexadecimal digits; so does a backslash before what would be read as one.
+
+    >>> spaced("a b"), spaced("a_b"), spaced("a\\tb"), spaced(r"a\\u0020b"), unspaced(spaced("a b"))
+    ('a\\\\u0020b', 'a_b', 'a\\\\u0009b', 'a\\\\u005cu0020b', 'a b')
+    """
+    return _SPACE.sub(lambda found: f"\\u{ord(found[0]):04x}", id) or "\\u0000"
+
+
+def unspaced(word: str) -> str:
+    """The id that ``spaced`` made a word of; any other word is itself."""
+    return _SPELLED.sub(_spelt, word) if "\\u" in word else word
+
+
+def _spelt(found: re.Match[str]) -> str:
+    char = "" if found[1] == "0000" else chr(int(found[1], 16))
+    return char if char in ("", "\\", "\ufeff") or char.isspace() else found[0]
 
 
 def passage_text(title: str, text: str) -> str:

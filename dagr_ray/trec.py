@@ -4,12 +4,13 @@ A run has lines ``query Q0 doc rank score tag``, a qrels file lines ``query iter
 between the columns. Files may be gzipped and lie behind any URI that pyarrow opens. As in trec_eval
 (https://github.com/usnistgov/trec_eval) a run is ordered by score as a 32-bit number, ties by falling document id; the
 ranks in the file mean nothing.
+
+White space in an id is written as ``tables.spaced`` writes it, and read back.
 """
 
 from __future__ import annotations
 
-import gzip
-import io
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,12 +20,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dagr_ray import tables
-from dagr_ray.beir import MAX_BAD_SHARE, Problem, stream_sha
 from dagr_ray.config import ConfigError, digest
+from dagr_ray.sources import MAX_BAD_SHARE, UNPACKING, Problem, grade_of, not_whole, opened, stream_sha
 from dagr_ray.store import filesystem
 
 BATCH = 1 << 18  # lines that are held as Python objects
 LARGEST = float(np.finfo(np.float32).max)
+_BLANK = " \t\n\r\x0b\x0c"
+_SPACE = re.compile(f"[{_BLANK}]+")
 
 
 @dataclass
@@ -59,22 +62,21 @@ def read_qrels(path: str) -> TrecFile:
     return _read(path, "qrels", _judgement, lambda rows: rows.select(["query_id", "doc_id", "value"]))
 
 
-def _hit(cells: list[str]) -> tuple[str, str, float] | None:
+def _hit(cells: list[str]) -> tuple[str, str, float] | str:
     if len(cells) != 6:
-        return None
+        return f"{len(cells)} columns, not 6"
     try:
         score = float(cells[4])
     except ValueError:
-        return None
-    return (cells[0], cells[2], score) if abs(score) <= LARGEST else None
+        return f"score {cells[4][:40]!r} is not a number"
+    return (cells[0], cells[2], score) if abs(score) <= LARGEST else f"score {cells[4][:40]} is not a finite number"
 
 
-def _judgement(cells: list[str]) -> tuple[str, str, int] | None:
-    try:
-        relevance = int(cells[3]) if len(cells) == 4 else LARGEST
-    except ValueError:
-        return None
-    return (cells[0], cells[2], int(relevance)) if abs(relevance) < 2**31 else None
+def _judgement(cells: list[str]) -> tuple[str, str, int] | str:
+    if len(cells) != 4:
+        return f"{len(cells)} columns, not 4"
+    grade = grade_of(cells[3])
+    return grade if isinstance(grade, str) else (cells[0], cells[2], grade)
 
 
 def _read(path: str, what: str, parse: Callable[[list[str]], Any], finish: Callable[[pa.Table], pa.Table]) -> TrecFile:
@@ -83,7 +85,7 @@ def _read(path: str, what: str, parse: Callable[[list[str]], Any], finish: Calla
     value_type = tables.schema(kind).field("score" if what == "run" else "relevance").type
     problems: list[Problem] = []
     parts: list[pa.Table] = []
-    lines = 0
+    lines, width = 0, 6 if what == "run" else 4
     pending: list[list[Any]] = [[], [], [], []]  # line, query, document, value
 
     def flush() -> None:
@@ -97,10 +99,15 @@ def _read(path: str, what: str, parse: Callable[[list[str]], Any], finish: Calla
     types = (pa.int64(), tables.TEXT, tables.TEXT, value_type)
     for number, text in _lines(path, name, problems):
         lines += 1
-        found = parse(text.split())
-        if found is None:
-            problems.append(Problem(name, number, "broken-line", text.strip()[:100]))
+        cells = text.split()
+        if len(cells) != width or not text.isascii():  # white space that is none to trec_eval may stand in an id
+            cells = _SPACE.split(text.strip(_BLANK))
+        found = parse(cells)
+        if isinstance(found, str):
+            problems.append(Problem(name, number, "broken-line", f"{found}: {text.strip()[:100]}"))
             continue
+        if "\\u" in text:
+            found = (tables.unspaced(found[0]), tables.unspaced(found[1]), found[2])
         for column, cell in zip(pending, (number, *found), strict=True):
             column.append(cell)
         if len(pending[0]) == BATCH:
@@ -109,11 +116,12 @@ def _read(path: str, what: str, parse: Callable[[list[str]], Any], finish: Calla
     lines += sum(problem.reason == "wrong-encoding" for problem in problems)
     rows = _once(pa.concat_tables(parts).unify_dictionaries().combine_chunks(), name, problems)
     problems.sort(key=lambda problem: problem.line)
-    if len(problems) > MAX_BAD_SHARE * lines:
-        shown = "; ".join(f"line {p.line}: {p.reason} ({p.detail})" for p in problems[:3])
+    bad = [problem for problem in problems if not problem.mended]
+    if len(bad) > MAX_BAD_SHARE * lines:
+        shown = "; ".join(f"line {p.line}: {p.reason} ({p.detail})" for p in bad[:3])
         wanted = "query Q0 doc rank score tag" if what == "run" else "query 0 doc relevance"
         raise ConfigError(
-            f"{path}: {len(problems)} of {lines} lines are bad, over the limit of {MAX_BAD_SHARE:.0%} ({shown}); mend the "
+            f"{path}: {len(bad)} of {lines} lines are bad, over the limit of {MAX_BAD_SHARE:.0%} ({shown}); mend the "
             f"file: a TREC {what} file has lines {wanted!r}"
         )
     if not rows.num_rows:
@@ -128,18 +136,17 @@ def _lines(path: str, name: str, problems: list[Problem]) -> Iterator[tuple[int,
     fs, inside = filesystem(path)
     if not fs.get_file_info(inside).is_file:
         raise ConfigError(f"no file at {path!r}; give a TREC run or qrels file")
-    with fs.open_input_stream(inside, compression=None) as stream:
-        binary = gzip.GzipFile(fileobj=stream) if inside.endswith(".gz") else stream
+    with opened(fs, inside) as stream:
         try:
-            for number, raw in enumerate(io.BufferedReader(binary), 1):
+            for number, raw in enumerate(stream, 1):
                 if not raw.strip():
                     continue
                 try:
                     yield number, tables.clean(raw.decode("utf-8-sig" if number == 1 else "utf-8"))
                 except UnicodeDecodeError as error:
                     problems.append(Problem(name, number, "wrong-encoding", f"byte {error.start} is not UTF-8"))
-        except (EOFError, gzip.BadGzipFile) as error:
-            raise ConfigError(f"{path}: not a whole gzip file ({error}); fetch it again") from None
+        except UNPACKING as error:
+            raise ConfigError(f"{path}: {not_whole(inside, error)}") from None
 
 
 def _codes(column: pa.ChunkedArray) -> tuple[np.ndarray, pa.Array]:
@@ -149,15 +156,18 @@ def _codes(column: pa.ChunkedArray) -> tuple[np.ndarray, pa.Array]:
 
 
 def _once(rows: pa.Table, name: str, problems: list[Problem]) -> pa.Table:
-    """Each (query, document) once: the first line stands."""
+    """Each (query, document) once: the first line stands. One that says the same again is no mistake."""
     queries, _ = _codes(rows["query_id"])
     docs, names = _codes(rows["doc_id"])
-    _, first = np.unique(queries * max(len(names), 1) + docs, return_index=True)
+    _, first, which = np.unique(queries * max(len(names), 1) + docs, return_index=True, return_inverse=True)
     if len(first) < rows.num_rows:
         again = np.ones(rows.num_rows, bool)
         again[first] = False
-        for row in rows.filter(pa.array(again)).to_pylist():
-            problems.append(Problem(name, row["line"], "duplicate-id", f"{row['query_id']} {row['doc_id']}"))
+        before = rows["value"].to_numpy()[first[which]][again]
+        for row, value in zip(rows.filter(pa.array(again)).to_pylist(), before.tolist(), strict=True):
+            detail, same = f"{row['query_id']} {row['doc_id']}", row["value"] == value
+            detail += "" if same else f": {row['value']:g}, and {value:g} before"
+            problems.append(Problem(name, row["line"], "duplicate-id", detail, mended=same))
         rows = rows.filter(pa.array(~again)).combine_chunks()
     return rows
 
@@ -188,17 +198,13 @@ def run_lines(rows: Iterable[tuple[str, str, int, float]], tag: str) -> Iterator
     """Lines of a run file from (query id, doc id, rank, score).
 
     >>> list(run_lines([("q 1", "d1", 1, 0.1)], "bm25"))
-    ['q_1 Q0 d1 1 0.1 bm25']
+    ['q\\\\u00201 Q0 d1 1 0.1 bm25']
     """
+    spaced, by = tables.spaced, tables.spaced(tag)
     # nine digits give a float32 back exactly
-    return (f"{_word(q)} Q0 {_word(d)} {rank} {score:.9g} {_word(tag)}" for q, d, rank, score in rows)
+    return (f"{spaced(q)} Q0 {spaced(d)} {rank} {score:.9g} {by}" for q, d, rank, score in rows)
 
 
 def qrels_lines(rows: Iterable[tuple[str, str, int]]) -> Iterator[str]:
     """Lines of a qrels file from (query id, doc id, relevance)."""
-    return (f"{_word(q)} 0 {_word(d)} {relevance}" for q, d, relevance in rows)
-
-
-def _word(text: str) -> str:
-    """White space would break the columns."""
-    return "_".join(text.split()) or "_"
+    return (f"{tables.spaced(q)} 0 {tables.spaced(d)} {relevance}" for q, d, relevance in rows)

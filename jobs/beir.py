@@ -4,7 +4,7 @@ from typing import Literal
 
 from dagr_ray.miners.dense import Dense
 from dagr_ray.models import minilm
-from dagr_ray.recipes import augment, generator_named, judge
+from dagr_ray.recipes import augment, generator_named, judge, shown_split
 from dagr_ray.retriever import Encoder
 from dagr_ray.stages.corpus import Beir, Sample
 from dagr_ray.stages.evaluate import Scorecard
@@ -34,28 +34,30 @@ def beir(
     lr: float = 2e-5,
     seed: int = 0,
     language: str = "auto",
+    split: str = "test",
 ) -> Scorecard:
-    """A retriever trained on ``volume`` queries generated for the passages of ``data``, judged on its test split.
+    """A retriever trained on ``volume`` queries generated for the passages of ``data``, judged on people's queries.
 
-    ``ood`` is a second BEIR folder for the out-of-distribution row; ``base`` is ``minilm`` or the folder of an encoder;
+    ``data`` is a folder in BEIR's or another layout, judged on ``split``; ``ood`` a second one for the out-of-distribution
+    row; ``base`` is ``minilm`` or the folder of an encoder;
     ``people`` are files of their ratings, joined by ``+``, which win over the filters.
     """
     corpus = Beir(path=data, language=language)
     sets = {each.label(): each for each in (corpus, *([Beir(path=ood)] if ood else []))}
     encoder = Encoder(model=str(minilm()) if base == "minilm" else base)
-    exemplars = Exemplars(corpus=corpus, split="dev", k=6)
+    exemplars = Exemplars(corpus=corpus, split=shown_split(split), k=6)
     if volume == 0:
-        return judge(sets, Dense(encoder=encoder), exclude=exemplars)
+        return judge(sets, Dense(encoder=encoder), exclude=exemplars, split=split)
 
     strategy, engine = generator_named(generator, model)
     asked = Sample(corpus=corpus, n=passages, exclude=exemplars)
     selected, mined = augment(
         asked, corpus, strategy, engine, exemplars=exemplars, samples=samples, max_rank=max_rank, negatives=negatives,
-        held_out=tuple(sets.values()), base=encoder, people=People(files=tuple(people.split("+"))) if people else None,
+        held_out=tuple(sets.values()), split=split, base=encoder, people=People(files=tuple(people.split("+"))) if people else None,
     )  # fmt: skip
     examples = Take(mined=mined, n=volume, density=density, coverage=coverage)
     trained = Train(
         examples=examples, queries=selected, corpus=corpus, base=encoder, batch_size=32, max_length=160, lr=lr,
         epochs=epochs, seed=seed,
     )  # fmt: skip
-    return judge(sets, Dense(encoder=encoder), trained=trained, exclude=exemplars)
+    return judge(sets, Dense(encoder=encoder), trained=trained, exclude=exemplars, split=split)

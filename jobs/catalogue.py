@@ -4,7 +4,7 @@ from dagr_ray.catalogue import arm, strategy_named
 from dagr_ray.engines.vllm import VLLM
 from dagr_ray.miners.dense import Dense
 from dagr_ray.models import minilm, smollm2
-from dagr_ray.recipes import judge
+from dagr_ray.recipes import judge, shown_split
 from dagr_ray.retriever import Encoder
 from dagr_ray.stages.corpus import Beir, PyDocs, Sample
 from dagr_ray.stages.evaluate import Scorecard
@@ -32,6 +32,7 @@ def catalogue(
     negatives: int = 1,
     lr: float = 2e-5,
     seed: int = 0,
+    split: str = "test",
 ) -> Scorecard:
     """A retriever trained on ``volume`` rows of one strategy (``none``: not at all), judged on ``data``'s test split.
 
@@ -41,16 +42,16 @@ def catalogue(
     corpus = Beir(path=data) if data else PyDocs(part="stdlib")
     sets = {corpus.label(): corpus}
     encoder = Encoder(model=str(minilm()), max_length=256 if data else 48)
-    exemplars = Exemplars(corpus=corpus, split="dev", k=4)
+    exemplars = Exemplars(corpus=corpus, split=shown_split(split), k=4)
     if strategy == "none":
-        return judge(sets, Dense(encoder=encoder), exclude=exemplars)
+        return judge(sets, Dense(encoder=encoder), exclude=exemplars, split=split)
     asked = Sample(corpus=corpus, n=passages or (1400 if data else 800), exclude=exemplars)
     made = arm(
         strategy_named(strategy), VLLM(model=model or str(smollm2())), asked, corpus, encoder, exemplars=exemplars,
-        samples=samples, max_rank=max_rank, negatives=negatives, held_out=(corpus,),
+        samples=samples, max_rank=max_rank, negatives=negatives, held_out=(corpus,), split=split,
     )  # fmt: skip
     trained = Train(
         examples=Take(mined=made.examples, n=volume), queries=made.queries, corpus=made.corpus, base=encoder, lr=lr,
         max_length=160 if data else 48, seed=seed,
     )  # fmt: skip
-    return judge(sets, Dense(encoder=encoder), trained=trained, exclude=exemplars)
+    return judge(sets, Dense(encoder=encoder), trained=trained, exclude=exemplars, split=split)

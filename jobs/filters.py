@@ -7,7 +7,7 @@ from dagr_ray.engines import Sampling
 from dagr_ray.miners.bm25 import BM25
 from dagr_ray.miners.dense import Dense
 from dagr_ray.models import minilm
-from dagr_ray.recipes import generator_named, judge
+from dagr_ray.recipes import generator_named, judge, shown_split
 from dagr_ray.retriever import Encoder
 from dagr_ray.stages.corpus import Beir, PyDocs, Sample
 from dagr_ray.stages.evaluate import Scorecard
@@ -32,15 +32,16 @@ def filters(
     max_rank: int = 20,
     seed: int = 0,
     language: str = "auto",
+    split: str = "test",
 ) -> Scorecard:
     """A retriever trained on ``volume`` queries that pass ``filters``, judged on ``data`` (none: Python's documentation)."""
     corpus = Beir(path=data, language=language) if data else PyDocs(part="stdlib")
     frozen = encoder = Encoder(model=str(minilm()), max_length=256 if data else 48)
     if base == "scratch":
         encoder = encoder.model_copy(update={"reinitialise": 0, "layers": 2})
-    exemplars = Exemplars(corpus=corpus, split="dev", k=4)
+    exemplars = Exemplars(corpus=corpus, split=shown_split(split), k=4)
     if volume == 0:
-        return judge({corpus.label(): corpus}, Dense(encoder=encoder), exclude=exemplars)
+        return judge({corpus.label(): corpus}, Dense(encoder=encoder), exclude=exemplars, split=split)
     strategy, engine = generator_named("llm" if model else "smollm2", model)
     # as many as it takes that half of what all filters keep are 300
     asked = Sample(corpus=corpus, n=passages or (1600 if data else 900), exclude=exemplars)
@@ -50,7 +51,7 @@ def filters(
     )  # fmt: skip
     parsed = Parse(generations=raw, corpus=asked)
     selected = filtered_by(
-        filters, parsed, asked, corpus, frozen, max_rank=max_rank, held_out=(corpus,), exemplars=exemplars,
+        filters, parsed, asked, corpus, frozen, max_rank=max_rank, held_out=(corpus,), split=split, exemplars=exemplars,
     )  # fmt: skip
     search = Search(index=Index(corpus=corpus, miner=BM25()), queries=parsed, depth=100)
     mined = Mine(selected=selected, corpus=corpus, searches=(search,), negatives=1)
@@ -58,4 +59,4 @@ def filters(
         examples=Take(mined=mined, n=volume), queries=selected, corpus=corpus, base=encoder, seed=seed,
         lr=5e-4 if base == "scratch" else 2e-5, epochs=2 if base == "scratch" else 1, max_length=160 if data else 48,
     )  # fmt: skip
-    return judge({corpus.label(): corpus}, Dense(encoder=encoder), trained=trained, exclude=exemplars)
+    return judge({corpus.label(): corpus}, Dense(encoder=encoder), trained=trained, exclude=exemplars, split=split)

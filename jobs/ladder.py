@@ -5,7 +5,7 @@ from typing import Literal
 from dagr_ray.engines import Sampling
 from dagr_ray.miners.dense import Dense
 from dagr_ray.models import minilm
-from dagr_ray.recipes import RUNGS, Rung, Source, climb, filtered, generator_named, judge
+from dagr_ray.recipes import RUNGS, Rung, Source, climb, filtered, generator_named, judge, shown_split
 from dagr_ray.retriever import Encoder
 from dagr_ray.stages.blend import Human
 from dagr_ray.stages.corpus import Beir, PyDocs, Sample
@@ -22,7 +22,7 @@ def ladder(
     volume: int = 1000, generator: Literal["smollm2", "crop", "llm"] = "smollm2", model: str | None = None,
     teacher: str | None = None, bm25_share: float | None = None, passages: int = 1500, samples: int = 4,
     negatives: int = 7, max_rank: int = 100, epochs: int | None = None, lr: float | None = None, seed: int = 0,
-    language: str = "auto",
+    language: str = "auto", split: str = "test",
 ) -> Scorecard:  # fmt: skip
     """A retriever trained on ``volume`` pairs at a rung, judged on ``data`` (a BEIR folder, or none: Python's documentation).
 
@@ -36,9 +36,9 @@ def ladder(
     sets |= {each.label(): each for each in others}
     frozen = Encoder(model=str(minilm()) if base in ("minilm", "scratch") else base, max_length=None if data else 48)
     encoder = frozen.model_copy(update={"reinitialise": 0, "layers": 2}) if base == "scratch" else frozen
-    exemplars = Exemplars(corpus=corpus, split="dev", otherwise="train", k=4)
+    exemplars = Exemplars(corpus=corpus, split=shown_split(split), otherwise=None if split == "train" else "train", k=4)
     if volume == 0:
-        return judge(sets, Dense(encoder=encoder), exclude=exemplars)
+        return judge(sets, Dense(encoder=encoder), exclude=exemplars, split=split)
     sources = [Source(human, Human(data=corpus), corpus)] if human > 0 else []
     if human < 1:
         strategy, engine = generator_named(generator, model)
@@ -51,11 +51,11 @@ def ladder(
         kept = filtered(parsed, asked, corpus, max_rank=max_rank, copies=generator == "crop")
         sources.append(Source(1 - human, kept if rung == "filters" else parsed, asked))
     examples, queries, losses = climb(
-        rung, sources, corpus, frozen, n=volume, negatives=negatives, held_out=tuple(sets.values()),
+        rung, sources, corpus, frozen, n=volume, negatives=negatives, held_out=tuple(sets.values()), split=split,
         teacher=CrossEncoder(model=teacher) if teacher else None, bm25_share=bm25_share,
     )  # fmt: skip
     trained = Train(
         examples=examples, queries=queries, corpus=corpus, base=encoder, losses=losses, max_length=160 if data else 48,
         epochs=epochs or (2 if base == "scratch" else 1), lr=lr or (5e-4 if base == "scratch" else 3e-5), seed=seed,
     )  # fmt: skip
-    return judge(sets, Dense(encoder=encoder), trained=trained, exclude=exemplars)
+    return judge(sets, Dense(encoder=encoder), trained=trained, exclude=exemplars, split=split)

@@ -4,7 +4,7 @@ from dagr_ray.catalogue import arm, mixed, parts, strategy_named
 from dagr_ray.engines.vllm import VLLM
 from dagr_ray.miners.dense import Dense
 from dagr_ray.models import minilm, smollm2
-from dagr_ray.recipes import judge
+from dagr_ray.recipes import judge, shown_split
 from dagr_ray.retriever import Encoder
 from dagr_ray.stages.corpus import Beir, PyDocs, Sample
 from dagr_ray.stages.evaluate import Scorecard
@@ -28,6 +28,7 @@ def mixture(
     lr: float = 2e-5,
     seed: int = 0,
     language: str = "auto",
+    split: str = "test",
 ) -> Scorecard:
     """A retriever trained on ``volume`` rows of ``strategies``, judged on ``data``'s test split.
 
@@ -38,15 +39,15 @@ def mixture(
     corpus = Beir(path=data, language=language) if data else PyDocs(part="stdlib")
     sets = {corpus.label(): corpus}
     encoder = Encoder(model=str(minilm()), max_length=256 if data else 48)
-    exemplars = Exemplars(corpus=corpus, split="dev", k=4)
+    exemplars = Exemplars(corpus=corpus, split=shown_split(split), k=4)
     if volume == 0:
-        return judge(sets, Dense(encoder=encoder), exclude=exemplars)
+        return judge(sets, Dense(encoder=encoder), exclude=exemplars, split=split)
     kept = parts(strategies, mix, weights)
     asked = Sample(corpus=corpus, n=passages or (1400 if data else 800), exclude=exemplars)
     arms = [
         arm(
             strategy_named(name), VLLM(model=model or str(smollm2())), asked, corpus, encoder, exemplars=exemplars,
-            max_rank=max_rank, held_out=(corpus,), max_cost=budget,
+            max_rank=max_rank, held_out=(corpus,), split=split, max_cost=budget,
         )
         for name in kept
     ]  # fmt: skip
@@ -55,4 +56,4 @@ def mixture(
         examples=blend, queries=blend, corpus=passages_of_all, base=encoder, lr=lr, max_length=160 if data else 48,
         seed=seed,
     )  # fmt: skip
-    return judge(sets, Dense(encoder=encoder), trained=trained, exclude=exemplars)
+    return judge(sets, Dense(encoder=encoder), trained=trained, exclude=exemplars, split=split)

@@ -26,6 +26,7 @@ def negatives(
     lr: float = 2e-5,
     seed: int = 0,
     language: str = "auto",
+    split: str = "test",
 ) -> Scorecard:
     """A retriever trained on ``queries`` of people's out of the train split with ``k`` negatives each out of ``source``.
 
@@ -39,12 +40,12 @@ def negatives(
     if base == "scratch":
         encoder = encoder.model_copy(update={"reinitialise": 0, "layers": 2})
     if queries == 0:
-        return judge(sets, Dense(encoder=encoder))
+        return judge(sets, Dense(encoder=encoder), split=split)
     _, engine = generator_named("llm" if model else "smollm2", model)
-    asked = gated(Human(data=corpus, n=queries + queries // 3), corpus, (corpus,), encoder)
+    asked = gated(Human(data=corpus, n=queries + queries // 3), corpus, (corpus,), encoder, split=split)
     examples, passages = negatives_from(source, asked, corpus, encoder, engine, k=k)
     trained = Train(
         examples=Take(mined=examples, n=queries), queries=asked, corpus=passages, base=encoder,
         batch_size=batch_size, epochs=epochs, lr=lr, max_length=160, seed=seed,
     )  # fmt: skip
-    return judge(sets, Dense(encoder=encoder), trained=trained)
+    return judge(sets, Dense(encoder=encoder), trained=trained, split=split)

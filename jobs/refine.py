@@ -6,7 +6,7 @@ from dagr_ray.catalogue import hybrid_scores
 from dagr_ray.miners.bm25 import BM25
 from dagr_ray.miners.dense import Dense
 from dagr_ray.models import minilm
-from dagr_ray.recipes import gated, generator_named, judge, refine as rounds_of
+from dagr_ray.recipes import gated, generator_named, judge, refine as rounds_of, shown_split
 from dagr_ray.retriever import Encoder
 from dagr_ray.stages.corpus import Beir, PyDocs, Sample
 from dagr_ray.stages.evaluate import Scorecard
@@ -30,6 +30,7 @@ def refine(
     lr: float = 2e-5,
     seed: int = 0,
     language: str = "auto",
+    split: str = "test",
 ) -> Scorecard:
     """A retriever trained on ``volume`` queries of at most ``rounds`` rounds, judged on ``data``'s test split.
 
@@ -38,20 +39,20 @@ def refine(
     corpus = Beir(path=data, language=language) if data else PyDocs(part="stdlib")
     sets = {corpus.label(): corpus}
     encoder = Encoder(model=str(minilm()), max_length=256 if data else 48)
-    exemplars = Exemplars(corpus=corpus, split="dev", k=4)
+    exemplars = Exemplars(corpus=corpus, split=shown_split(split), k=4)
     if rounds == 0 or volume == 0:
-        return judge(sets, Dense(encoder=encoder), exclude=exemplars)
+        return judge(sets, Dense(encoder=encoder), exclude=exemplars, split=split)
     strategy, engine = generator_named("llm" if model else "smollm2", model)
     asked = Sample(corpus=corpus, n=passages or (1800 if data else 1000), exclude=exemplars)
     every, _ = rounds_of(
         asked, corpus, strategy, engine, exemplars=exemplars, rounds=rounds, max_rank=max_rank, until=until,
         label=lambda queries: hybrid_scores(queries, corpus, encoder),
     )  # fmt: skip
-    queries = gated(every, asked, (corpus,), encoder, exemplars=exemplars)
+    queries = gated(every, asked, (corpus,), encoder, exemplars=exemplars, split=split)
     search = Search(index=Index(corpus=corpus, miner=BM25()), queries=queries, depth=100)
     mined = Mine(selected=queries, corpus=corpus, searches=(search,), negatives=1)
     trained = Train(
         examples=Take(mined=mined, n=volume), queries=queries, corpus=corpus, base=encoder, lr=lr, seed=seed,
         max_length=160 if data else 48,
     )  # fmt: skip
-    return judge(sets, Dense(encoder=encoder), trained=trained, exclude=exemplars)
+    return judge(sets, Dense(encoder=encoder), trained=trained, exclude=exemplars, split=split)

@@ -30,10 +30,13 @@ class Judged(NamedTuple):
 
 
 def judged(data: str, split: str) -> Judged:
-    """The judgements of a BEIR folder's split, or of a TREC qrels file. Raises ConfigError where there are none."""
+    """The judgements of a folder's split, or of a file (TREC's or BEIR's). Raises ConfigError where there are none."""
     fs, path = filesystem(data)
     if fs.get_file_info(path).is_file:
-        return Judged(data, as_qrels(trec.read_qrels(data).table), {})
+        qrels = beir.judgement_file(data)
+        if not qrels.num_rows:
+            raise ConfigError(f"{data!r} has no judgement; give a file of judgements, or the folder of a collection")
+        return Judged(data, as_qrels(qrels), {})
     qrels, queries = beir.judgements(data, split)
     if not qrels.num_rows:
         raise ConfigError(f"split {split!r} of {data!r} has no judgement; give another --split")

@@ -26,6 +26,7 @@ class Human(Stage):
 
     abstract: ClassVar[bool] = False
     outputs: ClassVar[tuple[str, ...]] = ("queries", "qrels", "lineage")
+    judged: ClassVar[dict[str, str]] = {"data": "split"}
     data: Stage
     split: str = "train"
     n: Annotated[int, Field(ge=1)] | None = None
@@ -36,11 +37,8 @@ class Human(Stage):
 
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
         def run(start: int, stop: int) -> Output:
-            data, name = inputs["data"], f"qrels.{self.split}"
-            if name not in data.table_names():
-                splits = [t.removeprefix("qrels.") for t in data.table_names() if t.startswith("qrels.")]
-                raise ConfigError(f"human: split = {self.split!r} is not in {data.name}; allowed: {', '.join(splits)}")
-            judged = tables.relevant(data.read(name))
+            data = inputs["data"]
+            judged = tables.relevant(data.read(tables.judgements(data.table_names(), self.split, "human", data.name)))
             order = _drawn(judged["query_id"].to_pylist(), judged["doc_id"].to_pylist(), self.seed)[: self.n]
             qrels = judged.take(pa.array(sorted(order), pa.int64()))
             queries = data.read("queries")

@@ -25,6 +25,7 @@ from dagr_ray.stage import Inputs, Output, Run, Stage
 from dagr_ray.words import word_count
 
 log = logging.getLogger("dagr")
+UNUSABLE = "unusable"
 Spoken = Annotated[str, AfterValidator(known)]
 
 
@@ -78,14 +79,16 @@ def _documented(part: str) -> dict[str, str]:
 
 
 class Beir(Stage):
-    """Any BEIR folder: a path or a URI that pyarrow opens; plain or gzipped files.
+    """A collection in BEIR's layout or another that ``layouts`` knows: a path or a URI that pyarrow opens.
 
     Bad lines (broken JSON, wrong encoding, empty text, duplicate or unknown id) are left out, counted and listed in
-    ``rejected`` with file and line; over 1 % of them in one file raises ConfigError. ``language`` is that of the passages
+    ``rejected`` with file and line; over 1 % of them in one file raises ConfigError. A split whose judgements cannot be
+    used has no table: its file is listed in ``rejected`` with the reason ``unusable``. ``language`` is that of the passages
     (an ISO 639 code, "und" for several), by which BM25 reads them; "auto" is told by the first ones.
     """
 
     abstract: ClassVar[bool] = False
+    version: ClassVar[int] = 2  # a title without a text is read once; TREC's four columns are told from BEIR's three
     outputs: ClassVar[tuple[str, ...]] = ("corpus", "queries", "rejected")
     path: Annotated[str, Field(min_length=1)]
     language: Spoken = AUTO
@@ -111,16 +114,16 @@ class Beir(Stage):
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
         def run(start: int, stop: int) -> Output:
             data = beir.read(self.path)
-            refused: dict[str, int] = {}
-            rows = []
+            beir.warn(self.path, data.problems)
+            rejected = tables.Rejected()
             for problem in data.problems:
-                where = f"{problem.file}:{problem.line}"
-                log.warning("%s/%s: %s %s", self.path, where, problem.reason, problem.detail)
-                refused[f"beir/{problem.reason}"] = refused.get(f"beir/{problem.reason}", 0) + 1
-                rows.append({"id": where, "by": "beir", "reason": problem.reason, "detail": problem.detail})
+                rejected.add(f"{problem.file}:{problem.line}", "beir", problem.reason, problem.detail)
+            for split, why in data.unusable.items():
+                log.warning("the judgements %r cannot be used: %s", split, why)
+                rejected.add(f"qrels.{split}", "beir", UNUSABLE, why)
             counts = {"in": sum(data.lines.values()), "out": sum(t.num_rows for t in data.tables.values())}
-            made = {**data.tables, "rejected": tables.table("rejected", rows)}
-            return Output(made, counts={**counts, "rejected": refused})
+            made = {**data.tables, "rejected": rejected.table()}
+            return Output(made, counts={**counts, "rejected": rejected.counted()})
 
         return run
 
@@ -165,10 +168,9 @@ class ParquetCheck(Stage):
         def run(start: int, stop: int) -> Output:
             found = parquet.check(self.path)
             rejected = tables.Rejected()
+            beir.warn(self.path, found.problems)
             for problem in found.problems:
-                where = f"{problem.file}:{problem.line}"
-                log.warning("%s/%s: %s %s", self.path, where, problem.reason, problem.detail)
-                rejected.add(where, "parquet", problem.reason, problem.detail)
+                rejected.add(f"{problem.file}:{problem.line}", "parquet", problem.reason, problem.detail)
             folder.write_json("files.json", found.layout)
             counts = {"in": found.rows, "out": found.rows - len(found.problems), "rejected": rejected.counted()}
             return Output({"rejected": rejected.table()}, ["files.json"], counts)
@@ -179,12 +181,15 @@ class ParquetCheck(Stage):
 class Parquet(Stage):
     """Passages in Parquet: a file, a folder of files or a URI, with columns ``doc_id``, ``text`` and maybe ``title``.
 
+    ``_id`` and ``id`` stand in where there is no ``doc_id``.
+
     Read in ranges of rows, so any number of passages fits. Bad rows (no or duplicate id, empty text, wrong encoding) are
     left out, counted and listed in ``rejected`` with file and row from 0; over 1 % of them in one file raises
     ConfigError. A title stands in for an empty text. Integer ids become text. ``language`` is as in ``Beir``.
     """
 
     abstract: ClassVar[bool] = False
+    version: ClassVar[int] = 2  # a title without a text is read once
     outputs: ClassVar[tuple[str, ...]] = ("corpus", "rejected")
     path: Annotated[str, Field(min_length=1)]
     language: Spoken = AUTO

@@ -70,6 +70,7 @@ class Evaluate(Stage):
     abstract: ClassVar[bool] = False
     version: ClassVar[int] = 2  # AP and success@k
     outputs: ClassVar[tuple[str, ...]] = ("metrics", "candidates")
+    judged: ClassVar[dict[str, str]] = {"data": "split"}
     search: Stage
     data: Stage
     split: str = "test"
@@ -118,11 +119,7 @@ class Evaluate(Stage):
 
 def qrels_of(data: Artifact, split: str) -> Qrels:
     """The judgements of a split. Raises ConfigError where there are none."""
-    name = f"qrels.{split}"
-    if name not in data.table_names():
-        splits = [t.removeprefix("qrels.") for t in data.table_names() if t.startswith("qrels.")]
-        raise ConfigError(f"evaluate: split = {split!r} is not in {data.name}; allowed: {', '.join(splits) or 'none'}")
-    return as_qrels(data.read(name))
+    return as_qrels(data.read(tables.judgements(data.table_names(), split, "evaluate", data.name)))
 
 
 def as_qrels(table: pa.Table) -> Qrels:

@@ -27,6 +27,7 @@ class Fuse(Stage):
 
     abstract: ClassVar[bool] = False
     outputs: ClassVar[tuple[str, ...]] = ("candidates",)
+    judged: ClassVar[dict[str, str]] = {"dev": "dev_split"}
     searches: tuple[Stage, ...]
     method: Literal["rrf", "weights"] = "rrf"
     k: Annotated[int, Field(ge=1)] = 60

@@ -56,11 +56,12 @@ class Exemplars(Stage):
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
         def run(start: int, stop: int) -> Output:
             source = inputs["corpus"]
-            there = [f"qrels.{split}" for split in (self.split, self.otherwise) if split]
-            name = next((name for name in there if name in source.table_names()), None)
-            if name is None:
+            splits = [name.removeprefix("qrels.") for name in source.table_names() if name.startswith("qrels.")]
+            found = [tables.split_of(splits, split) for split in (self.split, self.otherwise) if split]
+            split = next((split for split in found if split is not None), None)
+            if split is None:
                 return Output({"exemplars": tables.empty("exemplars")}, counts={"in": 0, "out": 0})
-            judged = [row for row in source.read(name).to_pylist() if row["relevance"] > 0]
+            judged = [row for row in source.read(f"qrels.{split}").to_pylist() if row["relevance"] > 0]
             text_of = {row["query_id"]: row["text"] for row in source.read("queries").to_pylist()}
             wanted = {row["doc_id"] for row in judged}
             passage_of = {}

@@ -38,6 +38,7 @@ class Label(Stage):
     concurrent: ClassVar[bool] = True
     rescues: ClassVar[bool] = True
     outputs: ClassVar[tuple[str, ...]] = ("scores", "rejected")
+    judged: ClassVar[dict[str, str]] = {"queries": "split"}
     teacher: Teacher
     queries: Stage
     corpus: Stage
@@ -143,6 +144,7 @@ class Heads(Stage):
     abstract: ClassVar[bool] = False
     pool: ClassVar[str] = "retrieve"
     outputs: ClassVar[tuple[str, ...]] = ("metrics",)
+    judged: ClassVar[dict[str, str]] = {"queries": "split"}
     teacher: AttentionRerank
     queries: Stage
     corpus: Stage
@@ -201,14 +203,13 @@ class _Pairs:
 
     def qrels(self) -> str:
         """The table of the judgements. Raises ConfigError where there is none of that split."""
-        name = f"qrels.{self.stage.split}" if self.stage.split else "qrels"
-        there = [table for table in self.queries.table_names() if table.split(".")[0] == "qrels"]
-        if name not in there:
-            splits = ", ".join(table.removeprefix("qrels.") for table in there if table != "qrels")
-            raise ConfigError(
-                f"label: split = {self.stage.split!r}: no table {name!r} in {self.queries.name}; allowed: {splits or None}"
-            )
-        return name
+        there = self.queries.table_names()
+        if self.stage.split:
+            return tables.judgements(there, self.stage.split, "label", self.queries.name)
+        if "qrels" not in there:
+            splits = ", ".join(table.removeprefix("qrels.") for table in there if table.startswith("qrels."))
+            raise ConfigError(f"label: no table 'qrels' in {self.queries.name}; name a split: {splits or None}")
+        return "qrels"
 
     def _wanted(self) -> pa.Array:
         """The passages of any pair."""

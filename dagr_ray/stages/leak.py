@@ -55,6 +55,7 @@ class LeakScan(Stage):
     version: ClassVar[int] = 5  # what texts have in common with many others finds nothing; the best pairs of each
     pool: ClassVar[str] = "retrieve"
     outputs: ClassVar[tuple[str, ...]] = ("leaks",)
+    judged: ClassVar[dict[str, str]] = {"held_out": "split"}
     selected: Stage
     corpus: Stage
     held_out: Annotated[tuple[Stage, ...], Field(min_length=1)]
@@ -194,14 +195,8 @@ class _Set:
     """An evaluation set: its judged queries and their relevant passages, as texts to compare with."""
 
     def __init__(self, data: Artifact, split: str, encoded: Any) -> None:
-        name = f"qrels.{split}"
-        if name not in data.table_names():
-            splits = [t.removeprefix("qrels.") for t in data.table_names() if t.startswith("qrels.")]
-            raise ConfigError(
-                f"leak-scan: split = {split!r} is not in {data.name}; allowed: {', '.join(splits) or 'none'}"
-            )
         self.name = data.name
-        qrels = data.read(name)
+        qrels = data.read(tables.judgements(data.table_names(), split, "leak-scan", data.name))
         pairs = qrels.filter(pc.greater(qrels["relevance"], 0))
         relevant = pairs["doc_id"].unique()
         queries = data.read("queries")

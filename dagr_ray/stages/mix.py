@@ -142,6 +142,7 @@ class Describe(Stage):
     abstract: ClassVar[bool] = False
     version: ClassVar[int] = 2  # words of any script, with their marks
     outputs: ClassVar[tuple[str, ...]] = ("metrics",)
+    judged: ClassVar[dict[str, str]] = {"human": "split"}
     queries: Stage
     corpus: Stage
     human: Stage | None = None
@@ -161,7 +162,9 @@ class Describe(Stage):
             forms = _forms(texts)
             found |= {f"form:{form}": share for form, share in forms.items()}
             if "human" in inputs:
-                judged = inputs["human"].read(f"qrels.{self.split}", ["query_id"])["query_id"].unique().to_pylist()
+                human = inputs["human"]
+                name = tables.judgements(human.table_names(), self.split, "mix", human.name)
+                judged = human.read(name, ["query_id"])["query_id"].unique().to_pylist()
                 by_people = tables.texts_of(inputs["human"].read("queries"))
                 other = _forms([by_people[query_id] for query_id in judged])
                 found["form:distance"] = sum(abs(forms[form] - other[form]) for form in forms) / 2

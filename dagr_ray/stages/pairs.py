@@ -26,6 +26,7 @@ class Pairs(Stage):
 
     abstract: ClassVar[bool] = False
     outputs: ClassVar[tuple[str, ...]] = ("pairs",)
+    judged: ClassVar[dict[str, str]] = {"queries": "split"}
     queries: Stage
     corpus: Stage
     split: str | None = None
@@ -37,8 +38,10 @@ class Pairs(Stage):
 
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
         def run(start: int, stop: int) -> Output:
-            name = "qrels" if self.split is None else f"qrels.{self.split}"
-            judged = tables.relevant(inputs["queries"].read(name))
+            source, name = inputs["queries"], "qrels"
+            if self.split is not None:
+                name = tables.judgements(source.table_names(), self.split, "pairs", source.name)
+            judged = tables.relevant(source.read(name))
             query_ids, passage_ids = judged["query_id"].to_pylist(), judged["doc_id"].to_pylist()
             order = list(range(len(query_ids)))
             if self.n is not None and self.n < len(order):

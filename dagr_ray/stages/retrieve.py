@@ -228,6 +228,7 @@ class Asking(Stage):
 
     abstract: ClassVar[bool] = True
     pool: ClassVar[str] = "retrieve"
+    judged: ClassVar[dict[str, str]] = {"queries": "split"}
     index: Index
     queries: Stage
     split: str | None = None

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
-from dagr_ray import tables, trec
+from dagr_ray import beir, tables, trec
 from dagr_ray.artifact import Artifact
 from dagr_ray.cluster import Pool
 from dagr_ray.stage import Inputs, Output, Run, Stage
@@ -32,8 +32,8 @@ class _TrecFile(Stage):
         return super().identity() | {"path": trec.content(self.path)}
 
     def _output(self, name: str, found: trec.TrecFile) -> Output:
-        for problem in found.problems[:20]:
-            log.warning("%s:%d: %s %s", self.path, problem.line, problem.reason, problem.detail)
+        for line in beir.told(found.problems):
+            log.warning("%s", line)
         rejected = tables.Rejected()
         for problem in found.problems:
             rejected.add(f"{problem.file}:{problem.line}", self.type, problem.reason, problem.detail)

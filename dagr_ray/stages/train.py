@@ -77,6 +77,7 @@ class Train(Stage):
     pool: ClassVar[str] = "train"
     starts_workers: ClassVar[bool] = True
     outputs: ClassVar[tuple[str, ...]] = ("metrics",)
+    judged: ClassVar[dict[str, str]] = {"dev": "dev_split"}
     examples: Stage
     queries: Stage
     corpus: Stage

@@ -26,12 +26,7 @@ class Dev:
     """Queries with judgements, searched in ``corpus``, which is read anew each time and never held."""
 
     def __init__(self, data: Artifact, split: str, corpus: Artifact) -> None:
-        name = f"qrels.{split}"
-        if name not in data.table_names():
-            there = [t.removeprefix("qrels.") for t in data.table_names() if t.startswith("qrels.")]
-            raise ConfigError(
-                f"train: dev_split = {split!r} is not in {data.name}; allowed: {', '.join(there) or 'none'}"
-            )
+        name = tables.judgements(data.table_names(), split, "train: dev", data.name)
         self.data, self.corpus = data, corpus
         self.qrels: dict[str, dict[str, int]] = defaultdict(dict)
         for row in tables.relevant(data.read(name)).to_pylist():
