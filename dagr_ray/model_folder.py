@@ -119,6 +119,8 @@ def _notice_readme(folder: Path, who: str) -> None:
 
 def _check_transformer(folder: Path, place: Path, plain: bool, who: str) -> None:
     where, config = f"{who}: {str(folder)!r}", _object(folder, place / "config.json", who)
+    if (place / "adapter_config.json").is_file():
+        raise ConfigError(f"{where} holds adapters and no weights of its own; merge them into their base first")
     if not config:
         raise ConfigError(f"{where}: no config.json in {place.name!r}{MORE}")
     named = config.get("architectures") or [""]

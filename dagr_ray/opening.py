@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dagr_ray import models, retriever
@@ -24,20 +26,30 @@ if TYPE_CHECKING:
 # A larger folder is opened by the worker that works with it: a driver may have no place for it.
 MOST_BYTES = 2**31
 PATIENCE_S = 600
+NOT_HERE = 3  # exit code: the library is not installed
 TEXTS = ("a text", "Another, somewhat longer: 12 words, 3 signs and a name, Zoë.")
 
 
 def check(encoders: Iterable[Encoder]) -> None:
     """Raises ConfigError where one of the encoders does not open. Hub ids and folders over 2 GiB are not tried."""
+    found = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     for encoder in {each.fingerprint(): each for each in encoders if each.local}.values():
         sizes = [path.stat().st_size for path in encoder.folder.rglob("*.safetensors")]
         mark = models.cache_dir() / "opened" / digest(encoder.identity())
         if sum(sizes) > MOST_BYTES or mark.is_file():
             continue
-        done = subprocess.run(
-            [sys.executable, "-m", "dagr_ray.opening"],
-            input=json.dumps(encoder.to_json()), capture_output=True, text=True, timeout=PATIENCE_S, check=False,
-        )  # fmt: skip
+        try:
+            done = subprocess.run(
+                # -P: nothing is imported from the folder in which the user stands
+                [sys.executable, "-P", "-m", "dagr_ray.opening"], env=os.environ | {"PYTHONPATH": os.pathsep.join(found)},
+                input=json.dumps(encoder.to_json()), capture_output=True, text=True, timeout=PATIENCE_S, check=False,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired as late:
+            raise ConfigError(
+                f"encoder: model = {encoder.model!r} did not open in {PATIENCE_S} s; give another model"
+            ) from late
+        if done.returncode == NOT_HERE:
+            continue  # a driver needs none of it; a worker says what it lacks
         told = done.stdout.strip().splitlines()
         if done.returncode or not told or told[-1] != "opened":
             said = told or done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
@@ -121,6 +133,8 @@ def main() -> int:
     except ConfigError as error:
         print(error)
         return 1
+    except ModuleNotFoundError:
+        return NOT_HERE
     print("opened")
     return 0
 

@@ -100,7 +100,7 @@ class Pinned(Config):
                 model_kwargs={"use_safetensors": True, "dtype": torch.float32},
                 **options,
             )
-        except (MemoryError, torch.OutOfMemoryError):
+        except (MemoryError, torch.OutOfMemoryError, ModuleNotFoundError):
             raise
         except Exception as error:  # whatever a library says of a damaged folder
             reason = " ".join(str(error).split())[:300]
@@ -396,7 +396,7 @@ class _Padded:
     def __init__(
         self, model: SentenceTransformer, texts: Sequence[str], prefix: str, task: Task | None, budget: int
     ) -> None:
-        most = _chain(model, task)[0][0].max_seq_length if transformers(model) else None
+        most = getattr(_chain(model, task)[0][0], "max_seq_length", None)
         # a token has a letter at least
         lengths = np.fromiter((len(prefix) + len(text) for text in texts), np.int64, len(texts))
         self.rows = list(_batches(np.minimum(lengths, most or lengths.max()), budget))

@@ -91,20 +91,22 @@ def words(folder: Path) -> Any:
     return st.WordEmbeddings(st.tokenizer.WhitespaceTokenizer(vocab=["PADDING_TOKEN", *WORDS]), vectors)
 
 
-def old_layout(folder: Path) -> Path:
+def old_layout(folder: Path, place: str = "") -> Path:
     """What sentence-transformers wrote up to version 2: other class names, flags for pooling, lengths in a file of their own."""
-    bert(folder)
+    bert(folder / place)
     (folder / "1_Pooling").mkdir()
     (folder / "2_Normalize").mkdir()
     flags = {f"pooling_mode_{name}": name == "max_tokens" for name in ("cls_token", "mean_tokens", "max_tokens")}
     (folder / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 16} | flags))
-    kinds = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
+    kinds = {place: "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
     listed = [
         {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
         for i, (path, kind) in enumerate(kinds.items())
     ]
     (folder / "modules.json").write_text(json.dumps(listed))
-    (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 12, "do_lower_case": False}))
+    (folder / place / "sentence_bert_config.json").write_text(
+        json.dumps({"max_seq_length": 12, "do_lower_case": False})
+    )
     return folder
 
 
@@ -235,6 +237,7 @@ KINDS: dict[str, Callable[[Path], Path]] = {
     "prompt for passages": lambda f: with_card(f, {"prompts": {"query": "ask: ", "passage": "from: "}}),
     "prompts that are null": lambda f: with_card(f, {"prompts": {"query": None, "document": "from: "}}),
     "old layout": old_layout,
+    "oldest layout": lambda f: old_layout(f, "0_Transformer"),
     "asym": asym,
     "static": lambda f: put(f, static(), prompts=PROMPTS),
     "static, normalised": lambda f: put(f, static(), Normalize()),

@@ -125,6 +125,7 @@ SEEN = {
     "pictures": (lambda f: config(f, vision_config={"hidden_size": 8}), "reads more than texts"),
     "a vocabulary that is small": (lambda f: config(f, vocab_size=7), "vocab_size = 7 in config.json"),
     "an id above the vocabulary": (lambda f: new_id(f, 5000), "ids up to 5000"),
+    "adapters": (lambda f: (f / "adapter_config.json").write_text('{"peft_type": "LORA"}'), "holds adapters"),
     "no config": (lambda f: (f / "config.json").unlink(), "no config.json"),
     "config cut": (lambda f: (f / "config.json").write_text('{"model_type": "be'), "config.json is no JSON"),
 }  # fmt: skip
