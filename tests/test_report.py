@@ -80,6 +80,53 @@ def test_answers(tmp_path, gain, spread, answer) -> None:
     assert found[0]["delta"] == pytest.approx(gain, abs=1e-9)
 
 
+# what was seen on a data set: scores of the frozen base and of the arm -> what is said of it and of BM25, which has 0.3
+SEEN = {
+    "one": ([0.5], [0.5], "cannot tell", "1 judged query is too few to tell", "cannot be told from"),
+    "six-better": (
+        [0.2] * 6,
+        [0.2, 0.9, 0.1, 0.2, 0.3, 0.8],
+        "cannot tell",
+        "6 judged queries are too few",
+        "cannot be told from",
+    ),
+    "six-worse": (
+        [0.5] * 6,
+        [0.5, 0.5, 0.4, 0.5, 0.5, 0.5],
+        "cannot tell",
+        "6 judged queries are too few",
+        "cannot be told from",
+    ),
+    "none-relevant": ([0.0] * 600, [0.0] * 600, "cannot tell", "nothing that was found is judged relevant", "is below"),
+    "ties": ([0.3] * 60, [0.3] * 60, "cannot tell", "too few queries changed", "cannot be told from"),
+    "one-lost": ([0.3] * 60, [0.2] + [0.3] * 59, "cannot tell", "too few queries changed", "cannot be told from"),
+    "many-ties": ([0.3] * 600, [0.3] * 600, "no", "a gain of 0.01 or more is ruled out", "is level with"),
+    "steady": (FROZEN.tolist(), arm(0.0, 0.02), "no", "a gain of 0.01 or more is ruled out", "is above"),
+    "unsteady": (FROZEN.tolist(), arm(0.01, 0.3), "cannot tell", "the interval includes 0", "is above"),
+}
+
+
+def test_nothing_is_claimed_from_too_little(tmp_path) -> None:
+    frozen, after = ({name: case[i] for name, case in SEEN.items()} for i in (0, 1))
+    runs, study = made_study(tmp_path, frozen, {8: after})
+    found = report.summarise(runs, study)["verdict"]
+    said = {answer["set"]: answer for answer in found["answers"]}
+    beside = {re.search(r"BM25 on ([\w-]+)", s)[1]: s for s in found["sentences"] if s.startswith("Against BM25")}
+    for name, (_, _, answer, why, against) in SEEN.items():
+        assert (said[name]["answer"], why in said[name]["sentence"]) == (answer, True), said[name]["sentence"]
+        assert f") {against} it (" in beside[name], beside[name]
+
+
+def test_enough_of_few_queries_is_not_told(tmp_path) -> None:
+    arms = {n: {"in": [0.2 + gain] * 8} for n, gain in ((8, 0.2), (16, 0.3), (24, 0.31))}
+    runs, study = made_study(tmp_path, {"in": [0.2] * 8}, arms)
+    found = " ".join(report.summarise(runs, study)["verdict"]["sentences"])
+    assert (
+        "How much is enough, crop: cannot tell; 8 judged queries are too few." in found
+        and "best of what was" not in found
+    )
+
+
 def test_enough_is_the_smallest_volume_not_shown_to_be_below_the_best(helped) -> None:
     summary = report.summarise(*helped)
     curve = next(c for c in summary["curves"] if c["set"] == "in")

@@ -12,7 +12,7 @@ from dagr_ray import beir, tables, trec
 from dagr_ray.artifact import Artifact, Json
 from dagr_ray.config import ConfigError
 from dagr_ray.report import stats
-from dagr_ray.report.verdict import is_gain, is_loss, p_text, signed
+from dagr_ray.report.verdict import QUERIES, is_gain, is_loss, p_text, signed
 from dagr_ray.stages.evaluate import MEASURES, Qrels, as_qrels, measure, rankings
 from dagr_ray.store import filesystem
 
@@ -151,6 +151,8 @@ def text(found: Json) -> str:
             lines.append(f"    {query['before']:.3f} -> {query['after']:.3f}  {said}")
     if len(found["runs"]) > 2:
         lines += ["", f"p by paired randomisation, corrected (Holm) for {len(found['runs']) - 1} runs"]
+    if found["queries"] < QUERIES:
+        lines.append("note: so few judged queries bound nothing: what the intervals leave out may well be there")
     for run in found["runs"]:
         if run["no_hits"]:
             lines.append(f"note: {run['run']} has no results for {run['no_hits']:,} judged queries; they score 0")

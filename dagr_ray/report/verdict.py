@@ -9,6 +9,8 @@ from dagr_ray.artifact import Json
 ALPHA = 0.05
 # A gain whose interval ends below this is called "no": the data rule out what would be worth the trouble.
 WORTH = 0.01
+# What fewer judged queries, or fewer that changed, have not shown may well be there: an interval over them is no bound.
+QUERIES, CHANGED = 30, 10
 WHERE = {"in": "in distribution", "out": "out of distribution"}
 
 
@@ -53,6 +55,20 @@ def is_loss(score: Json) -> bool:
     return bool(score["delta_high"] < 0 and score["p_holm"] < ALPHA)
 
 
+def rules_out(queries: int, score: Json) -> bool:
+    """Whether the interval of a gain over so many judged queries says what the gain is not.
+
+    Where all queries tie, as much as 3 in ``queries`` of those that were not drawn may still gain (the rule of three, Hanley
+    and Lippman-Hand 1983, doi 10.1001/jama.1983.03330370053031). Where nothing scores above 0, nothing could be seen.
+    """
+    if score["mean"] <= 0 and score["mean"] - score["delta"] <= 0:
+        return False
+    if 3 / max(queries, 1) <= WORTH:
+        return True
+    changed = score["won"] + score["lost"] if "won" in score else queries
+    return queries >= QUERIES and changed >= CHANGED and score["delta_high"] > score["delta_low"]
+
+
 def _answer(summary: Json, data: Json, base: str, arms: list[Json]) -> Json:
     measure, name = summary["measure"], data["name"]
     scores = {arm["trial"]: arm["scores"][name][measure] for arm in arms}
@@ -71,11 +87,10 @@ def _answer(summary: Json, data: Json, base: str, arms: list[Json]) -> Json:
             why += f"; {len(gained)} of {len(arms)} arms gained"
     elif len(lost) == len(arms):
         answer, why = "worse", f"every arm lost; the best, {moved}; {p_text(score['p_holm'])})"
-    elif score["delta_high"] < WORTH:
+    elif score["delta_high"] < WORTH and rules_out(data["queries"], score):
         answer, why = "no", f"of {len(arms)} arms the best, {moved}): a gain of {WORTH} or more is ruled out"
     else:
-        includes = score["delta_low"] <= 0
-        reason = "the interval includes 0" if includes else f"not after correction for {_compared(summary, name)} arms"
+        reason = _unseen(data["queries"], score, _compared(summary, name))
         answer, why = "cannot tell", f"of {len(arms)} arms the best, {moved}; {p_text(score['p_holm'])}): {reason}"
     if lost and answer != "worse":
         why += f"; {len(lost)} of {len(arms)} arms lost"
@@ -91,6 +106,17 @@ def _answer(summary: Json, data: Json, base: str, arms: list[Json]) -> Json:
         "delta": score["delta"],
         "sentence": f"{name} ({WHERE[data['role']]}){f', {base}' if many else ''}: {SAID[answer]}. {why[0].upper()}{why[1:]}.",
     }
+
+
+def _unseen(queries: int, score: Json, arms: int) -> str:
+    """Why a gain is neither shown nor ruled out."""
+    if score["mean"] <= 0 and score["mean"] - score["delta"] <= 0:
+        return "nothing that was found is judged relevant"
+    if queries < QUERIES:
+        return f"{queries:,} judged quer{'y is' if queries == 1 else 'ies are'} too few to tell"
+    if score["delta_high"] < WORTH:
+        return "too few queries changed to tell"
+    return "the interval includes 0" if score["delta_low"] <= 0 else f"not after correction for {arms} arms"
 
 
 def best_arm(scores: dict[str, Json]) -> str:
@@ -181,6 +207,10 @@ def _enough(summary: Json, answers: list[Json]) -> list[str]:
         if not any("p_holm" in p and is_gain(p) for p in curve["points"]):
             continue
         who = _who(summary, curve)
+        judged = next(data["queries"] for data in summary["sets"] if data["name"] == curve["set"])
+        if judged < QUERIES:
+            said.append(f"How much is enough, {who}: cannot tell; {judged:,} judged queries are too few.")
+            continue
         largest, enough, best = curve["points"][-1]["used"], curve["enough"], curve["best"]
         gap = curve["best_over_enough"]
         steps = [s for s in curve["steps"] if s["per_100_rows"] is not None]
@@ -235,6 +265,15 @@ def _rate(summary: Json, curve: Json) -> float | None:
     return mine[0]["price_per_accepted"] if len(mine) == 1 else None
 
 
+def _beside(queries: int, score: Json) -> str:
+    """How something stands to another by the interval of the difference; level only where both ends are near."""
+    if queries >= QUERIES and (score["delta_low"] > 0 or score["delta_high"] < 0):
+        return "is above it" if score["delta_low"] > 0 else "is below it"
+    if rules_out(queries, score) and -WORTH < score["delta_low"] and score["delta_high"] < WORTH:
+        return "is level with it"
+    return "cannot be told from it"
+
+
 def _bm25(summary: Json) -> list[str]:
     said = []
     for data in summary["sets"]:
@@ -245,10 +284,10 @@ def _bm25(summary: Json) -> list[str]:
             continue
         best, score = max(rows, key=lambda row: row[1]["mean"])
         over = score["over_bm25"]
-        word = "above" if over["delta_low"] > 0 else "below" if over["delta_high"] < 0 else "level with"
+        word = _beside(data["queries"], {"mean": score["mean"], **over})
         which = f"{best['used']:,} {best['label']} queries, {best['base']}"
         said.append(
-            f"Against BM25 on {data['name']}: the best arm ({which}) is {word} it "
+            f"Against BM25 on {data['name']}: the best arm ({which}) {word} "
             f"({score['mean']:.3f} and {score['mean'] - over['delta']:.3f}; {signed(over['delta'])}, "
             f"95 % CI {signed(over['delta_low'])} to {signed(over['delta_high'])})."
         )
