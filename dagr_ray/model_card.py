@@ -9,6 +9,7 @@ from typing import Any
 
 from dagr_ray import __version__
 from dagr_ray.config import packed
+from dagr_ray.markup import code, markdown
 
 
 def model_card(settings: dict[str, Any], summary: dict[str, Any]) -> str:
@@ -17,7 +18,9 @@ def model_card(settings: dict[str, Any], summary: dict[str, Any]) -> str:
     hyper = {
         k: v for k, v in settings.items() if k not in ("type", "fingerprint", "losses") and not isinstance(v, dict)
     }
-    content = f"revision `{base['revision']}`" if base["revision"] else f"content {settings['base_identity']['model']}"
+    content = (
+        f"revision {code(base['revision'])}" if base["revision"] else f"content {settings['base_identity']['model']}"
+    )
     found = sorted(set(_origins(packed(settings))))
     last = f"{summary['losses'][-1][1]:.4f}" if summary["losses"] else "not logged"
     met = ", ".join(f"{number:.2f} by {loss}" for loss, number in counts["effective_negatives"].items())
@@ -28,15 +31,15 @@ def model_card(settings: dict[str, Any], summary: dict[str, Any]) -> str:
         "tags: [sentence-transformers, feature-extraction, retrieval, synthetic-queries]",
         "---",
         "",
-        f"# {Path(base['model']).name} trained on generated queries",
+        f"# {markdown(Path(base['model']).name)} trained on generated queries",
         "",
         f"Made by dagr-ray {__version__}, stage `train` with fingerprint `{settings['fingerprint']}`.",
         "",
-        f"* base: `{base['model']}`, {content}",
+        f"* base: {code(base['model'])}, {content}",
         *([f"* the first {base['layers']} layers"] if base["layers"] is not None else []),
         *([f"* layers re-initialised with seed {base['reinitialise']}"] if base["reinitialise"] is not None else []),
         *[f"* {kind}: {text}" for kind, text in found],
-        *[f"* {name}: `{source}`" for name, source in settings["sources"].items()],
+        *[f"* {markdown(name)}: {code(source)}" for name, source in settings["sources"].items()],
         f"* examples: {counts['examples']}, with {counts['negatives']:.2f} negatives each on average",
         f"* steps: {counts['steps']} of {summary['samples'] / counts['steps']:.1f} examples",
         f"* effective negatives of a query: {met or 'none'}; padding: {counts['padding']:.1%} of the computed tokens",
@@ -44,7 +47,7 @@ def model_card(settings: dict[str, Any], summary: dict[str, Any]) -> str:
         *[f"* loss: {', '.join(f'{k} {v}' for k, v in loss.items())}" for loss in settings["losses"]],
         f"* loss at the end: {last}; {summary['train_s']:.0f} s of training",
         *_chosen(summary["dev"], counts),
-        *[f"* {name}: {value}" for name, value in hyper.items() if value is not None],
+        *[f"* {name}: {markdown(value)}" for name, value in hyper.items() if value is not None],
         "",
         "Training queries are machine-written where an engine is named above. Check the licences of the corpus, of the",
         "base and of the engine's model before you publish this one.",
@@ -56,8 +59,8 @@ def model_card(settings: dict[str, Any], summary: dict[str, Any]) -> str:
 def _reads(settings: dict[str, Any], summary: dict[str, Any]) -> Iterator[str]:
     """What stands before a text, and how much of it is read."""
     for task, prompt in zip(("query", "passage"), summary["prompts"], strict=True):
-        said = json.dumps(prompt, ensure_ascii=False).replace("`", "\\u0060")
-        yield f"* put before a {task}: " + (f"`{said}`, a prompt of the model" if prompt else "nothing")
+        said = code(json.dumps(prompt, ensure_ascii=False))
+        yield f"* put before a {task}: " + (f"{said}, a prompt of the model" if prompt else "nothing")
     for reads in sorted(set(summary["reads"])):
         trained = min(settings["max_length"], reads)
         yield f"* tokens of a text that are read: {trained} in training, {reads} in search and by this folder"
@@ -80,9 +83,9 @@ def _origins(value: Any) -> Iterator[tuple[str, str]]:
     elif isinstance(value, dict):
         for name, inner in value.items():
             if name in ("strategy", "engine") and isinstance(inner, dict):
-                model = f" with `{inner['model']}`" if inner.get("model") else ""
-                yield name, f"{inner.get('type')}{model}"
+                model = f" with {code(inner['model'])}" if inner.get("model") else ""
+                yield name, f"{markdown(inner.get('type'))}{model}"
             leaf = isinstance(inner, dict) and "type" in inner and not any(isinstance(v, dict) for v in inner.values())
             if name == "corpus" and leaf:
-                yield "passages", " ".join(f"{v}" for v in inner.values() if isinstance(v, str))
+                yield "passages", " ".join(markdown(v) for v in inner.values() if isinstance(v, str))
             yield from _origins(inner)

@@ -25,6 +25,7 @@ from dagr_ray import __version__
 from dagr_ray.artifact import Artifact, Json
 from dagr_ray.config import digest
 from dagr_ray.doctor import pip_install
+from dagr_ray.markup import markdown
 from dagr_ray.report.lineage import Folders
 from dagr_ray.report.summary import summarise
 
@@ -299,7 +300,8 @@ def _status(study: Json) -> str:
 
 
 def _note(summary: Json) -> str:
-    return "\n".join([summary["verdict"]["headline"], *(f"* {s}" for s in summary["verdict"]["sentences"])])[:5000]
+    words = summary["verdict"]
+    return "\n".join([markdown(words["headline"]), *(f"* {markdown(s)}" for s in words["sentences"])])[:5000]
 
 
 def _row(summary: Json, trial: Json) -> Json:

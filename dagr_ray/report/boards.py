@@ -141,7 +141,9 @@ class Board:
                 if len(row.seeds) > 1:
                     score["query_se"] = float(gains[:, i].std(ddof=1) / np.sqrt(len(gains)))
                 if trials[row.id]["bm25"] in self.column:
-                    score["over_bm25"] = self.gap(measure, row.id, trials[row.id]["bm25"])
+                    bm25, values = trials[row.id]["bm25"], self.values(measure)
+                    over = values[:, self.column[row.id]] - values[:, self.column[bm25]]
+                    score["over_bm25"] = self.gap(measure, row.id, bm25) | _won(over)
 
     def gap(self, measure: str, trial: str, other: str) -> Json:
         """The mean of ``trial`` minus that of ``other``, with a paired interval."""

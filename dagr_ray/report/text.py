@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dagr_ray.artifact import Json
+from dagr_ray.markup import code, markdown
 from dagr_ray.report.verdict import dollars, duration, is_gain, is_loss, p_text, signed
 
 
@@ -58,7 +59,7 @@ def _spent(trial: Json) -> list[str]:
 def markdown_table(summary: Json) -> str:
     """A table for each data set with all measures, and the verdict as a list."""
     words = summary["verdict"]
-    lines = [f"**{words['headline']}**", "", *(f"- {sentence}" for sentence in words["sentences"])]
+    lines = [f"**{markdown(words['headline'])}**", "", *(f"- {markdown(sentence)}" for sentence in words["sentences"])]
     for data in [*summary["sets"], *summary["averages"]]:
         measures = data["measures"]
         first = summary["measure"]
@@ -68,7 +69,7 @@ def markdown_table(summary: Json) -> str:
         lines += ["| " + " | ".join(head) + " |", "|" + "|".join(["---"] * 2 + ["---:"] * (len(head) - 2)) + "|"]
         for trial in summary["trials"]:
             scores = trial["scores"].get(data["name"])
-            cells = [trial["base"], trial["label"] or "–", f"{trial['used']:,}"]
+            cells = [markdown(trial["base"]), markdown(trial["label"] or "–"), f"{trial['used']:,}"]
             if scores is None:
                 cells += [trial["state"], *[""] * (len(head) - 4)]
             else:
@@ -81,10 +82,10 @@ def markdown_table(summary: Json) -> str:
                     cells += ["", ""]
                 cells += [f"{scores[m]['mean']:.3f}" for m in others]
                 cells.append(dollars(trial["cost"]["price"]) if trial["cost"] else "")
-            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+            lines.append("| " + " | ".join(cells) + " |")
     if any(len(trial["seeds"]) > 1 for trial in summary["trials"]):
         lines += ["", *_seeds(summary)]
-    lines += [f"\nNote: {warning}" for warning in [*summary["warnings"], *_read(summary)]]
+    lines += [f"\nNote: {markdown(warning)}" for warning in [*summary["warnings"], *_read(summary)]]
     return "\n".join(lines)
 
 
@@ -99,9 +100,9 @@ def _read(summary: Json) -> list[str]:
 
 def _titled(data: Json) -> str:
     if "role" not in data:
-        return f"{data['name'][0].upper()}{data['name'][1:]} ({', '.join(data['sets'])})"
+        return f"{data['name'][0].upper()}{data['name'][1:]} ({', '.join(map(markdown, data['sets']))})"
     where = {"in": "in distribution", "out": "out of distribution"}[data["role"]]
-    return f"`{data['name']}`, {where}, {data['queries']:,} queries"
+    return f"{code(data['name'])}, {where}, {data['queries']:,} queries"
 
 
 def _seeds(summary: Json) -> list[str]:
@@ -112,7 +113,8 @@ def _seeds(summary: Json) -> list[str]:
     for line in seed_lines(summary):
         means = ", ".join(f"{mean:.3f}" for mean in line["means"])
         errors = " | ".join(f"{line[key]:.4f}" for key in ("seed_sd", "seed_se", "query_se"))
-        lines.append(f"| {line['set']} | {line['base']} | {line['label']} | {line['used']:,} | {means} | {errors} |")
+        names = " | ".join(markdown(line[key]) for key in ("set", "base", "label"))
+        lines.append(f"| {names} | {line['used']:,} | {means} | {errors} |")
     return lines
 
 

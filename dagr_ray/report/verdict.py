@@ -269,7 +269,7 @@ def _beside(queries: int, score: Json) -> str:
     """How something stands to another by the interval of the difference; level only where both ends are near."""
     if queries >= QUERIES and (score["delta_low"] > 0 or score["delta_high"] < 0):
         return "is above it" if score["delta_low"] > 0 else "is below it"
-    if rules_out(queries, score) and -WORTH < score["delta_low"] and score["delta_high"] < WORTH:
+    if rules_out(queries, score) and score["delta_low"] > -WORTH and score["delta_high"] < WORTH:
         return "is level with it"
     return "cannot be told from it"
 

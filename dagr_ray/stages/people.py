@@ -26,7 +26,7 @@ from dagr_ray.store import filesystem
 GRADES = (0, 1, 2, 3)
 AGREEMENT = "agreement.json"  # beside the labels of an import
 # A spreadsheet takes a cell that begins so for a formula.
-_FORMULA = ("=", "+", "-", "@", "\t", "\r", "'")
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠", "'")
 
 
 class Rating(NamedTuple):
