@@ -85,7 +85,7 @@ def language_of_all(texts: Iterable[str]) -> str:
     if not counts:
         return "en"
     code, most = counts.most_common(1)[0]
-    if most >= counts.total() / 2 or code == "en":
+    if most >= counts.total() / 2:
         return code
     return "en" if plain > 0.99 * letters else UNDETERMINED
 

@@ -14,13 +14,14 @@ from functools import lru_cache
 from typing import Any
 
 # Thai, Lao, Tibetan, Burmese, Tai scripts, Khmer, kana, Han: written without spaces. U+1361 stands between Ethiopic words.
-_UNSPACED = re.compile(
-    "[\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1361\u1780-\u17ff\u1950-\u19ff\u1a20-\u1aaf\ua9e0-\ua9ff\uaa60-\uaadf"
+UNSPACED = (
+    "\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1361\u1780-\u17ff\u1950-\u19ff\u1a20-\u1aaf\ua9e0-\ua9ff\uaa60-\uaadf"
     "\u3005-\u3007\u3040-\u312f\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U0001b000-\U0001b16f"
-    "\U00020000-\U000323af]"
+    "\U00020000-\U000323af"
 )
-_RUN = re.compile(f"(?:{_UNSPACED.pattern}[\u0300-\u036f\u3099\u309a]*)+")
-_SYLLABIC = re.compile(f"{_UNSPACED.pattern[:-1]}\u1200-\u137f\uac00-\ud7a3]")
+_UNSPACED = re.compile(f"[{UNSPACED}]")
+_RUN = re.compile(f"(?:[{UNSPACED}][\u0300-\u036f\u3099\u309a]*)+")
+_SYLLABIC = re.compile(f"[{UNSPACED}\u1200-\u137f\uac00-\ud7a3]")
 # Format characters belong to the word around them (UAX 29, WB4). So do the Armenian signs that stand inside of a word
 # where others put a sign behind the sentence. U+200B is a space without a width and no part of a word.
 _FORMAT = "\u00ad\u061c\u200c-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff"

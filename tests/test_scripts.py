@@ -1,5 +1,6 @@
 """Words, sentences, filters, crops, exemplars, prefixes, the leak gate and BM25 in eighteen scripts."""
 
+import doctest
 import json
 import logging
 import random
@@ -9,7 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from dagr_ray import tables
+from dagr_ray import language, tables, words as words_module
 from dagr_ray.beir import head
 from dagr_ray.config import ConfigError
 from dagr_ray.engines.crop import sentences as crops
@@ -19,8 +20,10 @@ from dagr_ray.filters.copied import Copied
 from dagr_ray.filters.duplicate import Duplicate
 from dagr_ray.filters.held_out import FLOORS, MECHANISMS, SAME_WORDS, HeldOut
 from dagr_ray.filters.length import Length
+from dagr_ray.filters.pii import Pii
 from dagr_ray.filters.repetition import repeated
 from dagr_ray.language import language_of_all
+from dagr_ray.miners import analyzers
 from dagr_ray.miners.bm25 import BM25
 from dagr_ray.report.lexical import lexical
 from dagr_ray.report.lineage import Folders
@@ -145,6 +148,23 @@ def test_filters(script: Script):
     copied = Copied().score(_candidates(_decomposed(_part(passage, 1, 9)), passage=passage), None)
     strange = Copied().score(_candidates(script.passages[1], passage=passage), None)
     assert copied[0] >= 0.8 and strange == [0.0]
+
+
+@pytest.mark.parametrize(
+    ("text", "masked"),
+    [
+        ("请发邮件到zhang.san@gmail.com谢谢", "请发邮件到[email]谢谢"),
+        ("卡号4111111111111111已过期", "卡号[card]已过期"),
+        ("บัตร4111 1111 1111 1111หมดอายุ", "บัตร[card]หมดอายุ"),
+        ("口座はDE89370400440532013000です", "口座は[iban]です"),
+        ("サーバー8.8.8.8に届かない", "サーバー[ip]に届かない"),
+        ("โทร+66 2 123 4567ด่วน", "โทร[phone]ด่วน"),
+        ("номер4111111111111111б", "номер4111111111111111б"),
+    ],
+)
+def test_peoples_data_beside_letters_without_spaces(text, masked):
+    found = Pii(mask=True).masked(text)
+    assert (found[0] if found else text) == masked
 
 
 @EVERY
@@ -274,6 +294,11 @@ def _folder(place: Path, script: Script) -> str:
     for split in ("test", "dev"):
         (place / "qrels" / f"{split}.tsv").write_text(f"query-id\tcorpus-id\tscore\n{lines}")
     return str(place)
+
+
+@pytest.mark.parametrize("module", [words_module, language, analyzers])
+def test_doctests(module):
+    assert doctest.testmod(module).failed == 0 and doctest.testmod(module).attempted >= 3
 
 
 @pytest.mark.parametrize("name", ["thai", "khmer", "devanagari", "chinese"])
