@@ -23,6 +23,8 @@ KIND = "SentenceTransformer"
 OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack", ".joblib")
 # Parts of a transformer's config that read pictures or sounds.
 OTHER_SENSES = ("vision_config", "audio_config")
+# Modules with weights that a training changes.
+LEARNING = ("Transformer", "StaticEmbedding", "Dense", "CNN", "LSTM", "LayerNorm", "WeightedLayerPooling")
 # Files that hold a tokenizer's words, and tokenizers that read bytes or letters by their numbers.
 WORDS = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "bpe.codes", "spiece.model")
 WITHOUT_WORDS = ("ByT5Tokenizer", "CanineTokenizer", "PerceiverTokenizer")
@@ -45,6 +47,16 @@ def prompts(said: dict[str, Any], folder: str, who: str) -> dict[str, str]:
 def kinds(folder: Path, who: str) -> list[str]:
     """The classes of the modules, those inside a router too; none where the folder is a plain transformer."""
     return [kind.rsplit(".", 1)[-1] for kind, _ in _modules(folder, who)]
+
+
+def learns(folder: Path, who: str) -> bool:
+    """Whether some module has weights that a training may change: word vectors, say, are mostly kept as they are."""
+    found = _modules(folder, who)
+    changed = (
+        _object(folder, place / "wordembedding_config.json", who).get("update_embeddings", kind.endswith(LEARNING))
+        for kind, place in found
+    )
+    return not found or any(changed)
 
 
 @lru_cache(maxsize=256)

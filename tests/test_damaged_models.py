@@ -19,7 +19,7 @@ from dagr_ray.config import ConfigError
 from dagr_ray.retriever import Encoder
 from dagr_ray.training.lora import LoRA
 from dagr_ray.training.losses import InfoNCE
-from tests.model_kinds import pooled, put, static, whole
+from tests.model_kinds import pooled, put, static, whole, words
 from tests.toys import toy_train
 
 
@@ -238,6 +238,14 @@ def test_a_static_model_is_refused_what_it_has_not(tmp_path):
         with pytest.raises(ConfigError, match=re.escape(model)):
             opening.tried(base.model_copy(update=fields))
     opening.tried(base.model_copy(update={"max_length": 16}))
+
+
+def test_a_base_that_has_nothing_to_learn_is_refused(tmp_path):
+    base = Encoder(model=str(put(tmp_path / "words", words(tmp_path), st.Pooling(16, "mean"))))
+    with pytest.raises(ConfigError, match=re.escape(base.model)):
+        toy_train(base=base).check()
+    edited(tmp_path / "words" / "wordembedding_config.json", lambda said: said.update(update_embeddings=True))
+    toy_train(base=base).check()
 
 
 def test_ways_of_other_dimensions_are_refused(tmp_path):

@@ -132,7 +132,13 @@ class Train(Stage):
 
     def check(self) -> None:
         """Raises ConfigError where the base cannot be trained in the way that the fields say."""
-        kinds = model_folder.kinds(self.base.folder, "train") if self.base.local else []
+        if not self.base.local:
+            return
+        kinds = model_folder.kinds(self.base.folder, "train")
+        if not model_folder.learns(self.base.folder, "train"):
+            raise ConfigError(
+                f"train: base = {self.base.model!r} has no weights that can be trained; give another base"
+            )
         tables_of_words = sorted({"StaticEmbedding", "BoW"} & set(kinds))
         if tables_of_words and self.lora is not None:
             raise ConfigError(f"train: lora: base = {self.base.model!r} is a {tables_of_words[0]}; leave lora out")
