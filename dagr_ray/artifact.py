@@ -15,10 +15,13 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import errno
 import hashlib
 import io
 import json
+import logging
 import os
+import platform
 import threading
 import time
 import uuid
@@ -37,6 +40,7 @@ from dagr_ray.config import packed, unpacked
 from dagr_ray.store import fetch, filesystem, scratch
 
 Json = dict[str, Any]
+log = logging.getLogger("dagr")
 READERS = 32  # small files read at once from an object store, which takes about 30 ms for each
 ROW_GROUP = 8192  # so that a few rows of a large part are read without the others
 
@@ -130,8 +134,13 @@ class Artifact:
         if self.local:  # an object store has no folders; to make them is a request for each level
             os.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
         written = f"{target}.{uuid.uuid4().hex[:8]}.tmp" if self.local else target
-        with self.fs.open_output_stream(written) as stream:
-            stream.write(data)
+        try:
+            with self.fs.open_output_stream(written) as stream:
+                stream.write(data)
+        except OSError as error:  # Arrow does not say which file, or how much room there is
+            with contextlib.suppress(OSError):
+                self.fs.delete_file(written)
+            raise OSError(error.errno, os.strerror(error.errno) if error.errno else str(error), target) from error
         if written == target:
             return
         if once:
@@ -328,7 +337,8 @@ class Artifact:
 
     def _finished(self) -> _Known:
         known = self._known()
-        assert known is not None, f"{self.path} is not complete"
+        if known is None:
+            raise FileNotFoundError(errno.ENOENT, "not complete, or away", self.path)
         return known
 
     def count(self, name: str) -> int:
@@ -341,7 +351,7 @@ class Artifact:
             yield self._read_part(part, columns)
 
     def read(self, name: str, columns: list[str] | None = None) -> pa.Table:
-        """A whole table. Raises AssertionError where the folder is not complete or has no such table."""
+        """A whole table. Raises FileNotFoundError if the folder is not complete, AssertionError if it has no such table."""
         found = list(self.scan(name, columns))
         return pa.concat_tables(found) if found else schemas.empty(name)
 
@@ -422,8 +432,18 @@ class Artifact:
         import fcntl
 
         os.makedirs(self.path, exist_ok=True)
-        with open(f"{self.path}/.lock", "w") as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+        with open(f"{self.path}/.lock", "a+", encoding="utf-8") as handle:  # what it says is of its holder
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                handle.seek(0)
+                holder = " ".join(handle.read(200).split()) or "another process"
+                log.warning("waiting for %s: %s is at work on it", self.path, holder)
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            handle.seek(0)
+            handle.truncate()
+            handle.write(f"process {os.getpid()} of {platform.node()}, since {time.strftime('%Y-%m-%d %H:%M:%S %Z')}")
+            handle.flush()
             yield
 
 

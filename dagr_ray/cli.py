@@ -255,6 +255,7 @@ def _explain(error: Exception) -> int:
     if os.environ.get("DAGR_DEBUG"):
         say("".join(traceback.format_exception(error)), to=sys.stderr, end="")
         return 1
+    from dagr_ray import blame
     from dagr_ray.config import ConfigError
 
     failed = getattr(sys.modules.get("dagr_ray.worker"), "StageFailed", ())  # its module needs more packages
@@ -275,13 +276,12 @@ def _explain(error: Exception) -> int:
         named = getattr(link, "cause", None) or link.__cause__
         by_the_way = by_the_way or named is None  # a library that looked for another one before it failed
         link = named or link.__context__
-    last = _one_line(error)
     # An error that came out of a worker carries its own message in text; find ours in it.
     for mark, code in (("ConfigError: ", 2), ("StageFailed: ", 1)):
         if mark in str(error):
             say(f"dagr: error: {str(error).rsplit(mark, 1)[1].splitlines()[0]}", to=sys.stderr)
             return code
-    say(f"dagr: failed: {type(error).__name__}: {last}; set DAGR_DEBUG=1 to see where", to=sys.stderr)
+    say(f"dagr: failed: {blame.reason(error)}; set DAGR_DEBUG=1 to see where", to=sys.stderr)
     return 1
 
 

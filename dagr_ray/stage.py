@@ -6,6 +6,7 @@ where it is not complete, and only those of its shards that have no receipt.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import platform
 import time
@@ -15,13 +16,23 @@ from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, ClassVar, cast
 
-from dagr_ray import __version__, bill, cluster, tables
+from dagr_ray import __version__, bill, blame, cluster, tables
 from dagr_ray.artifact import Artifact, Attempt, Json, add_up
 from dagr_ray.bill import Rates
 from dagr_ray.cluster import Placement, Pool
 from dagr_ray.config import Config, ConfigError, fingerprints_held, from_json
 from dagr_ray.engines import cores_held
-from dagr_ray.worker import GIVEN_UP, Inputs, Opener, Output, Run, StageFailed
+from dagr_ray.worker import (
+    GIVEN_UP,
+    Inputs,
+    Opener,
+    OutOfReach,
+    Output,
+    Run,
+    StageFailed,
+    out_of_memory,
+    out_of_reach,
+)
 
 __all__ = ["Inputs", "Output", "Run", "Stage", "StageFailed", "materialize", "survey", "walk"]
 log = logging.getLogger("dagr")
@@ -186,11 +197,16 @@ def _build_on_sound_inputs(
     """Builds a stage. Where that fails for the damaged part of an input, the input is rebuilt first, then all is tried again."""
     try:
         return _build(stage, inputs, runs, placement, observe)
-    except (ConfigError, StageFailed):
+    except ConfigError:
         raise
-    except Exception:
-        damaged = {name: folder.damaged(deep=True) for name, folder in inputs.items()}
+    except Exception as error:
+        if isinstance(error, StageFailed) and not isinstance(error, OutOfReach):
+            raise
+        damaged: dict[str, dict[int, str]] = {}
+        with contextlib.suppress(OSError):  # what is away is not damaged
+            damaged = {name: folder.damaged(deep=True) for name, folder in inputs.items()}
         if tries == 0 or not any(damaged.values()):
+            _tell(stage, stage.folder(runs), getattr(placement, stage.pool), error)
             raise
     for name, shards in damaged.items():
         if shards:
@@ -200,6 +216,21 @@ def _build_on_sound_inputs(
             damaged_one = stage.inputs().get(name) or load_stage(inputs[name])
             materialize(damaged_one, runs, placement, observe)
     return _build_on_sound_inputs(stage, inputs, runs, placement, observe, tries - 1)
+
+
+def _tell(stage: Stage, folder: Artifact, pool: Pool, error: Exception) -> None:
+    """Raises StageFailed, of one line, if memory, the machine or a worker of Ray's is to blame for a stage's end."""
+    if isinstance(error, StageFailed):
+        return
+    reason = blame.reason(error)
+    if reason.startswith(("StageFailed: ", "OutOfReach: ")):  # in a worker, which has told its line
+        raise StageFailed(reason.partition(": ")[2]) from error
+    if blame.is_of_memory(error) or blame.is_of_a_death(error):
+        raise StageFailed(out_of_memory(folder, stage, pool, error)) from error
+    if blame.is_of_the_machine(error):
+        raise OutOfReach(out_of_reach(folder, error)) from error
+    if type(error).__module__.startswith("ray.") and "ConfigError: " not in reason:
+        raise StageFailed(f"{folder.path}: {reason}; finished shards are kept") from error
 
 
 def _build(stage: Stage, inputs: Inputs, runs: str, placement: Placement, observe: Observer) -> Artifact:
@@ -265,7 +296,8 @@ class _Builder:
                 progress.ends = (*progress.ends, progress.seconds)[-progress.at_once :]
                 self.observe(progress)
         except BaseException as error:
-            attempt.note("failed", error=repr(error)[:2000], done=len(done))
+            with contextlib.suppress(OSError):  # of a disk that is full or away
+                attempt.note("failed", error=blame.reason(error), done=len(done))
             raise
         wall = time.time() - started
         attempt.note("done", wall_s=wall)

@@ -26,6 +26,7 @@ from typing import Any, get_args, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from dagr_ray import blame
 from dagr_ray.artifact import Artifact, Json
 from dagr_ray.cluster import Placement
 from dagr_ray.config import ConfigError, digest, explain, from_json
@@ -339,6 +340,10 @@ def _tune(
 ) -> None:
     from ray import tune
 
+    if not os.environ.get("DAGR_DEBUG"):
+        logging.getLogger("ray.tune").setLevel(
+            logging.CRITICAL
+        )  # its pages about a trial that failed: the reason is told below
     cards = {trial.name: trial.card.to_json() for trial in trials}
     by_name = {trial.name: trial for trial in trials}
     root = str(Path(folder.path).parent) if folder.local else folder.runs
@@ -361,7 +366,8 @@ def _tune(
     for result in results:
         trial = by_name[result.config["trial"]] if result.config else None
         if trial is not None and result.error is not None:
-            trial.state, trial.error = "failed", str(result.error).strip().splitlines()[-1][:500]
+            reason = blame.reason(result.error).removeprefix("ConfigError: ").removeprefix("StageFailed: ")
+            trial.state, trial.error = "failed", reason
             log.error("trial %s (%s) failed: %s", trial.name, trial.params, trial.error)
     save()
     shutil.rmtree(scratch, ignore_errors=True)

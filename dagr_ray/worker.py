@@ -6,6 +6,7 @@ tries for a shard.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from dagr_ray import cluster
+from dagr_ray import blame, cluster
 from dagr_ray.artifact import Artifact, Damaged, Json, add_up
 from dagr_ray.cluster import Pool
 from dagr_ray.config import ConfigError
@@ -39,6 +40,10 @@ class StageFailed(RuntimeError):
     """A stage that ended without a result. Its finished shards are kept; the message says how to go on."""
 
 
+class OutOfReach(StageFailed):
+    """What a stage reads, writes or asks is away (a disk, a server, a permission): no row is to blame, nothing is given up."""
+
+
 @dataclass
 class Output:
     """What one shard made: its tables, files written into the folder (relative), counts, and cost (numbers to add up)."""
@@ -47,6 +52,30 @@ class Output:
     files: list[str] = field(default_factory=list)
     counts: Json = field(default_factory=dict)
     cost: Json = field(default_factory=dict)
+
+
+def out_of_reach(folder: Artifact, error: BaseException) -> str:
+    """The line for a stage that could not read, write or ask."""
+    return (
+        f"{folder.path}: {blame.reason(error)}; no row was given up for it: see that the disk has room and that what the stage "
+        "reads and asks is there, then run again: finished shards are kept"
+    )
+
+
+def out_of_memory(folder: Artifact, stage: Stage, pool: Pool, error: BaseException) -> str:
+    """The line for a stage that ran out of memory, or whose workers died without a word, with what to change."""
+    what = f"memory ran out ({blame.reason(error)})"
+    if blame.is_of_a_death(error):
+        what = "its workers died, most often for want of memory (a worker's log says more)"
+    change = (
+        f"lower workers (now {pool.workers}), shard_rows (now {pool.shard_rows}) or in_flight (now {pool.in_flight})"
+    )
+    if stage.starts_workers:
+        change = f"lower workers (now {pool.workers}), take a smaller model, batch or length"
+    return (
+        f"{folder.path}: {what}; in the placement's [{stage.pool}] {change}, or free some memory, then run again: "
+        "finished shards are kept"
+    )
 
 
 Inputs = dict[str, Artifact]
@@ -160,6 +189,16 @@ class _Worker:
         return self.stage.open(self.inputs, self.folder, self.pool)
 
     def __call__(self, shard: cluster.Shard) -> Json:
+        try:
+            return self._done(shard)
+        except (ConfigError, StageFailed, Damaged):
+            raise
+        except Exception as error:
+            if blame.is_of_the_machine(error) or (isinstance(error, AssertionError) and self._lost()):
+                raise OutOfReach(out_of_reach(self.folder, error)) from error
+            raise
+
+    def _done(self, shard: cluster.Shard) -> Json:
         left = self.tries.left(shard["shard"])
         # a worker that dies right after its commit never sends the receipt to the driver, and Ray asks again
         receipt = self.folder.receipt(shard["shard"])
@@ -245,9 +284,9 @@ class _Worker:
         try:
             with self.watchdog.over(mark) if self.watchdog else nullcontext():
                 return mark, self.run(start, stop)
-        except (ConfigError, StageFailed, Damaged, ModuleNotFoundError, KeyboardInterrupt) as stop:
-            if not (isinstance(stop, KeyboardInterrupt) and mark.cause == HUNG):
-                self.tries.ended(mark, STOPPED, str(stop))
+        except (ConfigError, StageFailed, Damaged, ModuleNotFoundError, KeyboardInterrupt) as end:
+            if not (isinstance(end, KeyboardInterrupt) and mark.cause == HUNG):
+                self._stopped(mark, end)
                 raise
         except EngineDied as error:
             if self.turns.is_alone or self.inline:
@@ -256,8 +295,27 @@ class _Worker:
                 os._exit(70)  # all of the engine goes with the process; Ray starts another
             self.run = self._open()
         except Exception as error:
+            if blame.is_of_the_machine(error) or self._lost():
+                self._stopped(mark, error)
+                raise OutOfReach(out_of_reach(self.folder, error)) from error
+            if blame.is_of_memory(error) and stop - start == 1:
+                # a smaller range needs less; what is too much for a row alone may be another program's
+                self._stopped(mark, error)
+                raise StageFailed(out_of_memory(self.folder, self.stage, self.pool, error)) from error
             self.tries.ended(mark, RAISED, f"{type(error).__name__}: {error}")
         return mark, None
+
+    def _stopped(self, mark: Mark, error: BaseException) -> None:
+        with contextlib.suppress(OSError):  # the disk that is full, or away, is this one
+            self.tries.ended(mark, STOPPED, str(error))
+
+    def _lost(self) -> bool:
+        """Whether something that the stage reads, or its own folder, is not there now."""
+        try:
+            there = [self.folder.read_bytes("plan.json"), *(folder.manifest for folder in self.inputs.values())]
+        except OSError:
+            return True
+        return any(each is None for each in there)
 
     def _check_engine(self, shard: cluster.Shard, given_up: dict[int, Given]) -> None:
         limit = max(TRIES_PER_SHARD, (shard["stop"] - shard["start"]) // 20)
