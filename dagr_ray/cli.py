@@ -133,6 +133,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         _use_utf8()
     try:
         args, more = parser().parse_known_args(argv)
+    except BrokenPipeError:
+        sys.exit(_flushed(128 + signal.SIGPIPE))
     except SystemExit as end:  # of help, or a mistake
         sys.exit(_flushed(end.code if isinstance(end.code, int) else 1))
     if more:

@@ -236,7 +236,6 @@ print(ray.get(ray.remote(lambda: 7).remote()))
         ("nothing at all", "is not host:port"),
         ("ray://127.0.0.1:10001", "ray job submit"),
         ("http://127.0.0.1:8265", "ray job submit"),
-        ("auto", "no running cluster"),
     ],
 )
 @pytest.mark.parametrize("source", ["RAY_ADDRESS", "--address"])
