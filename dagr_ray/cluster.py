@@ -332,6 +332,15 @@ def where() -> str:
     return platform.node()
 
 
+def memory_is_short() -> bool:
+    """Whether this machine, or its container, uses nearly as much memory as has Ray end a worker."""
+    from ray._common.utils import get_system_memory
+    from ray._private.utils import get_used_memory
+
+    share = float(os.environ.get("RAY_memory_usage_threshold", "0.95"))  # noqa: SIM112  Ray's own setting and default
+    return get_used_memory() >= 0.95 * share * get_system_memory()
+
+
 def map_shards(
     factory: Callable[[], Worker], shards: Sequence[Shard], pool: Pool, threads: int = 1, name: str = ""
 ) -> Iterator[dict[str, Any]]:

@@ -88,7 +88,12 @@ def print_json(value: Any) -> None:
     """Prints a value as indented JSON."""
     from dagr_ray.config import packed  # not above: help is to be there at once
 
-    say(json.dumps(packed(value), indent=1, ensure_ascii=False))
+    text = json.dumps(packed(value), indent=1, ensure_ascii=False)
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:  # signs of ours would be printed as others, which is no JSON of this value
+        text = json.dumps(packed(value), indent=1)
+    say(text)
 
 
 def print_table(rows: Sequence[Sequence[object]], head: Sequence[str]) -> None:

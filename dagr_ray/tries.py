@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, field
 from dagr_ray.artifact import Artifact
 
 DIED, STOPPED, ENDED, DONE = "engine_crash", "stopped", "ended", "done"  # done: with it, all of the shard has ended
+MEMORY = "out_of_memory"  # while the machine was short of it: whatever dies then may have been ended for others
 Range = tuple[int, int]
 
 
@@ -99,10 +100,11 @@ class Tries:
     def doubted(self, marks: Sequence[Mark]) -> list[Mark]:
         """Those that speak against rows: of a worker that died under this driver, or of a driver that did the work itself.
 
-        A worker that died together with its driver tells nothing, nor does a try that was called off or came to its end.
+        A worker that died together with its driver tells nothing, nor does a try that was called off or came to its end, nor
+        one that died while memory was short.
         """
         ours = (mark for mark in marks if mark.attempt == self.attempt or (self.inline and mark.inline))
-        return [mark for mark in ours if mark.cause not in (STOPPED, ENDED, DONE)]
+        return [mark for mark in ours if mark.cause not in (STOPPED, ENDED, DONE, MEMORY)]
 
     def begin(self, shard: int, start: int, stop: int) -> Mark:
         """Marks rows as begun."""
@@ -167,7 +169,7 @@ class Turns:
 
 
 class Watchdog:
-    """Calls ``late`` with a mark whose range takes longer than ``deadline_s``.
+    """Calls ``late`` with a mark whose range takes longer than ``deadline_s``, and ``scarce`` with all while ``is_short()``.
 
     A process that was stopped and goes on (SIGSTOP, a suspended machine) has not worked meanwhile: the time that counts
     is that in which this thread ran.
@@ -175,8 +177,14 @@ class Watchdog:
 
     TICK_S = 0.5
 
-    def __init__(self, deadline_s: float, late: Callable[[Mark], None]) -> None:
-        self.deadline_s, self.late = deadline_s, late
+    def __init__(
+        self,
+        deadline_s: float,
+        late: Callable[[Mark], None],
+        is_short: Callable[[], bool] = lambda: False,
+        scarce: Callable[[Mark], None] = lambda mark: None,
+    ) -> None:
+        self.deadline_s, self.late, self.is_short, self.scarce = deadline_s, late, is_short, scarce
         self.running: dict[str, tuple[Mark, float]] = {}
         self.clock = 0.0
         threading.Thread(target=self._watch, name="dagr-watchdog", daemon=True).start()
@@ -197,6 +205,9 @@ class Watchdog:
             now = time.monotonic()
             self.clock += min(now - before, 2 * self.TICK_S)
             before = now
+            if self.running and self.is_short():
+                for mark, _ in list(self.running.values()):
+                    self.scarce(mark)
             for mark, began in list(self.running.values()):
                 if self.clock - began > self.deadline_s:
                     self.late(mark)

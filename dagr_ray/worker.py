@@ -7,6 +7,7 @@ tries for a shard.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import sys
@@ -26,7 +27,7 @@ from dagr_ray.cluster import Pool
 from dagr_ray.config import ConfigError
 from dagr_ray.engines import EngineDied, cores_held
 from dagr_ray.terminal import say
-from dagr_ray.tries import DIED, DONE, ENDED, STOPPED, Given, Mark, Range, Tries, Turns, Watchdog, narrow
+from dagr_ray.tries import DIED, DONE, ENDED, MEMORY, STOPPED, Given, Mark, Range, Tries, Turns, Watchdog, narrow
 
 if TYPE_CHECKING:
     from dagr_ray.stage import Stage
@@ -161,10 +162,12 @@ class _Worker:
         self.clock = _Clock()
         self.watchdog: Watchdog | None = None
         # a thread that is not the main one cannot be interrupted
-        if self.stage.rescues and (not self.inline or threading.current_thread() is threading.main_thread()):
+        if self.stage.rescues and self.inline and threading.current_thread() is threading.main_thread():
             self.watchdog = Watchdog(self.pool.deadline_s, self._late)
-            if self.inline:
-                signal.signal(signal.SIGUSR1, signal.default_int_handler)
+            signal.signal(signal.SIGUSR1, signal.default_int_handler)
+        elif not self.inline:
+            deadline_s = self.pool.deadline_s if self.stage.rescues else math.inf
+            self.watchdog = Watchdog(deadline_s, self._late, cluster.memory_is_short, self._scarce)
 
     def _open_marked(self) -> Run:
         """Opens the stage. Raises StageFailed where workers keep dying of it: Ray would replace them for ever."""
@@ -215,7 +218,12 @@ class _Worker:
             return self._commit(shard, output, done, left + failed)
 
     def _check_commits(self, shard: cluster.Shard, left: list[Mark]) -> None:
-        """Raises StageFailed where workers keep dying of a shard that they have done: its rows are not to blame."""
+        """Raises StageFailed if workers keep dying of a shard that they have done, or of memory: its rows are not to blame."""
+        if (died := sum(mark.attempt == self.attempt and mark.cause == MEMORY for mark in left)) >= TRIES_PER_SHARD:
+            error = MemoryError(
+                f"{died} workers were ended at shard {shard['shard']} while the machine was short of it"
+            )
+            raise StageFailed(out_of_memory(self.folder, self.stage, self.pool, error))
         if sum(mark.attempt == self.attempt and mark.cause == DONE for mark in left) >= TRIES_PER_SHARD:
             raise StageFailed(
                 f"{self.folder.name}: shard {shard['shard']} was done {TRIES_PER_SHARD} times and its worker died while it "
@@ -251,7 +259,8 @@ class _Worker:
                 f"look at its rows with `dagr show {self.folder.name}` and at the worker's log, then run again"
             )
         mark = self.tries.begin(number, shard["start"], shard["stop"])
-        return self.run(shard["start"], shard["stop"]), [mark]
+        with self.watchdog.over(mark) if self.watchdog else nullcontext():
+            return self.run(shard["start"], shard["stop"]), [mark]
 
     def _rescue(self, shard: cluster.Shard, doubted: list[Mark]) -> tuple[Output, list[Mark], list[Mark]]:
         """The shard's output without the rows that had to be given up, and the marks of tries that ended and that
@@ -325,6 +334,11 @@ class _Worker:
                 f"{self.folder.name}: {len(given_up)} rows of shard {shard['shard']} failed alone, the first with "
                 f"{why.reason}: {why.detail}; the fault is not in the rows: mend the engine and run again"
             )
+
+    def _scarce(self, mark: Mark) -> None:
+        if not mark.cause:
+            with contextlib.suppress(OSError):
+                self.tries.ended(mark, MEMORY, "the machine was short of memory")
 
     def _late(self, mark: Mark) -> None:
         if self.turns.is_alone or self.inline:

@@ -62,6 +62,7 @@ class Server(ThreadingHTTPServer):
 
     daemon_threads = True
     request_queue_size = 64
+    lists = False  # whether it tells its models, as a server does that is well
 
     def __init__(self, react):
         self.react, self.ended, self.lock = react, threading.Event(), threading.Lock()
@@ -91,6 +92,10 @@ class Handler(BaseHTTPRequestHandler):
         finally:
             with server.lock:
                 server.now -= 1
+
+    def do_GET(self):
+        assert self.path == "/v1/models"
+        reply(self, 200 if self.server.lists else 503, {"data": []})
 
     def log_message(self, format, *args):
         pass

@@ -209,7 +209,7 @@ ENDLESS = {
 @pytest.mark.parametrize("name", ENDLESS)
 def test_what_has_no_end_is_cut_without_filling_the_memory(server, name):
     running, doing = server
-    doing["now"] = ENDLESS[name]
+    doing["now"], running.lists = ENDLESS[name], True
     peak, began = Peak(), time.monotonic()
     [[one]] = ask(running, ["a"], max_attempts=1, timeout_s=1.5)
     assert one.error and one.raw is None and time.monotonic() - began < 5

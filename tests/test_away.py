@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,15 @@ import pytest
 from dagr_ray import blame
 from dagr_ray.artifact import Artifact
 from dagr_ray.cluster import Placement, Pool
+from dagr_ray.config import ConfigError
 from dagr_ray.engines import Completion, Engine
 from dagr_ray.stage import StageFailed, materialize
 from dagr_ray.stages.corpus import Beir, Sample
 from dagr_ray.stages.generate import Generate
 from dagr_ray.strategies.crop import Crop
+from dagr_ray.study import load_job
+from dagr_ray.worker import Opener
+from tests.billed import Killed
 from tests.conftest import tiny_beir
 
 ROOT = Path(__file__).parent.parent
@@ -268,3 +273,34 @@ def test_a_page_of_a_library_is_one_line(text, reason):
 )
 def test_memory_is_told_from_other_errors(error, memory):
     assert blame.is_of_memory(error) == memory
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 2**63, 2**64, 10**40])
+def test_a_seed_that_training_cannot_take_is_refused_with_the_job(data, seed):
+    with pytest.raises(ConfigError, match=rf"seed = {seed}: Input should be (less than|greater than or equal to)"):
+        load_job(str(ROOT / "jobs/beir.py")).stage(data=data.path, generator="crop", seed=seed)
+
+
+class Ended(Meets):
+    """Its worker is ended in the middle of its work, as by whoever frees memory."""
+
+    abstract = True
+
+    def generate(self, prompts, seeds, sampling, n):
+        time.sleep(1)
+        raise Killed
+
+
+def test_workers_that_are_ended_while_memory_is_short_cost_no_row(tmp_path, data, monkeypatch):
+    stage = Generate(corpus=data, strategy=Crop(), engine=Ended(what="", until=str(tmp_path / "well")))
+    runs, shard = str(tmp_path / "runs"), {"shard": 0, "start": 0, "stop": 1}
+    inputs = {name: materialize(each, runs) for name, each in stage.inputs().items()}
+    monkeypatch.setenv("RAY_memory_usage_threshold", "0")
+    for _ in range(3):
+        with pytest.raises(Killed):
+            Opener(stage, inputs, stage.folder(runs), Pool(workers=1, shard_rows=1), "1-x")()(shard)
+    with pytest.raises(
+        StageFailed, match=r"memory ran out.*3 workers were ended.*\[generate\] lower workers \(now 1\)"
+    ):
+        Opener(stage, inputs, stage.folder(runs), Pool(workers=1, shard_rows=1), "1-x")()(shard)
+    assert stage.folder(runs).receipts() == {}, "no row was given up, though it was alone"

@@ -1,5 +1,6 @@
 """How the command line ends, and what it prints: signals, streams that are closed or full, encodings that lack our letters."""
 
+import json
 import os
 import signal
 import subprocess
@@ -234,3 +235,13 @@ def test_any_encoding_of_the_terminal_shows_what_it_can(tmp_path, environment, s
     assert process.returncode == 0, errors
     encoding = environment.get("PYTHONIOENCODING") or "utf-8"
     assert out.decode(encoding) == f"nothing in {tmp_path}/{shown}\n"
+
+
+def test_json_stays_json_in_any_encoding(data):
+    process = begun("trace", "−é😀", "--json", "--runs", data.parent / "no", env={"PYTHONIOENCODING": "ascii"})
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 2 and b"Traceback" not in errors
+    code = "from dagr_ray import cli, terminal; cli._open_streams(); terminal.print_json(['−é😀', '\\ud800'])"
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True)
+    assert json.loads(done.stdout) == ["−é😀", "\ud800"]

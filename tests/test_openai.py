@@ -168,11 +168,26 @@ def test_a_wrong_key_model_or_address_ends_the_run_in_one_line(monkeypatch, answ
     assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in [*words, server.url])
 
 
-def test_a_server_that_is_not_there_is_an_error_of_every_row():
+def test_a_server_that_is_not_there_is_no_rows_fault():
     with served() as server:
         pass
-    found = ask(server, ["a", "b"], max_attempts=2)
-    assert all("no connection" in c.error and "(attempt 2)" in c.error for [c] in found)
+    with pytest.raises(ConnectionError, match=r"serves nobody: no connection.*attempt 2"):
+        ask(server, ["a", "b"], max_attempts=2)
+
+
+@pytest.mark.parametrize("name", ["500", "503", "drop", "hang", "429"])
+def test_a_server_that_serves_nobody_is_no_rows_fault(name):
+    react = {"503": status(503), "429": status(429), **PASSING}[name]
+    with served(lambda body, nth: react) as server, pytest.raises(ConnectionError, match=r"serves nobody: .*attempt 2"):
+        ask(server, ["a", "b"], max_attempts=2, timeout_s=0.4)
+
+
+@pytest.mark.parametrize("name", ["500", "drop", "hang"])
+def test_a_request_that_a_well_server_cannot_answer_is_at_fault(name):
+    with served(lambda body, nth: PASSING[name]) as server:
+        server.lists = True
+        [[one]] = ask(server, ["a"], max_attempts=2, timeout_s=0.4)
+    assert one.raw is None and "(attempt 2)" in one.error
 
 
 def test_the_wait_doubles_up_to_its_limit_and_is_half_chance(monkeypatch):
@@ -204,11 +219,14 @@ def test_retry_after_holds_all_requests(form):
 
 
 def test_a_wait_of_a_day_is_not_waited_for():
-    with served(
-        lambda body, nth: status(429, "daily limit", Retry_After="86400") if body["seed"] == 0 else None
-    ) as server:
-        bad, fine = ask(server, ["a", "b"])
-    assert "daily limit" in bad[0].error and fine[0].error is None and len(server.seen) == 2
+    with (
+        served(
+            lambda body, nth: status(429, "daily limit", Retry_After="86400") if body["seed"] == 0 else None
+        ) as server,
+        pytest.raises(ConnectionError, match="serves nobody: HTTP 429.*daily limit"),
+    ):
+        ask(server, ["a", "b"])
+    assert len(server.seen) <= 2
 
 
 def test_retry_after_is_read_in_all_its_forms():

@@ -102,6 +102,14 @@ def test_no_umask_opens_it(place, mask):
     assert Path(made, "folders/1/m/weights").read_text() == "ours"
 
 
+def test_a_home_of_another_user_is_theirs_to_fill(place):
+    """As after ``sudo -E``. Only root can have one that it could write."""
+    if not os.geteuid():
+        os.chown(place / "home", NOBODY, NOBODY)
+    expected = "tmp" if not os.geteuid() else "home"
+    assert Path(store.scratch()).is_relative_to(place / expected)
+
+
 def test_no_home_at_all(place, monkeypatch):
     monkeypatch.delenv("HOME")
     assert is_private(store.scratch())

@@ -255,6 +255,7 @@ class _Failure(NamedTuple):
     """Why an attempt gave no completion; ``billed`` where it may have cost something all the same.
 
     ``bad``: there was an answer, and it is none. A proxy that is busy gives such; a server that always does is paid for it.
+    ``away``: there is no server, or it takes no more requests, which is no request's fault. ``None`` is not known: it may be.
     """
 
     cause: str
@@ -262,6 +263,7 @@ class _Failure(NamedTuple):
     billed: bool = False
     bad: bool = False
     wait_s: float = 0.0
+    away: bool | None = False
 
 
 class _Session:
@@ -274,7 +276,7 @@ class _Session:
         self.requests, self.tokens = _Bucket(requests, 1), _Bucket(tokens, (tokens or 0) / 60)
         self.budget = _Budget(config.budget_usd and config.budget_usd / share)
         self.slots = asyncio.Semaphore(max(config.in_flight // share, 1))
-        self.gate, self.shut_until = asyncio.Lock(), 0.0
+        self.gate, self.shut_until, self.answered = asyncio.Lock(), 0.0, 0.0
         self.tells = True  # log-probabilities, until the server says that it cannot
         # asked here, as aiohttp's own way would also send what it finds in a .netrc
         url = urlsplit(config.base_url)
@@ -308,7 +310,7 @@ class _Session:
     def generate(
         self, prompts: Sequence[Prompt], seeds: Sequence[int], sampling: Sampling, n: int
     ) -> list[list[Completion]]:
-        """Raises ConfigError for a wrong key, model or address, and at the budget's end."""
+        """Raises ConfigError for a wrong key, model or address, and at the budget's end; ConnectionError if nobody is served."""
         asked: list[tuple[dict[str, Any], bool]] = []
         for prompt, seed in zip(prompts, seeds, strict=True):
             passage = prompt.passage[: self.config.passage_characters]
@@ -340,6 +342,7 @@ class _Session:
         cause, samples = "", request.get("n", 1)
         retries = billed = bad = 0
         async with self.slots:
+            began = time.monotonic()
             for attempt in range(self.config.max_attempts):
                 if attempt:  # half of it by chance, so that what failed together does not come back together
                     delay = min(BACKOFF_MAX_S, BACKOFF_S * 2 ** min(attempt - 1, 30))
@@ -353,13 +356,31 @@ class _Session:
                     break
                 self.shut_until = max(self.shut_until, time.monotonic() + answer.wait_s)
         if isinstance(answer, _Failure):
+            away = answer.away or (answer.away is None and answer.again and not await self._serves_others(began))
+            if away:
+                raise ConnectionError(f"openai: {self.config.base_url!r} serves nobody: {cause}")
             answer = [Completion(None, None, 0, 0, 0, error=cause) for _ in range(samples)]
+        else:
+            self.answered = time.monotonic()
         for completion in answer:
             completion.truncated, completion.own_prompt = truncated, samples == 1
         answer[0].retries = retries
         answer[0].failed_prompt_tokens = billed * (answer[0].prompt_tokens or _most_tokens(request["prompt"]))
         answer[0].failed_completion_tokens = billed * request["max_tokens"] * samples
         return answer
+
+    async def _serves_others(self, since: float) -> bool:
+        """Whether the server has answered another request meanwhile, or lists its models: then the request is at fault."""
+        import aiohttp
+
+        if self.answered > since:
+            return True
+        with contextlib.suppress(aiohttp.ClientError, OSError, TimeoutError):
+            timeout = aiohttp.ClientTimeout(total=min(self.config.timeout_s, 10))
+            url = f"{self.config.base_url}/models"
+            async with self.http.get(url, proxy=self.proxy, allow_redirects=False, timeout=timeout) as response:
+                return response.status < 500 and response.status != 429
+        return False
 
     async def _attempt(self, request: dict[str, Any]) -> list[Completion] | _Failure:
         """One request within the budget and the limits."""
@@ -400,15 +421,18 @@ class _Session:
                 status, headers = response.status, response.headers
                 raw = await answers.body(response, answers.largest(wanted))
         except aiohttp.ClientConnectorError as error:
-            return _Failure(self._line(f"no connection: {error}"))
+            return _Failure(self._line(f"no connection: {error}"), away=True)
         except TimeoutError:
-            return _Failure(f"no answer within timeout_s = {self.config.timeout_s:g}", billed=True)
+            return _Failure(f"no answer within timeout_s = {self.config.timeout_s:g}", billed=True, away=None)
         except answers.TooLarge as error:
             return _Failure(str(error), again=False, billed=True)
         except ValueError as error:
             return _Failure(self._line(str(error)), billed=True, bad=True)
         except (aiohttp.ClientError, OSError) as error:
-            return _Failure(f"the connection broke: {type(error).__name__}", billed=True)
+            broken = isinstance(error, aiohttp.ClientConnectionError | OSError)  # else an answer that is no HTTP
+            return _Failure(
+                f"the connection broke: {type(error).__name__}", billed=True, away=None if broken else False
+            )
         if 200 <= status < 300:
             try:
                 found = answers.completions(raw, request, _most_tokens(request["prompt"]))
@@ -433,7 +457,8 @@ class _Session:
         if remedy:
             raise ConfigError(f"openai: {self.config.base_url!r} answers {cause}; {remedy}")
         wait_s = retry_after_s(headers.get("Retry-After"), time.time())
-        return _Failure(cause, status in AGAIN or status >= 500, wait_s=wait_s)
+        away = True if status == 429 else None if status >= 500 else False
+        return _Failure(cause, status in AGAIN or status >= 500, wait_s=wait_s, away=away)
 
     def _line(self, text: str) -> str:
         """One line of at most 300 characters without the key, which some servers quote."""

@@ -102,7 +102,8 @@ class Train(Stage):
     gradient_checkpointing: bool = False
     lora: LoRA | None = None
     curriculum: bool = False
-    seed: int = 0
+    # numpy's global generator, which transformers seeds, takes no other
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
     @model_validator(mode="after")
     def _fits(self) -> Train:
