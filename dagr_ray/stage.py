@@ -22,6 +22,7 @@ from dagr_ray.bill import Rates
 from dagr_ray.cluster import Placement, Pool
 from dagr_ray.config import Config, ConfigError, fingerprints_held, from_json
 from dagr_ray.engines import cores_held
+from dagr_ray.store import one_name
 from dagr_ray.worker import (
     GIVEN_UP,
     Inputs,
@@ -113,7 +114,7 @@ class Stage(Config):
         return "-".join(part for part in (self.type, self.label(), self.fingerprint()) if part)
 
     def folder(self, runs: str) -> Artifact:
-        return Artifact(runs, self.folder_name())
+        return Artifact(runs, one_name(self.folder_name(), of="the stage's folder"))
 
 
 def parts(value: Any) -> Iterator[Config]:

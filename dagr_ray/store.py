@@ -179,6 +179,18 @@ def below(folder: str | os.PathLike[str], name: str, of: str = "") -> str:
     return os.path.join(root, name)
 
 
+def one_name(name: str, of: str = "") -> str:
+    """A name that may be that of one file or folder anywhere. Raises ConfigError as ``below``, for a slash too.
+
+    >>> one_name("search-bm25-test-3f9c1a2b7d04")
+    'search-bm25-test-3f9c1a2b7d04'
+    """
+    problem = _problem(name) or ("it has a slash" if "/" in name else None)
+    if problem:
+        raise ConfigError(f"the name {_quoted(name)}{f' of {of}' if of else ''} is refused: {problem}; give another")
+    return name
+
+
 def _problem(name: str) -> str | None:
     """What is wrong with a name, whatever the folder is."""
     try:

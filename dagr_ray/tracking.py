@@ -28,6 +28,7 @@ from dagr_ray.doctor import pip_install
 from dagr_ray.markup import markdown
 from dagr_ray.report.lineage import Folders
 from dagr_ray.report.summary import summarise
+from dagr_ray.terminal import shown
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -219,7 +220,7 @@ class _Pass:
             STUDY: self.folder.name,
             TRIAL: trial["trial"],
             "mlflow.parentRunId": parent,
-            "mlflow.runName": name,
+            "mlflow.runName": shown(name, lines=False),
             "dagr.kind": trial["kind"],
             "dagr.folder": trial["folder"],
         }
@@ -236,7 +237,7 @@ class _Pass:
             artifact = self.folders.artifact(folder)
             if "run.trec" in self.folders.found(folder).get("files", {}):
                 named = self.folders.found(folder)["stage"]["name"]
-                self.client.log_artifact(run_id, artifact.local_path("run.trec"), f"runs/{named}")
+                self.client.log_artifact(run_id, artifact.local_path("run.trec"), f"runs/{_place(named)}")
         self.client.set_tag(run_id, COMPLETE, "1")
         self.client.set_terminated(run_id, end_time=int(finished * 1000))
 
@@ -259,7 +260,7 @@ class _Pass:
         for name, context in used.items():
             manifest = self.folders.found(name)
             profile = {table: entry["rows"] for table, entry in manifest["tables"].items()}
-            source = str({"uri": self.folders.artifact(name).path})
+            source = shown({"uri": self.folders.artifact(name).path})
             dataset = Dataset(name, manifest["fingerprint"][:36], "local", source, profile=str(profile))
             found.append(DatasetInput(dataset, [InputTag("mlflow.data.context", context)]))
         self.client.log_inputs(run_id, datasets=found)
@@ -277,7 +278,7 @@ class _Pass:
             return
         values = {**total, "wall_seconds": self.summary["wall_s"], "trials_done": states.count("done")}
         self.client.log_batch(run_id, metrics=[Metric(k, float(v), now, 0) for k, v in values.items()])
-        self.client.set_tag(run_id, "mlflow.note.content", _note(self.summary))
+        self.client.set_tag(run_id, "mlflow.note.content", shown(_note(self.summary)))
         if page is not None:
             self.client.log_artifact(run_id, self.folder.local_path("report.html"))
         self.client.set_tag(run_id, SEEN, mark)
@@ -314,10 +315,20 @@ def _row(summary: Json, trial: Json) -> Json:
     return row
 
 
+def _place(name: str) -> str:
+    """A data set's name as a folder of artifacts: MLflow refuses some, and two names stay two.
+
+    >>> _place("scifact"), _place("../set")
+    ('scifact', '_set-bba6')
+    """
+    plain = re.sub(r"[^\w\-. ]", "_", name).strip(". ")[:80]
+    return plain if plain and plain == name else f"{plain}-{digest(name)[:4]}"
+
+
 def _params(values: dict[str, Any]) -> list[Any]:
     from mlflow.entities import Param
 
-    return [Param(key, str(value)[:6000]) for key, value in values.items()]
+    return [Param(key, shown(value)[:6000]) for key, value in values.items()]
 
 
 def _measured(row: Json) -> dict[str, float]:
