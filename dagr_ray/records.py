@@ -127,9 +127,12 @@ def _one_value(source: Source, text: str) -> list[Any]:
 
 
 def _delimited(source: Source, stream: io.BufferedReader, suffix: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    lines = lines_of(source, stream)
-    sample = list(itertools.islice(lines, SAMPLE))
+    lines = lines_of(source, stream, blank=True)
+    begun = list(itertools.islice(lines, SAMPLE))
+    sample = [(number, text.rstrip("\r")) for number, text in begun if text.strip()]
     if not sample:
+        if next(lines, None) is not None:
+            raise source.refuse(f"its first {SAMPLE} lines are blank; a row has {WANTED[source.kind]}")
         return
     first = sample[0][1]
     options = "\t,;" if suffix != "csv" else ",;\t"
@@ -148,14 +151,17 @@ def _delimited(source: Source, stream: io.BufferedReader, suffix: str) -> Iterat
     else:
         places, width = _by_position(source, sample, mark)
     source.spaced = mark == " "
-    quoted = mark in ",;" or (
+    # ids begin with a quotation mark where they are quoted; texts may begin with one
+    quoted = mark in ",;" or (mark == "\t" and source.kind == "qrels")
+    quoted |= (
         mark == "\t"
-        and (header is not None or source.kind == "qrels")
+        and header is not None
         and all(
             _strict(text, mark) is not None for _, text in sample if _quotes(text, mark) and text.count('"') % 2 == 0
         )
     )
-    both = itertools.chain(sample[header is not None :], lines)
+    after = 0 if header is None else sample[0][0]
+    both = itertools.chain((each for each in begun if each[0] > after), lines)
     for number, cells in _records(source, both, mark, width, quoted):
         if len(cells) != width:
             others = f"the header names {width}" if header is not None else f"the other lines have {width}"
@@ -257,7 +263,7 @@ def _strict(text: str, mark: str) -> list[str] | None:
 
 def _cells(text: str, mark: str) -> list[str]:
     if mark == " ":
-        return text.split()
+        return re.split(r"[ \t\r\x0b\x0c]+", text.strip(" \t\r\x0b\x0c"))  # what else is white space may stand in an id
     if _quotes(text, mark) and (found := _strict(text, mark)) is not None:
         return found
     return text.split(mark)
@@ -272,8 +278,10 @@ def _records(
         number, text = waiting.pop(0) if waiting else next(lines, (0, ""))
         if not number:
             return
+        if not text.strip():
+            continue
         if not quoted or not _quotes(text, mark):
-            yield number, text.split() if mark == " " else text.split(mark) if not quoted else _cells(text, mark)
+            yield number, _cells(text.rstrip("\r"), mark) if mark == " " else text.rstrip("\r").split(mark)
             continue
         taken, marks = [(number, text)], text.count('"')
         while marks % 2 and len(taken) < LONGEST:
@@ -282,16 +290,16 @@ def _records(
                 break
             taken.append(more)
             marks += more[1].count('"')
-        found = _strict("\n".join(each for _, each in taken), mark) if marks % 2 == 0 else None
+        found = _strict("\n".join(each for _, each in taken).rstrip("\r"), mark) if marks % 2 == 0 else None
         plain = all(len(each.split(mark)) == width for _, each in taken)
         if found is not None and (source.kind == "qrels" or len(taken) == 1 or not plain):
-            source.lines -= len(taken) - 1
+            source.lines -= sum(bool(each.strip()) for _, each in taken[1:])
             yield number, found
         elif mark in ",;":
             raise source.refuse("a quotation mark that is not closed; write the file as CSV again", number)
         else:
             waiting = taken[1:] + waiting
-            yield number, text.split(mark)
+            yield number, text.rstrip("\r").split(mark)
 
 
 # -- Parquet --------------------------------------------------------------------------------------------------------------

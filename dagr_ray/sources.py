@@ -158,8 +158,12 @@ def not_whole(name: str, error: BaseException) -> str:
     return f"not a whole {kind} file ({error}); fetch it again"
 
 
-def lines_of(source: Source, stream: io.BufferedReader) -> Iterator[tuple[int, str]]:
-    """(number, text without its end) of the lines that are not blank; a line that is not UTF-8 is noted."""
+def lines_of(source: Source, stream: io.BufferedReader, blank: bool = False) -> Iterator[tuple[int, str]]:
+    r"""(number, text without its end) of the lines that are not blank; a line that is not UTF-8 is noted.
+
+    With ``blank`` those too, and of its end a line loses the line feed alone: a cell may go on over several lines.
+    """
+    end = "\n" if blank else "\r\n"
     start = stream.peek(4)[:4]
     wide = {b"\xff\xfe": "utf-16-le", b"\xfe\xff": "utf-16-be"}.get(start[:2])
     if wide is None and len(start) == 4 and (start[1::2] == b"\0\0") != (start[::2] == b"\0\0"):
@@ -168,17 +172,17 @@ def lines_of(source: Source, stream: io.BufferedReader) -> Iterator[tuple[int, s
     try:
         if wide:
             for number, text in enumerate(io.TextIOWrapper(stream, wide, newline="\n"), 1):
-                bare = (text.removeprefix("\ufeff") if number == 1 else text).rstrip("\r\n")
-                if bare.strip():
-                    source.lines += 1
+                bare = (text.removeprefix("\ufeff") if number == 1 else text).rstrip(end)
+                source.lines += bool(bare.strip())
+                if blank or bare.strip():
                     yield number, bare
             return
         for number, raw in enumerate(stream, 1):
-            if not raw.strip():
+            if not blank and not raw.strip():
                 continue
-            source.lines += 1
+            source.lines += bool(raw.strip())
             try:
-                yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+                yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip(end)
             except UnicodeDecodeError as error:
                 source.bad(number, "wrong-encoding", f"byte {error.start} is not UTF-8")
     except UnicodeDecodeError as error:
