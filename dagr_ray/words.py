@@ -28,6 +28,11 @@ _FORMAT = "\u00ad\u061c\u200c-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufef
 _ARMENIAN = "\u055a-\u055f"
 # What Unicode's NFKC_Casefold leaves out, as far as it occurs in words: no reader sees it.
 _UNSEEN = re.compile(f"[{_FORMAT}{_ARMENIAN}\u034f\u115f\u1160\u180b-\u180f\u3164\ufe00-\ufe0f\U000e0100-\U000e01ef]")
+_LETTERS = re.compile(r"\w+")
+# What is neither Latin, Greek, Cyrillic nor a sign: words of these alone need no look at their marks.
+_ODD = re.compile(
+    "[^\u0000-\u00ac\u00ae-\u02ff\u0370-\u0482\u048a-\u0530\u1e00-\u200a\u2010-\u2027\u202f-\u205f\u2070-\u20cf\u2100-\u2bff]"
+)
 _TOKEN = re.compile(r"\w+(?:[.,]\d+)*|[^\w\s]")
 _PLAIN = re.compile(r"\w+", re.ASCII)
 # One sign that can be typed as two, or as two in another order: sara am and sara ae of Thai, the same of Lao.
@@ -50,6 +55,9 @@ def words(text: str) -> list[str]:
     """
     if text.isascii():
         return _PLAIN.findall(text)
+    text = unicodedata.normalize("NFC", text)
+    if _ODD.search(text) is None:
+        return _LETTERS.findall(text)
     text = _composed(text)
     found: list[str] = _word().findall(text)
     if _UNSPACED.search(text) is None:
@@ -68,6 +76,8 @@ def folded(text: str) -> list[str]:
     if text.isascii():
         return _PLAIN.findall(text.lower())
     text = unicodedata.normalize("NFKC", text).casefold()
+    if _ODD.search(text) is None:
+        return _LETTERS.findall(text)
     return words(_UNSEEN.sub("", text.replace("i\u0307", "i")))
 
 
@@ -116,10 +126,9 @@ def pieces(text: str) -> list[str]:
     (['今天，', '天气', '好。'], 'ข้าวหอมมะลิ ดี')
     """
     parts = text.split()
-    if not text.isascii() and _UNSPACED.search(text):
-        found = [list(_with_signs(part)) if _UNSPACED.search(part) else [part] for part in parts]
-    else:
-        found = [[part] for part in parts]
+    if not unspaced(text):
+        return [*(f"{part} " for part in parts[:-1]), *parts[-1:]]
+    found = [list(_with_signs(part)) if _UNSPACED.search(part) else [part] for part in parts]
     for each in found[:-1]:
         each[-1] += " "
     return [piece for each in found for piece in each]
@@ -197,8 +206,11 @@ _STOPS = (
     "\uaa5d-\uaa5f\uaaf0\uaaf1\uabeb\ufe52\ufe56\ufe57\uff01\uff0e\uff1f\uff61"
 )
 _CLOSERS = "\"')\\]’”»›」』）】》〉］"
+_AT_ASCII = r"(?<=[.!?])[\"')\]]*\s+(?![a-z])|(?<=\n)\s*\n"
+_ASCII_END = re.compile(rf"[.!?\n](?:{_AT_ASCII}|(?<=[!?]))")
+_STOP = re.compile(f"[{_STOPS}]")
 _END = re.compile(
-    rf"[.!?\n;\u037e{_STOPS}](?:(?<=[.!?])[\"')\]]*\s+(?![a-z])|(?<=\n)\s*\n"
+    rf"[.!?\n;\u037e{_STOPS}](?:{_AT_ASCII}"
     rf"|(?<=[{_STOPS}])(?<!\uff0e(?=[0-9\uff10-\uff19]))[.!?{_STOPS}]*[{_CLOSERS}]*"
     r"|(?<=[\u0370-\u03ff\u1f00-\u1fff][;\u037e])(?!\S)|(?<=[!?]))"
 )
@@ -213,17 +225,23 @@ def sentences(text: str) -> list[str]:
     [2, 2, 2, 2]
     """
     made, start = [], 0
-    for end in _END.finditer(text):
+    for end in (_END if _stops(text) else _ASCII_END).finditer(text):
         at, stop = end.span()
         sign = text[at]
-        # Georgian letters are small ones that a sentence begins with: they have no titlecase
-        small = at + 1 < stop < len(text) and text[stop].title() != text[stop] and not text[stop - 2].isspace()
-        if sign in ".!?" and small and not text[at - 1].isascii():
-            continue  # a small letter that is not one of a to z: т. е., but not behind an English sentence
+        foreign = sign in ".!?" and at + 1 < stop < len(text) and not text[at - 1].isascii()
+        if foreign and text[stop].title() != text[stop] and not text[stop - 2].isspace():
+            # a small letter that is not one of a to z: т. е., but not behind an English sentence. Georgian letters are
+            # small ones that a sentence begins with: they have no titlecase.
+            continue
         made.append(text[start:at] if sign == "\n" else text[start : at + 1] if sign in ".!?" else text[start:stop])
         start = stop
     made.append(text[start:])
     return [sentence for sentence in made if sentence and not sentence.isspace()]
+
+
+def _stops(text: str) -> bool:
+    """Whether a text may have other ends of sentences than . ! and ?"""
+    return not text.isascii() and (";" in text or "\u037e" in text or _STOP.search(text) is not None)
 
 
 def _composed(text: str) -> str:

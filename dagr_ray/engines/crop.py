@@ -24,18 +24,25 @@ def sentences(text: str, min_words: int = 4, max_words: int = 32) -> list[str]:
     """
     found: list[str] = []
     short: list[str] = []
+    spaced = not words.unspaced(text)
     for sentence in words.sentences(text):
-        for span in _spans(words.pieces(sentence), max_words):
-            (found if len(span) >= min_words else short).append("".join(span).rstrip())
+        for span in (
+            _spans(sentence.split(), max_words) if spaced else _unspaced_spans(words.pieces(sentence), max_words)
+        ):
+            whole = " ".join(span) if spaced else "".join(span).rstrip()
+            (found if len(span) >= min_words else short).append(whole)
     return found or short
 
 
 def _spans(pieces: list[str], most: int) -> Iterator[list[str]]:
-    """Runs of at most ``most`` pieces; a text without spaces between words is parted at the last space in reach."""
+    for first in range(0, len(pieces), most):
+        yield pieces[first : first + most]
+
+
+def _unspaced_spans(pieces: list[str], most: int) -> Iterator[list[str]]:
+    """A text without spaces between words is parted at the last space in reach, where there is one."""
     while len(pieces) > most:
-        stop = most
-        if words.unspaced("".join(pieces[:most])):
-            stop = next((i for i in range(most, most // 2, -1) if pieces[i - 1].endswith(" ")), most)
+        stop = next((i for i in range(most, most // 2, -1) if pieces[i - 1].endswith(" ")), most)
         yield pieces[:stop]
         pieces = pieces[stop:]
     if pieces:
