@@ -167,6 +167,9 @@ def _start(address: str, options: dict[str, Any]) -> None:
     """``ray.init``, whose own handlers of SIGTERM end the program with code 15 and without a word."""
     import ray
 
+    if not os.environ.get("DAGR_DEBUG"):
+        # It prints a page about each worker that died, on standard output, into what a verb prints as JSON.
+        ray._private.worker.listen_error_messages = lambda worker, stopped: None
     here = threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGTERM)
     try:
