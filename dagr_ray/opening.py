@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from dagr_ray import models, retriever
 from dagr_ray.config import ConfigError, digest, from_json
 from dagr_ray.retriever import Encoder
+from dagr_ray.terminal import say
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -131,11 +132,11 @@ def main() -> int:
     try:
         tried(from_json(json.load(sys.stdin), Encoder))
     except ConfigError as error:
-        print(error)
+        say(error)
         return 1
     except ModuleNotFoundError:
         return NOT_HERE
-    print("opened")
+    say("opened")
     return 0
 
 

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 
 from dagr_ray.config import ConfigError
 from dagr_ray.markers import unmarked as unmarked
+from dagr_ray.store import one_name
 
 TEXT = pa.large_string()
 # Names by which collections call the judgements to develop on.
@@ -162,7 +163,11 @@ def empty(name: str) -> pa.Table:
 
 
 def check(name: str, value: pa.Table) -> pa.Table:
-    """The table, if it has exactly the schema of ``name`` and no null where none may be; an AssertionError otherwise."""
+    """The table, if it has exactly the schema of ``name`` and no null where none may be; an AssertionError otherwise.
+
+    Raises ConfigError for a name that cannot be a folder's: a split may be called anything.
+    """
+    one_name(name, of="a table")
     expected = schema(name)
     assert value.schema.equals(expected), f"table {name!r} has schema {value.schema}, expected {expected}"
     for field in expected:

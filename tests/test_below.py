@@ -9,10 +9,11 @@ import boto3
 import pyarrow.fs as pafs
 import pytest
 
-from dagr_ray import store as places
+from dagr_ray import store as places, tables
 from dagr_ray.artifact import Artifact
 from dagr_ray.config import ConfigError
 from dagr_ray.miners.bm25 import BM25
+from dagr_ray.stage import materialize
 from dagr_ray.stages.corpus import Beir
 from dagr_ray.stages.retrieve import Index, Search
 from dagr_ray.store import below, fetch, filesystem, local_folder, one_name
@@ -267,6 +268,18 @@ def test_a_label_that_would_be_a_path_is_refused_before_anything_is_written(tmp_
         with pytest.raises(ConfigError, match="refused"):
             search.folder(str(tmp_path / "runs"))
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("split", ["../../x", "/x", "a/b", "a\\b", "a\nb", "x" * 250])
+def test_a_split_that_cannot_be_a_folder_is_refused_before_its_table_is_written(tmp_path, split):
+    with pytest.raises(ConfigError, match="of a table is refused"):
+        tables.check(f"qrels.{split}", tables.empty("qrels"))
+    folder = tiny_beir(tmp_path / "set")
+    if "/" not in split:
+        (folder / "qrels" / f"{split}.tsv").write_text((folder / "qrels" / "test.tsv").read_text())
+        with pytest.raises(ConfigError, match="of a table is refused"):
+            materialize(Beir(path=str(folder)), str(tmp_path / "runs"))
+        assert not [name for name in everything(tmp_path / "runs") if f"qrels.{split}" in name]
 
 
 def test_names_of_data_sets_are_places_of_their_own_in_mlflow():

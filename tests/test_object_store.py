@@ -19,7 +19,7 @@ from dagr_ray import cli, commands, results
 from dagr_ray.artifact import Artifact
 from dagr_ray.cluster import Placement, Pool
 from dagr_ray.config import ConfigError
-from dagr_ray.stage import load_stage, materialize
+from dagr_ray.stage import StageFailed, load_stage, materialize
 from dagr_ray.stages.corpus import Beir
 from dagr_ray.store import filesystem
 from tests import studies
@@ -185,7 +185,7 @@ def test_a_part_whose_upload_is_interrupted_is_never_seen(store: ObjectStore, tm
 
         # the store refuses a piece for good (403 is not tried again): the run ends, and nothing is to be seen either
         store.hook = lambda r: 403 if "/corpus/part-" in r.key and r.query.get("partNumber") == ["2"] else None
-        with pytest.raises(OSError, match="UploadPart"):
+        with pytest.raises(StageFailed, match="UploadPart"):
             materialize(Beir(path=str(source)), runs)
         assert folder.receipts() == {} and folder.listing("corpus") == {} and folder.manifest is None
     finally:
