@@ -243,7 +243,14 @@ def _places(source: Source, header: list[str], line: int) -> dict[str, int]:
         )
     if source.kind == "qrels" and "score" not in found and len(header) > 2:
         raise source.refuse(f"no score among the columns {', '.join(header)}; a header names {WANTED['qrels']}", line)
+    _once_each(source, header, found)
     return {column: header.index(name) for column, name in found.items()}
+
+
+def _once_each(source: Source, names: list[str], found: dict[str, str]) -> None:
+    twice = next((name for name in found.values() if names.count(name) > 1), None)
+    if twice is not None:
+        raise source.refuse(f"two columns are called {twice!r}; rename the one that is not meant")
 
 
 def _quotes(text: str, mark: str) -> bool:
@@ -319,6 +326,7 @@ def _parquet(source: Source) -> Iterator[tuple[int, dict[str, Any]]]:
                 )
             if source.kind == "qrels" and "score" not in found and len(names) > 2:
                 raise source.refuse(f"no score among the columns {', '.join(names)}; wanted are {WANTED['qrels']}")
+            _once_each(source, names, found)
             for column, name in found.items():
                 _check_type(source, column, name, file.schema_arrow.field(name).type)
             row = 0

@@ -307,6 +307,21 @@ REFUSED = {
         classic(qrels={"qrels/test.parquet": judged_parquet(names=("a", "b", "c"))}),
         "no query-id and no corpus-id among the columns a, b, c",
     ),
+    "two columns of one name": (
+        classic(qrels=lines([(*HEAD, "score"), *((*row, 1) for row in QRELS)])),
+        "two columns are called",
+    ),
+    "two columns of one name in Parquet": (
+        classic(corpus={"corpus.parquet": parquet(pa.table([pa.array(["a"])] * 3, names=["_id", "text", "text"]))}),
+        "two columns are called 'text'",
+    ),
+    "blank lines alone": (classic(qrels=b"\n" * 300), "first 200 lines are blank"),
+    "JSON that nests without end": (classic(corpus=b"[" * 100_000), "line 1: broken-json .RecursionError"),
+    "half of a letter in UTF-16": (classic(corpus=CORPUS.decode().encode("utf-16")[:-1]), "not UTF-16-LE"),
+    "a time for a score": (
+        classic(qrels={"qrels/test.parquet": judged_parquet(kind=pa.timestamp("s"))}),
+        "column 'score' is of type timestamp",
+    ),
     "a cut Parquet file": (classic(qrels={"qrels/test.parquet": judged_parquet()[:200]}), "not a whole Parquet file"),
     "two files for one split": (
         classic(qrels={"qrels/test.csv": JUDGED, "qrels/test.jsonl": b""}),
