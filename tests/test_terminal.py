@@ -184,6 +184,16 @@ def test_log_records_errors_and_progress_lines(capsys, tmp_path):
         assert stream.getvalue().replace("\r\x1b[2K", "").isprintable() or stream.getvalue().count("\x1b") in (0, 3)
 
 
+def test_a_page_shows_marks_that_would_turn_a_line_around():
+    """In the report's own environment: what is text is escaped and shown, what is markup stays."""
+    from dagr_ray.report.page import _environment
+
+    template = _environment().from_string("<p>{{ text }}</p>{{ chart | safe }}{{ 1.5 }}")
+    made = template.render(text="".join(OBEYED.values()) + "<script>é", chart="<svg>\u202e</svg>")
+    assert made.endswith("&lt;script&gt;é</p><svg>\u202e</svg>1.5")
+    assert not set(made.partition("</p>")[0]) & set("\x1b\x9b\x00\r\u202e\u2028\u200b\U000e0049")
+
+
 # -- nothing else prints ------------------------------------------------------------------------------------------------
 
 
