@@ -18,11 +18,10 @@ import contextlib
 import errno
 import hashlib
 import io
-import json
 import logging
 import os
 import platform
-import threading
+import re
 import time
 import uuid
 from collections.abc import Iterable, Iterator
@@ -32,17 +31,22 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from dagr_ray import tables as schemas
-from dagr_ray.config import packed, unpacked
-from dagr_ray.store import fetch, filesystem, scratch
+from dagr_ray import disk, shapes, sound, tables as schemas
+from dagr_ray.config import digest
+from dagr_ray.folder import Folder, folders_of
+from dagr_ray.shapes import Json
+from dagr_ray.sound import Damaged
 
-Json = dict[str, Any]
+__all__ = ["Artifact", "Attempt", "Damaged", "Json", "add_up", "folders_of"]
 log = logging.getLogger("dagr")
 READERS = 32  # small files read at once from an object store, which takes about 30 ms for each
 ROW_GROUP = 8192  # so that a few rows of a large part are read without the others
+PLAN = -1  # in place of a shard: the folder's plan
+# Two writers of one shard give their files names of their own, which say nothing of what is in them.
+_OWN = re.compile(r"-[0-9a-f]{8}(?=/)")
+_EMPTY: Json = {"stage": {}, "inputs": {}, "files": {}, "counts": {}, "cost": {}, "price": 0.0}
 
 
 @dataclass
@@ -52,7 +56,6 @@ class _Known:
     path: str
     stamp: tuple[Any, ...]
     manifest: Json
-    shards: list[Json] = field(default_factory=list)  # of the plan
     offsets: dict[str, list[int]] = field(default_factory=dict)
 
     def parts(self, name: str) -> list[Json]:
@@ -69,22 +72,9 @@ class _Known:
 
 
 # What this process has read of finished folders: with 10,000 shards, a manifest takes 0.1 s to parse.
-_memory = threading.Lock()
 _folders: dict[tuple[str, str], _Known] = {}
-_sound: dict[str, tuple[Any, ...]] = {}
-
-
-def _remember(memory: dict[Any, Any], key: Any, value: Any, limit: int) -> None:
-    with _memory:
-        memory.pop(key, None)
-        if value is not None:
-            memory[key] = value
-        while len(memory) > limit:
-            memory.pop(next(iter(memory)))
-
-
-class Damaged(RuntimeError):
-    """A part whose bytes are not those that were written. ``materialize`` rebuilds it and goes on."""
+_plans: dict[tuple[str, str], tuple[tuple[Any, ...], Json]] = {}
+_contents: dict[tuple[str, str], tuple[tuple[Any, ...], str]] = {}
 
 
 def _receipt(shard: int) -> str:
@@ -95,105 +85,50 @@ def _revoked(shard: int) -> str:
     return f"revoked/{shard:05d}-{uuid.uuid4().hex[:4]}.json"
 
 
-class Artifact:
+class Artifact(Folder):
     """One folder below a runs folder. Cheap to make and to pickle: it holds two strings until it is used."""
 
-    def __init__(self, runs: str, name: str) -> None:
-        self.runs, self.name = str(runs), name
-        self.fs, root = filesystem(self.runs)
-        self.path = f"{root}/{name}"
+    def local_path(self, *parts: str) -> str:
+        """A path on this machine's disk of a file or folder, which is as it was written; that of a remote folder is
+        copied to a cache first. Of a folder, only the files that the stage has written are there. Raises Damaged.
+        """
+        target = "/".join([self.path, *parts])
+        below = "/".join(parts)
+        files = (self.manifest or {}).get("files", {})
+        entries = {
+            name[len(below) :].lstrip("/"): entry
+            for name, entry in files.items()
+            if name == below or not below or name.startswith(f"{below}/")
+        }
+        if self.local:
+            sound.demand_all(self.fs, ((f"{self.path}/{entry['file']}", entry) for entry in entries.values()))
+            found = target
+        else:
+            found = sound.fetched(self.fs, target, entries)
+        return sound.without_strangers(found, entries) if entries and "" not in entries else found
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Artifact, (self.runs, self.name)
-
-    def __repr__(self) -> str:
-        return f"Artifact({self.path})"
+    def json_of(self, relative: str) -> Any:
+        """The value of a JSON file that the stage has written itself, as it was written. Raises Damaged."""
+        entry = (self.manifest or {}).get("files", {}).get(relative)
+        if entry is not None:
+            sound.demand(self.fs, f"{self.path}/{relative}", entry)
+        found = self.read_json(relative)
+        if found is None:
+            raise Damaged(f"{self.path}/{relative} is missing or not as it was written")
+        return found
 
     @property
-    def local(self) -> bool:
-        return isinstance(self.fs, pafs.LocalFileSystem)
-
-    def local_path(self, *parts: str) -> str:
-        """A path on this machine's disk; files of a remote folder are copied to a cache named by the folder first."""
-        target = "/".join([self.path, *parts])
-        if self.local:
-            return target
-        cache = os.path.join(scratch(), *self.path.split("/"), *parts)
-        fetch(self.fs, target, cache)
-        return cache
-
-    # -- small files ------------------------------------------------------------------------------------------------
-
-    def write_bytes(self, relative: str, data: bytes | pa.Buffer, once: bool = False) -> None:
-        """Writes a file that is whole whenever it is seen (renamed into place; one put on an object store).
-
-        ``once``: raises FileExistsError where the file is there already. An object store cannot tell: there the last
-        writer stands.
-        """
-        target = f"{self.path}/{relative}"
-        if self.local:  # an object store has no folders; to make them is a request for each level
-            os.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
-        written = f"{target}.{uuid.uuid4().hex[:8]}.tmp" if self.local else target
-        try:
-            with self.fs.open_output_stream(written) as stream:
-                stream.write(data)
-        except OSError as error:  # Arrow does not say which file, or how much room there is
-            with contextlib.suppress(OSError):
-                self.fs.delete_file(written)
-            raise OSError(error.errno, os.strerror(error.errno) if error.errno else str(error), target) from error
-        if written == target:
-            return
-        if once:
-            try:
-                os.link(written, target)
-                return
-            except FileExistsError:
-                raise
-            except OSError:  # a file system without hard links: there, too, the last writer stands
-                os.replace(written, target)
-            finally:
-                with contextlib.suppress(FileNotFoundError):
-                    os.remove(written)
-        else:
-            os.replace(written, target)
-
-    def read_bytes(self, relative: str) -> bytes | None:
-        """A file's content, or None where there is none."""
-        for more_tries in (True, True, False):
-            try:
-                with self.fs.open_input_stream(f"{self.path}/{relative}") as stream:
-                    return stream.read()
-            except (FileNotFoundError, NotADirectoryError):
-                return None
-            except OSError:
-                # an object store opens and reads in two requests: another driver may remove the file between them
-                if self.local or not more_tries:
-                    raise
-        return None
-
-    def write_json(self, relative: str, value: Any) -> None:
-        self.write_bytes(relative, json.dumps(packed(value), indent=1, ensure_ascii=False).encode())
-
-    def read_json(self, relative: str) -> Any:
-        """A JSON file's value, or None where there is no file or it is not whole."""
-        data = self.read_bytes(relative)
-        try:
-            return None if data is None else unpacked(data)
-        except ValueError:
-            return None
-
-    def listing(self, relative: str) -> dict[str, int]:
-        """Base name -> size of the finished files in a sub-folder: one listing call."""
-        selector = pafs.FileSelector(f"{self.path}/{relative}", allow_not_found=True)
-        try:
-            found = self.fs.get_file_info(selector)
-        except FileNotFoundError:  # made by another writer after Arrow had not found it, and before it looked once more
-            found = self.fs.get_file_info(selector)
-        return {f.base_name: f.size for f in found if f.is_file and not f.base_name.endswith(".tmp")}
-
-    def remove(self, relative: str) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            self.fs.delete_file(f"{self.path}/{relative}")
+    def plan(self) -> Json:
+        """``plan.json``, remembered as long as it lies there. Shared: not to be changed. Raises Damaged."""
+        key, stamp = (self.runs, self.path), sound.stamp(self.fs, f"{self.path}/plan.json")
+        known = _plans.get(key)
+        if known is None or known[0] != stamp:
+            found = self.read_json("plan.json")
+            if found is None:
+                raise Damaged(f"{self.path}/plan.json is missing or not as it was written")
+            known = (stamp or (), found)
+            sound.remember(_plans, key, known, 8)
+        return known[1]
 
     # -- shards -----------------------------------------------------------------------------------------------------
 
@@ -204,17 +139,25 @@ class Artifact:
         writer committed the same rows (``more["rows"]``) meanwhile, its receipt stands and is returned.
         """
         parts = {name: self._write_part(name, shard, value) for name, value in rows.items()}
-        receipt = {"shard": shard, "tables": parts, "files": {f: self._checksum(f) for f in files}, **more}
+        own = {f: {"file": f, **sound.checksum(self.fs, f"{self.path}/{f}")} for f in files}
+        receipt = {"shard": shard, "tables": parts, "files": own, **more}
+        if self.local:  # the receipt must not outlive what it names: one trip to the disk for all of a shard
+            written = [f"{self.path}/{each['file']}" for each in (*parts.values(), *own.values())]
+            disk.settle([*written, *dict.fromkeys(path.rsplit("/", 1)[0] for path in written)])
         earlier = self.receipt(shard)
         if earlier is not None:
             if earlier.get("rows") == receipt.get("rows"):
                 return self._too_late(receipt, earlier)
             self._too_late(earlier, receipt)
+        if earlier is not None or self.read_bytes(_receipt(shard)) is not None:
             self.remove(_receipt(shard))
         try:
-            self.write_bytes(_receipt(shard), json.dumps(receipt, indent=1, ensure_ascii=False).encode(), once=True)
+            self.write_json(_receipt(shard), receipt, once=True)
         except FileExistsError:
-            return self._too_late(receipt, self.read_json(_receipt(shard)))
+            stands = self.receipt(shard)
+            if stands is not None:
+                return self._too_late(receipt, stands)
+            self.write_json(_receipt(shard), receipt)
         return receipt
 
     def receipt(self, shard: int) -> Json | None:
@@ -236,32 +179,40 @@ class Artifact:
         self.write_bytes(file, data)
         return {"file": file, "rows": value.num_rows, "bytes": len(data), "sha256": sha}
 
-    def _checksum(self, relative: str) -> Json:
-        with self.fs.open_input_stream(f"{self.path}/{relative}") as stream:
-            sha, size = hashlib.sha256(), 0
-            while block := stream.read(1 << 20):
-                sha.update(block)
-                size += len(block)
-        return {"file": relative, "bytes": size, "sha256": sha.hexdigest()}
-
     def receipts(self) -> dict[int, Json]:
         """Shard -> receipt, for the shards that are committed."""
-        return {receipt["shard"]: receipt for receipt in self._read_all("receipts")}
+        return {receipt["shard"]: receipt for receipt in self._read_all("receipts").values() if receipt is not None}
 
-    def _read_all(self, folder: str) -> list[Json]:
-        names = [f"{folder}/{name}" for name in sorted(self.listing(folder))]
+    def _read_all(self, folder: str) -> dict[str, Json | None]:
+        """Base name -> value of the files of a sub-folder; None for one that is damaged."""
+        names = sorted(self.listing(folder))
+        paths = [f"{folder}/{name}" for name in names]
         if self.local or len(names) < 2:
-            found = [self.read_json(name) for name in names]
-        else:
-            with ThreadPoolExecutor(READERS) as pool:
-                found = list(pool.map(self.read_json, names))
-        return [value for value in found if value is not None]
+            return dict(zip(names, map(self.read_json, paths), strict=True))
+        with ThreadPoolExecutor(READERS) as pool:
+            return dict(zip(names, pool.map(self.read_json, paths), strict=True))
 
     def damaged(self, deep: bool = False) -> dict[int, str]:
-        """Committed shards whose parts are missing or of another size (``deep``: or of another checksum) -> what is wrong."""
+        """Committed shards whose files are missing or of another size (``deep``: or of another checksum) -> what is wrong.
+
+        Of a finished folder the manifest says what should be there, and its receipts and plan are looked at if ``deep``
+        alone. ``PLAN`` stands for the plan.
+        """
+        manifest = self.manifest
         problems: dict[int, str] = {}
+        receipts: dict[str, Json | None] = {}
+        if manifest is None or deep or any("shard" not in each for each in manifest["files"].values()):
+            receipts = self._read_all("receipts")
+        if manifest is None or deep:
+            problems = {
+                shapes.shard_of(name): f"receipts/{name} is not as it was written"
+                for name, receipt in receipts.items()
+                if receipt is None
+            }
+        if manifest is not None and deep and shapes.is_stage(self.name):
+            problems |= self._lost(receipts)
         sizes: dict[str, dict[str, int]] = {}
-        for shard, part in self._committed():
+        for shard, part in self._committed(manifest, receipts):
             folder, _, base = part["file"].rpartition("/")
             if folder not in sizes:
                 sizes[folder] = self.listing(folder)
@@ -270,38 +221,57 @@ class Artifact:
                 problems[shard] = f"{part['file']} is missing"
             elif size != part["bytes"]:
                 problems[shard] = f"{part['file']} has {size} bytes, not {part['bytes']}"
-            elif deep and self._checksum(part["file"])["sha256"] != part["sha256"]:
-                problems[shard] = f"{part['file']} has another checksum"
+            elif deep and (wrong := sound.problem(self.fs, f"{self.path}/{part['file']}", part)):
+                problems[shard] = wrong
         return problems
 
-    def _committed(self) -> Iterator[tuple[int, Json]]:
+    def _lost(self, receipts: dict[str, Json | None]) -> dict[int, str]:
+        """The plan of a finished folder, or receipts that it should have."""
+        plan = self.read_json("plan.json")
+        if plan is None:
+            return {PLAN: self.problem("plan.json") or "plan.json is missing"}
+        names = (f"{i:05d}.json" for i in range(len(plan["shards"])))
+        return {shapes.shard_of(name): f"receipts/{name} is missing" for name in names if name not in receipts}
+
+    def _committed(self, manifest: Json | None, receipts: dict[str, Json | None]) -> Iterator[tuple[int, Json]]:
         """(shard, part or file) of all committed shards: from the manifest where there is one, which is one file to read."""
-        manifest = self.manifest
-        if manifest is not None and not manifest.get("files"):
-            for made in manifest["tables"].values():
-                for part in made["parts"]:
-                    yield int(part["file"].rpartition("/part-")[2].partition("-")[0]), part
+        sound_ones = [receipt for receipt in receipts.values() if receipt is not None]
+        if manifest is None:
+            for receipt in sound_ones:
+                for part in [*receipt["tables"].values(), *receipt["files"].values()]:
+                    yield receipt["shard"], part
             return
-        for shard, receipt in self.receipts().items():
-            for part in [*receipt["tables"].values(), *receipt["files"].values()]:
-                yield shard, part
+        for made in manifest["tables"].values():
+            for part in made["parts"]:
+                yield shapes.shard_of(part["file"]), part
+        owners = {file: receipt["shard"] for receipt in sound_ones for file in receipt["files"]}
+        for file, entry in manifest["files"].items():
+            yield entry.get("shard", owners.get(file, 0)), entry
 
     def revoke(self, shards: Iterable[int]) -> None:
         """Takes shards back, so that they are built again. What they cost stays in the bill: see ``revoked``."""
         self.remove("manifest.json")
-        _remember(_folders, (self.runs, self.path), None, 64)
+        sound.remember(_folders, (self.runs, self.path), None, 64)
         marks = self.listing("tries")
         for shard in shards:
-            receipt = self.read_bytes(_receipt(shard))
+            if shard == PLAN:
+                self.remove("plan.json")
+                continue
+            receipt = self.receipt(shard)
             if receipt is not None:
                 for mark in (name for name in marks if name.startswith(f"{shard:05d}-")):
                     self.remove(f"tries/{mark}")  # its cost is the receipt's
-                self.write_bytes(_revoked(shard), receipt)
-                self.remove(_receipt(shard))
+                self.write_json(_revoked(shard), receipt)
+            self.remove(_receipt(shard))
+
+    def restart(self) -> None:
+        """Takes all back, the plan too: what was read for it has other content now."""
+        self.revoke([shapes.shard_of(name) for name in self.listing("receipts")])
+        self.remove("plan.json")
 
     def revoked(self) -> list[Json]:
         """The receipts of shards that were taken back: work that was paid for and is not in the tables."""
-        return self._read_all("revoked")
+        return [receipt for receipt in self._read_all("revoked").values() if receipt is not None]
 
     # -- the finished folder ----------------------------------------------------------------------------------------
 
@@ -312,25 +282,48 @@ class Artifact:
         return known.manifest if known else None
 
     def _known(self) -> _Known | None:
-        stamp = self._stamp("manifest.json")
-        with _memory:
-            known = _folders.get((self.runs, self.path))
+        stamp, key = sound.stamp(self.fs, f"{self.path}/manifest.json"), (self.runs, self.path)
+        known = _folders.get(key)
         if known is None or known.stamp != stamp:
             manifest = self.read_json("manifest.json") if stamp else None
-            known = _Known(self.path, stamp, manifest) if stamp and manifest is not None else None
-            _remember(_folders, (self.runs, self.path), known, 64)
+            known = _Known(self.path, stamp, _EMPTY | manifest) if stamp and manifest is not None else None
+            sound.remember(_folders, key, known, 64)
         return known
 
-    def _stamp(self, relative: str) -> tuple[Any, ...] | None:
-        """What changes when a file is written again; None where there is none."""
-        if self.local:
-            try:
-                found = os.stat(f"{self.path}/{relative}")
-            except (FileNotFoundError, NotADirectoryError):
+    def content(self) -> str | None:
+        """A hash of what a finished folder holds, without names and times; None while it is not complete."""
+        key, stamp = (self.runs, self.path), sound.stamp(self.fs, f"{self.path}/manifest.json")
+        known = _contents.get(key)
+        if known is None or known[0] != stamp:
+            manifest = self.manifest
+            if manifest is None or stamp is None:
                 return None
-            return found.st_ino, found.st_mtime_ns, found.st_size
-        info = self.fs.get_file_info(f"{self.path}/{relative}")
-        return (info.mtime_ns, info.size) if info.is_file else None
+            made = {name: [part["sha256"] for part in each["parts"]] for name, each in manifest["tables"].items()}
+            files = sorted((_OWN.sub("", name), entry["sha256"]) for name, entry in manifest["files"].items())
+            known = (stamp, digest([made, files], 32))
+            sound.remember(_contents, key, known, 16384)
+        return known[1]
+
+    def stale(self) -> str | None:
+        """Which input has other content now than that which this folder is made from; None where none has.
+
+        An input that is gone tells nothing. A folder from before this was recorded is taken as it is, unless an input
+        whose files nobody checked then, or that was remade since, is younger.
+        """
+        made = self.manifest or self.read_json("plan.json") or {}
+        for name, folder in made.get("inputs", {}).items():
+            source = Artifact(self.runs, folder)
+            now = source.content()
+            if now is None:
+                continue
+            then = made.get("made_from", {}).get(name)
+            if then is not None and then != now:
+                return name
+            if then is None and "finished" in made:
+                theirs = source.manifest or {}
+                if (theirs["files"] or theirs.get("remade")) and theirs.get("finished", 0) > made["finished"]:
+                    return name
+        return None
 
     def table_names(self) -> list[str]:
         return sorted(self._finished().manifest["tables"])
@@ -348,7 +341,7 @@ class Artifact:
     def scan(self, name: str, columns: list[str] | None = None) -> Iterator[pa.Table]:
         """A table part by part, in shard order."""
         for part in self._finished().parts(name):
-            yield self._read_part(part, columns)
+            yield self.read_part(part, columns)
 
     def read(self, name: str, columns: list[str] | None = None) -> pa.Table:
         """A whole table. Raises FileNotFoundError if the folder is not complete, AssertionError if it has no such table."""
@@ -365,7 +358,7 @@ class Artifact:
         while at < len(parts) and offsets[at] < stop:
             first, last = max(start - offsets[at], 0), min(stop, offsets[at + 1]) - offsets[at]
             if first == 0 and last == parts[at]["rows"]:
-                found.append(self._read_part(parts[at], columns))
+                found.append(self.read_part(parts[at], columns))
             elif first < last:
                 found.append(self._read_rows(parts[at], columns, first, last))
             at += 1
@@ -383,19 +376,18 @@ class Artifact:
 
     def source_rows(self, name: str, start: int, stop: int) -> tuple[int, int]:
         """The rows of the input, widened to whole shards, that rows ``start`` to ``stop`` of a table were made from."""
-        known = self._finished()
-        offsets = known.starts(name)
-        if not known.shards:
-            known.shards = self.read_json("plan.json")["shards"]
+        offsets, shards = self._finished().starts(name), self.plan["shards"]
         if start >= stop:
             return 0, 0
-        assert len(offsets) == len(known.shards) + 1, (
-            f"{self.path}: {len(offsets) - 1} parts, {len(known.shards)} shards"
-        )
+        if len(offsets) != len(shards) + 1:
+            raise Damaged(
+                f"{self.path}/plan.json is not as it was written: {len(shards)} shards, {len(offsets) - 1} parts"
+            )
         first, last = bisect.bisect_right(offsets, start) - 1, bisect.bisect_left(offsets, stop) - 1
-        return known.shards[first]["start"], known.shards[last]["stop"]
+        return shards[first]["start"], shards[last]["stop"]
 
-    def _read_part(self, part: Json, columns: list[str] | None) -> pa.Table:
+    def read_part(self, part: Json, columns: list[str] | None = None) -> pa.Table:
+        """The rows of a part that a receipt or a manifest names. Raises Damaged."""
         # a flipped bit would else be an error from deep inside, or a wrong row that nobody sees
         data = self.read_bytes(part["file"])
         if data is None or hashlib.sha256(data).hexdigest() != part["sha256"]:
@@ -405,12 +397,8 @@ class Artifact:
 
     def _read_rows(self, part: Json, columns: list[str] | None, first: int, last: int) -> pa.Table:
         """Some rows of a part. All of it is checked once in a process, later only the pages that are read."""
-        stamp, file = self._stamp(part["file"]), f"{self.path}/{part['file']}"
-        with _memory:
-            sound = _sound.get(file) == stamp
-        if stamp is None or (not sound and self._checksum(part["file"])["sha256"] != part["sha256"]):
-            raise Damaged(f"{file} is {'missing' if stamp is None else 'not as it was written'}")
-        _remember(_sound, file, stamp, 4096)
+        file = f"{self.path}/{part['file']}"
+        sound.demand(self.fs, file, part)
         with self.fs.open_input_file(file) as stream:
             opened = pq.ParquetFile(stream, page_checksum_verification=True)
             sizes = [opened.metadata.row_group(i).num_rows for i in range(opened.num_row_groups)]
@@ -431,8 +419,12 @@ class Artifact:
             return
         import fcntl
 
-        os.makedirs(self.path, exist_ok=True)
-        with open(f"{self.path}/.lock", "a+", encoding="utf-8") as handle:  # what it says is of its holder
+        disk.make_folder(self.path, self.path)
+        if os.path.isdir(f"{self.path}/.lock"):
+            disk.remove(f"{self.path}/.lock")
+        with open(
+            f"{self.path}/.lock", "a+", encoding="utf-8", errors="replace"
+        ) as handle:  # what it says is of its holder
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -452,15 +444,16 @@ class Attempt:
 
     def __init__(self, folder: Artifact) -> None:
         self.folder = folder
-        self.number = len(folder.listing("attempts")) + 1
+        self.number = max((int(re.split(r"[-.]", name)[0]) for name in folder.listing("attempts")), default=0) + 1
         # two drivers on an object store, which has no locks, may count the same
         self.name = f"{self.number:03d}-{uuid.uuid4().hex[:4]}"
         self.lines: list[str] = []
 
     def note(self, event: str, **detail: Any) -> None:
         """Adds an event with the time and writes the log out."""
-        self.lines.append(json.dumps({"at": time.time(), "event": event, **detail}, ensure_ascii=False))
-        self.folder.write_bytes(f"attempts/{self.name}.jsonl", ("\n".join(self.lines) + "\n").encode())
+        place = f"attempts/{self.name}.jsonl"
+        self.lines.append(shapes.line(self.folder.name, place, {"at": time.time(), "event": event, **detail}))
+        self.folder.write_bytes(place, ("\n".join(self.lines) + "\n").encode())
 
 
 def add_up(total: Json, more: Json) -> Json:

@@ -53,7 +53,7 @@ class Candidates:
     """The candidates of a search for some of the queries that it was asked; ``queries`` are those or a part of them."""
 
     def __init__(self, search: Artifact, queries: Artifact) -> None:
-        self.search, self.queries, plan = search, queries, search.read_json("plan.json")
+        self.search, self.queries, plan = search, queries, search.plan
         self.starts = [shard["start"] for shard in plan["shards"]]
         # whose rows the shards are ranges of, where one can tell
         self.asked: Artifact | None = None

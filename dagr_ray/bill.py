@@ -15,7 +15,6 @@ An attempt that was killed ends with its last sign of life. What tokens were los
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -111,8 +110,7 @@ def attempts(folder: Artifact, receipts: Iterable[Json]) -> dict[str, Attempt]:
     found: dict[str, Attempt] = {}
     for file in sorted(folder.listing("attempts")):
         name = file.removesuffix(".jsonl")
-        lines = (folder.read_bytes(f"attempts/{file}") or b"").splitlines()
-        events = [json.loads(line) for line in lines]
+        events = folder.lines(f"attempts/{file}")
         if events:
             held = next((event["holds"] for event in events if "holds" in event), holds(Pool()))
             found[name] = Attempt(name, events[0]["at"], events[-1]["at"], held)
@@ -120,7 +118,7 @@ def attempts(folder: Artifact, receipts: Iterable[Json]) -> dict[str, Attempt]:
     for receipt in receipts:
         attempt = attempt_of(receipt, found)
         if attempt is not None:
-            attempt.ended = max(attempt.ended, receipt["at"])
+            attempt.ended = max(attempt.ended, receipt.get("at", 0.0))
             told[attempt.name] = max(told.get(attempt.name, 0.0), receipt.get("cpus", 0.0))
     for name, cpus in told.items():
         if cpus:
@@ -131,7 +129,7 @@ def attempts(folder: Artifact, receipts: Iterable[Json]) -> dict[str, Attempt]:
 def attempt_of(receipt: Json, tries: dict[str, Attempt]) -> Attempt | None:
     """The attempt that wrote a receipt. Two drivers of an object store may share a number: the later one then."""
     mine = [a for name, a in tries.items() if int(name.split("-")[0]) == receipt.get("attempt")]
-    return max((a for a in mine if a.began <= receipt["at"]), key=lambda a: a.began, default=None)
+    return max((a for a in mine if a.began <= receipt.get("at", 0.0)), key=lambda a: a.began, default=None)
 
 
 def shard_bill(receipt: Json, attempt: Attempt | None, rates: Rates) -> Json:
@@ -211,7 +209,7 @@ def lost(folder: Artifact, receipts: Iterable[Json]) -> list[Json]:
     rows = spent = 0
     settled: dict[int, float] = {}  # a worker that died right after its commit leaves marks of what its receipt bills
     for receipt in receipts:
-        settled[receipt["shard"]] = max(receipt["at"], settled.get(receipt["shard"], 0.0))
+        settled[receipt["shard"]] = max(receipt.get("at", 0.0), settled.get(receipt["shard"], 0.0))
         rows += receipt["counts"].get("in", 0)
         spent += receipt["cost"].get("prompt_tokens", 0) + receipt["cost"].get("completion_tokens", 0)
     marks = [folder.read_json(f"tries/{name}") for name in sorted(folder.listing("tries"))]
@@ -245,7 +243,7 @@ def within_budget(engine: Engine, folder: Artifact, workers: int, at_work: bool 
         spent = sum(line["usd"].values())
         usd, rows = usd + line["usd"]["work"], rows + line["rows"]["in"]
         tokens += line["tokens"]["prompt"] + line["tokens"]["completion"]
-        before, during = (before, during + spent) if receipt["attempt"] == now else (before + spent, during)
+        before, during = (before, during + spent) if receipt.get("attempt") == now else (before + spent, during)
     for mark in lost(folder, receipts):
         spent = mark["tokens"] * usd / max(tokens, 1)
         before, during = (before, during + spent) if mark["attempt"] == now else (before + spent, during)

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from pydantic import Field
 
 from dagr_ray.artifact import Artifact, Json
@@ -267,7 +266,7 @@ def _errors(folder: Artifact) -> list[str]:
     for receipt in folder.receipts().values():
         part = receipt["tables"].get("generations")
         if part and receipt["counts"].get("errors"):
-            rows = pq.read_table(f"{folder.path}/{part['file']}", columns=["source_id", "error"], filesystem=folder.fs)
+            rows = folder.read_part(part, ["source_id", "error"])
             bad = rows.filter(pc.is_valid(rows["error"])).to_pylist()
             found += [f"{row['source_id']}: {row['error']}" for row in bad]
     return found[:SHOWN]

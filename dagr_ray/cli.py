@@ -261,6 +261,7 @@ def _explain(error: Exception) -> int:
     from dagr_ray.config import ConfigError
 
     failed = getattr(sys.modules.get("dagr_ray.worker"), "StageFailed", ())  # its module needs more packages
+    damaged = getattr(sys.modules.get("dagr_ray.sound"), "Damaged", ())
     seen: set[int] = set()
     link: BaseException | None = error
     by_the_way = False
@@ -269,6 +270,9 @@ def _explain(error: Exception) -> int:
         if isinstance(link, ConfigError):
             say(f"dagr: error: {_one_line(link)}", to=sys.stderr)
             return 2
+        if isinstance(link, damaged):
+            print(f"dagr: failed: {_one_line(link)}; run its job again, which mends it", file=sys.stderr)
+            return 1
         if isinstance(link, failed):
             say("\n  ".join([f"dagr: failed: {_one_line(link)}", *getattr(link, "rows", ())]), to=sys.stderr)
             return 1

@@ -209,6 +209,11 @@ def study(args: Args) -> int | None:
         mirror.finish(planned.folder(args.runs))  # the store is told that the study stopped
         raise
     summary = report.summarise(args.runs, folder.name)
+    if summary["damaged"]:  # found when the results were read, after the work
+        list(survey(planned.stages(), args.runs, deep=True, repair=True))
+        cluster.connect(args.address)
+        folder = run_study(planned, args.runs, placement, reporter, mirror.soon)
+        summary = report.summarise(args.runs, folder.name)
     page = report.write_page(summary, args.runs, folder.name)
     say(report.terminal_table(summary))
     problem = mirror.finish(folder)

@@ -18,11 +18,10 @@ from pathlib import Path
 from statistics import median
 
 import pyarrow as pa
-import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from dagr_ray import tables
-from dagr_ray.artifact import Artifact, Json
+from dagr_ray.artifact import Artifact, Json, folders_of
 from dagr_ray.bill import KINDS, Rates
 from dagr_ray.cluster import Placement, Pool
 from dagr_ray.engines import cores_held
@@ -120,9 +119,7 @@ def _short(kind: pa.DataType) -> object:
 
 def _records(runs: str) -> list[Json]:
     """The manifests of a runs folder."""
-    fs, root = filesystem(runs)
-    found = fs.get_file_info(pafs.FileSelector(root, allow_not_found=True))
-    manifests = (Artifact(runs, info.base_name).manifest for info in found if info.type == pafs.FileType.Directory)
+    manifests = (Artifact(runs, name).manifest for name, _ in folders_of(runs))
     return [manifest for manifest in manifests if manifest and manifest.get("stage", {}).get("type")]
 
 

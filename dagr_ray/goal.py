@@ -140,8 +140,7 @@ class Reach(Stage):
     @staticmethod
     def _asked(step: Artifact) -> int:
         """Passages of a step, from the sample below it."""
-        plan = step.read_json("plan.json")
-        return plan["stage"]["parsed"]["corpus"]["n"]
+        return step.plan["stage"]["parsed"]["corpus"]["n"]
 
 
 def _own(step: Stage) -> list[Stage]:

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dagr_ray.artifact import Artifact
+from dagr_ray.artifact import Artifact, folders_of
 from dagr_ray.config import ConfigError, packed
 from dagr_ray.store import filesystem
 from dagr_ray.terminal import print_json, print_table, say
@@ -17,11 +17,8 @@ Args = argparse.Namespace
 
 def folders(runs: str) -> list[tuple[str, float]]:
     """(name, time of its last change in seconds) of each folder in a runs folder, by name."""
-    import pyarrow.fs as pafs
-
-    fs, root = filesystem(runs)
-    found = fs.get_file_info(pafs.FileSelector(root, allow_not_found=True))
-    dirs = [f for f in found if f.type == pafs.FileType.Directory and not f.base_name.startswith((".", "mlflow"))]
+    fs, _ = filesystem(runs)
+    dirs = [info for _, info in folders_of(runs)]
     if dirs and dirs[0].mtime is None:  # folders of an object store have no times; their first file has
         names = [[f"{d.path}/plan.json", f"{d.path}/study.json"] for d in dirs]
         times = [max((f.mtime.timestamp() for f in fs.get_file_info(two) if f.mtime), default=0.0) for two in names]
@@ -50,18 +47,25 @@ def ls(args: Args) -> int | None:
     for name, changed in folders(args.runs):
         folder = Artifact(args.runs, name)
         if name.startswith("study-"):
-            value = folder.read_json("study.json") or {}
-            done = sum(t["state"] == "done" for t in value.get("trials", []))
-            state = f"{done}/{len(value.get('trials', []))} trials"
+            value = folder.read_json("study.json")
+            if value is None and folder.problem("study.json") is None:
+                continue
+            done = sum(t.get("state") == "done" for t in (value or {"trials": []})["trials"])
+            state = f"{done}/{len(value['trials'])} trials" if value else "damaged: study.json"
             rows.append({"folder": name, "state": state, "rows": None, "price": None, "changed": changed})
             continue
         manifest = folder.manifest
         plan = folder.read_json("plan.json")
-        if plan is None:
+        bad = [
+            f for f, value in (("plan.json", plan), ("manifest.json", manifest)) if value is None and folder.problem(f)
+        ]
+        if plan is None and not bad:
             continue
         made = {t: entry["rows"] for t, entry in (manifest or {}).get("tables", {}).items()}
-        state = "complete" if manifest else f"{len(folder.receipts())}/{len(plan['shards'])} shards"
-        price = manifest["price"] if manifest else None
+        of = len(plan["shards"]) if plan else "?"
+        state = "complete" if manifest and plan else f"{len(folder.receipts())}/{of} shards"
+        state = f"damaged: {', '.join(bad)}" if bad else state
+        price = manifest.get("price") if manifest else None
         rows.append({"folder": name, "state": state, "rows": made, "price": price, "changed": changed})
     if args.json:
         print_json(rows)
@@ -87,6 +91,12 @@ def show(args: Args) -> int | None:
     """``dagr show``."""
     folder = find(args.runs, args.folder)
     manifest = folder.manifest or folder.read_json("plan.json") or folder.read_json("study.json")
+    if manifest is None:
+        wrong = [each for file in ("manifest.json", "plan.json", "study.json") if (each := folder.problem(file))]
+        raise ConfigError(
+            f"{folder.path}: {'; '.join(wrong) or 'no plan.json, manifest.json or study.json in it'}; "
+            "run its job again, which mends it"
+        )
     if args.table:
         if folder.manifest is None or args.table not in folder.table_names():
             allowed = ", ".join(folder.table_names()) if folder.manifest else "none, it is not complete"
@@ -101,12 +111,12 @@ def show(args: Args) -> int | None:
     if args.json:
         print_json(manifest)
         return None
-    assert manifest is not None
     for key in ("fingerprint", "inputs", "counts", "cost", "price", "attempts", "placement", "packages"):
         if key in manifest:
             say(f"{key}: {json.dumps(manifest[key], ensure_ascii=False)}")
     for name, entry in manifest.get("tables", {}).items():
-        say(f"table {name}: {entry['rows']:,} rows, {entry['bytes']:,} bytes, {len(entry['parts'])} parts")
+        rows, stored = (sum(part[key] for part in entry["parts"]) for key in ("rows", "bytes"))
+        say(f"table {name}: {rows:,} rows, {stored:,} bytes, {len(entry['parts'])} parts")
     for name, entry in manifest.get("files", {}).items():
         say(f"file {name}: {entry['bytes']:,} bytes")
     say(f"stage: {json.dumps(packed(manifest.get('stage', manifest.get('axes'))), ensure_ascii=False)}")
@@ -159,9 +169,9 @@ def report(args: Args) -> int | None:
             raise ConfigError(
                 f"no study in {args.runs!r}; run `dagr study jobs/quickstart.py --runs {args.runs}` first"
             )
-        name = max(studies)[1]
-    if Artifact(args.runs, name).read_json("study.json") is None:
-        raise ConfigError(f"{name!r} is not a study; `dagr ls --runs {args.runs}` lists them (study-...)")
+        # the newest that can be read
+        sound = [each for each in studies if Artifact(args.runs, each[1]).read_json("study.json") is not None]
+        name = max(sound or studies)[1]
     summary = reports.summarise(args.runs, name)
     if args.json:
         print_json(summary)

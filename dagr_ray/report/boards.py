@@ -242,7 +242,7 @@ def _query_texts(row: Row, name: str, wanted: set[str]) -> dict[str, str]:
         manifest = folders.found(inner)
         data = manifest["inputs"].get("data")
         if manifest["stage"].get("name") == name.split("/")[0] and "queries" in folders.found(data or "")["tables"]:
-            rows = folders.artifact(str(data)).read("queries").to_pylist()
+            rows: list[Json] = folders.soundly(str(data), lambda read: read.read("queries").to_pylist(), [])
             return {r["query_id"]: r["text"] for r in rows if r["query_id"] in wanted}
     return {}
 

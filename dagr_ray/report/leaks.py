@@ -28,7 +28,9 @@ def leaks(folders: Folders, rows: list[Row], generators: list[Json], measure: st
         if gate is None:
             continue
         counts = folders.found(gate)["counts"]
-        seen = _Seen(folders.artifact(gate))
+        seen = folders.soundly(gate, _Seen, None)
+        if seen is None:
+            continue
         arms = [row for row in rows if row.kind == "augmented" and row.arm.mined == generator["mined"] and row.scores]
         found.append(
             {

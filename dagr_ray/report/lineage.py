@@ -6,13 +6,18 @@ opens a model or needs the machine that the folders were made on.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 from dagr_ray import bill
-from dagr_ray.artifact import Artifact, Json, add_up
+from dagr_ray.artifact import Artifact, Damaged, Json, add_up
+
+log = logging.getLogger("dagr")
+T = TypeVar("T")
 
 # Lines of a bill that are no part of the price.
 BESIDE = ("setup", "waiting")
@@ -24,6 +29,7 @@ class Folders:
     def __init__(self, runs: str) -> None:
         self.runs = runs
         self._manifests: dict[str, Json | None] = {}
+        self.damaged: dict[str, str] = {}
 
     def artifact(self, name: str) -> Artifact:
         return Artifact(self.runs, name)
@@ -37,18 +43,30 @@ class Folders:
         """The manifest of a folder, empty where it is gone (a study outlives what was deleted to save space)."""
         return self.manifest(name) or {"inputs": {}, "tables": {}, "counts": {}, "cost": {}, "stage": {}, "price": 0.0}
 
+    def soundly(self, name: str, read: Callable[[Artifact], T], otherwise: T) -> T:
+        """What ``read`` gives of a folder; ``otherwise`` where that is damaged, which is noted in ``damaged``."""
+        try:
+            return read(self.artifact(name))
+        except Damaged as error:
+            if name not in self.damaged:
+                log.warning("left out: %s; run its job again, which mends it", error)
+            self.damaged[name] = str(error)
+            return otherwise
+
     def ancestors(self, name: str) -> list[str]:
         """The folder and all it was made from, inputs first, each once."""
-        seen: dict[str, None] = {}
+        found: list[str] = []
+        seen: set[str] = set()
 
         def visit(each: str) -> None:
             if each not in seen and self.manifest(each) is not None:
+                seen.add(each)  # before its inputs: what was put there by hand may name itself
                 for inner in self.found(each)["inputs"].values():
                     visit(inner)
-                seen.setdefault(each)
+                found.append(each)
 
         visit(name)
-        return list(seen)
+        return found
 
     def sums(self, names: Iterable[str]) -> Json:
         """Seconds, dollars and tokens of some folders together; ``wasted_tokens`` (at most so many) are in no table.

@@ -28,10 +28,15 @@ def write_page(summary: Json, runs: str, study_folder: str) -> str:
     return f"{folder.path}/{PAGE}"
 
 
+def _samples(folders: Folders, generator: Json) -> list[Json]:
+    none: list[Json] = []
+    return folders.soundly(generator["folder"], lambda _: samples(folders, generator), none)
+
+
 def render(summary: Json, runs: str) -> str:
     """The page's HTML for a summary and the folders that it was made from."""
     folders = Folders(runs)
-    shown = [(generator, samples(folders, generator)) for generator in summary["generators"]]
+    shown = [(generator, _samples(folders, generator)) for generator in summary["generators"]]
     # what matplotlib wrote is markup, with its labels escaped; everything else on the page is text
     template = _environment().get_template("page.html")
     return template.render(s=summary, samples=shown, chart=curves_svg(summary), seeds=seed_lines(summary))

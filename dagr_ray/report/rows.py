@@ -8,14 +8,12 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.fs as pafs
 
 from dagr_ray import tables
-from dagr_ray.artifact import Artifact, Json
+from dagr_ray.artifact import Artifact, Damaged, Json, folders_of
 from dagr_ray.config import ConfigError
 from dagr_ray.report.lineage import Folders
 from dagr_ray.stage import load_stage
-from dagr_ray.store import filesystem
 
 
 def trace(runs: str, row_id: str) -> Json:
@@ -29,11 +27,10 @@ def trace(runs: str, row_id: str) -> Json:
         manifest = folders.found(name)
         if "generations" not in manifest["inputs"] or "lineage" not in manifest["tables"]:
             continue
-        artifact = folders.artifact(name)
-        found = _rows(artifact, "lineage", "id", [row_id]) or _rows(artifact, "lineage", "gen_id", [row_id])
+        found = _some(folders, name, "lineage", "id", [row_id]) or _some(folders, name, "lineage", "gen_id", [row_id])
         if found:
             return _traced(folders, names, name, found[0]["gen_id"], found[0]["id"])
-        if row_id in {r["id"] for r in _rows(artifact, "rejected", "id", [row_id])}:
+        if row_id in {r["id"] for r in _some(folders, name, "rejected", "id", [row_id])}:
             return _traced(folders, names, name, row_id, None)
     raise ConfigError(
         f"no generated row {row_id!r} in {runs!r}; give a query_id or gen_id, such as `dagr show FOLDER --table examples` lists"
@@ -41,10 +38,12 @@ def trace(runs: str, row_id: str) -> Json:
 
 
 def _complete(folders: Folders) -> list[str]:
-    fs, root = filesystem(folders.runs)
-    found = fs.get_file_info(pafs.FileSelector(root, allow_not_found=True))
-    names = sorted(f.base_name for f in found if f.type == pafs.FileType.Directory)
-    return [name for name in names if folders.manifest(name) is not None]
+    return [name for name, _ in folders_of(folders.runs) if folders.manifest(name) is not None]
+
+
+def _some(folders: Folders, name: str, table: str, key: str, values: list[str]) -> list[dict[str, Any]]:
+    """``_rows`` of one folder of many: one that is damaged is left out."""
+    return folders.soundly(name, lambda artifact: _rows(artifact, table, key, values), [])
 
 
 def _rows(artifact: Artifact, table: str, key: str, values: Iterable[str]) -> list[dict[str, Any]]:
@@ -79,14 +78,14 @@ def _traced(folders: Folders, names: list[str], parsed: str, gen_id: str, query_
     }
     ids = [i for i in (query_id, gen_id) if i]
     for name in names:
-        artifact, inputs = folders.artifact(name), folders.found(name)["inputs"]
+        inputs = folders.found(name)["inputs"]
         if inputs.get("parsed") == parsed and query_id:
-            for score in _rows(artifact, "scores", "query_id", [query_id]):
+            for score in _some(folders, name, "scores", "query_id", [query_id]):
                 found["scores"][score["scorer"]] = score["score"]
         mine = parsed in folders.ancestors(name)
         if mine:
-            found["rejected"] += [r | {"folder": name} for r in _rows(artifact, "rejected", "id", ids)]
-        if mine and query_id and (used := _rows(artifact, "examples", "query_id", [query_id])):
+            found["rejected"] += [r | {"folder": name} for r in _some(folders, name, "rejected", "id", ids)]
+        if mine and query_id and (used := _some(folders, name, "examples", "query_id", [query_id])):
             found["used_by"].append(name)
             found["negatives"] = used[0]["negative_ids"]
     trained = [n for n in names if folders.found(n)["inputs"].get("examples") in found["used_by"]]
@@ -130,7 +129,7 @@ class Prompts:
             asked = {row["source_id"]: row for row in rows if row["sample"] == sample}
             try:
                 made = load_stage(artifact).prompts(inputs, list(asked), sample)  # type: ignore[attr-defined]
-            except (ConfigError, OSError, AttributeError) as error:
+            except (ConfigError, OSError, AttributeError, Damaged) as error:
                 return {row["gen_id"]: f"(cannot be made again here: {error})" for row in rows}
             for source_id, text in made.items():
                 same = _sha(text) == asked[source_id]["prompt_sha"]

@@ -21,14 +21,25 @@ from dagr_ray.report.verdict import verdict
 AMOUNTS = ("volume", "density", "coverage")
 
 
+def study_of(folder: Artifact) -> Json:
+    """``study.json`` of a folder. Raises ConfigError where it is no study's, or damaged."""
+    found = folder.read_json("study.json")
+    if found is None:
+        wrong = folder.problem("study.json")
+        raise ConfigError(
+            f"{folder.path}/{wrong}; run the study again: what is finished stays"
+            if wrong
+            else f"no study.json in {folder.path!r}; give a folder that starts with study-"
+        )
+    return found
+
+
 def summarise(runs: str, study_folder: str) -> Json:
     """Everything that the tables and the page show, as plain JSON values. Reads finished folders only.
 
     Raises ConfigError where ``study_folder`` is no study.
     """
-    study = Artifact(runs, study_folder).read_json("study.json")
-    if study is None:
-        raise ConfigError(f"no study.json in {study_folder!r} below {runs!r}; give a folder that starts with study-")
+    study = study_of(Artifact(runs, study_folder))
     folders = Folders(runs)
     warnings: list[str] = []
     rows = [Row(folders, trial, study.get("defaults", {})) for trial in study["trials"]]
@@ -63,7 +74,9 @@ def summarise(runs: str, study_folder: str) -> Json:
         "stages": _stages(folders, rows),
         "lexical": lexical(folders, (row.trial["folder"] for row in rows if row.kind == "bm25"), warnings),
         "warnings": warnings,
+        "damaged": folders.damaged,
     }
+    warnings += [f"left out, as it is damaged: {what}" for what in folders.damaged.values()]
     summary |= _versions(folders, rows)
     summary["total"] = folders.sums(stage["folder"] for stage in summary["stages"])
     summary["rates"] = sorted({str(Rates.from_json(b["rates"])) for b in _bills(folders, summary["stages"])})
@@ -127,7 +140,7 @@ class Row:
         """Data set -> measure -> query -> value; empty where the trial has not ended."""
         if self.folders.manifest(self.trial["folder"]) is None:
             return {}
-        rows = self.folders.artifact(self.trial["folder"]).read("metrics").to_pylist()
+        rows: list[Json] = self.folders.soundly(self.trial["folder"], lambda card: card.read("metrics").to_pylist(), [])
         splits: dict[str, set[str]] = {}
         for row in rows:
             splits.setdefault(row["data"] or "data", set()).add(row["split"] or "")

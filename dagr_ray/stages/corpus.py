@@ -217,14 +217,14 @@ class Parquet(Stage):
         return {"check": ParquetCheck(path=self.path)}
 
     def size(self, inputs: Inputs) -> int:
-        return sum(sum(each["groups"]) for each in inputs["check"].read_json("files.json"))
+        return sum(sum(each["groups"]) for each in inputs["check"].json_of("files.json"))
 
     def ranges(self, inputs: Inputs, step: int) -> list[tuple[int, int]]:
         """Whole row groups, where these are not large."""
-        return parquet.ranges(inputs["check"].read_json("files.json"), step)
+        return parquet.ranges(inputs["check"].json_of("files.json"), step)
 
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
-        layout = inputs["check"].read_json("files.json")
+        layout = inputs["check"].json_of("files.json")
         bad = inputs["check"].read("rejected")
         named = bad["id"].combine_chunks()
 

@@ -323,7 +323,7 @@ class LeakGate(Stage):
 
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
         selected, scan = inputs["selected"], inputs["scan"]
-        scanned = scan.read_json("plan.json")["shards"]
+        scanned = scan.plan["shards"]
 
         def run(start: int, stop: int) -> Output:
             queries = selected.slice("queries", start, stop)

@@ -11,22 +11,21 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import logging
-import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pyarrow.fs as pafs
 
+from dagr_ray import disk
 from dagr_ray.artifact import Artifact
 from dagr_ray.config import ConfigError
+from dagr_ray.shapes import NAMES
 from dagr_ray.store import below
 
 log = logging.getLogger("dagr")
 FOLDER = "checkpoints"
-NAME = re.compile(r"[0-9]{8,12}-[0-9A-Za-z_-]{1,64}")
 MOST_WORKERS = 65536
 
 
@@ -50,7 +49,9 @@ class Checkpoints:
                 self.folder.fs.create_dir(target.rsplit("/", 1)[0], recursive=True)
             pafs.copy_files(str(path), target, destination_filesystem=self.folder.fs)
         written = {"workers": self.workers, "files": listed}
-        self.folder.write_bytes(f"{FOLDER}/{name}/rank-{self.rank}.json", json.dumps(written).encode())
+        if self.folder.local:
+            disk.settle(f"{self.root}/{name}/{relative}" for relative in listed)
+        self.folder.write_json(f"{FOLDER}/{name}/rank-{self.rank}.json", written)
         if self.rank == 0:
             for old in set(self._names()) - {name, self._before}:
                 self._remove(old)
@@ -78,7 +79,7 @@ class Checkpoints:
         """Newest first; what has no name of ours is left alone."""
         found = self.folder.fs.get_file_info(pafs.FileSelector(self.root, allow_not_found=True))
         names = (each.base_name for each in found if each.type == pafs.FileType.Directory)
-        return sorted(filter(NAME.fullmatch, names), reverse=True)
+        return sorted(filter(NAMES[FOLDER].fullmatch, names), reverse=True)
 
     def _fetch(self, name: str, target: Path) -> bool:
         target.mkdir(parents=True)
@@ -94,7 +95,7 @@ class Checkpoints:
                     path = Path(below(target, relative, of=name))
                     path.parent.mkdir(parents=True, exist_ok=True)
                     pafs.copy_files(f"{self.root}/{name}/{relative}", str(path), source_filesystem=self.folder.fs)
-                except (ConfigError, FileNotFoundError, FileExistsError, NotADirectoryError):
+                except (ConfigError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError):
                     return False
                 if _sha256(path) != sha:
                     return False

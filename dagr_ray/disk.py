@@ -1,0 +1,102 @@
+"""Files of a local disk that are whole whenever they are seen, also after a power cut.
+
+Bytes go into a file of another name, to the disk, and then to their name, and the folder to the disk after it. What
+stands in the way (a folder where a file should be, a file where a folder should be) is moved aside and kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import uuid
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+
+def make_folder(folder: str, root: str) -> None:
+    """Makes a folder, which is ``root`` or below it."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        at = Path(folder)
+        between = [at, *at.parents][: len(at.parts) - len(Path(root).parts) + 1]
+        for each in reversed(between):
+            if os.path.lexists(each) and not each.is_dir():
+                _move_aside(str(each))
+        os.makedirs(folder, exist_ok=True)
+
+
+def _move_aside(path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.replace(path, f"{path}.{uuid.uuid4().hex[:8]}.aside")
+
+
+def write(target: str, data: Any, root: str, once: bool = False, lasting: bool = False) -> None:
+    """Writes a file below ``root``. ``once``: raises FileExistsError where it is there already. ``lasting``: it and its
+    name are on the disk when this returns.
+    """
+    make_folder(target.rsplit("/", 1)[0], root)
+    temporary = f"{target}.{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        try:
+            with open(temporary, "wb") as stream:
+                stream.write(data)
+                if lasting:
+                    stream.flush()
+                    os.fsync(stream.fileno())
+        except OSError as error:  # of a full disk, without a name
+            raise OSError(error.errno, error.strerror, target) from error
+        if os.path.isdir(target) and not os.path.islink(target):
+            _move_aside(target)
+        if once:
+            _link(temporary, target)
+        else:
+            os.replace(temporary, target)
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+    if lasting:
+        settle([target.rsplit("/", 1)[0]])
+
+
+def _link(temporary: str, target: str) -> None:
+    if os.path.islink(target) and not os.path.exists(target):
+        _move_aside(target)  # a link to nothing
+    try:
+        os.link(temporary, target)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links: there the last writer stands
+        os.replace(temporary, target)
+
+
+def settle(paths: Iterable[str]) -> None:
+    """Brings files and folders to the disk. One that is gone was somebody else's to keep."""
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            except OSError as error:
+                if error.errno not in _CANNOT:
+                    raise
+            finally:
+                os.close(handle)
+
+
+_CANNOT = (22, 95)  # EINVAL, ENOTSUP: a file system that has nothing to bring to a disk
+
+
+def remove(path: str) -> None:
+    """Removes a file; a folder of its name is moved aside."""
+    try:
+        os.remove(path)
+    except FileNotFoundError:
+        return
+    except (IsADirectoryError, PermissionError):
+        if not os.path.isdir(path):
+            raise
+        _move_aside(path)
+    except NotADirectoryError:
+        return
