@@ -445,8 +445,8 @@ def _fits(folder: str, place: str, value: Json) -> None:
                 raise Misshapen(f"{missing}: Field required")
             if not folder.endswith(f"-{value['fingerprint']}"):
                 raise Misshapen(f"it is of another stage ({value['fingerprint'][:40]})")
-            if not isinstance(value["stage"].get("type"), str):
-                raise Misshapen("stage.type: Field required")
+            if not isinstance(value["stage"].get("type", ""), str):
+                raise Misshapen("stage.type is not a name")
 
 
 def line(folder: str, place: str, value: Json) -> str:
