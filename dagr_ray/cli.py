@@ -9,8 +9,10 @@ import argparse
 import atexit
 import codecs
 import contextlib
+import errno
 import logging
 import os
+import re
 import select
 import shlex
 import signal
@@ -155,6 +157,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     stops = _Stops(shlex.join(["dagr", *(sys.argv[1:] if argv is None else argv)]))
     code = 1
     try:
+        make_absolute(args)
         from dagr_ray import commands, results
 
         code = (getattr(commands, args.verb, None) or getattr(results, args.verb))(args) or 0
@@ -168,6 +171,15 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         code = _explain(error)
     stops.ignore()
     _leave(code, grace_s=20)
+
+
+def make_absolute(args: argparse.Namespace) -> None:
+    """Makes the paths absolute that a command and the environment give to workers, which stand in other folders."""
+    from dagr_ray import paths
+
+    paths.make_environment_absolute()
+    if getattr(args, "runs", None) is not None:
+        args.runs = paths.absolute(args.runs)
 
 
 class _Stopped(KeyboardInterrupt):
@@ -244,8 +256,6 @@ def _calm() -> None:
         "PYTHONUTF8": "1",  # of workers: libraries there write files, whatever the terminal's encoding
     }.items():
         os.environ.setdefault(name, value)
-    if os.environ.get("DAGR_SCRATCH"):  # workers stand in other folders
-        os.environ["DAGR_SCRATCH"] = os.path.abspath(os.path.expanduser(os.environ["DAGR_SCRATCH"]))
     if not debug:
         import warnings
 
@@ -279,6 +289,9 @@ def _explain(error: Exception) -> int:
         if isinstance(link, ModuleNotFoundError) and not by_the_way and (told := _missing(link)):
             say(f"dagr: error: {told}", to=sys.stderr)
             return 2
+        if isinstance(link, OSError) and not by_the_way and (told := _place_at_fault(link)):
+            print(f"dagr: error: {told}", file=sys.stderr)
+            return 2
         named = getattr(link, "cause", None) or link.__cause__
         by_the_way = by_the_way or named is None  # a library that looked for another one before it failed
         link = named or link.__context__
@@ -289,6 +302,24 @@ def _explain(error: Exception) -> int:
             return code
     say(f"dagr: failed: {blame.reason(error)}; set DAGR_DEBUG=1 to see where", to=sys.stderr)
     return 1
+
+
+def _place_at_fault(error: OSError) -> str:
+    """What to do about a path that the system refuses; nothing for other errors."""
+    remedies = {
+        errno.EACCES: "give one that you may read and write",
+        errno.EPERM: "give one that you may read and write",
+        errno.EROFS: "give one that can be written",
+        errno.ENOTDIR: "a part of the path is a file; give a folder",
+        errno.EISDIR: "give a file",
+        errno.ENAMETOOLONG: "give a shorter path (at most 255 bytes a name, 4,095 in all)",
+        errno.ELOOP: "its symbolic links go in a circle; mend them",
+    }
+    if error.errno not in remedies:
+        return ""
+    named = re.search(r"'(/.+?)'(?=[.,;:\s]|$)", str(error))  # pyarrow's errors have no file name of their own
+    path = str(error.filename) if error.filename else named[1] if named else ""
+    return f"{path!r}: {os.strerror(error.errno).lower()}; {remedies[error.errno]}" if path else ""
 
 
 def _missing(error: ModuleNotFoundError) -> str:

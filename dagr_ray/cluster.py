@@ -7,6 +7,7 @@ dict of statistics for each. A worker reads its slice and commits its parts itse
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import logging
 import os
@@ -21,11 +22,13 @@ import time
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any
 
 from pydantic import Field
 
 from dagr_ray.config import Config, ConfigError, JsonObject, from_json
+from dagr_ray.paths import absolute
 from dagr_ray.store import own_temporary
 
 Shard = dict[str, Any]
@@ -100,7 +103,7 @@ def load_placement(name: str) -> Placement:
     """A placement from a TOML file, or a built-in one by name (``local``). Raises ConfigError with what is allowed."""
     if name == "local":
         return Placement()
-    path = Path(name)
+    path = Path(absolute(name)) if name else Path()
     if not path.is_file():
         raise ConfigError(
             f"placement {name!r} is not a file; allowed: local, or a TOML file such as cluster/one_gpu.toml"
@@ -109,6 +112,58 @@ def load_placement(name: str) -> Placement:
         return from_json(tomllib.loads(path.read_text()), Placement)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"placement {name!r} is not TOML: {error}; mend the file") from None
+
+
+# Folders of the jobs that were loaded, the last one first: what lies there is importable. Those that were not before:
+_beside: list[str] = []
+_added: set[str] = set()
+
+
+def beside() -> list[str]:
+    """The folders of the jobs that this process has loaded."""
+    return list(_beside)
+
+
+def import_beside(folders: Sequence[str]) -> None:
+    """Makes what lies in the folders importable, after all that is installed, so that nothing of that is covered."""
+    for folder in reversed(folders):
+        if folder in _added:
+            sys.path.remove(folder)
+            _added.remove(folder)
+        if folder not in sys.path:
+            sys.path.insert(len(sys.path) - len(_added), folder)
+            _added.add(folder)
+        _beside[:] = [folder, *(each for each in _beside if each != folder)]
+
+
+@contextlib.contextmanager
+def importing_beside(folder: str) -> Iterator[None]:
+    """A job of the folder is loaded inside. What it and earlier jobs have imported from beside them is read anew."""
+    for name, module in list(sys.modules.items()):
+        if _home(module) in _added:
+            del sys.modules[name]
+    importlib.invalidate_caches()
+    import_beside([folder])
+    yield
+
+
+def _home(module: ModuleType) -> str | None:
+    """The folder that a module, or the package around it, lies in."""
+    file, name = getattr(module, "__file__", None), getattr(module, "__name__", "")
+    if not file or name.startswith("dagr_ray"):
+        return None
+    above = Path(file).parents
+    up = name.count(".") + (Path(file).name == "__init__.py")
+    return str(above[up]) if up < len(above) else None
+
+
+def send_whole() -> None:
+    """Classes and functions from beside a job are sent to workers whole: these may have no such folder."""
+    from ray import cloudpickle
+
+    for name, module in list(sys.modules.items()):
+        if "." not in name and _beside and _home(module) in _beside:
+            cloudpickle.register_pickle_by_value(module)
 
 
 def is_alone() -> bool:
@@ -147,6 +202,7 @@ def connect(address: str | None = None) -> None:
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     import ray
 
+    send_whole()
     if ray.is_initialized():
         return
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
@@ -367,6 +423,7 @@ def map_shards(
         return
     import ray
 
+    send_whole()
     if not ray.is_initialized():
         connect()  # Ray's own start would wait for a cluster that was killed and left its address behind
     context = ray.data.DataContext.get_current()

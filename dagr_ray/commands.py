@@ -13,11 +13,12 @@ from typing import Any
 
 from dagr_ray import cluster
 from dagr_ray.artifact import Artifact
-from dagr_ray.config import ConfigError, plugins as registered
+from dagr_ray.config import ConfigError, fingerprints_held, plugins as registered
 from dagr_ray.preflight import look
 from dagr_ray.progress import Reporter, duration, size
 from dagr_ray.results import folders
-from dagr_ray.stage import Stage, materialize, parts, survey, walk
+from dagr_ray.stage import Stage, Status, materialize, parts, survey, walk
+from dagr_ray.store import check_can_be_written
 from dagr_ray.study import Job, Study, load_job, parse_axes, plan_study, run_study
 from dagr_ray.terminal import print_json, print_table, say
 
@@ -77,14 +78,21 @@ def check(args: Args) -> int | None:
     from dagr_ray.estimate import estimate
 
     placement = cluster.load_placement(args.placement)
-    stages = walk(_one(args)[1]) if args.one else _study(args).stages()
-    _validate(stages, placement)
-    seen = look(stages, args.runs, whole=True)
-    _afford(stages, args.runs)
+    with fingerprints_held():
+        stages = walk(_one(args)[1]) if args.one else _study(args).stages()
+        _validate(stages, placement)
+        seen = look(stages, args.runs, whole=True)
+        _afford(stages, args.runs)
     if args.canary:
         _canary(args, stages, placement, Reporter(quiet=args.quiet))
-    lines = list(survey(stages, args.runs, deep=args.deep, repair=args.deep))
-    guesses = estimate([line.stage for line in lines if line.state != "cached"], args.runs, placement)
+    with fingerprints_held():
+        lines = list(survey(stages, args.runs, deep=args.deep, repair=args.deep))
+        guesses = estimate([line.stage for line in lines if line.state != "cached"], args.runs, placement)
+        return _checked(args, lines, guesses, seen)
+
+
+def _checked(args: Args, lines: Sequence[Status], guesses: dict[str, Any], seen: Sequence[str]) -> int | None:
+    """Prints what a dry run has found."""
     damaged = [line for line in lines if line.problem]
     if args.json:
         told = [
@@ -166,6 +174,7 @@ def preview(args: Args) -> int | None:
 def run(args: Args) -> int | None:
     """``dagr run``."""
     placement = cluster.load_placement(args.placement)
+    check_can_be_written(args.runs)
     _, stage = _one(args)
     todo = [line.stage for line in survey([stage], args.runs) if line.state != "cached"]
     _validate(todo, placement)
@@ -190,11 +199,13 @@ def study(args: Args) -> int | None:
 
     started = time.time()
     placement = cluster.load_placement(args.placement)
-    planned = _study(args)
-    todo = [s.stage for s in survey(planned.stages(), args.runs) if s.state != "cached"]
-    _validate(todo, placement)
-    look(todo, args.runs, whole=False)
-    _afford(todo, args.runs)
+    check_can_be_written(args.runs)
+    with fingerprints_held():
+        planned = _study(args)
+        todo = [s.stage for s in survey(planned.stages(), args.runs) if s.state != "cached"]
+        _validate(todo, placement)
+        look(todo, args.runs, whole=False)
+        _afford(todo, args.runs)
     reporter = Reporter(quiet=args.quiet)
     if todo:
         cluster.connect(args.address)

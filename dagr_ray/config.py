@@ -109,14 +109,14 @@ class Config(BaseModel):
         return ""
 
 
-# id of a config -> the config, which keeps the id from being used again, and what was found for it
-_Held = dict[int, tuple["Config", Any]]
+# id of a config -> the config, which keeps the id from being used again, and what was found for it; or a path's content
+_Held = dict[Any, tuple["Config | None", Any]]
 _held: ContextVar[_Held | None] = ContextVar("held", default=None)
 _said: ContextVar[_Held | None] = ContextVar("said", default=None)
 # id of a JSON object and the type that was wanted of it -> the object and the config that it gave
 _Read = dict[tuple[int, type], tuple[Any, "Config"]]
 _read: ContextVar[_Read | None] = ContextVar("read", default=None)
-_Memo = TypeVar("_Memo", _Held, _Read)
+_Memo = TypeVar("_Memo", bound=dict[Any, Any])
 
 
 @contextlib.contextmanager
@@ -126,7 +126,7 @@ def _once(var: ContextVar[_Memo | None]) -> Iterator[_Memo]:
     if outer is not None:
         yield outer
         return
-    memo: _Memo = {}
+    memo: Any = {}
     token = var.set(memo)
     try:
         yield memo
@@ -137,6 +137,16 @@ def _once(var: ContextVar[_Memo | None]) -> Iterator[_Memo]:
 def fingerprints_held() -> contextlib.AbstractContextManager[_Held]:
     """Inside, a config is fingerprinted once. Outside, each time anew: files that it stands for may have changed."""
     return _once(_held)
+
+
+def content_held(kind: str, path: str, hashed: Callable[[], str]) -> str:
+    """The hash of what lies at a path: inside ``fingerprints_held`` taken once, however many configs hold the path."""
+    held = _held.get()
+    if held is None:
+        return hashed()
+    if (kind, path) not in held:
+        held[kind, path] = None, hashed()
+    return held[kind, path][1]
 
 
 def _resolved(value: dict[str, Any], cls: type[Config], handler: Any) -> Any:
@@ -305,11 +315,14 @@ def _files(folder: Path) -> Iterator[tuple[str, Path]]:
 
 def content_hash(path: str | Path) -> str:
     """Hash of a local file or folder by names and bytes; hidden files do not count. Cached by size and modification time."""
-    root = Path(path)
+    return content_held("files", str(path), lambda: _content_hash(Path(path)))
+
+
+def _content_hash(root: Path) -> str:
     if root.is_file():
         stat = root.stat()
         return _file_sha(str(root), stat.st_size, stat.st_mtime_ns)[:16]
     if not root.is_dir():
-        raise ConfigError(f"no file or folder at {str(path)!r}; give an existing path")
+        raise ConfigError(f"no file or folder at {str(root)!r}; give an existing path")
     entries = [(name, _file_sha(str(p), p.stat().st_size, p.stat().st_mtime_ns)) for name, p in _files(root)]
     return digest(entries, 16)

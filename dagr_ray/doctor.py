@@ -82,6 +82,11 @@ def pip_install(package: str) -> str:
     return f"{_pip()} install {known.get(package, package)}"
 
 
+def is_known(package: str) -> bool:
+    """Whether this project itself may need the package. Any other name may be anybody's, and is not for us to name."""
+    return package in PACKAGES | CPU_PACKAGES
+
+
 def _pip() -> str:
     pip = Path(sys.prefix) / "bin" / "pip"
     if sys.prefix == sys.base_prefix or not pip.is_file():

@@ -24,6 +24,7 @@ from dagr_ray import tables
 from dagr_ray.artifact import Artifact, Json, folders_of
 from dagr_ray.bill import KINDS, Rates
 from dagr_ray.cluster import Placement, Pool
+from dagr_ray.config import fingerprints_held
 from dagr_ray.engines import cores_held
 from dagr_ray.engines.crop import CropEngine
 from dagr_ray.miners.dense import Dense
@@ -159,8 +160,9 @@ class _Guess:
     """Rates of a stage from the records that are most like it: by row over all of them, the rest by their median."""
 
     def __init__(self, stage: Stage, manifests: Sequence[Json]) -> None:
-        mine = stage.to_json()
-        likeness = [(place, m) for m in manifests if (place := _likeness(mine, m["stage"])) is not None]
+        same = [manifest for manifest in manifests if manifest["stage"]["type"] == stage.type]
+        mine = stage.to_json() if same else {}
+        likeness = [(place, m) for m in same if (place := _likeness(mine, m["stage"])) is not None]
         self.records: list[Record] = []
         self.basis = "constants"
         for place, basis in enumerate(BASES):
@@ -353,8 +355,9 @@ def estimate(stages: Sequence[Stage], runs: str, placement: Placement) -> dict[s
     """By fingerprint, for stages that are to be done: ``rows`` to work on, ``tokens`` (and each kind), ``seconds`` on the
     clock, ``bytes`` to store, ``price`` in dollars, and ``basis``, what the guess rests on. None for what is not known.
     """
-    estimator = _Estimator(runs, placement)
-    return {stage.fingerprint(): estimator.of(stage) for stage in stages}
+    with fingerprints_held():
+        estimator = _Estimator(runs, placement)
+        return {stage.fingerprint(): estimator.of(stage) for stage in stages}
 
 
 def remaining_seconds(trials: Sequence[Sequence[Stage]], runs: str, placement: Placement) -> float | None:

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from dagr_ray import beir, tables, trec
 from dagr_ray.artifact import Artifact
 from dagr_ray.config import ConfigError
+from dagr_ray.paths import is_uri
 from dagr_ray.store import filesystem
 
 log = logging.getLogger("dagr")
@@ -137,7 +138,7 @@ def judged_beside(target: str) -> str:
     >>> judged_beside("out/bm25.trec"), judged_beside("out/bm25.qrels")
     ('out/bm25.qrels', 'out/bm25.qrels.qrels')
     """
-    where, mark, options = target.partition("?")
+    where, mark, options = target.partition("?") if is_uri(target) else (target, "", "")
     folder, slash, name = where.rpartition("/")
     stem = name.rsplit(".", 1)[0] if "." in name and not name.endswith(".qrels") else name
     return f"{folder}{slash}{stem}.qrels{mark}{options}"

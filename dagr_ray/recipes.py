@@ -23,9 +23,11 @@ from dagr_ray.goal import Reach
 from dagr_ray.miners import Miner
 from dagr_ray.miners.bm25 import BM25
 from dagr_ray.miners.dense import Dense
+from dagr_ray.paths import several, told_apart, word_of
 from dagr_ray.retriever import Encoder
 from dagr_ray.stage import Stage
 from dagr_ray.stages.blend import Blend
+from dagr_ray.stages.corpus import Beir
 from dagr_ray.stages.evaluate import Evaluate, Scorecard
 from dagr_ray.stages.generate import Generate, Parse
 from dagr_ray.stages.label import Label
@@ -347,6 +349,25 @@ def shown_split(split: str) -> str:
     ('dev', 'train', 'train')
     """
     return "train" if split in tables.DEV else "dev"
+
+
+def named_sets(*data: Stage | str | None) -> dict[str, Stage]:
+    """Data sets by a name for each, for ``judge``: what is given twice is there once, and no two have one name.
+
+    A text stands for BEIR folders, joined by ``+``. The name is the stage's label; of a second one with that label, the
+    path tells more, and else its content.
+    """
+    found: dict[str, Stage] = {}
+    texts = {each: [Beir(path=path) for path in several(each, "+")] for each in data if isinstance(each, str)}
+    for each in [stage for one in data if one for stage in (texts[one] if isinstance(one, str) else [one])]:
+        if each.fingerprint() in {other.fingerprint() for other in found.values()}:
+            continue
+        name = each.label() or each.type
+        if name in found:
+            places = [str(getattr(other, "path", "")) for other in (each, found[name])]
+            name = word_of(told_apart(places)[places[0]]) if all(places) and places[0] != places[1] else name
+        found[f"{name}_{each.fingerprint()[:4]}" if name in found else name] = each
+    return found
 
 
 def judge(

@@ -17,6 +17,7 @@ from pydantic import Field
 
 from dagr_ray import model_folder, weights
 from dagr_ray.config import Config, ConfigError, Later, content_hash
+from dagr_ray.paths import ModelName
 from dagr_ray.store import local_folder
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ THREADS = 8
 class Pinned(Config):
     """A model that is known by its content: a folder (a path, or a URI to fetch it from once), or a hub id with a commit."""
 
-    model: Annotated[str, Field(min_length=1)]
+    model: ModelName
     revision: str | None = None
 
     @property
@@ -121,7 +122,7 @@ class Encoder(Pinned):
     modules; a model without any is pooled by its last token if it is a causal language model, else by the mean.
     """
 
-    model: Annotated[str, Field(min_length=1)] = "sentence-transformers/all-MiniLM-L6-v2"
+    model: ModelName = "sentence-transformers/all-MiniLM-L6-v2"
     query_prefix: str | None = None
     doc_prefix: str | None = None
     max_length: Annotated[int, Field(ge=8)] | None = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from dagr_ray.artifact import Artifact, Damaged, Json
 from dagr_ray.builder import Builder, Observer, Progress
 from dagr_ray.cluster import Placement, Pool
 from dagr_ray.config import Config, ConfigError, fingerprints_held, from_json
+from dagr_ray.paths import part_of_name
 from dagr_ray.store import one_name
 from dagr_ray.worker import (
     Inputs,
@@ -96,10 +98,39 @@ class Stage(Config):
         return None
 
     def folder_name(self) -> str:
-        return "-".join(part for part in (self.type, self.label(), self.fingerprint()) if part)
+        return "-".join(part for part in (self.type, part_of_name(self.label()), self.fingerprint()) if part)
 
     def folder(self, runs: str) -> Artifact:
-        return Artifact(runs, one_name(self.folder_name(), of="the stage's folder"))
+        """The stage's folder, there or not. On a local disk one with its fingerprint and another label is the same.
+
+        A label may hold the name of a data set's or a model's folder, and these are moved and renamed.
+        """
+        folder = Artifact(runs, one_name(self.folder_name(), of="the stage's folder"))
+        if folder.local and not os.path.isdir(folder.path):
+            same = _names(folder.runs).get(f"{self.type} {self.fingerprint()}")
+            return folder if same is None else Artifact(folder.runs, same)
+        return folder
+
+
+def _names(runs: str) -> dict[str, str]:
+    """Type and fingerprint -> name, of the folders of a local runs folder."""
+    try:
+        changed = os.stat(runs).st_mtime_ns
+        if _listed.get(runs, (0, {}))[0] != changed:
+            found: dict[str, str] = {}
+            for name in sorted(os.listdir(runs)):
+                rest, _, fingerprint = name.rpartition("-")
+                while rest:  # a type and a label may both have hyphens
+                    found.setdefault(f"{rest} {fingerprint}", name)
+                    rest = rest.rpartition("-")[0]
+            _listed[runs] = changed, found
+    except OSError:
+        return {}
+    return _listed[runs][1]
+
+
+# of each runs folder: the time of its last change, and what was in it
+_listed: dict[str, tuple[int, dict[str, str]]] = {}
 
 
 def parts(value: Any) -> Iterator[Config]:

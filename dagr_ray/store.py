@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import re
 import shutil
@@ -20,6 +21,9 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from dagr_ray.config import ConfigError, digest
+from dagr_ray.paths import absolute, is_uri
+
+log = logging.getLogger("dagr")
 
 LONGEST_NAME, LONGEST_PATH = 255, 1024  # bytes: what Linux's file systems take for a name, and S3 for a key
 FETCHERS = 8  # files of a folder at once
@@ -35,7 +39,8 @@ def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
     Options follow a question mark (``s3://bucket/path?endpoint_override=host:port&scheme=http&region=...``). Credentials
     come from the environment alone: a URI is written into plans and manifests. Raises ConfigError.
     """
-    if "://" in uri:
+    uri = absolute(uri)
+    if is_uri(uri):
         scheme, _, rest = uri.partition("://")
         user, at, _ = rest.partition("/")[0].rpartition("@")
         if at and (scheme == "s3" or ":" in user):
@@ -48,13 +53,36 @@ def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
             uri += ("&" if "?" in uri else "?") + "allow_delayed_open=true"
         try:
             fs, path = pafs.FileSystem.from_uri(uri)
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        except (pa.ArrowInvalid, pa.ArrowKeyError, pa.ArrowNotImplementedError) as error:
             raise ConfigError(
                 f"{uri.partition('?')[0]!r} is no address ({error}); write a space as %20, and give a path, "
                 "or s3://, gs:// or file:// and the place"
             ) from None
         return fs, path.rstrip("/")
-    return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
+    return pafs.LocalFileSystem(), uri
+
+
+def check_can_be_written(runs: str) -> None:
+    """Raises ConfigError if a local runs folder cannot be made or written; makes nothing that stays."""
+    fs, path = filesystem(runs)
+    if not isinstance(fs, pafs.LocalFileSystem):
+        return
+    there = path
+    try:
+        while not os.path.lexists(there):
+            there = os.path.dirname(there)
+        with tempfile.TemporaryFile(dir=there):
+            pass
+        if f"{path}/".find("/runtime_resources/working_dir_files/") >= 0:
+            log.warning(
+                "%s lies in the copy of a job's working directory, which Ray deletes; give --runs an absolute path or a URI",
+                path,
+            )
+    except NotADirectoryError:
+        raise ConfigError(f"runs folder {path!r}: {there!r} is no folder; give another --runs") from None
+    except OSError as error:
+        why = (error.strerror or str(error)).lower()
+        raise ConfigError(f"runs folder {path!r}: {there!r} cannot be written ({why}); give another --runs") from None
 
 
 def scratch() -> str:
@@ -318,8 +346,8 @@ def local_folder(folder: str) -> Path:
     What is fetched lies below DAGR_SCRATCH, by the names, sizes and times of its files, and keeps the folder's name.
     Raises ConfigError where there is nothing at a URI.
     """
-    if "://" not in folder:
-        return Path(folder).expanduser()
+    if not is_uri(folder):
+        return Path(absolute(folder))
     fs, root = filesystem(folder)
     found = fs.get_file_info(pafs.FileSelector(root, recursive=True, allow_not_found=True))
     files = sorted((f.path, f.size, f.mtime_ns) for f in found if f.is_file)

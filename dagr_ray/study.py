@@ -6,8 +6,6 @@ a stage's folder, so a study that was stopped goes on where it was, and a finish
 
 from __future__ import annotations
 
-import importlib.util
-import inspect
 import itertools
 import logging
 import os
@@ -20,108 +18,23 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
-
-from dagr_ray import blame
+from dagr_ray import blame, cluster
 from dagr_ray.artifact import Artifact, Json
 from dagr_ray.cluster import Placement
-from dagr_ray.config import ConfigError, digest, explain, from_json
+from dagr_ray.config import ConfigError, digest, fingerprints_held
+from dagr_ray.job import Job, load_job, parse_axes
 from dagr_ray.miners.bm25 import BM25
 from dagr_ray.stage import Observer, Progress, Stage, materialize, survey, walk
 from dagr_ray.stages.evaluate import Scorecard
 from dagr_ray.stages.retrieve import Search
 
+__all__ = ["Job", "Study", "Trial", "load_job", "parse_axes", "plan_study", "run_study"]
 log = logging.getLogger("dagr")
-Recipe = Callable[..., Stage]
-
-
-@dataclass(frozen=True)
-class Job:
-    """A recipe function from a file, with the types of its parameters and the axes that it sweeps by default."""
-
-    path: str
-    name: str
-    recipe: Recipe
-    defaults: Mapping[str, Sequence[Any]] = field(default_factory=dict)
-
-    def parameters(self) -> dict[str, inspect.Parameter]:
-        return dict(inspect.signature(self.recipe).parameters)
-
-    def values_by_default(self) -> Json:
-        """What a parameter that is not set on the command line has."""
-        return {name: p.default for name, p in self.parameters().items() if p.default is not p.empty}
-
-    def value(self, name: str, text: Any) -> Any:
-        """A parameter's value from the command line's text. Raises ConfigError naming the parameter and what is allowed."""
-        allowed = self.parameters()
-        if name not in allowed:
-            raise ConfigError(f"{self.path} has no parameter {name!r}; allowed: {', '.join(allowed)}")
-        hint = get_type_hints(self.recipe).get(name, Any)
-        # where a text is wanted, "none" may be one of its values
-        if text in ("none", "None", "") and (hint is Any or type(None) in get_args(hint)):
-            text = None
-        try:
-            return TypeAdapter(hint, config=ConfigDict(coerce_numbers_to_str=True)).validate_python(text)
-        except ValidationError as error:
-            shown = explain(error).split(": ", 2)[-1]
-            raise ConfigError(f"{name} = {text!r}: {shown}; it must be {_spelled(hint)}") from None
-
-    def stage(self, **params: Any) -> Stage:
-        """The recipe's stage for these parameters; the others have their defaults."""
-        missing = [n for n, p in self.parameters().items() if p.default is p.empty and n not in params]
-        if missing:
-            raise ConfigError(f"{self.path} needs {missing[0]}=VALUE; add it to the command")
-        try:
-            return self.recipe(**params)
-        except ValidationError as error:
-            raise ConfigError(explain(error)) from None
-
-
-def _spelled(hint: Any) -> str:
-    return getattr(hint, "__name__", None) or str(hint).replace("typing.", "")
-
-
-def load_job(path: str) -> Job:
-    """The recipe in a Python file: the function with the file's name, or the only public one that the file defines."""
-    file = Path(path)
-    if not file.is_file():
-        raise ConfigError(f"no job file at {path!r}; give a Python file such as jobs/quickstart.py")
-    spec = importlib.util.spec_from_file_location(f"dagr_job_{file.stem}", file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except ModuleNotFoundError as error:
-        from dagr_ray.doctor import pip_install
-
-        package = (error.name or "").partition(".")[0]
-        if not package or package == "dagr_ray" or importlib.util.find_spec(package) is not None:
-            raise ConfigError(f"{path}: {error}; mend the job file") from None
-        raise ConfigError(f"{path} imports {package}, which is not installed; run: {pip_install(package)}") from None
-    except (ImportError, SyntaxError) as error:
-        raise ConfigError(f"{path}: {type(error).__name__}: {error}; mend the job file") from None
-    found = {n: f for n, f in vars(module).items() if inspect.isfunction(f) and f.__module__ == module.__name__}
-    public = {name: function for name, function in found.items() if not name.startswith("_")}
-    recipe = public.get(file.stem) or (next(iter(public.values())) if len(public) == 1 else None)
-    if recipe is None:
-        raise ConfigError(f"{path} defines {sorted(public)}; it must define one function, called {file.stem!r}")
-    return Job(str(path), recipe.__name__, recipe, getattr(module, "STUDY", {}))
-
-
-def parse_axes(job: Job, words: Sequence[str], sweep: bool) -> dict[str, list[Any]]:
-    """``scale=1000,10000`` words as lists of checked values; the job's own axes fill in when ``sweep`` is set."""
-    axes: dict[str, list[Any]] = {k: list(v) for k, v in job.defaults.items()} if sweep else {}
-    for word in words:
-        name, sign, text = word.partition("=")
-        if not sign:
-            raise ConfigError(f"argument {word!r} is not NAME=VALUE; allowed names: {', '.join(job.parameters())}")
-        values = text.split(",") if sweep else [text]
-        axes[name] = [job.value(name, value) for value in values]
-    return axes
 
 
 @dataclass
@@ -136,10 +49,31 @@ class Trial:
     error: str | None = None
     seconds: float = 0.0
 
-    def to_json(self) -> Json:
-        stages = {stage.folder_name(): stage.fingerprint() for stage in walk(self.card)}
+    @cached_property
+    def _stages(self) -> list[tuple[Stage, str]]:
+        with fingerprints_held():
+            return [(stage, stage.fingerprint()) for stage in walk(self.card)]
+
+    @cached_property
+    def _judged(self) -> list[Json]:
+        """What each evaluation is of, by content: a path may change, and lead to another folder later."""
+        with fingerprints_held():
+            return [
+                {
+                    "name": each.name,
+                    "split": each.split,
+                    "data": each.data.fingerprint(),
+                    "leaks": each.leaks.fingerprint() if each.leaks else None,
+                    "miners": [search.index.miner.fingerprint() for search in _searches(each.search)],
+                }
+                for each in self.card.evaluations
+            ]
+
+    def to_json(self, runs: str) -> Json:
+        stages = {stage.folder(runs).name: fingerprint for stage, fingerprint in self._stages}
         shown = {"trial": self.name, "params": self.params, "kind": self.kind, "state": self.state, "error": self.error}
-        return {**shown, "folder": self.card.folder_name(), "stages": stages, "seconds": self.seconds}
+        made = {"folder": self.card.folder(runs).name, "stages": stages, "judged": self._judged}
+        return {**shown, **made, "seconds": self.seconds}
 
 
 @dataclass
@@ -182,12 +116,13 @@ def plan_study(job: Job, axes: Mapping[str, Sequence[Any]]) -> Study:
             trials[key] = Trial(f"t{len(trials):03d}-{key[:8]}", params, kind, card)
 
     arms = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
-    cards = [(arm, job.stage(**arm)) for arm in arms]
-    for arm, card in cards:
-        for kind, params, baseline in _baselines(arm, card):
-            add(params, kind, baseline)
-    for arm, card in cards:
-        add(arm, "augmented", card)
+    with fingerprints_held():
+        cards = [(arm, job.stage(**arm)) for arm in arms]
+        for arm, card in cards:
+            for kind, params, baseline in _baselines(arm, card):
+                add(params, kind, baseline)
+        for arm, card in cards:
+            add(arm, "augmented", card)
     return Study(job, {k: list(v) for k, v in axes.items()}, list(trials.values()))
 
 
@@ -255,7 +190,7 @@ def run_study(
                 trial.state = "done"
         _set_seconds(study, runs)
         ended = "ended" if all(trial.state in ("done", "failed") for trial in study.trials) else state
-        described = _described(study, earlier, wall, worked) | {"state": ended, "driver": _driver()}
+        described = _described(study, runs, earlier, wall, worked) | {"state": ended, "driver": _driver()}
         folder.write_json("study.json", described | {"created": earlier.get("created", begun)})
         on_trial(folder)
 
@@ -300,7 +235,7 @@ def _driver() -> Json:
     return {"host": platform.node(), "pid": os.getpid()}
 
 
-def _described(study: Study, earlier: Json, wall: float, worked: bool) -> Json:
+def _described(study: Study, runs: str, earlier: Json, wall: float, worked: bool) -> Json:
     return {
         "name": study.job.name,
         "job": study.job.path,
@@ -309,7 +244,7 @@ def _described(study: Study, earlier: Json, wall: float, worked: bool) -> Json:
         # of a finished study that is only looked at again: where it was made
         "machine": _machine() if worked else earlier.get("machine") or _machine(),
         "wall_s": wall,
-        "trials": [trial.to_json() for trial in study.trials],
+        "trials": [trial.to_json(runs) for trial in study.trials],
     }
 
 
@@ -344,7 +279,9 @@ def _tune(
         logging.getLogger("ray.tune").setLevel(
             logging.CRITICAL
         )  # its pages about a trial that failed: the reason is told below
-    cards = {trial.name: trial.card.to_json() for trial in trials}
+    cluster.send_whole()
+    # as they are, not as JSON: a class of the job's own file is known to nobody else
+    cards = {trial.name: trial.card for trial in trials}
     by_name = {trial.name: trial for trial in trials}
     root = str(Path(folder.path).parent) if folder.local else folder.runs
     # Almost nothing: a trial mostly waits for its Ray Train workers, and Tune refuses a request of nothing.
@@ -378,8 +315,9 @@ class _Trainable:
 
     __name__ = "dagr_trial"
 
-    def __init__(self, cards: dict[str, Json], runs: str, placement: Placement, trials: int) -> None:
+    def __init__(self, cards: dict[str, Scorecard], runs: str, placement: Placement, trials: int) -> None:
         self.cards, self.runs, self.placement = cards, runs, placement
+        self.beside = cluster.beside()
         self.at_once = min(trials, placement.trials)
 
     def __call__(self, config: Json) -> None:
@@ -387,8 +325,8 @@ class _Trainable:
 
         _use_share_of_cores(self.at_once)
         started = time.time()
-        card = from_json(self.cards[config["trial"]], Stage)
-        folder = materialize(card, self.runs, self.placement)
+        cluster.import_beside(self.beside)
+        folder = materialize(self.cards[config["trial"]], self.runs, self.placement)
         means = {
             f"{row['data']}/{row['measure']}": row["value"]
             for row in folder.read("metrics").to_pylist()

@@ -17,7 +17,9 @@ import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import psutil
 
@@ -55,7 +57,12 @@ class Mirrored:
 def store(runs: str) -> str | None:
     """Where runs are logged: MLFLOW_TRACKING_URI, else a SQLite file in a runs folder on this machine's disk."""
     folder = Artifact(runs, "mlflow.db")
-    return os.environ.get("MLFLOW_TRACKING_URI") or (f"sqlite:///{folder.path}" if folder.local else None)
+    return os.environ.get("MLFLOW_TRACKING_URI") or (_sqlite(folder.path) if folder.local else None)
+
+
+def _sqlite(path: str) -> str:
+    """The URI of a SQLite file: SQLAlchemy reads percent signs in it as a URI has them."""
+    return f"sqlite:///{re.sub('[%?#]', lambda found: quote(found[0]), path)}"
 
 
 def check() -> None:
@@ -166,7 +173,7 @@ class _Pass:
         # a server has a place of its own for artifacts; beside a SQLite file they would land in the current folder
         local = self.result.uri.startswith("sqlite:") and self.folder.local
         place = Artifact(self.folder.runs, "mlflow-artifacts").path
-        return self.client.create_experiment(name, artifact_location=f"file://{place}" if local else None)
+        return self.client.create_experiment(name, artifact_location=Path(place).as_uri() if local else None)
 
     def _known(self) -> dict[str, Run]:
         """Runs of this study by trial; the parent's is the empty name. Of several runs of one trial, which passes from two

@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 
 from dagr_ray import tables
 from dagr_ray.config import ConfigError, digest
+from dagr_ray.paths import last_name
 from dagr_ray.sources import MAX_BAD_SHARE, UNPACKING, Problem, grade_of, not_whole, opened, stream_sha
 from dagr_ray.store import filesystem
 
@@ -80,7 +81,7 @@ def _judgement(cells: list[str]) -> tuple[str, str, int] | str:
 
 
 def _read(path: str, what: str, parse: Callable[[list[str]], Any], finish: Callable[[pa.Table], pa.Table]) -> TrecFile:
-    name = path.partition("?")[0].rstrip("/").rsplit("/", 1)[-1]
+    name = last_name(path)
     kind = "candidates" if what == "run" else "qrels"
     value_type = tables.schema(kind).field("score" if what == "run" else "relevance").type
     problems: list[Problem] = []

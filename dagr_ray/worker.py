@@ -104,8 +104,10 @@ class Opener:
 
     def __init__(self, stage: Stage, inputs: Inputs, folder: Artifact, pool: Pool, attempt: str) -> None:
         self.stage, self.inputs, self.folder, self.pool, self.attempt = stage, inputs, folder, pool, attempt
+        self.beside = cluster.beside()
 
     def __call__(self) -> Callable[[cluster.Shard], Json]:
+        cluster.import_beside(self.beside)
         return _Worker(self)
 
 

@@ -4,7 +4,8 @@ from typing import Literal
 
 from dagr_ray.miners.dense import Dense
 from dagr_ray.models import minilm
-from dagr_ray.recipes import augment, generator_named, judge, shown_split
+from dagr_ray.paths import FileOrFolder, several
+from dagr_ray.recipes import augment, generator_named, judge, named_sets, shown_split
 from dagr_ray.retriever import Encoder
 from dagr_ray.stages.corpus import Beir, Sample
 from dagr_ray.stages.evaluate import Scorecard
@@ -17,8 +18,8 @@ STUDY = {"volume": (0, 256, 1024), "generator": ("smollm2", "crop")}
 
 
 def beir(
-    data: str,
-    ood: str | None = None,
+    data: FileOrFolder,
+    ood: FileOrFolder | None = None,
     volume: int = 1024,
     generator: Literal["smollm2", "crop", "llm"] = "smollm2",
     model: str | None = None,
@@ -43,7 +44,7 @@ def beir(
     ``people`` are files of their ratings, joined by ``+``, which win over the filters.
     """
     corpus = Beir(path=data, language=language)
-    sets = {each.label(): each for each in (corpus, *([Beir(path=ood)] if ood else []))}
+    sets = named_sets(corpus, ood)
     encoder = Encoder(model=str(minilm()) if base == "minilm" else base)
     exemplars = Exemplars(corpus=corpus, split=shown_split(split), k=6)
     if volume == 0:
@@ -53,7 +54,7 @@ def beir(
     asked = Sample(corpus=corpus, n=passages, exclude=exemplars)
     selected, mined = augment(
         asked, corpus, strategy, engine, exemplars=exemplars, samples=samples, max_rank=max_rank, negatives=negatives,
-        held_out=tuple(sets.values()), split=split, base=encoder, people=People(files=tuple(people.split("+"))) if people else None,
+        held_out=tuple(sets.values()), split=split, base=encoder, people=People(files=several(people, "+")) if people else None,
     )  # fmt: skip
     examples = Take(mined=mined, n=volume, density=density, coverage=coverage)
     trained = Train(

@@ -4,6 +4,7 @@ from dagr_ray.catalogue import arm, strategy_named
 from dagr_ray.engines.vllm import VLLM
 from dagr_ray.miners.dense import Dense
 from dagr_ray.models import minilm, smollm2
+from dagr_ray.paths import FileOrFolder
 from dagr_ray.recipes import judge, shown_split
 from dagr_ray.retriever import Encoder
 from dagr_ray.stages.corpus import Beir, PyDocs, Sample
@@ -23,7 +24,7 @@ STUDY = {
 
 def catalogue(
     strategy: str = "promptagator",
-    data: str | None = None,
+    data: FileOrFolder | None = None,
     volume: int = 500,
     model: str | None = None,
     passages: int | None = None,

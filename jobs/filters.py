@@ -7,6 +7,7 @@ from dagr_ray.engines import Sampling
 from dagr_ray.miners.bm25 import BM25
 from dagr_ray.miners.dense import Dense
 from dagr_ray.models import minilm
+from dagr_ray.paths import FileOrFolder
 from dagr_ray.recipes import generator_named, judge, shown_split
 from dagr_ray.retriever import Encoder
 from dagr_ray.stages.corpus import Beir, PyDocs, Sample
@@ -23,7 +24,7 @@ STUDY = {"filters": ("all", "none", *(f"without-{name}" for name in EACH), *(f"w
 
 def filters(
     filters: str = "all",
-    data: str | None = None,
+    data: FileOrFolder | None = None,
     volume: int = 300,
     base: Literal["minilm", "scratch"] = "minilm",
     model: str | None = None,

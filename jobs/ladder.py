@@ -5,7 +5,8 @@ from typing import Literal
 from dagr_ray.engines import Sampling
 from dagr_ray.miners.dense import Dense
 from dagr_ray.models import minilm
-from dagr_ray.recipes import RUNGS, Rung, Source, climb, filtered, generator_named, judge, shown_split
+from dagr_ray.paths import FileOrFolder
+from dagr_ray.recipes import RUNGS, Rung, Source, climb, filtered, generator_named, judge, named_sets, shown_split
 from dagr_ray.retriever import Encoder
 from dagr_ray.stages.blend import Human
 from dagr_ray.stages.corpus import Beir, PyDocs, Sample
@@ -18,7 +19,7 @@ STUDY = {"rung": RUNGS, "base": ("minilm", "scratch")}
 
 
 def ladder(
-    data: str | None = None, ood: str | None = None, rung: Rung = "filters", base: str = "minilm", human: float = 0.0,
+    data: FileOrFolder | None = None, ood: str | None = None, rung: Rung = "filters", base: str = "minilm", human: float = 0.0,
     volume: int = 1000, generator: Literal["smollm2", "crop", "llm"] = "smollm2", model: str | None = None,
     teacher: str | None = None, bm25_share: float | None = None, passages: int = 1500, samples: int = 4,
     negatives: int = 7, max_rank: int = 100, epochs: int | None = None, lr: float | None = None, seed: int = 0,
@@ -31,9 +32,7 @@ def ladder(
     ``bm25_share`` (0.6) and the base. At this ``max_rank`` 23 % of 400 queries on product reviews pass all filters (20: 15 %).
     """
     corpus = Beir(path=data, language=language) if data else PyDocs(part="stdlib")
-    sets = {corpus.label(): corpus}
-    others = [Beir(path=path) for path in ood.split("+")] if ood else [] if data else [PyDocs(part="numeric")]
-    sets |= {each.label(): each for each in others}
+    sets = named_sets(corpus, ood or (None if data else PyDocs(part="numeric")))
     frozen = Encoder(model=str(minilm()) if base in ("minilm", "scratch") else base, max_length=None if data else 48)
     encoder = frozen.model_copy(update={"reinitialise": 0, "layers": 2}) if base == "scratch" else frozen
     exemplars = Exemplars(corpus=corpus, split=shown_split(split), otherwise=None if split == "train" else "train", k=4)

@@ -3,6 +3,7 @@
 from dagr_ray.catalogue import NEGATIVES, negatives_from
 from dagr_ray.miners.dense import Dense
 from dagr_ray.models import minilm
+from dagr_ray.paths import FileOrFolder
 from dagr_ray.recipes import gated, generator_named, judge
 from dagr_ray.retriever import Encoder
 from dagr_ray.stages.blend import Human
@@ -15,7 +16,7 @@ STUDY = {"source": NEGATIVES}
 
 
 def negatives(
-    data: str,
+    data: FileOrFolder,
     source: str = "bm25",
     queries: int = 300,
     k: int = 5,

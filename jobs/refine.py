@@ -6,6 +6,7 @@ from dagr_ray.catalogue import hybrid_scores
 from dagr_ray.miners.bm25 import BM25
 from dagr_ray.miners.dense import Dense
 from dagr_ray.models import minilm
+from dagr_ray.paths import FileOrFolder
 from dagr_ray.recipes import gated, generator_named, judge, refine as rounds_of, shown_split
 from dagr_ray.retriever import Encoder
 from dagr_ray.stages.corpus import Beir, PyDocs, Sample
@@ -22,7 +23,7 @@ STUDY = {"rounds": (1, 2, 3)}
 def refine(
     rounds: int = 2,
     until: Literal["filters", "evaluator"] = "filters",
-    data: str | None = None,
+    data: FileOrFolder | None = None,
     volume: int = 300,
     model: str | None = None,
     passages: int | None = None,

@@ -88,7 +88,10 @@ def made_study(
 
     def add(kind: str, params: dict[str, Any], folder: str) -> None:
         trial = {"trial": f"t{len(trials):03d}", "params": params, "kind": kind, "state": "done", "error": None}
-        trials.append(trial | {"folder": folder, "stages": {folder: folder[-12:]}, "seconds": 2.0})
+        sets = [{"name": name, "split": "test", "data": name, "leaks": None} for name in frozen]
+        sets[0]["data"] = data.rpartition("-")[2]
+        made = {"folder": folder, "stages": {folder: folder[-12:]}, "judged": sets}
+        trials.append(trial | made | {"seconds": 2.0})
 
     here = Placement(generate=Pool(workers=0), retrieve=Pool(workers=0), light=Pool(workers=0))
     materialize(mined, runs, here)

@@ -236,7 +236,10 @@ def test_a_package_that_is_missing_is_named_with_its_command(tmp_path, package, 
 def test_a_job_that_imports_what_is_not_installed_is_told_the_command(tmp_path) -> None:
     job = tmp_path / "mine.py"
     for text, said in [
-        ("import no_such_package.inner", f"{job} imports no_such_package, which is not installed; run: "),
+        (
+            "import no_such_package.inner",
+            f"{job} imports 'no_such_package', which is neither installed nor a file beside the job; ",
+        ),
         ("import dagr_ray.nothing", f"{job}: No module named 'dagr_ray.nothing'; mend the job file"),
     ]:
         job.write_text(text)

@@ -202,7 +202,7 @@ def test_two_studies_at_once_on_one_runs_folder(place, tmp_path) -> None:
 
 def test_axes_are_checked_and_repeats_are_one_trial(place) -> None:
     job = load_job(str(ROOT / "jobs/beir.py"))
-    axes = parse_axes(job, [*_axes(place), "generator=crop", "volume=0,8,8"], sweep=True)
+    axes = parse_axes(job, [f"data={place / 'set'}", "generator=crop", "volume=0,8"], sweep=True)
     planned = plan_study(job, axes)
     assert [trial.kind for trial in planned.trials] == ["bm25", "frozen", "augmented"]
     with pytest.raises(ConfigError, match="volume = '-x'"):

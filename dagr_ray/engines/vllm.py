@@ -34,6 +34,7 @@ from dagr_ray.engines.vllm_arguments import (
     structured_backend,
 )
 from dagr_ray.engines.vllm_memory import Need, cache_of_one, cache_on_cpu, check_cpu, check_gpu, on_cpu, weights_of
+from dagr_ray.paths import FileOrFolder, ModelName
 from dagr_ray.store import local_folder
 from dagr_ray.strategies import Prompt
 
@@ -58,12 +59,12 @@ class VLLM(Engine):
 
     abstract: ClassVar[bool] = False
     type: ClassVar[str] = "vllm"
-    model: str
+    model: ModelName
     revision: str | None = None
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     quantization: str | None = None
     max_model_len: Annotated[int, Field(ge=64)] = 1024
-    lora: Annotated[str | None, Later()] = None
+    lora: Annotated[FileOrFolder | None, Later()] = None
     json_schema: Annotated[JsonObject | None, Later()] = None
     regex: Annotated[str | None, Later()] = None
     engine_args: Annotated[JsonObject, Later()] = {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dagr_ray.artifact import Json
+from dagr_ray.paths import told_apart
 from dagr_ray.report import stats
 from dagr_ray.report.compare import changed
 from dagr_ray.report.verdict import best_arm
@@ -28,7 +28,7 @@ def boards_of(rows: list[Row], warnings: list[str]) -> list[Board]:
     for row in rows:
         if row.scores:
             groups.setdefault(row.judged_on, []).append(row)
-    names = Counter(name for group in groups.values() for name in group[0].scores)
+    shown = _shown(groups)
     for key, group in groups.items():
         for name in group[0].scores:
             members = [row for row in group if all(MEASURE in each.scores.get(name, {}) for each in row.seeds)]
@@ -39,20 +39,35 @@ def boards_of(rows: list[Row], warnings: list[str]) -> list[Board]:
             if len(queries) < max(len(a) for a in asked):
                 warnings.append(f"{name}: rows are compared on the {len(queries)} queries that all of them have")
             if queries:
-                shown = name if names[name] == 1 else f"{name} ({key[:4]})"
-                boards.append(Board(shown, name, _role(group[0], name), members, queries, len(boards)))
+                role = _role(group[0], name)
+                boards.append(Board(shown[key, name], name, role, members, queries, len(boards)))
     return sorted(boards, key=lambda board: board.role != "in")
 
 
-def _evaluation(row: Row, name: str) -> Json:
-    named = (e for e in row.evaluations if name in (e.get("name"), f"{e.get('name')}/{e.get('split')}"))
-    return next(named, {})
+def _shown(groups: dict[str, list[Row]]) -> dict[tuple[str, str], str]:
+    """What people are told for each name of a group: the name; of several data sets of one name also where each lies."""
+    names = {(key, name): _place(group[0], name) for key, group in groups.items() for name in group[0].scores}
+    found = {}
+    for (key, name), place in names.items():
+        others = [each for (other, called), each in names.items() if called == name and other != key]
+        if not others:
+            found[key, name] = name
+            continue
+        apart = told_apart([place, *others]).get(place) if place and place not in others else None
+        found[key, name] = f"{name} ({apart or key[:4]})"
+    return found
+
+
+def _place(row: Row, name: str) -> str:
+    at = row.set_names.index(name) if name in row.set_names else len(row.evaluations)
+    data = row.evaluations[at].get("data") if at < len(row.evaluations) else None
+    return str(data.get("path") or "") if isinstance(data, dict) else ""
 
 
 def _role(row: Row, name: str) -> str:
     """Whether a data set is the one that the arms were made for, or another."""
-    first = row.evaluations[0] if row.evaluations else {}
-    return "in" if _evaluation(row, name).get("data") == first.get("data") else "out"
+    first = row.judged[0] if row.judged else {}
+    return "in" if row.judged_by_name.get(name, {}).get("data") == first.get("data") else "out"
 
 
 @dataclass
@@ -259,7 +274,7 @@ def averages(boards: list[Board], trials: dict[str, Json]) -> list[Json]:
     """
     groups: dict[tuple[str, ...], list[Board]] = {}
     for board in boards:
-        if not _evaluation(board.rows[0], board.key).get("leaks"):
+        if not board.rows[0].judged_by_name.get(board.key, {}).get("leaks"):
             groups.setdefault(tuple(row.id for row in board.rows), []).append(board)
     found: list[Any] = []
     for group in groups.values():

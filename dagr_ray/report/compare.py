@@ -11,6 +11,7 @@ import pyarrow as pa
 from dagr_ray import beir, tables, trec
 from dagr_ray.artifact import Artifact, Json
 from dagr_ray.config import ConfigError
+from dagr_ray.paths import is_same
 from dagr_ray.report import stats
 from dagr_ray.report.verdict import QUERIES, is_gain, is_loss, p_text, signed
 from dagr_ray.stages.evaluate import MEASURES, Qrels, as_qrels, measure, rankings
@@ -58,7 +59,7 @@ def named(words: Sequence[str], find: Callable[[str], Artifact]) -> dict[str, pa
                     f"{folder.name} has no table 'candidates'; give a run file, an evaluate or search folder"
                 )
             table = folder.read("candidates")
-        if name in found:
+        if any(is_same(name, other) for other in found):
             raise ConfigError(f"the run {name!r} is given twice; give each once")
         found[name] = table
     return found

@@ -40,7 +40,7 @@ def leaks(folders: Folders, rows: list[Row], generators: list[Json], measure: st
                 "dropped": counts.get("in", 0) - counts.get("out", 0),
                 "drop": folders.found(gate)["stage"].get("drop", []),
                 "kinds": seen.described(),
-                "arms": [line for arm in arms for line in _with_and_without(folders, arm, seen, measure)],
+                "arms": [line for arm in arms for line in _with_and_without(arm, seen, measure)],
             }
         )
     return found
@@ -53,6 +53,7 @@ class _Seen:
         self.pairs, self.texts = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
         self.held_out: dict[tuple[str, str], set[tuple[str, str]]] = defaultdict(set)
         self.examples: dict[tuple[str, str], list[Json]] = defaultdict(list)
+        # the data's fingerprint ends its folder's name; what stands before it may be another name of the same data
         self.touched: dict[str, set[str]] = defaultdict(set)
         for part in gate.scan("leaks"):
             for kind, mechanism in {
@@ -69,7 +70,7 @@ class _Seen:
         self.held_out[key] |= held
         if kind in ASKED:
             for data, query_id in held:
-                self.touched[data].add(query_id)
+                self.touched[data.rpartition("-")[2]].add(query_id)
         best = rows.sort_by([("score", "descending"), ("id", "ascending"), ("held_out_id", "ascending")]).slice(
             0, EXAMPLES
         )
@@ -91,11 +92,11 @@ class _Seen:
         ]
 
 
-def _with_and_without(folders: Folders, row: Row, seen: _Seen, measure: str) -> list[Json]:
+def _with_and_without(row: Row, seen: _Seen, measure: str) -> list[Json]:
     """A line for each data set: the mean over all test queries, and over those that nothing touches."""
     found = []
     for name, scores in row.scores.items():
-        touched = seen.touched[_data(folders, row, name) or ""]
+        touched = seen.touched[str(row.judged_by_name.get(name, {}).get("data"))]
         values = scores.get(measure, {})
         left = [value for query_id, value in values.items() if query_id not in touched]
         found.append(
@@ -112,12 +113,3 @@ def _with_and_without(folders: Folders, row: Row, seen: _Seen, measure: str) -> 
             }
         )
     return found
-
-
-def _data(folders: Folders, row: Row, name: str) -> str | None:
-    """The folder of the data that the evaluation of that name read."""
-    for inner in folders.found(row.trial["folder"])["inputs"].values():
-        manifest = folders.found(inner)
-        if manifest["stage"].get("name") == name.split("/")[0]:
-            return manifest["inputs"].get("data")
-    return None

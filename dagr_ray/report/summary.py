@@ -11,6 +11,7 @@ from typing import Any
 from dagr_ray.artifact import Artifact, Json
 from dagr_ray.bill import Rates
 from dagr_ray.config import ConfigError, digest
+from dagr_ray.paths import told_apart
 from dagr_ray.report.boards import MEASURE, averages, boards_of
 from dagr_ray.report.leaks import leaks
 from dagr_ray.report.lexical import lexical
@@ -43,6 +44,7 @@ def summarise(runs: str, study_folder: str) -> Json:
     folders = Folders(runs)
     warnings: list[str] = []
     rows = [Row(folders, trial, study.get("defaults", {})) for trial in study["trials"]]
+    _same_names(rows)
     for row in rows:
         row.name(rows)
     arms = _by_seed(rows, warnings)
@@ -90,6 +92,15 @@ def _place(trial: Json) -> tuple[Any, ...]:
     return kind > 0, trial["base"], kind, trial["label"], trial["used"], trial["trial"]
 
 
+def _same_names(rows: list[Row]) -> None:
+    """Rows that are judged on the same data call it by the first one's names: a folder may have been renamed between."""
+    first: dict[str, Row] = {}
+    for row in rows:
+        known = first.setdefault(row.judged_on, row)
+        if known is not row:
+            row.rename(dict(zip(row.set_names, known.set_names, strict=True)))
+
+
 def _by_seed(rows: list[Row], warnings: list[str]) -> list[Row]:
     """The rows, but of trials that differ in nothing but ``seed`` only the first that has scores, which knows the others."""
     groups: dict[str, list[Row]] = {}
@@ -116,6 +127,7 @@ class Row:
     trial: Json
     defaults: Json = field(default_factory=dict)
     label: str = ""
+    base: str = ""
     seeds: list[Row] = field(default_factory=list)
     trials: list[Row] = field(default_factory=list)
 
@@ -158,12 +170,53 @@ class Row:
         return self.folders.found(self.trial["folder"])["stage"].get("evaluations", [])
 
     @cached_property
+    def judged(self) -> list[Json]:
+        """Of each evaluation its name and split, and by content its data, its leak gate and its miners, where they are known.
+
+        As the study wrote them down; in one of an earlier version, as the folders say.
+        """
+        if "judged" in self.trial:
+            return self.trial["judged"]
+        made = self.folders.found(self.trial["folder"])["inputs"]
+        inputs = [self.folders.found(made.get(f"evaluations.{i}", ""))["inputs"] for i in range(len(self.evaluations))]
+        known = all("data" in each for each in inputs)
+        return [
+            {
+                "name": e.get("name"),
+                "split": e.get("split"),
+                "data": each["data"].rpartition("-")[2] if known else e.get("data"),
+                "leaks": bool(e.get("leaks")),
+            }
+            for e, each in zip(self.evaluations, inputs, strict=True)
+        ]
+
+    @cached_property
     def judged_on(self) -> str:
-        """Equal for trials that are judged on the same data."""
-        return digest([[e.get("name"), e.get("split"), e.get("data")] for e in self.evaluations])
+        """Equal for trials that are judged on the same data, whatever it is called."""
+        return digest([[each["data"], each["split"], bool(each["leaks"])] for each in self.judged])
+
+    @cached_property
+    def set_names(self) -> list[str]:
+        """What ``scores`` calls the data of each evaluation."""
+        splits: dict[str, set[str]] = {}
+        for each in self.judged:
+            splits.setdefault(each["name"] or "data", set()).add(each["split"] or "")
+        named = [(each["name"] or "data", each["split"]) for each in self.judged]
+        return [f"{name}/{split}" if len(splits[name]) > 1 else name for name, split in named]
+
+    @property
+    def judged_by_name(self) -> dict[str, Json]:
+        return dict(zip(self.set_names, self.judged, strict=True))
+
+    def rename(self, names: dict[str, str]) -> None:
+        """Other names for what the row is judged on."""
+        self.scores = {names.get(name, name): values for name, values in self.scores.items()}
+        self.set_names = [names.get(name, name) for name in self.set_names]
 
     @cached_property
     def _encoder(self) -> str:
+        if all("miners" in each for each in self.judged):
+            return json.dumps([each["miners"] for each in self.judged])
         indexes = [(e.get("search") or {}).get("index") or {} for e in self.evaluations]
         return json.dumps([index.get("miner") for index in indexes], sort_keys=True)
 
@@ -173,19 +226,15 @@ class Row:
             return None
         same = [r for r in rows if r.kind == "frozen" and r.scores and r.judged_on == self.judged_on]
         named = [r for r in same if r.params.get("base") == self.params.get("base")]
-        return next((r for r in named or same if r._encoder == self._encoder), named[0] if named else None)
+        return next((r for r in [*named, *same] if r._encoder == self._encoder), named[0] if named else None)
 
     def bm25(self, rows: list[Row]) -> Row | None:
         same = (r for r in rows if r.kind == "bm25" and r.scores and r.judged_on == self.judged_on)
         return next(same, None)
 
     @property
-    def base(self) -> str:
-        """What people call the retriever that was trained."""
-        if self.kind == "bm25":
-            return "BM25"
-        base = str(self.params.get("base") or self.defaults.get("base") or "base")
-        return base.rstrip("/").rsplit("/", 1)[-1]
+    def _base(self) -> str:
+        return str(self.params.get("base") or self.defaults.get("base") or "base")
 
     @property
     def generator(self) -> str:
@@ -202,7 +251,9 @@ class Row:
         return json.dumps({k: v for k, v in self.params.items() if k not in (*AMOUNTS, "seed")}, sort_keys=True)
 
     def name(self, rows: list[Row]) -> None:
-        """Sets ``label``: base, generator, and what else varies among the arms."""
+        """Sets ``base``, what people call the retriever, and ``label``: generator, and what else varies among the arms."""
+        bases = told_apart(row._base for row in rows if row.kind != "bm25")
+        self.base = "BM25" if self.kind == "bm25" else bases[self._base]
         arms = [r.params for r in rows if r.kind == "augmented"]
         known = ("base", "generator", "volume", "seed")
         extra = [k for k in self.params if k not in known and len({json.dumps(p.get(k)) for p in arms}) > 1]

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from functools import lru_cache
 from importlib.metadata import version
+from types import ModuleType
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -18,15 +19,20 @@ from pydantic import AfterValidator, Field, model_validator
 from dagr_ray import beir, parquet, pydocs, tables
 from dagr_ray.artifact import Artifact, Json
 from dagr_ray.cluster import Pool
-from dagr_ray.config import ConfigError, content_hash
+from dagr_ray.config import ConfigError, content_hash, content_held
 from dagr_ray.language import PASSAGES, SPOKEN, language_of_all
 from dagr_ray.miners.analyzers import AUTO, analyzer, known
+from dagr_ray.paths import FileOrFolder, last_name, word_of
 from dagr_ray.stage import Inputs, Output, Run, Stage
 from dagr_ray.words import word_count
 
 log = logging.getLogger("dagr")
 UNUSABLE = "unusable"
 Spoken = Annotated[str, AfterValidator(known)]
+
+
+def _content(kind: ModuleType, path: str) -> str:
+    return content_held(kind.__name__, path, lambda: kind.content(path))
 
 
 class PyDocs(Stage):
@@ -90,22 +96,22 @@ class Beir(Stage):
     abstract: ClassVar[bool] = False
     version: ClassVar[int] = 2  # a title without a text is read once; TREC's four columns are told from BEIR's three
     outputs: ClassVar[tuple[str, ...]] = ("corpus", "queries", "rejected")
-    path: Annotated[str, Field(min_length=1)]
+    path: FileOrFolder
     language: Spoken = AUTO
 
     def label(self) -> str:
-        return _label(self.path)
+        return word_of(last_name(self.path))
 
     def identity(self) -> dict[str, Any]:
         """The bytes of the folder's files stand for its path."""
-        return {"type": self.type, "version": self.version, "content": beir.content(self.path)}
+        return {"type": self.type, "version": self.version, "content": _content(beir, self.path)}
 
     def spoken(self) -> str:
         """See ``Stage``."""
         return self._heard() if self.language == AUTO else self.language
 
     def _heard(self) -> str:
-        return _heard(beir.head, self.path, beir.content(self.path))
+        return _heard(beir.head, self.path, _content(beir, self.path))
 
     def remark(self, counts: Json) -> str | None:
         """That the passages look like another language than was named."""
@@ -126,11 +132,6 @@ class Beir(Stage):
             return Output(made, counts={**counts, "rejected": rejected.counted()})
 
         return run
-
-
-def _label(path: str) -> str:
-    name = path.partition("?")[0].rstrip("/").rsplit("/", 1)[-1].lower()
-    return "".join(c if c.isalnum() else "_" for c in name)[:40]
 
 
 @lru_cache(maxsize=64)
@@ -155,14 +156,14 @@ class ParquetCheck(Stage):
 
     abstract: ClassVar[bool] = False
     outputs: ClassVar[tuple[str, ...]] = ("rejected",)
-    path: Annotated[str, Field(min_length=1)]
+    path: FileOrFolder
 
     def label(self) -> str:
-        return _label(self.path)
+        return word_of(last_name(self.path))
 
     def identity(self) -> dict[str, Any]:
         """The bytes of the files stand for their path."""
-        return {"type": self.type, "version": self.version, "content": parquet.content(self.path)}
+        return {"type": self.type, "version": self.version, "content": _content(parquet, self.path)}
 
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
         def run(start: int, stop: int) -> Output:
@@ -191,22 +192,22 @@ class Parquet(Stage):
     abstract: ClassVar[bool] = False
     version: ClassVar[int] = 2  # a title without a text is read once
     outputs: ClassVar[tuple[str, ...]] = ("corpus", "rejected")
-    path: Annotated[str, Field(min_length=1)]
+    path: FileOrFolder
     language: Spoken = AUTO
 
     def label(self) -> str:
-        return _label(self.path)
+        return word_of(last_name(self.path))
 
     def identity(self) -> dict[str, Any]:
         """The bytes of the files stand for their path."""
-        return {"type": self.type, "version": self.version, "content": parquet.content(self.path)}
+        return {"type": self.type, "version": self.version, "content": _content(parquet, self.path)}
 
     def spoken(self) -> str:
         """See ``Stage``."""
         return self._heard() if self.language == AUTO else self.language
 
     def _heard(self) -> str:
-        return _heard(parquet.head, self.path, parquet.content(self.path))
+        return _heard(parquet.head, self.path, _content(parquet, self.path))
 
     def remark(self, counts: Json) -> str | None:
         """That the passages look like another language than was named."""

@@ -20,6 +20,7 @@ from dagr_ray import tables
 from dagr_ray.artifact import Artifact
 from dagr_ray.cluster import Pool
 from dagr_ray.config import ConfigError, digest
+from dagr_ray.paths import FileOrFolder, last_name
 from dagr_ray.stage import Inputs, Output, Run, Stage
 from dagr_ray.store import filesystem
 
@@ -69,7 +70,7 @@ def read_ratings(path: str) -> list[Rating]:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 ({error}); save the file as UTF-8") from None
-    name = path.partition("?")[0].rsplit("/", 1)[-1]
+    name = last_name(path)
     rows = _csv_rows(name, text) if name.lower().endswith(".csv") else _json_rows(text)
     bad: list[str] = []
     found: dict[tuple[str, str, str], Rating] = {}
@@ -145,7 +146,7 @@ class People(Stage):
 
     abstract: ClassVar[bool] = False
     outputs: ClassVar[tuple[str, ...]] = ("qrels", "ratings")
-    files: Annotated[tuple[str, ...], Field(min_length=1)]
+    files: Annotated[tuple[FileOrFolder, ...], Field(min_length=1)]
 
     def identity(self) -> dict[str, Any]:
         """The bytes of the files stand for their paths."""

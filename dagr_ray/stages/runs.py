@@ -11,6 +11,7 @@ from pydantic import Field
 from dagr_ray import beir, tables, trec
 from dagr_ray.artifact import Artifact
 from dagr_ray.cluster import Pool
+from dagr_ray.paths import FileOrFolder, last_name, word_of
 from dagr_ray.stage import Inputs, Output, Run, Stage
 
 log = logging.getLogger("dagr")
@@ -21,11 +22,10 @@ class _TrecFile(Stage):
 
     abstract: ClassVar[bool] = True
     outputs: ClassVar[tuple[str, ...]] = ("rejected",)
-    path: Annotated[str, Field(min_length=1)]
+    path: FileOrFolder
 
     def label(self) -> str:
-        name = self.path.partition("?")[0].rstrip("/").rsplit("/", 1)[-1].removesuffix(".gz").lower()
-        return "".join(c if c.isalnum() else "_" for c in name)[:40]
+        return word_of(last_name(self.path).removesuffix(".gz"))
 
     def identity(self) -> dict[str, Any]:
         """The bytes of the file stand for its path."""

@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 
 from dagr_ray import tables
 from dagr_ray.config import ConfigError, content_hash
+from dagr_ray.paths import FileOrFolder
 from dagr_ray.strategies import Exemplar, Parsed, Passage, Prompt, Strategy
 from dagr_ray.strategies.promptagator import Promptagator
 from dagr_ray.words import characters
@@ -43,7 +44,7 @@ class Prefix(Strategy):
     version: ClassVar[int] = 2  # characters as people see them
     parse_version: ClassVar[int] = 2
     of: Strategy | None = Promptagator()
-    log: str | None = None
+    log: FileOrFolder | None = None
     lengths: tuple[Weight, ...] = ()
     min_characters: Annotated[int, Field(ge=1)] = 3
 

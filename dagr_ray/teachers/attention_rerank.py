@@ -12,6 +12,7 @@ from pydantic import Field
 from dagr_ray import tables
 from dagr_ray.cluster import Pool
 from dagr_ray.config import ConfigError
+from dagr_ray.paths import ModelName
 from dagr_ray.retriever import Dtype, Pinned, compute_dtype
 from dagr_ray.teachers import Cost, Pair, Scorer, Teacher, by_query
 from dagr_ray.words import first_words
@@ -48,7 +49,7 @@ class AttentionRerank(Pinned, Teacher):
 
     abstract: ClassVar[bool] = False
     pool: ClassVar[str] = "retrieve"
-    model: Annotated[str, Field(min_length=1)] = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    model: ModelName = "HuggingFaceTB/SmolLM2-135M-Instruct"
     heads: tuple[tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]], ...] = ()
     max_words: Annotated[int, Field(ge=8)] = 80
     window: Annotated[int, Field(ge=2)] = 40

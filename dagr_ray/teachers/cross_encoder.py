@@ -11,6 +11,7 @@ from pydantic import Field
 
 from dagr_ray.cluster import Pool
 from dagr_ray.config import ConfigError
+from dagr_ray.paths import ModelName, last_name
 from dagr_ray.retriever import Dtype, Pinned, compute_dtype
 from dagr_ray.teachers import Cost, Pair, Scorer, Teacher
 
@@ -33,13 +34,13 @@ class CrossEncoder(Pinned, Teacher):
 
     abstract: ClassVar[bool] = False
     pool: ClassVar[str] = "retrieve"
-    model: Annotated[str, Field(min_length=1)] = "cross-encoder/ms-marco-MiniLM-L6-v2"
+    model: ModelName = "cross-encoder/ms-marco-MiniLM-L6-v2"
     max_length: Annotated[int, Field(ge=8)] = 512
     activation: Literal["none", "sigmoid"] = "none"
     dtype: Dtype = "auto"
 
     def label(self) -> str:
-        return self.model.rstrip("/").rsplit("/", 1)[-1].lower()
+        return last_name(self.model).lower()
 
     def open(self, pool: Pool) -> Scorer:
         return _Session(self)
