@@ -13,6 +13,7 @@ import pyarrow.fs as pafs
 
 from dagr_ray import disk, shapes
 from dagr_ray.config import packed
+from dagr_ray.paths import absolute
 from dagr_ray.shapes import Json
 from dagr_ray.sound import remember
 from dagr_ray.store import filesystem
@@ -33,7 +34,7 @@ class Folder:
     """Its files. Cheap to make and to pickle: it holds two strings until it is used."""
 
     def __init__(self, runs: str, name: str) -> None:
-        self.runs, self.name = str(runs), name
+        self.runs, self.name = absolute(runs), name  # a worker that this is sent to stands elsewhere
         self.fs, root = filesystem(self.runs)
         self.path = f"{root}/{name}"
 

@@ -17,7 +17,7 @@ from pydantic import Field
 
 from dagr_ray import model_folder, weights
 from dagr_ray.config import Config, ConfigError, Later, content_hash
-from dagr_ray.paths import ModelName
+from dagr_ray.paths import ModelName, part_of_name
 from dagr_ray.store import local_folder
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ class Encoder(Pinned):
             return {}
 
     def label(self) -> str:
-        name = self.folder.name.lower()
+        name = part_of_name(self.folder.name.lower())
         name += "" if self.layers is None else f"-{self.layers}layers"
         return name + ("" if self.reinitialise is None else f"-reinit{self.reinitialise}")
 

@@ -20,7 +20,6 @@ from dagr_ray.artifact import Artifact, Damaged, Json
 from dagr_ray.builder import Builder, Observer, Progress
 from dagr_ray.cluster import Placement, Pool
 from dagr_ray.config import Config, ConfigError, fingerprints_held, from_json
-from dagr_ray.paths import part_of_name
 from dagr_ray.store import one_name
 from dagr_ray.worker import (
     Inputs,
@@ -98,7 +97,7 @@ class Stage(Config):
         return None
 
     def folder_name(self) -> str:
-        return "-".join(part for part in (self.type, part_of_name(self.label()), self.fingerprint()) if part)
+        return "-".join(part for part in (self.type, self.label(), self.fingerprint()) if part)
 
     def folder(self, runs: str) -> Artifact:
         """The stage's folder, there or not. On a local disk one with its fingerprint and another label is the same.

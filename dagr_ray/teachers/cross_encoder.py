@@ -11,7 +11,7 @@ from pydantic import Field
 
 from dagr_ray.cluster import Pool
 from dagr_ray.config import ConfigError
-from dagr_ray.paths import ModelName, last_name
+from dagr_ray.paths import ModelName, last_name, part_of_name
 from dagr_ray.retriever import Dtype, Pinned, compute_dtype
 from dagr_ray.teachers import Cost, Pair, Scorer, Teacher
 
@@ -40,7 +40,7 @@ class CrossEncoder(Pinned, Teacher):
     dtype: Dtype = "auto"
 
     def label(self) -> str:
-        return last_name(self.model).lower()
+        return part_of_name(last_name(self.model).lower())
 
     def open(self, pool: Pool) -> Scorer:
         return _Session(self)
