@@ -281,7 +281,7 @@ def _explain(error: Exception) -> int:
             say(f"dagr: error: {_one_line(link)}", to=sys.stderr)
             return 2
         if isinstance(link, damaged):
-            print(f"dagr: failed: {_one_line(link)}; run its job again, which mends it", file=sys.stderr)
+            say(f"dagr: failed: {_one_line(link)}; run its job again, which mends it", to=sys.stderr)
             return 1
         if isinstance(link, failed):
             say("\n  ".join([f"dagr: failed: {_one_line(link)}", *getattr(link, "rows", ())]), to=sys.stderr)
@@ -290,7 +290,7 @@ def _explain(error: Exception) -> int:
             say(f"dagr: error: {told}", to=sys.stderr)
             return 2
         if isinstance(link, OSError) and not by_the_way and (told := _place_at_fault(link)):
-            print(f"dagr: error: {told}", file=sys.stderr)
+            say(f"dagr: error: {told}", to=sys.stderr)
             return 2
         named = getattr(link, "cause", None) or link.__cause__
         by_the_way = by_the_way or named is None  # a library that looked for another one before it failed
