@@ -60,7 +60,9 @@ def is_of_memory(error: BaseException) -> bool:
 
 def is_of_a_death(error: BaseException) -> bool:
     """Whether a worker's process ended without a word, most often because the system was out of memory."""
-    return any(DIED.search(f"{type(each).__name__}: {each}") for each in chain(error))
+    texts = [f"{type(each).__name__}: {each}" for each in chain(error)]
+    # a worker that could not be opened "died", too, and the page holds its error
+    return any(DIED.search(text) for text in texts) and not any("its creation task" in text for text in texts)
 
 
 def reason(error: BaseException | str) -> str:

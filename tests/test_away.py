@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dagr_ray import blame
+from dagr_ray import blame, cluster
 from dagr_ray.artifact import Artifact
 from dagr_ray.cluster import Placement, Pool
 from dagr_ray.config import ConfigError
@@ -296,6 +296,7 @@ def test_workers_that_are_ended_while_memory_is_short_cost_no_row(tmp_path, data
     runs, shard = str(tmp_path / "runs"), {"shard": 0, "start": 0, "stop": 1}
     inputs = {name: materialize(each, runs) for name, each in stage.inputs().items()}
     monkeypatch.setenv("RAY_memory_usage_threshold", "0")
+    assert cluster.memory_is_short(), "and Ray is imported, as it is in a worker"
     for _ in range(3):
         with pytest.raises(Killed):
             Opener(stage, inputs, stage.folder(runs), Pool(workers=1, shard_rows=1), "1-x")()(shard)
@@ -304,3 +305,21 @@ def test_workers_that_are_ended_while_memory_is_short_cost_no_row(tmp_path, data
     ):
         Opener(stage, inputs, stage.folder(runs), Pool(workers=1, shard_rows=1), "1-x")()(shard)
     assert stage.folder(runs).receipts() == {}, "no row was given up, though it was alone"
+
+
+@pytest.mark.parametrize(
+    ("page", "death", "reason"),
+    [
+        ("The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR", True, None),
+        (
+            "The actor died because of an error raised in its creation task, ray::MapWorker.__init__()\n"
+            "  File 'worker.py', line 3\nAttributeError: no such field",
+            False,
+            "AttributeError: no such field",
+        ),
+    ],
+)
+def test_a_worker_that_could_not_be_opened_is_told_from_one_that_was_ended(page, death, reason):
+    error = RuntimeError(page)
+    assert blame.is_of_a_death(error) == death
+    assert reason is None or blame.reason(error) == reason
