@@ -154,7 +154,8 @@ class Positives:
         found: dict[str, set[str]] = {}
         for query_id, doc_id in zip(*(qrels[name].to_pylist() for name in ("query_id", "doc_id")), strict=True):
             found.setdefault(query_id, set()).add(doc_id)
-        return {key: own | self.passages[self.said[key]] if key in self.said else own for key, own in found.items()}
+        # queries that say the same have one set, which holds their own: many sets of as many would be a square
+        return {key: self.passages.get(self.said[key], own) if key in self.said else own for key, own in found.items()}
 
 
 def _hashes(texts: pa.ChunkedArray) -> Hashes:

@@ -73,7 +73,8 @@ def test_neither_order_nor_parts_matter(by, monkeypatch):
     whole = scored(Duplicate(by=by), rows)
     shuffled = random.Random(1).sample(rows, len(rows))
     monkeypatch.setattr(duplicate, "BATCH", 64)
-    monkeypatch.setattr(duplicate, "PAIRS", 16)
+    monkeypatch.setattr(duplicate, "RECORDS", 16)
+    monkeypatch.setattr(duplicate, "WORDS", 200)
     # many files, so that groups come from several
     monkeypatch.setattr(sketch, "Spill", partial(sketch.Spill, part_rows=100))
     assert scored(Duplicate(by=by), shuffled, part=77) == whole

@@ -18,13 +18,9 @@ LIMITS = {"ngram": 0.8, "lcs": 0.9}
 FORMS = {"crop": 1.0, "title": 1.0, "keywords": 0.95, "claim": 0.95, "error-message": 1.0}
 
 
-def ngram_share(asked: Sequence[str], passage: Sequence[str], n: int) -> float:
-    """The share of the word n-grams of a query that stand in the passage; 0 for a query of fewer than ``n`` words."""
-    grams = [tuple(asked[i : i + n]) for i in range(len(asked) - n + 1)]
-    if not grams:
-        return 0.0
-    known = {tuple(passage[i : i + n]) for i in range(len(passage) - n + 1)}
-    return sum(gram in known for gram in grams) / len(grams)
+def ngrams(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
+    """The runs of ``n`` words; none of a text of fewer."""
+    return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
 
 
 def lcs_length(one: Sequence[str], other: Sequence[str]) -> int:
@@ -84,7 +80,7 @@ class Copied(Filter):
 
     def score(self, rows: Sequence[Candidate], search: pa.Table | None) -> list[float]:
         scores: list[float] = []
-        passage, known = "", list[str]()
+        passage, known, grams = "", list[str](), set[tuple[str, ...]]()
         for row in rows:
             asked = folded(row.text)
             if len(asked) < self.n:
@@ -92,10 +88,12 @@ class Copied(Filter):
                 continue
             if row.passage != passage:  # queries of one passage mostly stand together
                 passage, known = row.passage, folded(row.passage)
+                grams = set(ngrams(known, self.n)) if self.measure == "ngram" else set()
             if self.measure == "lcs":
                 scores.append(lcs_length(asked, known) / len(asked))
             else:
-                scores.append(ngram_share(asked, known, self.n))
+                own = ngrams(asked, self.n)
+                scores.append(sum(gram in grams for gram in own) / len(own))
         return scores
 
     def settled(self, form: str, passages: int) -> Filter:

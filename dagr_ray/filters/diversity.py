@@ -22,7 +22,8 @@ from dagr_ray.words import folded
 Vectors = npt.NDArray[np.float32]
 ABSENT = 1e7  # the place of a query that was not reached; exact in float32
 HASHED = 512  # dimensions of vectors made of words
-BLOCK = 1024  # vectors that are compared with all others at once
+BLOCK = 1024  # vectors that are compared with all others at once, and fewer where there are very many others
+PAIRS = 1 << 26
 
 
 class Diversity(Filter):
@@ -123,7 +124,8 @@ def facility(vectors: Vectors, n: int) -> list[int]:
     A gain can only shrink as rows are chosen, so one that stands first when it is computed anew is the largest.
     """
     covered = np.zeros(len(vectors), np.float32)
-    gains = np.concatenate([_gains(vectors, vectors[i : i + BLOCK], covered) for i in range(0, len(vectors), BLOCK)])
+    block = max(min(BLOCK, PAIRS // max(len(vectors), 1)), 1)
+    gains = np.concatenate([_gains(vectors, vectors[i : i + block], covered) for i in range(0, len(vectors), block)])
     heap = [(-float(gain), i, 0) for i, gain in enumerate(gains)]
     heapq.heapify(heap)
     chosen: list[int] = []

@@ -15,12 +15,15 @@ from pydantic import Field, model_validator
 from dagr_ray import retriever, tables
 from dagr_ray.config import ConfigError, Threshold
 from dagr_ray.filters import Candidate, Filter, sketch
+from dagr_ray.filters.joins import RARE, WIDER, chunks, distinct, wider
 from dagr_ray.retriever import Encoder
 
 BATCH = 1 << 14  # rows whose numbers stay in the cache of a processor
-PAIRS = 1 << 18  # compared at once
 NEIGHBOURS = 8  # of the rows with one key, each is compared with so many before it, and with the first
+RECORDS = 1 << 20  # rows with their keys that neighbours are taken from at once
+WORDS = 1 << 22  # of pairs that are compared at once
 CLUSTER = 1024  # vectors in a cluster, about
+NEAR = 8192  # vectors of a larger cluster: each is compared with so many before it, and with the first ones
 SAMPLE = 64  # vectors a cluster that the clusters are found by
 
 Rows = npt.NDArray[np.uint32]
@@ -36,9 +39,11 @@ class Duplicate(Filter):
       characters. The score is a query's place among its equals, from 0; ``copies`` of them are kept.
     * ``minhash``: the score is the highest Jaccard similarity of its set of words to that of a query that comes before
       it. Candidates are found by MinHash (Broder 1997): two queries of similarity s are compared with odds
-      1 - (1 - s**rows)**bands, 0.998 for 0.8; the similarity itself is exact.
+      1 - (1 - s**rows)**bands, 0.998 for 0.8; the similarity itself is exact. Of many with one band (boilerplate) a query is
+      compared with the 8 before it and the first, and by several bands in a row and words that few have.
     * ``embedding``: the highest cosine to a query before it, by ``encoder``, among those of its two nearest clusters
-      (an inverted file as in Jégou et al. 2011, searched on disk).
+      (an inverted file as in Jégou et al. 2011, searched on disk); of a cluster of more than 16,384, with the 8,192 before
+      it and the first 8,192.
 
     No two queries that are kept are alike, as far as they were compared, and what is refused is like one that came
     before. Neither the order of the rows nor the number of shards matters. That deduplication pays is measured by Lee
@@ -59,7 +64,7 @@ class Duplicate(Filter):
     abstract: ClassVar[bool] = False
     streams: ClassVar[bool] = True
     needs_passage: ClassVar[bool] = False
-    version: ClassVar[int] = 3  # words of any script, with their marks
+    version: ClassVar[int] = 4  # near copies among texts that have a template in common
     by: Literal["exact", "normalised", "minhash", "embedding"] = "normalised"
     bands: Annotated[int, Field(ge=1, le=64)] = 12
     rows: Annotated[int, Field(ge=1, le=16)] = 4
@@ -148,38 +153,70 @@ class _Work:
         if not self.starts[-1]:
             return
         words = np.memmap(self.folder / "words", np.uint32, "r")
-        spill = sketch.Spill(self.folder, "band", int(fresh.sum()) * bands)
-        for start in range(0, len(fresh), BATCH):
-            mine = start + np.flatnonzero(fresh[start : start + BATCH])
-            if not len(mine):
-                continue
-            keys, some = sketch.Sets(*sketch.picked(words, self.starts, mine)).bands(bands, rows)
-            spill.add(keys.ravel(), np.repeat(mine[some].astype(np.uint32), bands))
-        sizes = np.diff(self.starts)
-        for before, after in self._pairs(spill):
-            both = sketch.shared(
-                *sketch.picked(words, self.starts, before),
-                *sketch.picked(words, self.starts, after),
-            )
-            alike = both / (sizes[before] + sizes[after] - both)
-            np.maximum.at(scores, after, alike.astype(np.float32))
+        unclear = fresh
+        for width in (1, *WIDER):
+            spill = sketch.Spill(self.folder, "band", int(unclear.sum()) * bands)
+            for mine in _blocks(unclear, self.starts):
+                keys, some = sketch.Sets(*sketch.picked(words, self.starts, mine)).bands(bands, rows)
+                keys = keys if width == 1 else wider(keys, width)
+                spill.add(keys.ravel(), np.repeat(mine[some].astype(np.uint32), bands))
+            unclear = np.zeros(len(fresh), bool)
+            self._compare(words, self._pairs(spill, unclear), scores)
+            if not unclear.any():
+                return
+            if width == 1:
+                self._compare(words, self._pairs(self._by_words(words, unclear), most=RARE), scores)
 
-    def _pairs(self, spill: sketch.Spill) -> Iterator[tuple[sketch.Places, sketch.Places]]:
-        """Rows that share a key, each pair once in a part, the one that comes first first."""
+    def _by_words(self, words: npt.NDArray[np.uint32], unclear: sketch.Flags) -> sketch.Spill:
+        """The rows by their words."""
+        spill = sketch.Spill(self.folder, "word", int(np.diff(self.starts)[unclear].sum()))
+        for mine in _blocks(unclear, self.starts):
+            own, starts = sketch.picked(words, self.starts, mine)
+            spill.add(sketch.mixed(own.astype(np.uint64)), np.repeat(mine, np.diff(starts)).astype(np.uint32))
+        return spill
+
+    def _compare(
+        self,
+        words: npt.NDArray[np.uint32],
+        pairs: Iterable[tuple[sketch.Places, sketch.Places]],
+        scores: sketch.Floats,
+    ) -> None:
+        sizes = np.diff(self.starts)
+        for before, after in pairs:
+            for start, stop in chunks(sizes[before] + sizes[after], WORDS):
+                left, right = before[start:stop], after[start:stop]
+                both = sketch.shared(
+                    *sketch.picked(words, self.starts, left),
+                    *sketch.picked(words, self.starts, right),
+                )
+                alike = both / (sizes[left] + sizes[right] - both)
+                np.maximum.at(scores, right, alike.astype(np.float32))
+
+    def _pairs(
+        self, spill: sketch.Spill, crowded: sketch.Flags | None = None, most: int | None = None
+    ) -> Iterator[tuple[sketch.Places, sketch.Places]]:
+        """Rows that share a key, each pair once in a block, the one that comes first first.
+
+        ``crowded`` is set for rows of keys that more rows have than are compared with each; keys that more than ``most``
+        rows have give no pairs.
+        """
         for keys, rows in spill.parts():
             keys, rows = self._ordered(keys, rows)
             first = _firsts(keys)
-            at = np.arange(len(rows))
-            found = []
-            for back in range(1, NEIGHBOURS + 1):
-                later = at[at - first >= back]
-                found.append(rows[later - back].astype(np.uint64) << np.uint64(32) | rows[later])
-            later = at[at - first > NEIGHBOURS]
-            found.append(rows[first[later]].astype(np.uint64) << np.uint64(32) | rows[later])
-            pairs = np.unique(np.concatenate(found))
-            for start in range(0, len(pairs), PAIRS):
-                some = pairs[start : start + PAIRS]
-                yield (some >> np.uint64(32)).astype(np.int64), (some & np.uint64(0xFFFFFFFF)).astype(np.int64)
+            sizes = np.bincount(first, minlength=len(rows))[first]
+            if crowded is not None:
+                crowded[rows[sizes > NEIGHBOURS + 1]] = True
+            at = np.arange(len(rows)) if most is None else np.flatnonzero(sizes <= most)
+            for start in range(0, len(at), RECORDS):
+                some = at[start : start + RECORDS]
+                found = []
+                for back in range(1, NEIGHBOURS + 1):
+                    later = some[some - first[some] >= back]
+                    found.append(rows[later - back].astype(np.uint64) << np.uint64(32) | rows[later])
+                later = some[some - first[some] > NEIGHBOURS]
+                found.append(rows[first[later]].astype(np.uint64) << np.uint64(32) | rows[later])
+                pairs = distinct(np.concatenate(found))
+                yield (pairs >> np.uint64(32)).astype(np.int64), (pairs & np.uint64(0xFFFFFFFF)).astype(np.int64)
 
     def compare_vectors(self, fresh: sketch.Flags, queries: Tables, encoder: Encoder, scores: sketch.Floats) -> None:
         """Raises the scores of ``fresh`` rows to the cosine with rows before them in their two nearest clusters."""
@@ -218,6 +255,15 @@ class _Work:
         return vectors
 
 
+def _blocks(flags: sketch.Flags, starts: sketch.Places) -> Iterator[sketch.Places]:
+    """The flagged rows, ``BATCH`` of them at once, or fewer where they have many words."""
+    rows = np.flatnonzero(flags)
+    for start in range(0, len(rows), BATCH):
+        some = rows[start : start + BATCH]
+        for first, last in chunks(starts[some + 1] - starts[some], WORDS):
+            yield some[first:last]
+
+
 def _firsts(keys: sketch.Longs) -> sketch.Places:
     """For each of some sorted keys the place of the first that equals it."""
     begins = np.concatenate([np.ones(min(len(keys), 1), bool), keys[1:] != keys[:-1]])
@@ -246,13 +292,21 @@ def _nearest(vectors: sketch.Floats, centres: sketch.Floats) -> sketch.Places:
 
 
 def _before(vectors: npt.NDArray[np.float16], members: Rows, block: int = 2048) -> sketch.Floats:
-    """For each of some rows the highest cosine to one before it in the list; 0 for the first."""
+    """For each of some rows the highest cosine to one before it in the list; 0 for the first. See ``NEAR``."""
     best = np.zeros(len(members), np.float32)
-    held = np.asarray(vectors[members], np.float32)
-    for start in range(0, len(held), block):
-        some = held[start : start + block]
+    small = len(members) <= 2 * NEAR
+    held = np.asarray(vectors[members], np.float32) if small else None
+
+    def block_of(first: int) -> sketch.Floats:
+        last = first + block
+        return held[first:last] if held is not None else np.asarray(vectors[members[first:last]], np.float32)
+
+    for start in range(0, len(members), block):
+        some = block_of(start)
         for other in range(0, start + len(some), block):
-            alike = some @ held[other : other + block].T
+            if not small and NEAR <= other < start - NEAR:
+                continue
+            alike = some @ block_of(other).T
             if other == start:
                 alike[np.triu_indices(len(some))] = 0.0
             best[start : start + len(some)] = np.maximum(best[start : start + len(some)], alike.max(axis=1))

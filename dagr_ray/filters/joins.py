@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dagr_ray.filters import sketch
-from dagr_ray.filters.sketch import Flags, Floats, Longs, Places, Sets, Words
+from dagr_ray.filters.sketch import Flags, Floats, Kind, Longs, Places, Sets, Words
 
 COMMON = 64  # texts that may share a key
 RARE = 16  # and a longer piece of a sketch or a word, which are asked where shorter pieces are common
@@ -88,13 +88,13 @@ def _most(rows: Places, shared: Places) -> Flags:
     return kept
 
 
-def _distinct(numbers: Places) -> Places:
+def distinct(numbers: npt.NDArray[Kind]) -> npt.NDArray[Kind]:
     """Sorted, each once. Sorting is several times as fast as the table of hashes that numpy makes."""
     numbers = np.sort(numbers)
     return numbers[np.concatenate([np.ones(min(len(numbers), 1), bool), numbers[1:] != numbers[:-1]])]
 
 
-def _chunks(sizes: Places, most: int = ENTRIES) -> Iterator[tuple[int, int]]:
+def chunks(sizes: Places, most: int = ENTRIES) -> Iterator[tuple[int, int]]:
     """Ranges of entries whose ``sizes`` are at most ``most`` in all; a larger one stands alone."""
     ends = np.cumsum(sizes)
     first = 0
@@ -131,7 +131,7 @@ class Postings:
             return np.zeros(0, np.int64), np.zeros(0, np.int64)
         place = np.searchsorted(self.keys, keys)
         some = np.flatnonzero(self.keys[np.minimum(place, len(self.keys) - 1)] == keys)
-        rows, place = np.divmod(_distinct(rows[some] * len(self.keys) + place[some]), len(self.keys))
+        rows, place = np.divmod(distinct(rows[some] * len(self.keys) + place[some]), len(self.keys))
         return rows, place
 
     def pairs(self, rows: Places, places: Places) -> Iterator[tuple[Places, Places, Places]]:
@@ -143,7 +143,7 @@ class Postings:
         takes = np.where(rare, self.sizes[places], self.few)
         begins = np.flatnonzero(np.concatenate([np.ones(min(len(rows), 1), bool), rows[1:] != rows[:-1]]))
         edges = np.append(begins, len(rows))
-        for first, last in _chunks(np.add.reduceat(takes, begins) if len(begins) else begins):
+        for first, last in chunks(np.add.reduceat(takes, begins) if len(begins) else begins):
             mine = slice(edges[first], edges[last])
             if last == first + 1:
                 yield self._of_one(rows[mine], places[mine], rare[mine], takes[mine])
@@ -159,7 +159,7 @@ class Postings:
     def _of_one(self, rows: Places, places: Places, rare: Flags, takes: Places) -> tuple[Places, Places, Places]:
         """The pairs of one row, which may have any number of keys: they are counted, text by text."""
         counts, seen = np.zeros(int(self.texts.max(initial=-1)) + 1, np.int64), np.zeros(0, np.int64)
-        for first, last in _chunks(takes):
+        for first, last in chunks(takes):
             mine = slice(first, last)
             which, at = _ranges(self.starts[places[mine]], self.starts[places[mine]] + takes[mine])
             counts += np.bincount(self.texts[at][rare[mine][which]], minlength=len(counts))
@@ -187,7 +187,7 @@ class Grams:
             most = _most(left, counts)
             left, right, counts = left[most], right[most], counts[most]
             sizes = np.diff(own[1])[left] + np.diff(self._common[1])[right]
-            for first, last in _chunks(sizes, 4 * ENTRIES):
+            for first, last in chunks(sizes, 4 * ENTRIES):
                 mine = slice(first, last)
                 counts[mine] += sketch.shared(
                     *sketch.picked(*own, left[mine]), *sketch.picked(*self._common, right[mine])
@@ -228,7 +228,7 @@ class Alike:
             if not len(again):
                 break
             mine = np.isin(some, again)
-            level = Postings(_wider(keys[mine], width).ravel(), np.repeat(some[mine], bands), RARE)
+            level = Postings(wider(keys[mine], width).ravel(), np.repeat(some[mine], bands), RARE)
             self.levels.append(level)
             again = self._unclear(level, len(words))
 
@@ -249,7 +249,7 @@ class Alike:
             rows, texts, both = rows[close], texts[close], (mine + theirs)[close]
             most = self._nearest(marks, rows, texts)
             rows, texts, both = rows[most], texts[most], both[most]
-            for start, stop in _chunks(both, 4 * ENTRIES):
+            for start, stop in chunks(both, 4 * ENTRIES):
                 left, right = rows[start:stop], texts[start:stop]
                 shared = sketch.shared(
                     *sketch.picked(sets.words, sets.starts, left),
@@ -274,7 +274,7 @@ class Alike:
         unclear = at
         for level, width in zip(self.levels, (1, *WIDER), strict=False):
             mine = np.isin(at, unclear)
-            asked = keys[mine] if width == 1 else _wider(keys[mine], width)
+            asked = keys[mine] if width == 1 else wider(keys[mine], width)
             rows, places = level.known(asked.ravel(), np.repeat(at[mine], self.bands))
             found += [left << 32 | right for left, right, _ in level.pairs(rows, places)]
             unclear = np.unique(rows[level.common[places]])
@@ -283,7 +283,7 @@ class Alike:
                 found += [left << 32 | right for left, right, _ in self.rare.pairs(rows, places)]
             if not len(unclear):
                 break
-        both = _distinct(np.concatenate([np.zeros(0, np.int64), *found]))
+        both = distinct(np.concatenate([np.zeros(0, np.int64), *found]))
         return both >> 32, both & 0xFFFFFFFF, _marks(keys, at, len(some))
 
 
@@ -294,7 +294,7 @@ def _marks(keys: Longs, at: Places, count: int) -> Marks:
     return marks
 
 
-def _wider(keys: Longs, width: int) -> Longs:
+def wider(keys: Longs, width: int) -> Longs:
     """Keys [m, bands] of ``width`` bands in a row, from those of single ones; the last are followed by the first."""
     with np.errstate(over="ignore"):
         factors = sketch.constants(width, 8)

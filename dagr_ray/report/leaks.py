@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dagr_ray.artifact import Artifact, Json
+from dagr_ray.filters.joins import COMMON
 from dagr_ray.report.lineage import Folders
 
 if TYPE_CHECKING:
@@ -39,11 +40,24 @@ def leaks(folders: Folders, rows: list[Row], generators: list[Json], measure: st
                 "queries": counts.get("in", 0),
                 "dropped": counts.get("in", 0) - counts.get("out", 0),
                 "drop": folders.found(gate)["stage"].get("drop", []),
+                **_bounds(folders, gate),
                 "kinds": seen.described(),
                 "arms": [line for arm in arms for line in _with_and_without(arm, seen, measure)],
             }
         )
     return found
+
+
+def _bounds(folders: Folders, gate: str) -> Json:
+    """``common``: how much of the held-out texts is boilerplate, by which nothing is found; ``left_out``: pairs that are not
+    listed, because each of their texts resembles others more.
+    """
+    counts = folders.found(folders.found(gate)["inputs"].get("scan", ""))["counts"]
+    common: Counter[str] = Counter()
+    for kinds in counts.get("common", {}).values():
+        for of in kinds.values():
+            common.update(of)
+    return {"common": dict(common) | {"limit": COMMON}, "left_out": sum(counts.get("left_out", {}).values())}
 
 
 class _Seen:

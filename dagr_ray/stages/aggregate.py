@@ -25,6 +25,7 @@ from dagr_ray.config import ConfigError
 from dagr_ray.stage import Inputs, Output, Run, Stage
 
 STEPS = 100
+PAIRS = 1 << 22  # of items that are compared at once
 PRIOR = 3.0  # standard deviation of scores and thresholds before any rating: 95 % of raters' odds within 1 to 365
 
 
@@ -86,10 +87,15 @@ def rank(ratings: np.ndarray) -> Ranking:
             break
     above = told.astype(float) * likes
     below = told.astype(float) * (1 - likes)
-    wins = above.T @ below  # [i, j]: raters who like i and not j
-    net = wins - wins.T
     n = ratings.shape[1]
-    first, last = 1 + (net < 0).sum(axis=1), n - (net > 0).sum(axis=1)
+    first, last = np.ones(n, np.int64), np.full(n, n)
+    step = max(PAIRS // max(n, 1), 1)
+    for start in range(0, n, step):  # a square of the items does not fit where there are many
+        some = slice(start, start + step)
+        # [i, j]: raters who like i and not j, less those who like j and not i
+        net = above[:, some].T @ below - below[:, some].T @ above
+        first[some] += (net < 0).sum(axis=1)
+        last[some] -= (net > 0).sum(axis=1)
     deviation = 1 / np.sqrt(weight.sum(axis=0) + 1 / PRIOR**2)
     return Ranking(score, deviation, first, last, threshold)
 
@@ -234,9 +240,9 @@ class Aggregate(Stage):
                     ]
                 for u, i, gain in worth_asking(ratings, found, self.ask):
                     asks.append((gain, raters[u][0], query_id, docs[i]))
-            # a rater has several thresholds: of one question, the gain that is largest
-            once = {each[1:]: each for each in sorted(asks)}
-            told = sorted(once.values(), key=lambda each: (-each[0], each[1:]))[: self.ask]
+                if len(asks) > 100 * (self.ask + 1):
+                    asks = self._told(asks)
+            told = self._told(asks)
             names = ("gain", "rater", "query_id", "doc_id")
             folder.write_bytes(
                 "ask.json", json.dumps([dict(zip(names, each, strict=True)) for each in told], indent=1).encode()
@@ -246,6 +252,11 @@ class Aggregate(Stage):
             return Output({"scores": tables.table("scores", rows)}, ["ask.json"], counts)
 
         return run
+
+    def _told(self, asks: list[tuple[float, str, str, str]]) -> list[tuple[float, str, str, str]]:
+        """The best of some (gain, rater, query, passage); a rater has several thresholds: of one question the largest gain."""
+        once = {each[1:]: each for each in sorted(asks)}
+        return sorted(once.values(), key=lambda each: (-each[0], each[1:]))[: self.ask]
 
     def _rated(self, labels: list[Artifact]) -> tuple[dict[str, list[float]], dict[str, dict[tuple[str, str], float]]]:
         """Rater -> its cuts, and query -> (rater, passage) -> score. Raters of one name in two labels are two raters."""

@@ -77,13 +77,14 @@ class Mine(Stage):
             results = [_Results(each.of(qrels["query_id"], *asked), qrels, self.depth) for each in candidates]
             of_query = positives().of(qrels)
             text_of = _text_of(twins(), results, of_query)
-            relevant = {query_id: {text_of[doc_id] for doc_id in docs} for query_id, docs in of_query.items()}
+            # a set of its own for each different set of passages: queries that say the same share one
+            texts_of = {id(docs): {text_of[doc_id] for doc_id in docs} for docs in of_query.values()}
+            relevant = {query_id: texts_of[id(docs)] for query_id, docs in of_query.items()}
             examples, rejected = [], []
             near = short = 0
             for query_id, positive_id in zip(*(column.to_pylist() for column in qrels.columns), strict=True):
                 lists = [r.of(query_id) for r in results]
-                alike = relevant[query_id] | {text_of[positive_id]}
-                found, dropped = self._negatives(lists, text_of, text_of[positive_id], alike)
+                found, dropped = self._negatives(lists, text_of, text_of[positive_id], relevant[query_id])
                 near += dropped
                 if not found and self.negatives:
                     searched = sum(len(each) for each in lists)
@@ -129,7 +130,7 @@ class Mine(Stage):
                 close |= {text_of[hit.doc_id] for hit in hits if hit.score > min(limits)}
             if self.threshold is not None:
                 close |= {text_of[hit.doc_id] for hit in hits if hit.score >= self.threshold}
-        close -= alike
+        close = {text for text in close if text not in alike}
         taken: dict[str, str] = {}
         for hit in _in_turn(lists):
             text = text_of[hit.doc_id]
@@ -171,7 +172,7 @@ class _Results:
 
 def _text_of(twins: Twins, results: list[_Results], positives: dict[str, set[str]]) -> dict[str, str]:
     """Passage id -> the id that stands for its text, for all passages that a shard looks at."""
-    named = pa.array(sorted(set().union(*positives.values())), tables.TEXT)
+    named = pa.array(sorted(set().union(*{id(docs): docs for docs in positives.values()}.values())), tables.TEXT)
     ids = pa.chunked_array([named, *(r.rows["doc_id"].unique() for r in results)], tables.TEXT).unique()
     every = pa.chunked_array([ids])
     twins.demand(every)
