@@ -3,6 +3,7 @@
 import os
 import pickle
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -236,3 +237,36 @@ def test_renamed_data_are_one_set_in_the_report(tmp_path) -> None:
 def test_an_address_is_an_address_and_a_path_a_path() -> None:
     assert filesystem("/a/b://c")[1] == "/a/b:/c"
     assert paths.last_name("/sets/a?b") == "a?b" and paths.last_name("s3://b/set?region=x") == "set"
+
+
+def test_a_study_trains_from_another_folder_with_relative_paths_and_a_stage_beside_its_job(tmp_path) -> None:
+    """Data, job and the default runs folder are relative and have a space; then the data move, and are the same."""
+    tiny_beir(tmp_path / "my set", docs=32)
+    (tmp_path / "the jobs").mkdir()
+    text = (ROOT / "jobs/beir.py").read_text().replace("def beir(", "def mine(").replace(" = Take(", " = MyTake(")
+    (tmp_path / "the jobs/mine.py").write_text(f"{text}\n\nfrom my_stage import MyTake\n")
+    stage = "from dagr_ray.stages.select import Take\n\nclass MyTake(Take):\n    abstract = False\n"
+    (tmp_path / "the jobs/my_stage.py").write_text(stage.replace("abstract =", "abstract: ClassVar[bool] =").replace(
+        "from dagr", "from typing import ClassVar\nfrom dagr", 1
+    ))  # fmt: skip
+    env = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "DAGR_RUNS")}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")])
+    words = [
+        sys.executable,
+        "-m",
+        "dagr_ray.cli",
+        "study",
+        "the jobs/mine.py",
+        "generator=crop",
+        "--no-track",
+        "--quiet",
+    ]
+    words += ["passages=16", "max_rank=50", "data=my set"]
+    for volume, moved in (("volume=0,8", False), ("volume=0", True)):
+        if moved:
+            os.rename(tmp_path / "my set", tmp_path / "moved")
+            words[-1] = f"data={tmp_path}/moved"
+        done = subprocess.run([*words, volume], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=400)
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert len(list((tmp_path / "runs").glob("beir-*"))) == 1
+    assert len(list((tmp_path / "runs").glob("train-*"))) == 1
