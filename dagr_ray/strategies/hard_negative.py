@@ -53,7 +53,6 @@ class HardNegative(Rewriting):
     """
 
     abstract: ClassVar[bool] = False
-    parse_version: ClassVar[int] = 2  # words of any script
     writes: ClassVar[str] = "negatives"
     task: str = (
         "Each passage answers the query below it. The wrong passage is about the same topic in a similar style, but does "

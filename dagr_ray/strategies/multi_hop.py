@@ -49,7 +49,6 @@ class MultiHop(Rewriting):
     """
 
     abstract: ClassVar[bool] = False
-    parse_version: ClassVar[int] = 2  # words of any script
     task: str = "Each pair of passages is followed by a search query that can only be answered with both of them."
 
     def form(self) -> Form:

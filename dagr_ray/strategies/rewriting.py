@@ -36,6 +36,7 @@ class Rewriting(Written):
     """Base of the strategies that write one text for a pair, few-shot: a small model follows examples, not instructions."""
 
     abstract: ClassVar[bool] = True
+    parse_version: ClassVar[int] = 2  # words of any script
     reads: ClassVar[str] = "pairs"
     task: str
     max_examples: Annotated[int, Field(ge=1, le=8)] = 8

@@ -49,7 +49,6 @@ class Simplify(Rewriting):
     """
 
     abstract: ClassVar[bool] = False
-    parse_version: ClassVar[int] = 2  # words of any script
     writes: ClassVar[str] = "passages"
     task: str = "Each passage is followed by the same content in plain words and short sentences."
 

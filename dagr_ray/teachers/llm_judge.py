@@ -83,6 +83,7 @@ class LLMJudge(Teacher):
     """
 
     abstract: ClassVar[bool] = False
+    version: ClassVar[int] = 2  # texts are cut by words of any script
     type: ClassVar[str] = "llm-judge"
     pool: ClassVar[str] = "generate"
     engine: Engine = VLLM(model="HuggingFaceTB/SmolLM2-135M-Instruct")
