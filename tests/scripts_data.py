@@ -1,4 +1,4 @@
-"""Passages in twenty languages and eighteen scripts, written for the tests: eight each, about eight things."""
+"""Passages in twenty languages and seventeen scripts, written for the tests: eight each, about eight things."""
 
 from typing import NamedTuple
 

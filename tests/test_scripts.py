@@ -1,4 +1,4 @@
-"""Words, sentences, filters, crops, exemplars, prefixes, the leak gate and BM25 in eighteen scripts."""
+"""Words, sentences, filters, crops, exemplars, prefixes, the leak gate and BM25 in seventeen scripts."""
 
 import doctest
 import json
