@@ -116,6 +116,24 @@ def test_duplicates_grow_with_the_texts_and_every_near_copy_is_compared(kind, mo
             assert max(scores[row], scores[rows + copy]) >= alike - 0.02, (kind, row)
 
 
+@pytest.mark.parametrize(("kind", "recall"), [("footer", 1.0), ("header", 1.0), ("paragraphs", 0.9), ("table", 0.9)])
+def test_sets_of_words_that_are_alike_are_found_where_all_are_a_little(kind, recall):
+    rows = 1200
+    held = [passage(kind, "held", i) for i in range(rows)]
+    # no run of words is left, and two words are others: only the set is alike
+    asked = []
+    for text in held[::20]:
+        found = text.split()
+        asked.append(" ".join(random.Random(text).sample([*found[:-2], "new", "words"], len(found))))
+    alike = joins.Alike(sketch.split(array(held)), 20, 4)
+    hits = {
+        pair
+        for rows, texts, _ in alike.to(sketch.split(array(asked)), 0.6)
+        for pair in zip(rows.tolist(), texts.tolist(), strict=True)
+    }
+    assert sum((i, 20 * i) in hits for i in range(len(asked))) >= recall * len(asked)
+
+
 def test_what_two_texts_share_beyond_boilerplate_is_found_and_boilerplate_alone_is_not():
     own = " ".join(f"secret{i}" for i in range(20))
     held = [passage("footer", "held", i) for i in range(200)] + [f"{own} {FOOTER}"]
