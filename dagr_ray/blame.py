@@ -76,7 +76,9 @@ def reason(error: BaseException | str) -> str:
     "OSError: No space left on device: '/runs/a'"
     """
     if isinstance(error, BaseException):
-        innermost = list(chain(error))[-1]
+        links = list(chain(error))
+        # Ray Data puts an exception without a word below the one that tells
+        innermost = next((link for link in reversed(links) if str(link).strip()), links[-1])
         text = str(innermost)
         if isinstance(innermost, OSError) and innermost.strerror and innermost.filename is not None:
             return _line(f"{type(innermost).__name__}: {innermost.strerror}: {os.fspath(innermost.filename)!r}")
