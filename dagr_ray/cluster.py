@@ -166,6 +166,9 @@ def send_whole() -> None:
             cloudpickle.register_pickle_by_value(module)
 
 
+_drawn_tokens: set[str] = set()  # by this process, for a Ray of its own
+
+
 def is_alone() -> bool:
     """Whether Ray was started by a driver of ours for itself: it ends with that driver, and has no dashboard to ask."""
     return ALONE in os.environ
@@ -206,14 +209,17 @@ def connect(address: str | None = None) -> None:
     if ray.is_initialized():
         return
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if os.environ.pop(ALONE, None) == "token":
-        os.environ.pop("RAY_AUTH_TOKEN", None)  # that of an earlier Ray of ours
+    os.environ.pop(ALONE, None)
+    if os.environ.get("RAY_AUTH_TOKEN") in _drawn_tokens:  # one that was inherited may be what a cluster asks for
+        del os.environ["RAY_AUTH_TOKEN"]
     if address == "local":
         # "local": without it, Ray would try for minutes to join a cluster that was killed and left its address behind
         options |= {"include_dashboard": False, "_temp_dir": _sessions()}
         # what Ray starts here inherits both; in a file, the token would have to lie in HOME
-        os.environ[ALONE] = "1" if "RAY_AUTH_TOKEN" in os.environ else "token"
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        os.environ[ALONE] = "1"
+        if "RAY_AUTH_TOKEN" not in os.environ:
+            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+            _drawn_tokens.add(os.environ["RAY_AUTH_TOKEN"])
     else:
         address = _answering(address, source)
     _start(address, options)
