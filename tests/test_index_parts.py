@@ -14,7 +14,7 @@ from dagr_ray.config import ConfigError, from_json
 from dagr_ray.miners.bm25 import BM25
 from dagr_ray.miners.dense import Dense
 from dagr_ray.retriever import Encoder
-from dagr_ray.stage import Output, Stage, materialize
+from dagr_ray.stage import Output, Stage, StageFailed, materialize
 from dagr_ray.stages import retrieve
 from dagr_ray.stages.retrieve import Index, Probe, Search
 from dagr_ray.stages.rewrite import Expand
@@ -162,7 +162,7 @@ def test_encoding_goes_on_where_it_stopped(tmp_path, whole, monkeypatch):
         return real(model, texts, *rest)
 
     monkeypatch.setattr(retriever, "encode", failing)
-    with pytest.raises(OSError, match="goes away"):
+    with pytest.raises(StageFailed, match="goes away"):
         materialize(stage.index, str(tmp_path), here(1))
     folder = stage.index.folder(str(tmp_path))
     assert sorted(folder.receipts()) == [0, 1] and folder.manifest is None
