@@ -154,7 +154,7 @@ GUARDED = {
     "truncated": (lambda server: endpoint(server, passage_characters=30), answers(), "prompt of"),
     "cut_off": (endpoint, answers("the number of", reason="length"), "'the number of'"),
     "unparsed": (endpoint, answers("?"), "'?' (no-text)"),
-    "copied": (lambda server: CropEngine(), answers(), "Number"),
+    "copied": (lambda server: CropEngine(), answers(), ".'"),  # a whole sentence of the passage
 }
 
 
