@@ -45,20 +45,24 @@ def _trained(runs: str, name: str, rows: int, seconds: float, size: int) -> None
     bill = {
         "seconds": spent,
         "attempts": 1,
+        "usd": {},
+        "rates": {},
         "waste": {"seconds": 0.0},
         "tokens": dict.fromkeys(("prompt", "cached", "completion"), 0),
     }
     stage = {"type": "train", "base": {"model": "m"}, "epochs": 1, "examples": {"type": "take", "n": rows}}
+    file = {"file": "model/model.safetensors", "bytes": size, "sha256": "0" * 64}
     manifest = {
-        "stage": stage, "inputs": {}, "tables": {}, "files": {"model/model.safetensors": {"bytes": size}}, "bill": bill,
+        "stage": stage, "fingerprint": name[-12:], "inputs": {}, "tables": {}, "files": {file["file"]: file}, "bill": bill,
         "counts": {"in": rows, "out": rows}, "placement": Placement().to_json(), "cost": {}, "price": 0.0,
+        "finished": 1.0, "attempts": 1, "code": "0", "packages": {},
     }  # fmt: skip
     Artifact(runs, name).write_json("manifest.json", manifest)
 
 
 def test_a_model_is_as_large_however_many_rows_it_was_trained_on(tmp_path) -> None:
     corpus, runs = Beir(path=str(tiny_beir(tmp_path / "set"))), str(tmp_path / "runs")
-    _trained(runs, "train-a", rows=4000, seconds=100.0, size=90_000_000)
+    _trained(runs, "train-0123456789ab", rows=4000, seconds=100.0, size=90_000_000)
     train = Train(examples=corpus, queries=corpus, corpus=corpus, base=Encoder(model=str(minilm())))
     [guess] = estimate([train], runs, HERE).values()
     assert guess["basis"] == "its type" and guess["bytes"] == pytest.approx(90_000_000, rel=0.01)
@@ -73,7 +77,7 @@ def test_the_time_that_a_study_still_takes_follows_the_size_of_its_trials(tmp_pa
     )
     alone, beside = HERE.model_copy(update={"trials": 1}), HERE.model_copy(update={"trials": 2})
     assert remaining_seconds([[small], [large]], runs, alone) is None  # nothing is known of this machine
-    _trained(runs, "train-a", rows=50, seconds=5.0, size=1)
+    _trained(runs, "train-0123456789ab", rows=50, seconds=5.0, size=1)
     expected = {small: 5 + 100 * 0.1, large: 5 + 1000 * 0.1}
     assert remaining_seconds([[small], [large]], runs, alone) == pytest.approx(sum(expected.values()))
     assert remaining_seconds([[small], [large]], runs, beside) == pytest.approx(expected[large])  # the longest one
