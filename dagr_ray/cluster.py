@@ -166,7 +166,8 @@ def send_whole() -> None:
             cloudpickle.register_pickle_by_value(module)
 
 
-_drawn_tokens: set[str] = set()  # by this process, for a Ray of its own
+# By this process, for a Ray of its own; Ray reads a token once in a process, so the next one has the same.
+_drawn_tokens: set[str] = set()
 
 
 def is_alone() -> bool:
@@ -210,8 +211,11 @@ def connect(address: str | None = None) -> None:
         return
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     os.environ.pop(ALONE, None)
-    if os.environ.get("RAY_AUTH_TOKEN") in _drawn_tokens:  # one that was inherited may be what a cluster asks for
-        del os.environ["RAY_AUTH_TOKEN"]
+    if address != "local" and os.environ.get("RAY_AUTH_TOKEN") in _drawn_tokens:
+        from ray._raylet import AuthenticationTokenLoader
+
+        del os.environ["RAY_AUTH_TOKEN"]  # one that was inherited stays: it may be what the cluster asks for
+        AuthenticationTokenLoader.instance().reset_cache()
     if address == "local":
         # "local": without it, Ray would try for minutes to join a cluster that was killed and left its address behind
         options |= {"include_dashboard": False, "_temp_dir": _sessions()}

@@ -40,8 +40,10 @@ def put(
     return name
 
 
-def card(runs: str, name: str, scores: dict[str, list[float]], data: str, trained: str | None = None) -> str:
-    """A scorecard with these values of nDCG@10 for each data set's queries."""
+def card(
+    runs: str, name: str, scores: dict[str, list[float]], data: str | dict[str, str], trained: str | None = None
+) -> str:
+    """A scorecard with these values of nDCG@10 for each data set's queries. ``data`` is the judged folder, or one by data set."""
     evaluations, stages = {}, []
     for i, (where, values) in enumerate(scores.items()):
         rows = [
@@ -51,7 +53,7 @@ def card(runs: str, name: str, scores: dict[str, list[float]], data: str, traine
         rows.append(
             {"measure": "nDCG@10", "value": sum(values) / len(values), "query_id": None, "data": where, "split": "test"}
         )
-        inputs = {"data": data} | ({"trained": trained} if trained else {})
+        inputs = {"data": data if isinstance(data, str) else data[where]} | ({"trained": trained} if trained else {})
         stage = {"name": where, "split": "test", "data": where, "search": {"index": {"miner": "m"}}}
         evaluations[f"evaluations.{i}"] = put(
             runs, f"{name}-{i}-evaluate", inputs, {"metrics": tables.table("metrics", rows)}, stage

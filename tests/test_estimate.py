@@ -83,7 +83,8 @@ def test_the_time_that_a_study_still_takes_follows_the_size_of_its_trials(tmp_pa
     assert remaining_seconds([[small], [large]], runs, beside) == pytest.approx(expected[large])  # the longest one
     assert remaining_seconds([[small]] * 4, runs, beside) == pytest.approx(2 * expected[small])
     folder = large.folder(runs)
-    folder.write_json("plan.json", {"shards": [{"shard": 0, "start": 0, "stop": 1000}]})
+    plan = {"stage": large.to_json(), "fingerprint": large.fingerprint(), "inputs": {}, "rows": 1000}
+    folder.write_json("plan.json", plan | {"shards": [{"shard": 0, "start": 0, "stop": 1000}]})
     folder.write_bytes("attempts/001-aaaa.jsonl", json.dumps({"at": time.time() - 60, "event": "start"}).encode())
     assert remaining_seconds([[large]], runs, alone) == pytest.approx(expected[large] - 60, abs=1)
 

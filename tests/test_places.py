@@ -228,6 +228,26 @@ print(ray.get(ray.remote(lambda: 7).remote()))
     assert done.stdout.split("\n")[:-1] == ["private True", "out", "out", "in", "7"], done.stderr[-2000:]
 
 
+def test_a_process_may_start_its_own_ray_twice_and_hands_its_token_on():
+    """Ray reads a token once in a process; what is started meanwhile inherits it."""
+    code = """
+import os
+from dagr_ray import cluster
+seen = []
+for _ in range(2):
+    cluster.connect()
+    import ray
+    seen.append((ray.get(ray.remote(lambda: 7).remote()), os.environ["RAY_AUTH_TOKEN"]))
+    ray.shutdown()
+print(seen[0] == seen[1], len(seen[0][1]))
+"""
+    env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False, timeout=90
+    )
+    assert done.stdout.split() == ["True", "64"], done.stderr[-2000:]
+
+
 @pytest.mark.parametrize(
     ("address", "why"),
     [

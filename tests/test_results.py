@@ -32,7 +32,9 @@ def above(gain):
 def studies(tmp_path_factory):
     """(runs, studies): a ladder of both bases with two seeds, and one that failed; a study of sizes; one of people's shares."""
     runs = str(tmp_path_factory.mktemp("results"))
-    put(runs, "beir-none", {}, {"queries": tables.table("queries", [])}, {})
+    sets = {"home": "beir-home", "away": "beir-away"}
+    for name in sets.values():
+        put(runs, name, {}, {"queries": tables.table("queries", [])}, {})
     put(runs, "generate-none", {}, {"generations": tables.empty("generations")}, {})
     put(runs, "mine-none", {"generations": "generate-none"}, {"examples": examples(40)}, {})
     low, trials = (FROZEN - 0.15).tolist(), []
@@ -42,7 +44,7 @@ def studies(tmp_path_factory):
         trials.append(trial | {"folder": folder, "stages": {folder: folder[-12:]}, "seconds": 2.0, **more})
 
     def judged(name, home, away, trained=None):
-        return card(runs, f"scorecard-{name}", {"home": home, "away": away}, "beir-none", trained)
+        return card(runs, f"scorecard-{name}", {"home": home, "away": away}, sets, trained)
 
     add("bm25", {}, judged("bm25", [0.3] * QUERIES, [0.3] * QUERIES))
     add("frozen", {"base": "minilm"}, judged("minilm", FROZEN.tolist(), FROZEN.tolist()))

@@ -9,8 +9,10 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from dagr_ray.cluster import Pool
@@ -167,7 +169,7 @@ def test_cross_encoders_that_cannot_be_are_named(tiny, reranker, tmp_path):
         CrossEncoder(model=reranker).open(Pool())
     with pytest.raises(ConfigError, match=r"no \*\.safetensors"):
         CrossEncoder(model=str(tmp_path)).open(Pool())
-    (tmp_path / "model.safetensors").write_bytes(b"x")
+    save_file({"weight": np.zeros(1, np.float32)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text('{"auto_map": {"AutoModel": "evil.Evil"}, "model_type": "evil"}')
     (tmp_path / "evil.py").write_text("raise SystemExit('remote code ran')")
     with pytest.raises(ConfigError, match="cannot be loaded"):
