@@ -28,7 +28,7 @@ study: setup
 	$(BIN)/dagr study jobs/quickstart.py
 
 test: setup
-	-@$(BIN)/python -m tests.browser
+	-@$(BIN)/python -m tests.support.browser
 	$(MAKE) lint
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 

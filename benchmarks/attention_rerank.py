@@ -17,12 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from dagr_ray import tables
+from dagr_ray.core import tables
+from dagr_ray.core.build import materialize
+from dagr_ray.core.stage import Stage
 from dagr_ray.miners.bm25 import BM25
-from dagr_ray.models import smollm2
-from dagr_ray.stage import Stage, materialize
-from dagr_ray.stages.corpus import Beir, PyDocs
+from dagr_ray.quickstart.models import smollm2
 from dagr_ray.stages.retrieve import Index, Search
+from dagr_ray.stages.sources import Beir, PyDocs
 from dagr_ray.teachers import Pair
 from dagr_ray.teachers.attention_rerank import AttentionRerank, AttentionSession, Head, Judged, best_heads, head_scores
 

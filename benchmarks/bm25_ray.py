@@ -26,10 +26,10 @@ from typing import Any
 import numpy as np
 import ray  # noqa: TID253
 
-from dagr_ray import tables
-from dagr_ray.cluster import connect
-from dagr_ray.index import Hits
+from dagr_ray.core import tables
+from dagr_ray.core.ray_start import connect
 from dagr_ray.miners.bm25 import BM25, start_java
+from dagr_ray.retrieval.vectors import Hits
 
 FAULTS = ("neighbour killed", "exceptions in Java", "handler of SIGSEGV", "memory of Java", "large objects")
 WORDS = (

@@ -27,13 +27,14 @@ from typing import ClassVar
 
 import numpy as np
 
-from dagr_ray import tables
-from dagr_ray.artifact import Artifact
-from dagr_ray.cluster import Placement, Pool
+from dagr_ray.core import tables
+from dagr_ray.core.artifact import Artifact
+from dagr_ray.core.build import materialize
+from dagr_ray.core.placement import Placement, Pool
+from dagr_ray.core.stage import Inputs, Output, Run, Stage
 from dagr_ray.filters.duplicate import Duplicate
-from dagr_ray.stage import Inputs, Output, Run, Stage, materialize
-from dagr_ray.stages.leak import LeakScan
-from dagr_ray.stages.select import Score
+from dagr_ray.stages.leakage import LeakScan
+from dagr_ray.stages.score import Score
 
 GIB, EXPONENT, RECALL, DUPLICATES = 2.0, 1.3, 1.0, 0.98
 ONE_IN = 100

@@ -24,19 +24,21 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.results import ALONE, ROOT, commit, run
 from dagr_ray import report
-from dagr_ray.artifact import Artifact
-from dagr_ray.catalogue import Arm, teacher_scores
-from dagr_ray.cluster import Placement, Pool
+from dagr_ray.core.artifact import Artifact
+from dagr_ray.core.build import materialize
+from dagr_ray.core.placement import Placement, Pool
+from dagr_ray.core.stage import Stage, walk
+from dagr_ray.recipes.negatives import teacher_scores
+from dagr_ray.recipes.strategies import Arm
 from dagr_ray.report.lineage import Folders
 from dagr_ray.report.verdict import dollars, duration, p_text, signed
-from dagr_ray.retriever import Encoder
-from dagr_ray.stage import Stage, materialize, walk
-from dagr_ray.stages.corpus import Beir, PyDocs
+from dagr_ray.retrieval.encoder import Encoder
+from dagr_ray.stages.describe import Describe
 from dagr_ray.stages.generate import Generate
-from dagr_ray.stages.mix import Describe
-from dagr_ray.stages.select import Take
+from dagr_ray.stages.sources import Beir, PyDocs
+from dagr_ray.stages.take import Take
 from dagr_ray.stages.train import Train
-from dagr_ray.study import Job, load_job
+from dagr_ray.study.job import Job, load_job
 
 HERE = Placement(generate=Pool(workers=0))
 Json = dict[str, Any]

@@ -111,7 +111,7 @@ class Ours(Arm):
             f"pause_s={PAUSE_S}",
         ]
         more = ["--runs", str(self.home), "--placement", str(placement)]
-        return [sys.executable, "-m", "dagr_ray.cli", "run", str(self.job), *words, *more]
+        return [sys.executable, "-m", "dagr_ray.cli.main", "run", str(self.job), *words, *more]
 
     def parts(self) -> list[Path]:
         return sorted(self.home.glob("generate-*/generations/part-*.parquet"))
@@ -125,8 +125,9 @@ class Ours(Arm):
 
     def compare(self, passes: int) -> dict[str, Any]:
         from benchmarks.slow_engine import selected
-        from dagr_ray.cluster import Placement, Pool
-        from dagr_ray.stage import materialize, walk
+        from dagr_ray.core.build import materialize
+        from dagr_ray.core.placement import Placement, Pool
+        from dagr_ray.core.stage import walk
 
         found: dict[str, Any] = {"lost": 0, "twice": 0, "different": 0, "rows": 0, "other_bytes": 0, "one_pass": 0}
         calm_log = self.home.parent / "calm.log"

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.slow_engine import SlowCrop
-from dagr_ray.cluster import Pool
+from dagr_ray.core.placement import Pool
+from dagr_ray.core.tables import seed_of
 from dagr_ray.engines import Sampling
 from dagr_ray.engines.crop import CropEngine
-from dagr_ray.strategies import Passage
+from dagr_ray.prompts import Passage
 from dagr_ray.strategies.crop import Crop
-from dagr_ray.tables import seed_of
 
 WORKERS, SHARD_ROWS, SAMPLES, PAUSE_S = 2, 20, 2, 0.02
 

@@ -21,13 +21,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.catalogue import arm_of, described
 from benchmarks.results import ALONE, MEASURE, ROOT, Study, commit, gaps, p_of, run, told
-from dagr_ray.artifact import Artifact
+from dagr_ray.core.artifact import Artifact
+from dagr_ray.core.stage import walk
 from dagr_ray.report.lineage import Folders
 from dagr_ray.report.verdict import dollars, duration, is_gain, is_loss
-from dagr_ray.stage import walk
-from dagr_ray.stages.corpus import Beir
 from dagr_ray.stages.generate import Generate
-from dagr_ray.study import load_job
+from dagr_ray.stages.sources import Beir
+from dagr_ray.study.job import load_job
 
 Json = dict[str, Any]
 

@@ -37,20 +37,22 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.default_table import write_table
-from dagr_ray import results
-from dagr_ray.artifact import Damaged
-from dagr_ray.cluster import Placement, Pool
-from dagr_ray.config import ConfigError, digest
+from dagr_ray.cli import inspect
+from dagr_ray.core.artifact import Damaged
+from dagr_ray.core.build import materialize, survey
+from dagr_ray.core.config import ConfigError, digest
+from dagr_ray.core.placement import Placement, Pool
+from dagr_ray.core.stage import Stage, StageFailed, walk
 from dagr_ray.engines.crop import CropEngine
 from dagr_ray.miners.bm25 import BM25
 from dagr_ray.miners.dense import Dense
-from dagr_ray.models import minilm
-from dagr_ray.recipes import augment, judge
+from dagr_ray.quickstart.models import minilm
+from dagr_ray.recipes.augmentation import augment
+from dagr_ray.recipes.evaluation import judge
 from dagr_ray.report import bills
-from dagr_ray.retriever import Encoder
-from dagr_ray.stage import Stage, StageFailed, materialize, survey, walk
-from dagr_ray.stages.corpus import Beir, Sample
-from dagr_ray.stages.select import Take
+from dagr_ray.retrieval.encoder import Encoder
+from dagr_ray.stages.sources import Beir, Sample
+from dagr_ray.stages.take import Take
 from dagr_ray.stages.train import Train
 from dagr_ray.strategies.crop import Crop
 
@@ -256,8 +258,8 @@ def look(stages: list[Stage], runs: str, rng: random.Random) -> None:
     args = argparse.Namespace(runs=runs, json=False, table=None, rows=3, folder=None)
     names = sorted(path.name for path in Path(runs).iterdir())
     with contextlib.redirect_stdout(io.StringIO()):
-        for verb in (results.ls, results.bill, results.show):
-            args.folder = rng.choice(names) if verb is results.show else None
+        for verb in (inspect.ls, inspect.bill, inspect.show):
+            args.folder = rng.choice(names) if verb is inspect.show else None
             with contextlib.suppress(ConfigError):
                 verb(args)
         for name in rng.sample(names, min(2, len(names))):

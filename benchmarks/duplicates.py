@@ -25,15 +25,16 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dagr_ray import tables
-from dagr_ray.artifact import Artifact
-from dagr_ray.cluster import Placement, Pool
+from dagr_ray.core import tables
+from dagr_ray.core.artifact import Artifact
+from dagr_ray.core.build import materialize
+from dagr_ray.core.placement import Placement, Pool
+from dagr_ray.core.stage import Inputs, Output, Run, Stage
 from dagr_ray.filters.duplicate import Duplicate
-from dagr_ray.filters.sketch import mixed
-from dagr_ray.models import minilm
-from dagr_ray.retriever import Encoder
-from dagr_ray.stage import Inputs, Output, Run, Stage, materialize
-from dagr_ray.stages.select import Score
+from dagr_ray.leakage.minhash import mixed
+from dagr_ray.quickstart.models import minilm
+from dagr_ray.retrieval.encoder import Encoder
+from dagr_ray.stages.score import Score
 
 RECALL, PRECISION, GIB, RATE = 0.98, 0.98, 2.0, 20_000
 SIMILARITY = 0.8

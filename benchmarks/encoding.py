@@ -24,16 +24,18 @@ import ir_measures
 import numpy as np
 import torch  # noqa: TID253
 
-from dagr_ray import beir, cluster, retriever
-from dagr_ray.cluster import Placement, Pool
-from dagr_ray.index import VectorIndex
+from dagr_ray.core import ray_start
+from dagr_ray.core.build import materialize
+from dagr_ray.core.placement import Placement, Pool
+from dagr_ray.core.tables import passage_text
+from dagr_ray.formats import beir
 from dagr_ray.miners.dense import Dense
-from dagr_ray.models import minilm
-from dagr_ray.retriever import Encoder
-from dagr_ray.stage import materialize
-from dagr_ray.stages.corpus import Beir
+from dagr_ray.quickstart.models import minilm
+from dagr_ray.retrieval import encoder
+from dagr_ray.retrieval.encoder import Encoder
+from dagr_ray.retrieval.vectors import VectorIndex
 from dagr_ray.stages.retrieve import Index
-from dagr_ray.tables import passage_text
+from dagr_ray.stages.sources import Beir
 
 BOUND, SAME = 2.5, 0.001
 GPU_BOUND, GPU_BATCHES = 0.95, (64, 256, 1024, 4096)
@@ -62,7 +64,7 @@ def theirs(model: Any, texts: list[str]) -> tuple[np.ndarray, float]:
 def ours(model: Any, texts: list[str]) -> tuple[np.ndarray, float]:
     """Vectors of `retriever.encode`, and seconds."""
     began = time.perf_counter()
-    vectors = retriever.encode(model, texts)
+    vectors = encoder.encode(model, texts)
     return vectors, time.perf_counter() - began
 
 
@@ -109,7 +111,7 @@ def main() -> int:
 
     corpus, asked = data.tables["corpus"].to_pylist(), data.tables["queries"].to_pylist()
     texts = [passage_text(row["title"], row["text"]) for row in corpus]
-    model = retriever.load(Encoder(model=str(minilm())))
+    model = encoder.load(Encoder(model=str(minilm())))
     found = {}
     for encode in (theirs, ours):
         encode(model, texts[:64])
@@ -139,7 +141,7 @@ def main() -> int:
     short = 0
     if args.workers:
         say("\n| stage on Ray workers | passages/s |\n|---:|---:|")
-        cluster.connect()
+        ray_start.connect()
         with tempfile.TemporaryDirectory(prefix="dagr-encoding-") as home:
             for workers in args.workers:
                 rate = staged(args.data, workers, home)

@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.default_table import write_table
-from dagr_ray.artifact import Artifact
+from dagr_ray.core.artifact import Artifact
 
 BOUND = 0.25
 JOB = """
@@ -27,10 +27,12 @@ from dagr_ray.filters.copied import Copied
 from dagr_ray.filters.duplicate import Duplicate
 from dagr_ray.filters.format import Format
 from dagr_ray.filters.length import Length
-from dagr_ray.recipes import generator_named
-from dagr_ray.stage import Stage
-from dagr_ray.stages.corpus import Beir, Sample
-from dagr_ray.stages.generate import Exemplars, Generate, Parse
+from dagr_ray.recipes.augmentation import generator_named
+from dagr_ray.core.stage import Stage
+from dagr_ray.stages.sources import Beir, Sample
+from dagr_ray.stages.exemplars import Exemplars
+from dagr_ray.stages.generate import Generate
+from dagr_ray.stages.parse import Parse
 from dagr_ray.stages.select import Score, Select
 
 
@@ -47,7 +49,9 @@ def filtered(data: str, generator: str, passages: int) -> Stage:
 
 
 def dagr(*words: str) -> str:
-    done = subprocess.run([sys.executable, "-m", "dagr_ray.cli", *words], stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "dagr_ray.cli.main", *words], stdout=subprocess.PIPE, text=True, check=True
+    )
     return done.stdout
 
 

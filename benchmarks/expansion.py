@@ -24,18 +24,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.default_table import write_table
 from benchmarks.results import MEASURE, gaps, p_of, told
-from dagr_ray.cluster import load_placement
+from dagr_ray.core.build import materialize
+from dagr_ray.core.placement import load_placement
+from dagr_ray.core.stage import Stage
 from dagr_ray.engines import Sampling
 from dagr_ray.miners.bm25 import BM25
-from dagr_ray.recipes import JUDGED, filtered, generator_named
+from dagr_ray.recipes.augmentation import filtered, generator_named
+from dagr_ray.recipes.evaluation import JUDGED
 from dagr_ray.report.lineage import Folders
 from dagr_ray.report.verdict import dollars
-from dagr_ray.stage import Stage, materialize
-from dagr_ray.stages.corpus import Beir, PyDocs
 from dagr_ray.stages.evaluate import Evaluate
-from dagr_ray.stages.generate import Exemplars, Generate, Parse
+from dagr_ray.stages.exemplars import Exemplars
+from dagr_ray.stages.generate import Generate
+from dagr_ray.stages.parse import Parse
 from dagr_ray.stages.retrieve import Index, Search
 from dagr_ray.stages.rewrite import Expand
+from dagr_ray.stages.sources import Beir, PyDocs
 
 HEAD = (
     "| data set | generator | queries | a passage | expanded | nDCG@10 | over BM25 [95 % CI] | p (Holm) | $ |\n"

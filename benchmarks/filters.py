@@ -23,14 +23,16 @@ from typing import Any, ClassVar
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.planted import CASES, Planted, pairs
-from dagr_ray import tables
-from dagr_ray.cluster import Placement, Pool
-from dagr_ray.config import from_json
+from dagr_ray.core import tables
+from dagr_ray.core.build import materialize
+from dagr_ray.core.config import from_json
+from dagr_ray.core.placement import Placement, Pool
+from dagr_ray.core.stage import Output, Stage
 from dagr_ray.filters import Candidate, Filter
 from dagr_ray.miners.bm25 import BM25
-from dagr_ray.stage import Output, Stage, materialize
 from dagr_ray.stages.retrieve import Index, Search
-from dagr_ray.stages.select import Score, Select
+from dagr_ray.stages.score import Score
+from dagr_ray.stages.select import Select
 
 BOUND = 0.95
 SHARD = 50_000

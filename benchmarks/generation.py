@@ -34,17 +34,18 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.default_table import write_table
-from dagr_ray import cluster
-from dagr_ray.cluster import Placement, load_placement
+from dagr_ray.core import ray_start
+from dagr_ray.core.build import materialize
+from dagr_ray.core.placement import Placement, load_placement
+from dagr_ray.core.tables import seed_of
 from dagr_ray.engines import Sampling
+from dagr_ray.engines._vllm_arguments import ENVIRONMENT
 from dagr_ray.engines.vllm import VLLM, start
-from dagr_ray.engines.vllm_arguments import ENVIRONMENT
-from dagr_ray.models import smollm2
-from dagr_ray.stage import materialize
-from dagr_ray.stages.corpus import PyDocs, Sample
-from dagr_ray.stages.generate import Exemplars, Generate
+from dagr_ray.quickstart.models import smollm2
+from dagr_ray.stages.exemplars import Exemplars
+from dagr_ray.stages.generate import Generate
+from dagr_ray.stages.sources import PyDocs, Sample
 from dagr_ray.strategies.promptagator import Promptagator
-from dagr_ray.tables import seed_of
 
 BOUNDS = {("inline", "vllm"): 0.97, ("stage", "vllm"): 0.97, ("stage", "ray"): 1.0}
 NAMES = {
@@ -281,7 +282,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         if args.one:
             if args.one in ("stage", "ray"):
-                cluster.connect()  # before a stage is made, which imports every plugin and with them Ray
+                ray_start.connect()  # before a stage is made, which imports every plugin and with them Ray
             stage = asked(args.prompts, args.config, args.dummy)
             print(json.dumps(ARMS[args.one](stage, temporary, load_placement(args.placement))), flush=True)
             return 0

@@ -26,16 +26,18 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from dagr_ray import retriever, tables
-from dagr_ray.artifact import Artifact
-from dagr_ray.filters import sketch
-from dagr_ray.filters.held_out import EQUAL, FLOORS, MECHANISMS, Answered, HeldOut, Matches, Telling
-from dagr_ray.models import minilm
-from dagr_ray.retriever import Encoder
-from dagr_ray.stage import Stage, materialize
-from dagr_ray.stages.corpus import Beir, PyDocs
-from dagr_ray.stages.leak import PASSAGES, LeakGate
-from dagr_ray.words import words
+from dagr_ray.core import tables
+from dagr_ray.core.artifact import Artifact
+from dagr_ray.core.build import materialize
+from dagr_ray.core.stage import Stage
+from dagr_ray.core.words import words
+from dagr_ray.leakage import minhash
+from dagr_ray.leakage.matching import EQUAL, FLOORS, MECHANISMS, Answered, HeldOut, Matches, Telling
+from dagr_ray.quickstart.models import minilm
+from dagr_ray.retrieval import encoder
+from dagr_ray.retrieval.encoder import Encoder
+from dagr_ray.stages.leakage import PASSAGES, LeakGate
+from dagr_ray.stages.sources import Beir, PyDocs
 
 BOUNDS = {
     "exact": 0.99,
@@ -74,11 +76,11 @@ class Set:
         self.model = model
         passages = folder.slice("corpus", 0, PASSAGES).to_pylist()
         bodies = [tables.passage_text(row["title"], row["text"]) for row in passages]
-        self.telling = Telling(sketch.split(_array(self.texts)), [sketch.split(_array(bodies))])
+        self.telling = Telling(minhash.split_words(_array(self.texts)), [minhash.split_words(_array(bodies))])
         self.held = HeldOut(_array(self.texts), telling=self.telling, vectors=self.encoded(self.texts))
 
-    def encoded(self, texts: list[str]) -> sketch.Floats | None:
-        return retriever.encode(self.model, texts) if self.model is not None and texts else None
+    def encoded(self, texts: list[str]) -> minhash.Floats | None:
+        return encoder.encode(self.model, texts) if self.model is not None and texts else None
 
     def resembling(self, texts: list[str], by_meaning: bool, about: Answered | None = None) -> Matches:
         return self.held.resembling(_array(texts), self.encoded(texts) if by_meaning else None, about)
@@ -88,7 +90,7 @@ class Set:
 
     def bits(self) -> Iterator[list[float]]:
         """What each word of each test query tells."""
-        split = sketch.split(_array(self.texts))
+        split = minhash.split_words(_array(self.texts))
         bits = self.telling.of(split)
         for start, stop in zip(split.starts[:-1], split.starts[1:], strict=True):
             yield bits[start:stop].tolist()
@@ -175,7 +177,7 @@ def main() -> int:
     parser.add_argument("folders", nargs="*", metavar="DIR")
     parser.add_argument("--no-embedding", action="store_true")
     args = parser.parse_args()
-    model = None if args.no_embedding else retriever.load(Encoder(model=str(minilm()), max_length=64))
+    model = None if args.no_embedding else encoder.load(Encoder(model=str(minilm()), max_length=64))
     with tempfile.TemporaryDirectory() as runs:
         stages: list[Stage] = [PyDocs(part="stdlib"), PyDocs(part="numeric"), *(Beir(path=d) for d in args.folders)]
         sets = [Set(stage, runs, model) for stage in stages]

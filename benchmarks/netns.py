@@ -26,9 +26,9 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from dagr_ray.artifact import Artifact
-from dagr_ray.cluster import Placement, Pool
-from dagr_ray.stage import materialize
+from dagr_ray.core.artifact import Artifact
+from dagr_ray.core.build import materialize
+from dagr_ray.core.placement import Placement, Pool
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -151,7 +151,15 @@ def scenario(home: Path, passages: int) -> dict:
     """Runs it all; returns what was seen."""
     data, runs, log = tiny_beir(home / "set", docs=passages), home / "spread", home / "log"
     (home / "placement.toml").write_text("[generate]\nworkers = 3\ncpus = 1\nshard_rows = 10\n")
-    command = [sys.executable, "-m", "dagr_ray.cli", "run", "benchmarks/slow_engine.py", f"data={data}", f"log={log}"]
+    command = [
+        sys.executable,
+        "-m",
+        "dagr_ray.cli.main",
+        "run",
+        "benchmarks/slow_engine.py",
+        f"data={data}",
+        f"log={log}",
+    ]
     command += ["--quiet", f"--runs={runs}", f"--placement={home / 'placement.toml'}"]
     with machines() as more:
         head = more()

@@ -32,12 +32,13 @@ import pyarrow.parquet as pq
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.default_table import write_table
-from dagr_ray import cluster, tables
-from dagr_ray.cluster import Placement, Pool
+from dagr_ray.core import ray_start, tables
+from dagr_ray.core.build import materialize, survey
+from dagr_ray.core.placement import Placement, Pool
 from dagr_ray.engines.crop import CropEngine
-from dagr_ray.stage import materialize, survey
-from dagr_ray.stages.corpus import Parquet
-from dagr_ray.stages.generate import Generate, Parse
+from dagr_ray.stages.generate import Generate
+from dagr_ray.stages.parse import Parse
+from dagr_ray.stages.sources import Parquet
 from dagr_ray.strategies.crop import Crop
 
 ROWS_PER_S, OVER_PEER, GROWTH, DRIVER_MIB, PLANNING_S = 40_000, 0.9, 1.2, 1024, 5.0
@@ -240,7 +241,7 @@ def one(arm: str, source: str, out: str) -> dict[str, Any]:
     """One measurement, in this process and workers that it starts."""
     if arm == "plan":
         return plan(source, out)
-    cluster.connect()
+    ray_start.connect()
     return ours(source, out) if arm == "ours" else peer(source, out, tasks=arm == "tasks")
 
 

@@ -14,7 +14,9 @@ from typing import Annotated, ClassVar, NamedTuple
 
 from pydantic import Field
 
-from dagr_ray import tables
+from dagr_ray.core import tables
+from dagr_ray.core.stage import Output, Stage
+from dagr_ray.core.words import words
 from dagr_ray.filters import Filter
 from dagr_ray.filters.copied import Copied
 from dagr_ray.filters.diversity import Diversity
@@ -29,10 +31,8 @@ from dagr_ray.filters.repetition import Repetition
 from dagr_ray.filters.round_trip import RoundTrip
 from dagr_ray.filters.teacher import Teacher
 from dagr_ray.filters.template import Template
-from dagr_ray.models import minilm
-from dagr_ray.retriever import Encoder
-from dagr_ray.stage import Output, Stage
-from dagr_ray.words import words
+from dagr_ray.quickstart.models import minilm
+from dagr_ray.retrieval.encoder import Encoder
 
 SHARE = 0.3  # of the rows are bad
 _THINGS = """

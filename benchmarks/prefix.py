@@ -24,16 +24,16 @@ from unittest import mock
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.default_table import write_table
-from dagr_ray.cluster import Pool
+from dagr_ray.core.build import materialize
+from dagr_ray.core.placement import Pool
+from dagr_ray.core.tables import seed_of
 from dagr_ray.engines import Sampling
-from dagr_ray.engines.feeding import Request
+from dagr_ray.engines._feeding import Request
 from dagr_ray.engines.vllm import VLLM
-from dagr_ray.models import smollm2
-from dagr_ray.stage import materialize
-from dagr_ray.stages.corpus import PyDocs, Sample
-from dagr_ray.strategies import Passage
+from dagr_ray.prompts import Passage
+from dagr_ray.quickstart.models import smollm2
+from dagr_ray.stages.sources import PyDocs, Sample
 from dagr_ray.strategies.several import FORMS, Several
-from dagr_ray.tables import seed_of
 
 BOUND = 1.3
 

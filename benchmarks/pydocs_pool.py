@@ -12,11 +12,12 @@ import random
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from dagr_ray import pydocs, tables
+from dagr_ray.core import tables
 from dagr_ray.miners.bm25 import BM25
 from dagr_ray.miners.dense import Dense
-from dagr_ray.models import minilm
-from dagr_ray.retriever import Encoder
+from dagr_ray.quickstart import pydocs
+from dagr_ray.quickstart.models import minilm
+from dagr_ray.retrieval.encoder import Encoder
 
 DEPTH = 10
 WORDS = 60

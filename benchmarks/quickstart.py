@@ -14,7 +14,7 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-from dagr_ray.artifact import Artifact
+from dagr_ray.core.artifact import Artifact
 
 ROOT = Path(__file__).parent.parent
 BOUND_S, AGAIN_BOUND_S, SETUP_BOUND_S = 720, 40, 300
@@ -30,7 +30,7 @@ def setup(folder: str) -> float:
 def study(runs: str) -> float:
     """Wall seconds of the study."""
     started = time.perf_counter()
-    words = [sys.executable, "-m", "dagr_ray.cli", "study", "jobs/quickstart.py", "--runs", runs]
+    words = [sys.executable, "-m", "dagr_ray.cli.main", "study", "jobs/quickstart.py", "--runs", runs]
     subprocess.run(words, cwd=ROOT, check=True)
     return time.perf_counter() - started
 

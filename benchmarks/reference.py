@@ -15,16 +15,16 @@ from pathlib import Path
 
 import pytrec_eval
 
-from dagr_ray.artifact import Artifact
-from dagr_ray.index import Hits
+from dagr_ray.core.artifact import Artifact
+from dagr_ray.core.build import materialize
 from dagr_ray.miners.bm25 import BM25
 from dagr_ray.miners.dense import Dense
-from dagr_ray.models import minilm
-from dagr_ray.recipes import judge
-from dagr_ray.retriever import Encoder
-from dagr_ray.stage import materialize
-from dagr_ray.stages.corpus import Beir
+from dagr_ray.quickstart.models import minilm
+from dagr_ray.recipes.evaluation import judge
+from dagr_ray.retrieval.encoder import Encoder
+from dagr_ray.retrieval.vectors import Hits
 from dagr_ray.stages.evaluate import MEASURES, Qrels, measure, qrels_of, rankings
+from dagr_ray.stages.sources import Beir
 
 BOUND, SAME = 0.01, 1e-6
 THEIRS = {

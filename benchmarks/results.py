@@ -23,13 +23,15 @@ from typing import Any
 
 import numpy as np
 
-from dagr_ray import beir, report, tables
-from dagr_ray.artifact import Artifact
-from dagr_ray.config import ConfigError
+from dagr_ray import report
+from dagr_ray.core import tables
+from dagr_ray.core.artifact import Artifact
+from dagr_ray.core.config import ConfigError
+from dagr_ray.formats import beir
 from dagr_ray.report import stats
 from dagr_ray.report.lineage import Folders
 from dagr_ray.report.verdict import dollars, duration, is_gain, is_loss, p_text, signed
-from dagr_ray.stages.corpus import Beir
+from dagr_ray.stages.sources import Beir
 
 ROOT = Path(__file__).parent.parent
 ALONE = str(ROOT / "cluster" / "one_trial.toml")
@@ -81,7 +83,7 @@ def run(job: str, words: Sequence[str], runs: str, placement: str = "local") -> 
 
     ``placement``: ``ALONE`` where trials generate, whose seconds and costs would else be those of two on one machine.
     """
-    command = [sys.executable, "-m", "dagr_ray.cli", "study", job, *words, "--runs", runs, "--no-track"]
+    command = [sys.executable, "-m", "dagr_ray.cli.main", "study", job, *words, "--runs", runs, "--no-track"]
     command += ["--placement", placement]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
     pages = [line for line in done.stdout.splitlines() if line.startswith("page: ")]

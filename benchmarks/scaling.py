@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import scaling_measure, scaling_simulation as simulation  # noqa: E402
-from dagr_ray.artifact import READERS  # noqa: E402
+from dagr_ray.core.artifact import READERS  # noqa: E402
 
 PASSAGES, QUERIES, WORKERS = 10**9, 8, 1000
 MEMORY, DAY = 64 * 2**30, 86_400

@@ -28,15 +28,18 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from dagr_ray import recipes  # noqa: E402
-from dagr_ray.artifact import Artifact  # noqa: E402
-from dagr_ray.beside import Positives, Rows, Twins  # noqa: E402
-from dagr_ray.cluster import Placement, Pool, connect, map_shards  # noqa: E402
+from dagr_ray.core.artifact import Artifact  # noqa: E402
+from dagr_ray.core.build import materialize  # noqa: E402
+from dagr_ray.core.joins import Positives, Rows, Twins  # noqa: E402
+from dagr_ray.core.placement import Placement, Pool  # noqa: E402
+from dagr_ray.core.ray_pool import map_shards  # noqa: E402
+from dagr_ray.core.ray_start import connect  # noqa: E402
+from dagr_ray.core.stage import Inputs, Output, Run, Stage, walk  # noqa: E402
+from dagr_ray.core.tables import table  # noqa: E402
 from dagr_ray.engines.crop import CropEngine  # noqa: E402
-from dagr_ray.stage import Inputs, Output, Run, Stage, materialize, walk  # noqa: E402
-from dagr_ray.stages.corpus import Beir, PyDocs, Sample  # noqa: E402
 from dagr_ray.stages.generate import Generate  # noqa: E402
+from dagr_ray.stages.sources import Beir, PyDocs, Sample  # noqa: E402
 from dagr_ray.strategies.crop import Crop  # noqa: E402
-from dagr_ray.tables import table  # noqa: E402
 
 SAMPLES = 8
 SIZES = (400, 1600)
@@ -162,7 +165,7 @@ def text_of_passages() -> Json:
 def requests() -> Json:
     """Requests to an object store: for each shard of a Generate stage, for each shard found at a resume, for a listing."""
     from tests.conftest import tiny_beir
-    from tests.object_store import BUCKET, ObjectStore
+    from tests.support.object_store import BUCKET, ObjectStore
 
     with tempfile.TemporaryDirectory(prefix="dagr-scaling-") as home, ObjectStore() as store:
         data = Beir(path=str(tiny_beir(Path(home) / "set", docs=400)))
@@ -294,8 +297,8 @@ def vectors() -> Json:
 
 
 def _encode() -> Json:
-    from dagr_ray.models import minilm
-    from dagr_ray.retriever import Encoder, encode, load
+    from dagr_ray.quickstart.models import minilm
+    from dagr_ray.retrieval.encoder import Encoder, encode, load
 
     with tempfile.TemporaryDirectory(prefix="dagr-scaling-") as home:
         folder = materialize(Sample(corpus=PyDocs(part="stdlib"), n=600, min_words=20), home, HERE)

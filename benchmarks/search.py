@@ -20,9 +20,9 @@ import faiss  # noqa: TID253
 import numpy as np
 import torch  # noqa: TID253
 
-from dagr_ray import approximate
-from dagr_ray.approximate import Hnsw, IvfPq
-from dagr_ray.index import BLOCK_ROWS, VectorIndex, VectorWriter
+from dagr_ray.retrieval import approximate
+from dagr_ray.retrieval.approximate import Hnsw, IvfPq
+from dagr_ray.retrieval.vectors import BLOCK_ROWS, VectorIndex, VectorWriter
 
 BOUND, DIMENSION, CLUSTERS, K = 0.9, 384, 2000, 100
 SAMPLE = 50

@@ -9,14 +9,16 @@ import threading
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from dagr_ray.cluster import Pool
-from dagr_ray.engines import Completion, EngineDied, Sampling, Session
+from dagr_ray.core.placement import Pool
+from dagr_ray.core.stage import EngineDied, Stage
+from dagr_ray.engines import Completion, Sampling, Session
 from dagr_ray.engines.crop import CropEngine
-from dagr_ray.stage import Stage
-from dagr_ray.stages.corpus import Beir
-from dagr_ray.stages.generate import Generate, Parse
-from dagr_ray.stages.select import Score, Select
-from dagr_ray.strategies import Prompt
+from dagr_ray.prompts import Prompt
+from dagr_ray.stages.generate import Generate
+from dagr_ray.stages.parse import Parse
+from dagr_ray.stages.score import Score
+from dagr_ray.stages.select import Select
+from dagr_ray.stages.sources import Beir
 from dagr_ray.strategies.crop import Crop
 
 CHILD = "import sys, time\nfor line in sys.stdin:\n    time.sleep(float(line))\n    print('done', flush=True)\n"

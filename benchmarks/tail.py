@@ -18,10 +18,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.chaos import write_set
 from benchmarks.default_table import write_table
 from benchmarks.slow_engine import SlowCrop
-from dagr_ray.cluster import Placement, Pool, connect
-from dagr_ray.stage import materialize
-from dagr_ray.stages.corpus import Beir
+from dagr_ray.core.build import materialize
+from dagr_ray.core.placement import Placement, Pool
+from dagr_ray.core.ray_start import connect
 from dagr_ray.stages.generate import Generate
+from dagr_ray.stages.sources import Beir
 from dagr_ray.strategies.crop import Crop
 
 SHARD_ROWS, PAUSE_S = 20, 0.05

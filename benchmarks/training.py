@@ -20,11 +20,14 @@ from typing import Any, ClassVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dagr_ray import models, pydocs, retriever, tables
-from dagr_ray.artifact import Artifact
-from dagr_ray.cluster import Placement, Pool, connect
-from dagr_ray.retriever import Encoder
-from dagr_ray.stage import Output, Stage, materialize
+from dagr_ray.core import tables
+from dagr_ray.core.artifact import Artifact
+from dagr_ray.core.build import materialize
+from dagr_ray.core.placement import Placement, Pool
+from dagr_ray.core.ray_start import connect
+from dagr_ray.core.stage import Output, Stage
+from dagr_ray.quickstart import models, pydocs
+from dagr_ray.retrieval.encoder import Encoder, compute_dtype, load
 from dagr_ray.stages.train import Train
 from dagr_ray.training import texts
 from dagr_ray.training.settings import Settings
@@ -63,7 +66,7 @@ def ours(folder: Artifact, encoder: Encoder, steps: int) -> tuple[float, dict]:
     from dagr_ray.training import loop
 
     data = texts.fetch(folder, folder, folder)
-    model = retriever.load(encoder, device="cpu")
+    model = load(encoder, device="cpu")
     made = loop.fit(model, encoder, data, Settings(steps=steps, batch_size=BATCH, max_length=LENGTH))
     return made.samples / made.seconds, made.counts
 
@@ -88,7 +91,7 @@ def theirs(folder: Artifact, encoder: Encoder, steps: int) -> float:
         "positive": data.passages.read([r.positive for r in rows]),
         "negative": data.passages.read([r.negatives[0] for r in rows]),
     }
-    model = retriever.load(encoder, device="cpu")
+    model = load(encoder, device="cpu")
     model.max_seq_length = LENGTH
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -98,7 +101,7 @@ def theirs(folder: Artifact, encoder: Encoder, steps: int) -> float:
             model=model,
             args=SentenceTransformerTrainingArguments(
                 output_dir=scratch, per_device_train_batch_size=BATCH, num_train_epochs=1, use_cpu=True,
-                bf16=retriever.compute_dtype(encoder.dtype, "cpu") == torch.bfloat16, dataloader_pin_memory=False,
+                bf16=compute_dtype(encoder.dtype, "cpu") == torch.bfloat16, dataloader_pin_memory=False,
                 batch_sampler=lambda dataset, batch_size, **_: BatchSampler(SequentialSampler(dataset), batch_size, True),
                 save_strategy="no", eval_strategy="no", logging_strategy="no", report_to="none", disable_tqdm=True,
                 log_level="error",

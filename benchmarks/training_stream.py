@@ -20,10 +20,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import pyarrow as pa
 
-from dagr_ray import models, tables
-from dagr_ray.cluster import Placement, Pool
-from dagr_ray.retriever import Encoder
-from dagr_ray.stage import Output, Stage, materialize
+from dagr_ray.core import tables
+from dagr_ray.core.build import materialize
+from dagr_ray.core.placement import Placement, Pool
+from dagr_ray.core.stage import Output, Stage
+from dagr_ray.quickstart import models
+from dagr_ray.retrieval.encoder import Encoder
 from dagr_ray.stages.train import Train
 
 ROOT = Path(__file__).parent.parent

@@ -2,16 +2,17 @@
 
 from typing import Literal
 
+from dagr_ray.core.paths import FileOrFolder, several
 from dagr_ray.miners.dense import Dense
-from dagr_ray.models import minilm
-from dagr_ray.paths import FileOrFolder, several
-from dagr_ray.recipes import augment, generator_named, judge, named_sets, shown_split
-from dagr_ray.retriever import Encoder
-from dagr_ray.stages.corpus import Beir, Sample
+from dagr_ray.quickstart.models import minilm
+from dagr_ray.recipes.augmentation import augment, generator_named
+from dagr_ray.recipes.evaluation import judge, named_sets, shown_split
+from dagr_ray.retrieval.encoder import Encoder
 from dagr_ray.stages.evaluate import Scorecard
-from dagr_ray.stages.generate import Exemplars
-from dagr_ray.stages.people import People
-from dagr_ray.stages.select import Take
+from dagr_ray.stages.exemplars import Exemplars
+from dagr_ray.stages.human_labels import People
+from dagr_ray.stages.sources import Beir, Sample
+from dagr_ray.stages.take import Take
 from dagr_ray.stages.train import Train
 
 STUDY = {"volume": (0, 256, 1024), "generator": ("smollm2", "crop")}

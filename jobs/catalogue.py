@@ -1,16 +1,16 @@
 """Strategy by strategy: what a retriever learns from equally many rows of each. ``dagr study jobs/catalogue.py``."""
 
-from dagr_ray.catalogue import arm, strategy_named
+from dagr_ray.core.paths import FileOrFolder
 from dagr_ray.engines.vllm import VLLM
 from dagr_ray.miners.dense import Dense
-from dagr_ray.models import minilm, smollm2
-from dagr_ray.paths import FileOrFolder
-from dagr_ray.recipes import judge, shown_split
-from dagr_ray.retriever import Encoder
-from dagr_ray.stages.corpus import Beir, PyDocs, Sample
+from dagr_ray.quickstart.models import minilm, smollm2
+from dagr_ray.recipes.evaluation import judge, shown_split
+from dagr_ray.recipes.strategies import arm, strategy_named
+from dagr_ray.retrieval.encoder import Encoder
 from dagr_ray.stages.evaluate import Scorecard
-from dagr_ray.stages.generate import Exemplars
-from dagr_ray.stages.select import Take
+from dagr_ray.stages.exemplars import Exemplars
+from dagr_ray.stages.sources import Beir, PyDocs, Sample
+from dagr_ray.stages.take import Take
 from dagr_ray.stages.train import Train
 
 STUDY = {

@@ -2,20 +2,23 @@
 
 from typing import Literal
 
-from dagr_ray.catalogue import EXTRA, filtered_by
+from dagr_ray.core.paths import FileOrFolder
 from dagr_ray.engines import Sampling
 from dagr_ray.miners.bm25 import BM25
 from dagr_ray.miners.dense import Dense
-from dagr_ray.models import minilm
-from dagr_ray.paths import FileOrFolder
-from dagr_ray.recipes import generator_named, judge, shown_split
-from dagr_ray.retriever import Encoder
-from dagr_ray.stages.corpus import Beir, PyDocs, Sample
+from dagr_ray.quickstart.models import minilm
+from dagr_ray.recipes.augmentation import generator_named
+from dagr_ray.recipes.evaluation import judge, shown_split
+from dagr_ray.recipes.filters import EXTRA, filtered_by
+from dagr_ray.retrieval.encoder import Encoder
 from dagr_ray.stages.evaluate import Scorecard
-from dagr_ray.stages.generate import Exemplars, Generate, Parse
+from dagr_ray.stages.exemplars import Exemplars
+from dagr_ray.stages.generate import Generate
 from dagr_ray.stages.mine import Mine
+from dagr_ray.stages.parse import Parse
 from dagr_ray.stages.retrieve import Index, Search
-from dagr_ray.stages.select import Take
+from dagr_ray.stages.sources import Beir, PyDocs, Sample
+from dagr_ray.stages.take import Take
 from dagr_ray.stages.train import Train
 
 EACH = ("format", "length", "repetition", "refusal", "template", "duplicate", "copied", "round-trip", "leak")

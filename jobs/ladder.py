@@ -2,16 +2,20 @@
 
 from typing import Literal
 
+from dagr_ray.core.paths import FileOrFolder
 from dagr_ray.engines import Sampling
 from dagr_ray.miners.dense import Dense
-from dagr_ray.models import minilm
-from dagr_ray.paths import FileOrFolder
-from dagr_ray.recipes import RUNGS, Rung, Source, climb, filtered, generator_named, judge, named_sets, shown_split
-from dagr_ray.retriever import Encoder
-from dagr_ray.stages.blend import Human
-from dagr_ray.stages.corpus import Beir, PyDocs, Sample
+from dagr_ray.quickstart.models import minilm
+from dagr_ray.recipes.augmentation import filtered, generator_named
+from dagr_ray.recipes.evaluation import judge, named_sets, shown_split
+from dagr_ray.recipes.ladder import RUNGS, Rung, Source, climb
+from dagr_ray.retrieval.encoder import Encoder
 from dagr_ray.stages.evaluate import Scorecard
-from dagr_ray.stages.generate import Exemplars, Generate, Parse
+from dagr_ray.stages.exemplars import Exemplars
+from dagr_ray.stages.generate import Generate
+from dagr_ray.stages.mix import Human
+from dagr_ray.stages.parse import Parse
+from dagr_ray.stages.sources import Beir, PyDocs, Sample
 from dagr_ray.stages.train import Train
 from dagr_ray.teachers.cross_encoder import CrossEncoder
 

@@ -1,15 +1,15 @@
 """What each strategy adds to a mixture: alone, all, all but one. ``dagr study jobs/mixture.py``."""
 
-from dagr_ray.catalogue import arm, mixed, parts, strategy_named
+from dagr_ray.core.paths import FileOrFolder
 from dagr_ray.engines.vllm import VLLM
 from dagr_ray.miners.dense import Dense
-from dagr_ray.models import minilm, smollm2
-from dagr_ray.paths import FileOrFolder
-from dagr_ray.recipes import judge, shown_split
-from dagr_ray.retriever import Encoder
-from dagr_ray.stages.corpus import Beir, PyDocs, Sample
+from dagr_ray.quickstart.models import minilm, smollm2
+from dagr_ray.recipes.evaluation import judge, shown_split
+from dagr_ray.recipes.strategies import arm, mixed, parts, strategy_named
+from dagr_ray.retrieval.encoder import Encoder
 from dagr_ray.stages.evaluate import Scorecard
-from dagr_ray.stages.generate import Exemplars
+from dagr_ray.stages.exemplars import Exemplars
+from dagr_ray.stages.sources import Beir, PyDocs, Sample
 from dagr_ray.stages.train import Train
 
 STRATEGIES = ("promptagator", "typed", "crop")

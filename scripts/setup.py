@@ -145,8 +145,10 @@ def install_pinned(path: Path, *options: str) -> None:
 
 def unpack_models() -> None:
     """Unpacks the quick start's language model once."""
-    if subprocess.run([str(PYTHON), "-m", "dagr_ray.models"], cwd=ROOT, check=False).returncode:
-        raise SetupError(f"the quick start's models are not usable (see above); try again: {PYTHON} -m dagr_ray.models")
+    if subprocess.run([str(PYTHON), "-m", "dagr_ray.quickstart.models"], cwd=ROOT, check=False).returncode:
+        raise SetupError(
+            f"the quick start's models are not usable (see above); try again: {PYTHON} -m dagr_ray.quickstart.models"
+        )
 
 
 def compile_what_is_imported() -> None:

@@ -8,9 +8,9 @@ from typing import Annotated, ClassVar, Protocol
 
 from pydantic import Field
 
-from dagr_ray.cluster import Pool, Prices, TokenPrices
-from dagr_ray.config import Config, Later
-from dagr_ray.strategies import Prompt
+from dagr_ray.core.config import Config, Later
+from dagr_ray.core.placement import Pool, PricedEngine
+from dagr_ray.prompts import Prompt
 
 
 class Sampling(Config):
@@ -68,10 +68,6 @@ def paid(answers: Sequence[Sequence[Completion]]) -> dict[str, int]:
     return found | {name: value for name, value in rest.items() if value}
 
 
-class EngineDied(RuntimeError):
-    """The engine is gone and answers nothing any more: it has to be opened again. Says what it died of."""
-
-
 class Session(Protocol):
     """An opened engine. ``generate`` is called by several threads at once, each with the prompts of its own shard."""
 
@@ -86,7 +82,7 @@ class Session(Protocol):
         ...
 
 
-class Engine(Config):
+class Engine(PricedEngine):
     """Base of the engines. What changes the text (model, dtype, quantisation) is a field."""
 
     abstract: ClassVar[bool] = True
@@ -105,22 +101,8 @@ class Engine(Config):
         """What ``lineage`` calls the model."""
         return self.type
 
-    def cores(self, pool: Pool) -> float:
-        """How many of this machine's cores an opened engine takes, for its bill; those of the pool unless it says more."""
-        return max(pool.cpus, 1)
-
-    def token_prices(self, prices: Prices) -> TokenPrices | None:
-        """What tokens cost where they are all that is paid for; None where it is the time of machines."""
-        return None
-
     def check(self, pool: Pool | None = None) -> None:
         """Raises ConfigError, before anything starts, where the engine could not open (package or model missing).
 
         With a pool, also what is wrong with the pool for this engine.
         """
-
-
-def cores_held(stage: object, pool: Pool) -> float:
-    """Cores that a worker takes for a stage: those of its engine, or of its teacher's, and else the pool's."""
-    engine = getattr(stage, "engine", None) or getattr(getattr(stage, "teacher", None), "engine", None)
-    return engine.cores(pool) if isinstance(engine, Engine) else max(pool.cpus, 1)

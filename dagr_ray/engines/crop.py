@@ -8,10 +8,10 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from dagr_ray import words
-from dagr_ray.cluster import Pool
+from dagr_ray.core import words
+from dagr_ray.core.placement import Pool
 from dagr_ray.engines import Completion, Engine, Sampling, Session
-from dagr_ray.strategies import Prompt
+from dagr_ray.prompts import Prompt
 
 
 def sentences(text: str, min_words: int = 4, max_words: int = 32) -> list[str]:

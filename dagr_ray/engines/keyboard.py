@@ -8,10 +8,10 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from dagr_ray.cluster import Pool
+from dagr_ray.core.placement import Pool
+from dagr_ray.core.words import characters
 from dagr_ray.engines import Completion, Engine, Sampling
-from dagr_ray.strategies import Prompt
-from dagr_ray.words import characters
+from dagr_ray.prompts import Prompt
 
 _ROWS = ("1234567890", "qwertyuiop", "asdfghjkl", "zxcvbnm")
 _AT = {key: (y, x) for y, row in enumerate(_ROWS) for x, key in enumerate(row)}
@@ -66,7 +66,7 @@ def slip(text: str, rate: float, rng: random.Random) -> str:
 class KeyboardEngine(Engine):
     """Answers with the passage of the prompt, typed with errors in a share ``rate`` of its letters; no language model.
 
-    >>> from dagr_ray.cluster import Pool
+    >>> from dagr_ray.core.ray_pool import Pool
     >>> session = KeyboardEngine(rate=0.05).open(Pool(workers=0))
     >>> [[completion]] = session.generate([Prompt("", "how long do bees live", "")], [3], Sampling(), 1)
     >>> completion.raw != "how long do bees live", completion.completion_tokens

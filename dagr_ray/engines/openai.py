@@ -22,12 +22,12 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from dagr_ray import markers, tables
-from dagr_ray.cluster import Pool, Prices, TokenPrices
-from dagr_ray.config import ConfigError
-from dagr_ray.engines import Completion, Engine, Sampling, answers
-from dagr_ray.store import local_folder
-from dagr_ray.strategies import Prompt
+from dagr_ray.core import special_tokens, tables
+from dagr_ray.core.config import ConfigError
+from dagr_ray.core.placement import Pool, Prices, TokenPrices
+from dagr_ray.core.storage import local_folder
+from dagr_ray.engines import Completion, Engine, Sampling, _answers
+from dagr_ray.prompts import Prompt
 
 if TYPE_CHECKING:
     import aiohttp
@@ -183,7 +183,7 @@ class OpenAIServer(Engine):
 
 @lru_cache(maxsize=8)
 def _special_tokens(folder: str) -> frozenset[str]:
-    return markers.special_tokens(local_folder(folder))
+    return special_tokens.special_tokens(local_folder(folder))
 
 
 def _key(name: str | None) -> str | None:
@@ -419,12 +419,12 @@ class _Session:
         try:
             async with self.http.post(url, data=body, proxy=self.proxy, allow_redirects=False) as response:
                 status, headers = response.status, response.headers
-                raw = await answers.body(response, answers.largest(wanted))
+                raw = await _answers.body(response, _answers.largest(wanted))
         except aiohttp.ClientConnectorError as error:
             return _Failure(self._line(f"no connection: {error}"), away=True)
         except TimeoutError:
             return _Failure(f"no answer within timeout_s = {self.config.timeout_s:g}", billed=True, away=None)
-        except answers.TooLarge as error:
+        except _answers.TooLarge as error:
             return _Failure(str(error), again=False, billed=True)
         except ValueError as error:
             return _Failure(self._line(str(error)), billed=True, bad=True)
@@ -435,8 +435,8 @@ class _Session:
             )
         if 200 <= status < 300:
             try:
-                found = answers.completions(raw, request, _most_tokens(request["prompt"]))
-            except answers.TooLarge as error:
+                found = _answers.completions(raw, request, _most_tokens(request["prompt"]))
+            except _answers.TooLarge as error:
                 return _Failure(str(error), again=False, billed=True)
             return _Failure(found, billed=True, bad=True) if isinstance(found, str) else found
         said = raw.decode(errors="replace")

@@ -20,12 +20,14 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from dagr_ray import tables
-from dagr_ray.cluster import Pool
-from dagr_ray.config import ConfigError, JsonObject, Later, content_hash
+from dagr_ray.core import tables
+from dagr_ray.core.config import ConfigError, JsonObject, Later, content_hash
+from dagr_ray.core.paths import FileOrFolder, ModelName
+from dagr_ray.core.placement import Pool
+from dagr_ray.core.storage import local_folder
 from dagr_ray.engines import Completion, Engine, Sampling
-from dagr_ray.engines.feeding import Feeding, Request, longest_first
-from dagr_ray.engines.vllm_arguments import (
+from dagr_ray.engines._feeding import Feeding, Request, longest_first
+from dagr_ray.engines._vllm_arguments import (
     check_arguments,
     lora_rank,
     parallel_sizes,
@@ -33,10 +35,8 @@ from dagr_ray.engines.vllm_arguments import (
     structured,
     structured_backend,
 )
-from dagr_ray.engines.vllm_memory import Need, cache_of_one, cache_on_cpu, check_cpu, check_gpu, on_cpu, weights_of
-from dagr_ray.paths import FileOrFolder, ModelName
-from dagr_ray.store import local_folder
-from dagr_ray.strategies import Prompt
+from dagr_ray.engines._vllm_memory import Need, cache_of_one, cache_on_cpu, check_cpu, check_gpu, on_cpu, weights_of
+from dagr_ray.prompts import Prompt
 
 # No token of the known vocabularies stands for more characters than this (long runs of spaces); a passage is cut to so
 # many per token before it is tokenised, so that a text of 100 MB costs nothing.
@@ -378,10 +378,10 @@ def _start_fast(config: VLLM, pool: Pool) -> Any:
     """``start`` with what vLLM's build for CPUs could do and does not do by itself."""
 
     def change(arguments: dict[str, Any]) -> dict[str, Any]:
-        from dagr_ray.engines import vllm_cpu
+        from dagr_ray.engines import _vllm_cpu
 
-        vllm_cpu.keep_memory()
-        return arguments | vllm_cpu.norm_kernels(arguments)
+        _vllm_cpu.keep_memory()
+        return arguments | _vllm_cpu.norm_kernels(arguments)
 
     return start(config, pool, change if on_cpu() else dict)
 
@@ -463,6 +463,6 @@ def _release() -> None:
         cleanup_dist_env_and_memory()
     gc.collect()
     if on_cpu():
-        from dagr_ray.engines import vllm_cpu
+        from dagr_ray.engines import _vllm_cpu
 
-        vllm_cpu.give_memory_back()
+        _vllm_cpu.give_memory_back()

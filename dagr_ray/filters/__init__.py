@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from dagr_ray.config import Config
+from dagr_ray.core.config import Config
 
 Table = Literal["", "candidates", "scores", "generations"]
 

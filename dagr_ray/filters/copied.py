@@ -8,9 +8,9 @@ from typing import Annotated, ClassVar, Literal
 import pyarrow as pa
 from pydantic import Field, field_validator
 
-from dagr_ray.config import ConfigError, JsonObject, Threshold
+from dagr_ray.core.config import ConfigError, JsonObject, Threshold
+from dagr_ray.core.words import folded
 from dagr_ray.filters import Candidate, Filter
-from dagr_ray.words import folded
 
 # Of people's own queries for their passages (SciFact, SQuADShifts, Cranfield, NPL) 0 to 0.3 % and 0 to 1.7 % are over.
 LIMITS = {"ngram": 0.8, "lcs": 0.9}

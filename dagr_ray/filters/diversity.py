@@ -13,11 +13,11 @@ import numpy.typing as npt
 import pyarrow as pa
 from pydantic import Field
 
-from dagr_ray import retriever, tables
-from dagr_ray.config import Threshold
+from dagr_ray.core import tables
+from dagr_ray.core.config import Threshold
+from dagr_ray.core.words import folded
 from dagr_ray.filters import Candidate, Filter
-from dagr_ray.retriever import Encoder
-from dagr_ray.words import folded
+from dagr_ray.retrieval.encoder import Encoder, encode, load
 
 Vectors = npt.NDArray[np.float32]
 ABSENT = 1e7  # the place of a query that was not reached; exact in float32
@@ -87,8 +87,8 @@ class Diversity(Filter):
 
 def encoded(encoder: Encoder, texts: Sequence[str]) -> Vectors:
     """Unit vectors (rows, dimensions) by an encoder."""
-    model = retriever.load(encoder)
-    return retriever.encode(model, texts, encoder.prompts()[0], encoder.dtype, "query")
+    model = load(encoder)
+    return encode(model, texts, encoder.prompts()[0], encoder.dtype, "query")
 
 
 def hashed(texts: Sequence[str]) -> Vectors:

@@ -12,11 +12,12 @@ import numpy.typing as npt
 import pyarrow as pa
 from pydantic import Field, model_validator
 
-from dagr_ray import retriever, tables
-from dagr_ray.config import ConfigError, Threshold
-from dagr_ray.filters import Candidate, Filter, sketch
-from dagr_ray.filters.joins import RARE, WIDER, chunks, distinct, wider
-from dagr_ray.retriever import Encoder
+from dagr_ray.core import tables
+from dagr_ray.core.config import ConfigError, Threshold
+from dagr_ray.filters import Candidate, Filter
+from dagr_ray.leakage import minhash
+from dagr_ray.leakage.joins import RARE, WIDER, chunks, distinct, wider
+from dagr_ray.retrieval.encoder import WINDOW, Encoder, encode, load
 
 BATCH = 1 << 14  # rows whose numbers stay in the cache of a processor
 NEIGHBOURS = 8  # of the rows with one key, each is compared with so many before it, and with the first
@@ -84,7 +85,7 @@ class Duplicate(Filter):
         table = pa.table([pa.array(ids, tables.TEXT), pa.array(texts, tables.TEXT)], schema=tables.schema("queries"))
         return self.score_stream(lambda: [table], len(rows)).tolist()
 
-    def score_stream(self, queries: Tables, rows: int) -> sketch.Floats:
+    def score_stream(self, queries: Tables, rows: int) -> minhash.Floats:
         """See ``Filter``. Holds about 30 bytes a row, and some batches; the rest lies in the temporary folder."""
         with tempfile.TemporaryDirectory(prefix="dagr-duplicate-") as scratch:
             work = _Work(Path(scratch), rows, by_bytes=self.by == "exact", sets=self.by == "minhash")
@@ -115,17 +116,17 @@ class _Work:
     def __init__(self, folder: Path, rows: int, by_bytes: bool, sets: bool) -> None:
         self.folder, self.by_bytes, self.seen = folder, by_bytes, 0
         self.drawn = np.zeros(rows, np.uint64)
-        self.wholes = sketch.Spill(folder, "whole", rows)
+        self.wholes = minhash.Spill(folder, "whole", rows)
         self.words = open(folder / "words", "wb") if sets else None
         self.starts = np.zeros(rows + 1 if sets else 1, np.int64)
 
     def add(self, queries: pa.Table) -> None:
         rows = np.arange(self.seen, self.seen + queries.num_rows, dtype=np.uint32)
-        self.drawn[self.seen : self.seen + len(rows)] = sketch.hashed(queries["query_id"])
-        found = sketch.split(queries["text"])
-        self.wholes.add(sketch.hashed(queries["text"]) if self.by_bytes else found.whole, rows)
+        self.drawn[self.seen : self.seen + len(rows)] = minhash.hashed(queries["query_id"])
+        found = minhash.split_words(queries["text"])
+        self.wholes.add(minhash.hashed(queries["text"]) if self.by_bytes else found.whole, rows)
         if self.words is not None:
-            sets = sketch.Sets.of(found)
+            sets = minhash.Sets.of(found)
             self.words.write(sets.words.tobytes())
             self.starts[self.seen + 1 : self.seen + len(rows) + 1] = self.starts[self.seen] + sets.starts[1:]
         self.seen += len(rows)
@@ -139,14 +140,14 @@ class _Work:
             place[rows] = np.arange(len(rows)) - _firsts(keys)
         return place
 
-    def _ordered(self, keys: sketch.Longs, rows: Rows) -> tuple[sketch.Longs, Rows]:
+    def _ordered(self, keys: minhash.Longs, rows: Rows) -> tuple[minhash.Longs, Rows]:
         """The records whose key others have too, by key, and within a key by precedence."""
-        some = sketch.repeated(keys)
+        some = minhash.repeated(keys)
         keys, rows = keys[some], rows[some]
         order = np.lexsort((self.drawn[rows], keys))
         return keys[order], rows[order]
 
-    def compare_sets(self, fresh: sketch.Flags, bands: int, rows: int, scores: sketch.Floats) -> None:
+    def compare_sets(self, fresh: minhash.Flags, bands: int, rows: int, scores: minhash.Floats) -> None:
         """Raises the scores of ``fresh`` rows to the Jaccard similarity with rows before them that share a band."""
         assert self.words is not None
         self.words.close()
@@ -155,9 +156,9 @@ class _Work:
         words = np.memmap(self.folder / "words", np.uint32, "r")
         unclear = fresh
         for width in (1, *WIDER):
-            spill = sketch.Spill(self.folder, "band", int(unclear.sum()) * bands)
+            spill = minhash.Spill(self.folder, "band", int(unclear.sum()) * bands)
             for mine in _blocks(unclear, self.starts):
-                keys, some = sketch.Sets(*sketch.picked(words, self.starts, mine)).bands(bands, rows)
+                keys, some = minhash.Sets(*minhash.picked(words, self.starts, mine)).bands(bands, rows)
                 keys = keys if width == 1 else wider(keys, width)
                 spill.add(keys.ravel(), np.repeat(mine[some].astype(np.uint32), bands))
             unclear = np.zeros(len(fresh), bool)
@@ -167,34 +168,34 @@ class _Work:
             if width == 1:
                 self._compare(words, self._pairs(self._by_words(words, unclear), most=RARE), scores)
 
-    def _by_words(self, words: npt.NDArray[np.uint32], unclear: sketch.Flags) -> sketch.Spill:
+    def _by_words(self, words: npt.NDArray[np.uint32], unclear: minhash.Flags) -> minhash.Spill:
         """The rows by their words."""
-        spill = sketch.Spill(self.folder, "word", int(np.diff(self.starts)[unclear].sum()))
+        spill = minhash.Spill(self.folder, "word", int(np.diff(self.starts)[unclear].sum()))
         for mine in _blocks(unclear, self.starts):
-            own, starts = sketch.picked(words, self.starts, mine)
-            spill.add(sketch.mixed(own.astype(np.uint64)), np.repeat(mine, np.diff(starts)).astype(np.uint32))
+            own, starts = minhash.picked(words, self.starts, mine)
+            spill.add(minhash.mixed(own.astype(np.uint64)), np.repeat(mine, np.diff(starts)).astype(np.uint32))
         return spill
 
     def _compare(
         self,
         words: npt.NDArray[np.uint32],
-        pairs: Iterable[tuple[sketch.Places, sketch.Places]],
-        scores: sketch.Floats,
+        pairs: Iterable[tuple[minhash.Places, minhash.Places]],
+        scores: minhash.Floats,
     ) -> None:
         sizes = np.diff(self.starts)
         for before, after in pairs:
             for start, stop in chunks(sizes[before] + sizes[after], WORDS):
                 left, right = before[start:stop], after[start:stop]
-                both = sketch.shared(
-                    *sketch.picked(words, self.starts, left),
-                    *sketch.picked(words, self.starts, right),
+                both = minhash.shared(
+                    *minhash.picked(words, self.starts, left),
+                    *minhash.picked(words, self.starts, right),
                 )
                 alike = both / (sizes[left] + sizes[right] - both)
                 np.maximum.at(scores, right, alike.astype(np.float32))
 
     def _pairs(
-        self, spill: sketch.Spill, crowded: sketch.Flags | None = None, most: int | None = None
-    ) -> Iterator[tuple[sketch.Places, sketch.Places]]:
+        self, spill: minhash.Spill, crowded: minhash.Flags | None = None, most: int | None = None
+    ) -> Iterator[tuple[minhash.Places, minhash.Places]]:
         """Rows that share a key, each pair once in a block, the one that comes first first.
 
         ``crowded`` is set for rows of keys that more rows have than are compared with each; keys that more than ``most``
@@ -218,18 +219,18 @@ class _Work:
                 pairs = distinct(np.concatenate(found))
                 yield (pairs >> np.uint64(32)).astype(np.int64), (pairs & np.uint64(0xFFFFFFFF)).astype(np.int64)
 
-    def compare_vectors(self, fresh: sketch.Flags, queries: Tables, encoder: Encoder, scores: sketch.Floats) -> None:
+    def compare_vectors(self, fresh: minhash.Flags, queries: Tables, encoder: Encoder, scores: minhash.Floats) -> None:
         """Raises the scores of ``fresh`` rows to the cosine with rows before them in their two nearest clusters."""
         mine = np.flatnonzero(fresh)
         if not len(mine):
             return
         vectors = self._encoded(fresh, queries, encoder)
         centres = _clusters(vectors, np.argsort(self.drawn[mine], kind="stable"))
-        spill = sketch.Spill(self.folder, "near", len(mine) * 2)
+        spill = minhash.Spill(self.folder, "near", len(mine) * 2)
         for start in range(0, len(mine), BATCH):
             nearest = _nearest(np.asarray(vectors[start : start + BATCH], np.float32), centres)
             rows = np.arange(start, start + len(nearest), dtype=np.uint32)
-            spill.add(sketch.mixed(nearest.ravel().astype(np.uint64)), np.repeat(rows, nearest.shape[1]))
+            spill.add(minhash.mixed(nearest.ravel().astype(np.uint64)), np.repeat(rows, nearest.shape[1]))
         drawn, self.drawn = self.drawn, self.drawn[mine]
         for keys, rows in spill.parts():
             keys, rows = self._ordered(keys, rows)
@@ -239,23 +240,23 @@ class _Work:
                 np.maximum.at(scores, mine[members], _before(vectors, members))
         self.drawn = drawn
 
-    def _encoded(self, fresh: sketch.Flags, queries: Tables, encoder: Encoder) -> npt.NDArray[np.float16]:
-        model = retriever.load(encoder)
+    def _encoded(self, fresh: minhash.Flags, queries: Tables, encoder: Encoder) -> npt.NDArray[np.float16]:
+        model = load(encoder)
         shape = int(fresh.sum()), int(model.get_embedding_dimension() or 0)
         vectors = np.memmap(self.folder / "vectors", np.float16, "w+", shape=shape)
         at = done = 0
         for part in queries():
             texts = tables.texts(part["text"].filter(pa.array(fresh[at : at + part.num_rows])))
-            for start in range(0, len(texts), retriever.WINDOW):
-                some = texts[start : start + retriever.WINDOW]
+            for start in range(0, len(texts), WINDOW):
+                some = texts[start : start + WINDOW]
                 prompt = encoder.prompts()[0]
-                vectors[done : done + len(some)] = retriever.encode(model, some, prompt, encoder.dtype, "query")
+                vectors[done : done + len(some)] = encode(model, some, prompt, encoder.dtype, "query")
                 done += len(some)
             at += part.num_rows
         return vectors
 
 
-def _blocks(flags: sketch.Flags, starts: sketch.Places) -> Iterator[sketch.Places]:
+def _blocks(flags: minhash.Flags, starts: minhash.Places) -> Iterator[minhash.Places]:
     """The flagged rows, ``BATCH`` of them at once, or fewer where they have many words."""
     rows = np.flatnonzero(flags)
     for start in range(0, len(rows), BATCH):
@@ -264,13 +265,13 @@ def _blocks(flags: sketch.Flags, starts: sketch.Places) -> Iterator[sketch.Place
             yield some[first:last]
 
 
-def _firsts(keys: sketch.Longs) -> sketch.Places:
+def _firsts(keys: minhash.Longs) -> minhash.Places:
     """For each of some sorted keys the place of the first that equals it."""
     begins = np.concatenate([np.ones(min(len(keys), 1), bool), keys[1:] != keys[:-1]])
     return np.flatnonzero(begins)[np.cumsum(begins) - 1]
 
 
-def _clusters(vectors: npt.NDArray[np.float16], order: sketch.Places) -> sketch.Floats:
+def _clusters(vectors: npt.NDArray[np.float16], order: minhash.Places) -> minhash.Floats:
     """Centres [k, dimension] of clusters of about ``CLUSTER`` vectors, found on the first of ``order``."""
     import faiss
 
@@ -283,7 +284,7 @@ def _clusters(vectors: npt.NDArray[np.float16], order: sketch.Places) -> sketch.
     return means.centroids
 
 
-def _nearest(vectors: sketch.Floats, centres: sketch.Floats) -> sketch.Places:
+def _nearest(vectors: minhash.Floats, centres: minhash.Floats) -> minhash.Places:
     """The one or two nearest centres of each vector."""
     import faiss
 
@@ -291,13 +292,13 @@ def _nearest(vectors: sketch.Floats, centres: sketch.Floats) -> sketch.Places:
     return found
 
 
-def _before(vectors: npt.NDArray[np.float16], members: Rows, block: int = 2048) -> sketch.Floats:
+def _before(vectors: npt.NDArray[np.float16], members: Rows, block: int = 2048) -> minhash.Floats:
     """For each of some rows the highest cosine to one before it in the list; 0 for the first. See ``NEAR``."""
     best = np.zeros(len(members), np.float32)
     small = len(members) <= 2 * NEAR
     held = np.asarray(vectors[members], np.float32) if small else None
 
-    def block_of(first: int) -> sketch.Floats:
+    def block_of(first: int) -> minhash.Floats:
         last = first + block
         return held[first:last] if held is not None else np.asarray(vectors[members[first:last]], np.float32)
 

@@ -8,9 +8,9 @@ from typing import Annotated, ClassVar, Literal
 
 import pyarrow as pa
 
-from dagr_ray.config import Threshold
+from dagr_ray.core.config import Threshold
+from dagr_ray.core.words import folded
 from dagr_ray.filters import Candidate, Filter
-from dagr_ray.words import folded
 
 _TAGS = "a|b|br|code|div|em|h[1-6]|i|img|li|ol|p|pre|script|span|strong|table|td|th|tr|ul"
 _MARKUP = re.compile(

@@ -8,9 +8,9 @@ from typing import Annotated, ClassVar
 import pyarrow as pa
 from pydantic import Field, field_validator
 
-from dagr_ray.config import ConfigError, Threshold
+from dagr_ray.core.config import ConfigError, Threshold
+from dagr_ray.core.language import UNDETERMINED, language_of, languages, likeness
 from dagr_ray.filters import Candidate, Filter
-from dagr_ray.language import UNDETERMINED, language_of, languages, likeness
 
 PASSAGE = "passage"  # in the place of a code: the language of the row's own passage
 

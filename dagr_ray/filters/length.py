@@ -8,9 +8,9 @@ from typing import Annotated, ClassVar
 import pyarrow as pa
 from pydantic import Field, model_validator
 
-from dagr_ray.config import ConfigError, Threshold
+from dagr_ray.core.config import ConfigError, Threshold
+from dagr_ray.core.words import words
 from dagr_ray.filters import Candidate, Filter
-from dagr_ray.words import words
 
 
 class Length(Filter):

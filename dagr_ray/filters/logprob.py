@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar
 import pyarrow as pa
 from pydantic import Field
 
-from dagr_ray.config import Threshold
+from dagr_ray.core.config import Threshold
 from dagr_ray.filters import Candidate, Filter, Table
 
 

@@ -12,9 +12,9 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 import pyarrow as pa
 from pydantic import field_validator
 
-from dagr_ray.config import ConfigError, Threshold
+from dagr_ray.core.config import ConfigError, Threshold
+from dagr_ray.core.words import UNSPACED
 from dagr_ray.filters import Candidate, Filter
-from dagr_ray.words import UNSPACED
 
 Kind = Literal["email", "phone", "card", "iban", "national-id", "ip"]
 # The order is part of the score: a kind's position is its bit. Add at the end, and raise the version.

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 
 import pyarrow as pa
 
-from dagr_ray.config import Threshold
+from dagr_ray.core.config import Threshold
 from dagr_ray.filters import Candidate, Filter
 
 _AT_START = r"(?:^|[.!?:;,]\s+|\bbut\s+)\W*"

@@ -9,9 +9,9 @@ from typing import Annotated, ClassVar
 import pyarrow as pa
 from pydantic import Field
 
-from dagr_ray.config import Threshold
+from dagr_ray.core.config import Threshold
+from dagr_ray.core.words import folded
 from dagr_ray.filters import Candidate, Filter
-from dagr_ray.words import folded
 
 MIN_WORDS = 6  # a short query may say a word twice
 BLOCK = 4  # words of a block that may loop

@@ -8,8 +8,8 @@ from typing import Annotated, ClassVar, Literal
 import pyarrow as pa
 from pydantic import Field
 
-from dagr_ray import tables
-from dagr_ray.config import Threshold
+from dagr_ray.core import tables
+from dagr_ray.core.config import Threshold
 from dagr_ray.filters import Candidate, Filter, Table
 
 ABSENT = 1e6  # the score of a passage that the search did not return: larger than any depth, exact in float32

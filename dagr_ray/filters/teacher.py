@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field
 
-from dagr_ray.config import ConfigError, Threshold
+from dagr_ray.core.config import ConfigError, Threshold
 from dagr_ray.filters import Candidate, Filter, Table
 
 

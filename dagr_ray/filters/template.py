@@ -8,9 +8,9 @@ from typing import Annotated, ClassVar, Literal
 
 import pyarrow as pa
 
-from dagr_ray.config import Threshold
+from dagr_ray.core.config import Threshold
+from dagr_ray.core.words import folded
 from dagr_ray.filters import Candidate, Filter
-from dagr_ray.words import folded
 
 PHRASE_WORDS = 5  # so many words of a phrase in a row are no accident
 Kind = Literal["chat-token", "placeholder", "prompt-label", "instruction", "phrase"]

@@ -8,7 +8,7 @@ from typing import ClassVar, Protocol, TypeVar
 
 import pyarrow as pa
 
-from dagr_ray.config import Config
+from dagr_ray.core.config import Config
 
 Self = TypeVar("Self", bound="Miner")
 Build = Callable[[Iterable[pa.Table], Path], None]

@@ -21,13 +21,13 @@ from typing import Annotated, Any, ClassVar
 import pyarrow as pa
 from pydantic import AfterValidator, Field
 
-from dagr_ray.config import ConfigError, Later
-from dagr_ray.index import Hits, best_first
-from dagr_ray.language import PASSAGES, SPOKEN, language_of_all
+from dagr_ray.core.config import ConfigError, Later
+from dagr_ray.core.language import PASSAGES, SPOKEN, language_of_all
+from dagr_ray.core.storage import own_folder, own_temporary
+from dagr_ray.core.tables import clean, passage_text
 from dagr_ray.miners import Build, Miner
-from dagr_ray.miners.analyzers import AUTO, ENGLISH, Analyzer, analyzer, known
-from dagr_ray.store import own_folder, own_temporary
-from dagr_ray.tables import clean, passage_text
+from dagr_ray.miners._analyzers import AUTO, ENGLISH, Analyzer, analyzer, known
+from dagr_ray.retrieval.vectors import Hits, best_first
 
 HEAP = "1g"
 BUFFER_MB = 256  # Anserini's own 4 GB are more than the heap: a large index would end in an OutOfMemoryError

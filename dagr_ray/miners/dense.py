@@ -10,13 +10,13 @@ from typing import Annotated, ClassVar, Literal
 import numpy as np
 import pyarrow as pa
 
-from dagr_ray import approximate, retriever
-from dagr_ray.approximate import Approximation, Exact, Method
-from dagr_ray.config import Later
-from dagr_ray.index import Hits, VectorIndex, VectorWriter
+from dagr_ray.core.config import Later
+from dagr_ray.core.tables import passage_text
 from dagr_ray.miners import Build, Miner
-from dagr_ray.retriever import Encoder
-from dagr_ray.tables import passage_text
+from dagr_ray.retrieval import approximate
+from dagr_ray.retrieval.approximate import Approximation, Exact, Method
+from dagr_ray.retrieval.encoder import WINDOW, Encoder, encode, load
+from dagr_ray.retrieval.vectors import Hits, VectorIndex, VectorWriter
 
 QUERIES_AT_ONCE = 16384
 MINILM_COMMIT = "c9745ed1d9f207416be6d2e6f8de32d1f16199bf"
@@ -49,17 +49,15 @@ class Dense(Miner):
 
     def builder(self, model: Path | None = None) -> Build:
         """Of ``vectors.npy`` and ``ids.parquet``: the encoder is loaded once for all that it is given."""
-        loaded = retriever.load(self.encoder, model=model)
+        loaded = load(self.encoder, model=model)
 
         def build(corpus: Iterable[pa.Table], folder: Path) -> None:
             with VectorWriter(folder, int(loaded.get_embedding_dimension() or 0), self.storage) as writer:
                 for part in corpus:
-                    for start in range(0, part.num_rows, retriever.WINDOW):
-                        rows = part.slice(start, retriever.WINDOW).to_pylist()
+                    for start in range(0, part.num_rows, WINDOW):
+                        rows = part.slice(start, WINDOW).to_pylist()
                         texts = [passage_text(row["title"], row["text"]) for row in rows]
-                        vectors = retriever.encode(
-                            loaded, texts, self.encoder.prompts()[1], self.encoder.dtype, "document"
-                        )
+                        vectors = encode(loaded, texts, self.encoder.prompts()[1], self.encoder.dtype, "document")
                         writer.add([row["doc_id"] for row in rows], vectors)
 
         return build
@@ -74,7 +72,7 @@ class DenseIndex:
     def __init__(self, encoder: Encoder, vectors: VectorIndex, model: Path | None = None) -> None:
         self.encoder, self.vectors = encoder, vectors
         self._find: Callable[[np.ndarray, int], list[Hits]] = vectors.search
-        self._model = retriever.load(encoder, model=model)
+        self._model = load(encoder, model=model)
 
     def over(self, parts: Sequence[Path]) -> DenseIndex:
         """The same encoder over the vectors of other folders."""
@@ -92,7 +90,7 @@ class DenseIndex:
     def encoded(self, queries: Sequence[str]) -> np.ndarray:
         """The vectors of queries."""
         prompt, dtype = self.encoder.prompts()[0], self.encoder.dtype
-        return retriever.encode(self._model, queries, prompt, dtype, "query")
+        return encode(self._model, queries, prompt, dtype, "query")
 
     def search(self, queries: Sequence[str], k: int) -> list[Hits]:
         """See ``Searcher``."""

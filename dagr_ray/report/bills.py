@@ -6,14 +6,15 @@ import contextlib
 from collections import Counter
 from collections.abc import Iterable
 
-from dagr_ray.artifact import Artifact, Json, add_up, folders_of
-from dagr_ray.bill import Rates, attempt_of, attempts, lost, shard_bill, stage_bill
-from dagr_ray.cluster import Placement
-from dagr_ray.config import ConfigError, from_json
+from dagr_ray.core.artifact import Artifact, Json, add_up, folders_of
+from dagr_ray.core.config import ConfigError, from_json
+from dagr_ray.core.cost import Rates, attempt_of, attempts, lost, shard_bill, stage_bill
+from dagr_ray.core.placement import Placement
+from dagr_ray.core.stage import load_stage
+from dagr_ray.report.arms import Row
 from dagr_ray.report.lineage import Folders
-from dagr_ray.report.summary import Row, generators, study_of
+from dagr_ray.report.summary import generators, study_of
 from dagr_ray.report.verdict import dollars, duration
-from dagr_ray.stage import load_stage
 
 ADDED = ("tokens", "seconds", "waste", "usd")
 
@@ -51,7 +52,7 @@ def _rates(folder: Artifact, manifest: Json | None) -> Rates:
     with contextlib.suppress(ConfigError):  # of another version
         prices = next((from_json(e["placement"], Placement).prices for e in events if "placement" in e), prices)
     try:
-        return Rates.of(prices, getattr(load_stage(folder), "engine", None))
+        return Rates.of(prices, load_stage(folder).engine_asked())
     except ConfigError:  # of a plugin that is not installed here
         return Rates.of(prices)
 

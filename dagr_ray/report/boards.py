@@ -5,18 +5,16 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from dagr_ray.artifact import Json
-from dagr_ray.paths import told_apart
+from dagr_ray.core.artifact import Json
+from dagr_ray.core.paths import told_apart
 from dagr_ray.report import stats
+from dagr_ray.report.arms import Row
 from dagr_ray.report.compare import changed
 from dagr_ray.report.verdict import best_arm
-
-if TYPE_CHECKING:
-    from dagr_ray.report.summary import Row
 
 MEASURE = "nDCG@10"
 

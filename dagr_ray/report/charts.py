@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING, Any
 
-from dagr_ray.artifact import Json
+from dagr_ray.core.artifact import Json
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,14 +8,15 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from dagr_ray import beir, tables, trec
-from dagr_ray.artifact import Artifact, Json
-from dagr_ray.config import ConfigError
-from dagr_ray.paths import is_same
+from dagr_ray.core import tables
+from dagr_ray.core.artifact import Artifact, Json
+from dagr_ray.core.config import ConfigError
+from dagr_ray.core.paths import is_same
+from dagr_ray.core.storage import filesystem
+from dagr_ray.formats import beir, trec
 from dagr_ray.report import stats
 from dagr_ray.report.verdict import QUERIES, is_gain, is_loss, p_text, signed
 from dagr_ray.stages.evaluate import MEASURES, Qrels, as_qrels, measure, rankings
-from dagr_ray.store import filesystem
 
 SHOWN = 10
 # A difference smaller than this is one of rounding.

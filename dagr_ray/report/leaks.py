@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dagr_ray.artifact import Artifact, Json
-from dagr_ray.filters.joins import COMMON
+from dagr_ray.core.artifact import Artifact, Json
+from dagr_ray.leakage.joins import COMMON
+from dagr_ray.report.arms import Row
 from dagr_ray.report.lineage import Folders
-
-if TYPE_CHECKING:
-    from dagr_ray.report.summary import Row
 
 EXAMPLES = 3  # of each kind and mechanism
 ASKED = ("query-query", "exemplar-query")  # kinds by which a test query is touched

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from dagr_ray.artifact import Json
-from dagr_ray.miners.analyzers import AUTO, ENGLISH, analyzer
+from dagr_ray.core.artifact import Json
+from dagr_ray.miners._analyzers import AUTO, ENGLISH, analyzer
 from dagr_ray.report.lineage import Folders
 from dagr_ray.stages.retrieve import NO_HITS
 

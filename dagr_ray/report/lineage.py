@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeVar
 
-from dagr_ray import bill
-from dagr_ray.artifact import Artifact, Damaged, Json, add_up
+from dagr_ray.core import cost
+from dagr_ray.core.artifact import Artifact, Damaged, Json, add_up
 
 log = logging.getLogger("dagr")
 T = TypeVar("T")
@@ -75,7 +75,7 @@ class Folders:
         """
         manifests = [self.found(name) for name in names]
         costs = [m["cost"] for m in manifests]
-        spent = {f"{kind}_tokens": sum(c.get(f"{kind}_tokens", 0) for c in costs) for kind in bill.KINDS}
+        spent = {f"{kind}_tokens": sum(c.get(f"{kind}_tokens", 0) for c in costs) for kind in cost.KINDS}
         spent["wasted_tokens"] = sum(m.get("bill", {}).get("waste", {}).get("tokens", 0) for m in manifests)
         return {
             "seconds": sum(c.get("wall_s", 0.0) for c in costs),

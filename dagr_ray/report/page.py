@@ -7,13 +7,13 @@ import time
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from dagr_ray.artifact import Artifact, Json
+from dagr_ray.core.artifact import Artifact, Json
+from dagr_ray.core.terminal import shown
 from dagr_ray.report import verdict
 from dagr_ray.report.charts import curves_svg
 from dagr_ray.report.lineage import Folders
 from dagr_ray.report.rows import samples
 from dagr_ray.report.text import seed_lines
-from dagr_ray.terminal import shown
 
 if TYPE_CHECKING:
     from jinja2 import Environment

@@ -9,11 +9,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dagr_ray import tables
-from dagr_ray.artifact import Artifact, Damaged, Json, folders_of
-from dagr_ray.config import ConfigError
+from dagr_ray.core import tables
+from dagr_ray.core.artifact import Artifact, Damaged, Json, folders_of
+from dagr_ray.core.config import ConfigError
+from dagr_ray.core.stage import load_stage
 from dagr_ray.report.lineage import Folders
-from dagr_ray.stage import load_stage
 
 
 def trace(runs: str, row_id: str) -> Json:

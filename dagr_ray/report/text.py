@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dagr_ray.artifact import Json
-from dagr_ray.markup import code, markdown
+from dagr_ray.core.artifact import Json
+from dagr_ray.core.markdown import code, markdown
 from dagr_ray.report.verdict import dollars, duration, is_gain, is_loss, p_text, signed
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from dagr_ray.artifact import Json
+from dagr_ray.core.artifact import Json
 
 ALPHA = 0.05
 # A gain whose interval ends below this is called "no": the data rule out what would be worth the trouble.

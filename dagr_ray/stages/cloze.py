@@ -7,12 +7,12 @@ from typing import Annotated, ClassVar
 import pyarrow.compute as pc
 from pydantic import Field
 
-from dagr_ray import tables
-from dagr_ray.artifact import Artifact
-from dagr_ray.cluster import Pool
-from dagr_ray.stage import Inputs, Output, Run, Stage
+from dagr_ray.core import tables
+from dagr_ray.core.artifact import Artifact
+from dagr_ray.core.placement import Pool
+from dagr_ray.core.stage import Inputs, Output, Run, Stage
+from dagr_ray.core.words import word_count
 from dagr_ray.strategies.crop import LEAST_REST, without
-from dagr_ray.words import word_count
 
 CLOZE = "crop/inverse-cloze"
 

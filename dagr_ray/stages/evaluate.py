@@ -10,14 +10,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field, model_validator
 
-from dagr_ray import tables, trec
-from dagr_ray.artifact import Artifact
-from dagr_ray.cluster import Pool
-from dagr_ray.config import ConfigError, Later
-from dagr_ray.index import Hits, best_first
-from dagr_ray.paths import word_of
-from dagr_ray.stage import Inputs, Output, Run, Stage
-from dagr_ray.words import wording
+from dagr_ray.core import tables
+from dagr_ray.core.artifact import Artifact
+from dagr_ray.core.config import ConfigError, Later
+from dagr_ray.core.paths import word_of
+from dagr_ray.core.placement import Pool
+from dagr_ray.core.stage import Inputs, Output, Run, Stage
+from dagr_ray.core.words import wording
+from dagr_ray.formats import trec
+from dagr_ray.retrieval.vectors import Hits, best_first
 
 MEASURES = ("nDCG@10", "R@100", "RR@10", "AP", "Success@1", "Success@5", "Success@10")
 TREC_RUN = "run.trec"

@@ -6,11 +6,12 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from dagr_ray import fusion, tables
-from dagr_ray.artifact import Artifact
-from dagr_ray.cluster import Pool
-from dagr_ray.config import ConfigError
-from dagr_ray.stage import Inputs, Output, Run, Stage
+from dagr_ray.core import tables
+from dagr_ray.core.artifact import Artifact
+from dagr_ray.core.config import ConfigError
+from dagr_ray.core.placement import Pool
+from dagr_ray.core.stage import Inputs, Output, Run, Stage
+from dagr_ray.retrieval import fusion
 
 
 class Fuse(Stage):

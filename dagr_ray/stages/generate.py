@@ -1,113 +1,29 @@
-"""From passages to queries: Exemplars to show, Generate to ask, Parse to read the answers."""
+"""From passages to completions: builds the prompts and asks the engine."""
 
 from __future__ import annotations
 
 import atexit
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha256 as _sha256
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field, model_validator
 
-from dagr_ray import bill, markers, tables
-from dagr_ray.artifact import Artifact
-from dagr_ray.cluster import Pool
-from dagr_ray.config import ConfigError, Later
+from dagr_ray.core import cost, special_tokens, tables
+from dagr_ray.core.artifact import Artifact
+from dagr_ray.core.config import ConfigError
+from dagr_ray.core.placement import Pool
+from dagr_ray.core.stage import Inputs, Output, Run, Stage
 from dagr_ray.engines import Completion, Engine, Sampling, paid
-from dagr_ray.filters.controls import controlled, missed
-from dagr_ray.stage import Inputs, Output, Run, Stage
-from dagr_ray.strategies import Dice, Exemplar, Passage, Prompt, Strategy
-from dagr_ray.strategies.controls import Controls
-from dagr_ray.words import folded, long, pieces
+from dagr_ray.prompts import Dice, Exemplar, Passage, Prompt
+from dagr_ray.strategies import Strategy
 
 READS = {"corpus": "passages", "pairs": "Pairs or Linked"}
-
-
-class Exemplars(Stage):
-    """Up to ``k`` human queries of a split with their passages, to show in prompts; none where there is no such split.
-
-    ``otherwise`` names the split that is taken where the first is not there: some collections have no dev split.
-
-    Drawn by hash, one for a passage. Passages of up to ``max_words`` words come first, longer ones are cut to that;
-    then the highest grade, and queries that share ``grounded`` of their words (of four letters or more) with the
-    passage. A small model copies a query that could stand under any passage: with one such among four, it wrote
-    "which operating system is this running on" for a fifth of the standard library.
-    """
-
-    abstract: ClassVar[bool] = False
-    version: ClassVar[int] = 2  # words of any script, with their marks
-    outputs: ClassVar[tuple[str, ...]] = ("exemplars",)
-    corpus: Stage
-    split: str = "dev"
-    k: Annotated[int, Field(ge=1, le=32)] = 8
-    seed: int = 0
-    max_words: Annotated[int, Field(ge=8)] = 60
-    grounded: Annotated[float, Field(ge=0, le=1)] = 0.5
-    otherwise: Annotated[str | None, Later()] = None
-
-    def label(self) -> str:
-        return f"{self.split}{self.k}"
-
-    def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
-        def run(start: int, stop: int) -> Output:
-            source = inputs["corpus"]
-            splits = [name.removeprefix("qrels.") for name in source.table_names() if name.startswith("qrels.")]
-            found = [tables.split_of(splits, split) for split in (self.split, self.otherwise) if split]
-            split = next((split for split in found if split is not None), None)
-            if split is None:
-                return Output({"exemplars": tables.empty("exemplars")}, counts={"in": 0, "out": 0})
-            judged = [row for row in source.read(f"qrels.{split}").to_pylist() if row["relevance"] > 0]
-            text_of = {row["query_id"]: row["text"] for row in source.read("queries").to_pylist()}
-            wanted = {row["doc_id"] for row in judged}
-            passage_of = {}
-            for part in source.scan("corpus"):
-                for row in part.to_pylist():
-                    if row["doc_id"] in wanted:
-                        passage_of[row["doc_id"]] = pieces(tables.passage_text(row["title"], row["text"]))
-            usable = [
-                row for row in judged if passage_of.get(row["doc_id"]) and text_of.get(row["query_id"], "").strip()
-            ]
-            usable.sort(
-                key=lambda row: (
-                    len(passage_of[row["doc_id"]]) > self.max_words,
-                    -row["relevance"],
-                    _shared(text_of[row["query_id"]], passage_of[row["doc_id"]]) < self.grounded,
-                    tables.unit_of("exemplars", self.seed, row["query_id"], row["doc_id"]),
-                )
-            )
-            # the same query for two passages, or two queries for one passage, would show one thing twice
-            drawn: list[dict[str, Any]] = []
-            seen: set[str] = set()
-            for row in usable:
-                keys = {f"q{row['query_id']}", f"d{row['doc_id']}"}
-                if len(drawn) < self.k and not keys & seen:
-                    seen |= keys
-                    passage = "".join(passage_of[row["doc_id"]][: self.max_words]).rstrip()
-                    drawn.append(
-                        {
-                            "query_id": row["query_id"],
-                            "doc_id": row["doc_id"],
-                            "query": text_of[row["query_id"]],
-                            "passage": passage,
-                        }
-                    )
-            return Output(
-                {"exemplars": tables.table("exemplars", drawn)}, counts={"in": len(judged), "out": len(drawn)}
-            )
-
-        return run
-
-
-def _shared(query: str, passage: list[str]) -> float:
-    """The share of a query's longer words that start a word of the passage, or are started by one."""
-    asked = {word for word in folded(query) if long(word)}
-    there = {word for word in folded("".join(passage)) if long(word)}
-    return sum(any(w.startswith(a) or a.startswith(w) for w in there) for a in asked) / max(len(asked), 1)
 
 
 class Generate(Stage):
@@ -148,6 +64,9 @@ class Generate(Stage):
     def label(self) -> str:
         return f"{self.strategy.type}-{self.engine.type}"
 
+    def engine_asked(self) -> Engine:
+        return self.engine
+
     def size(self, inputs: Inputs) -> int:
         return inputs["corpus"].count(self.strategy.reads)
 
@@ -187,7 +106,7 @@ class Generate(Stage):
         plan = folder.read_json("plan.json") or {"fingerprint": self.fingerprint()}
         ids, (shown, held_out) = tables.part(plan["fingerprint"]), _exemplars(inputs)
         began = time.time()
-        session = bill.within_budget(self.engine, folder, pool.workers).open(pool)
+        session = cost.within_budget(self.engine, folder, pool.workers).open(pool)
         atexit.register(session.close)
         start_s = [time.time() - began]
         sampling = self.sampling.model_copy(update={"logprob": self.keeps_logprob})
@@ -221,7 +140,9 @@ class Generate(Stage):
         """What to ask of the passages, and those that nothing is asked of. ``start`` is the first part of all ids."""
         asked, rejected, dice, strategies = _Asked(), tables.Rejected(), Dice(), self.strategy.asked()
         apart = any(strategy.draws() for strategy in strategies)
-        plain = partial(markers.unmarked, own=self.engine.special_tokens()) if self.engine.reads_markers else None
+        plain = (
+            partial(special_tokens.unmarked, own=self.engine.special_tokens()) if self.engine.reads_markers else None
+        )
         if plain:
             shown = tuple(Exemplar(plain(each.passage), plain(each.query)) for each in shown)
         for doc_id, title, text, *more in zip(*map(tables.texts, tables.asked_about(corpus).columns), strict=True):
@@ -288,17 +209,6 @@ def drawn(strategies: Sequence[Strategy], dice: Dice, seed: int, samples: int) -
     return [one for i, strategy in each for one in strategy.drawn(dice.thrown(seed + i * samples), samples)]
 
 
-def _drawn_again(
-    strategies: Sequence[Strategy], seeds: list[int], numbers: list[int], samples: int
-) -> Iterator[Strategy]:
-    """The strategy of each completion, from its seed and number. Those of a passage stand together: drawn once for all."""
-    dice, last, found = Dice(), -1, list[Strategy]()
-    for seed, number in zip(seeds, numbers, strict=True):
-        if seed - number != last:
-            last, found = seed - number, drawn(strategies, dice, seed - number, samples)
-        yield found[number]
-
-
 @dataclass
 class _Asked:
     """The passages of a shard that something is asked of: column by column, in order."""
@@ -316,103 +226,3 @@ def _exemplars(inputs: Inputs) -> tuple[tuple[Exemplar, ...], set[str]]:
     rows = inputs["exemplars"].read("exemplars").to_pylist()
     shown = tuple(Exemplar(row["passage"], row["query"]) for row in rows)
     return shown, {row["doc_id"] for row in rows}
-
-
-class Parse(Stage):
-    """Queries out of completions, each judged relevant to its passage; what holds none is rejected with the reason.
-
-    A query that misses one of its strategy's controls is rejected by ``control``, with the attribute that it misses.
-    ``corpus`` is the one that the completions were made for. Mending the parser (``parse_version``) makes another
-    folder of this stage and no new completions.
-    """
-
-    abstract: ClassVar[bool] = False
-    outputs: ClassVar[tuple[str, ...]] = ("queries", "qrels", "lineage", "rejected")
-    generations: Generate
-    corpus: Stage
-
-    @model_validator(mode="after")
-    def _same_corpus(self) -> Parse:
-        asked = self.generations.strategy
-        if (asked.reads, asked.writes) != ("corpus", "queries"):
-            raise ConfigError(
-                f"parse: strategy {asked.type!r} reads {asked.reads} and writes {asked.writes}; Rewrite reads its answers"
-            )
-        if self.corpus.fingerprint() != self.generations.corpus.fingerprint():
-            raise ConfigError(
-                f"parse: corpus is {self.corpus.folder_name()}, the completions are for "
-                f"{self.generations.corpus.folder_name()}; give that one"
-            )
-        return self
-
-    def label(self) -> str:
-        return self.generations.strategy.type
-
-    def identity(self) -> dict[str, Any]:
-        versions = [strategy.parse_version for strategy in self.generations.strategy.asked()]
-        found = super().identity() | {"parse_version": versions[0] if len(versions) == 1 else versions}
-        if any(map(controlled, self.generations.strategy.asked())):
-            found["check_version"] = Controls.check_version
-        return found
-
-    def size(self, inputs: Inputs) -> int:
-        return inputs["generations"].count("generations")
-
-    def ranges(self, inputs: Inputs, step: int) -> list[tuple[int, int]]:
-        """Whole shards of the completions, several where they are small: each is read once, with its own passages."""
-        return inputs["generations"].ranges("generations", step)
-
-    def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
-        strategies, engine = self.generations.strategy.asked(), self.generations.engine
-        samples, columns = self.generations.samples, ["gen_id", "source_id", "raw", "error", "sample", "seed"]
-        apart = any(strategy.draws() for strategy in strategies)
-        made_by = {"engine": engine.type, "model": engine.model_name()}
-
-        def run(start: int, stop: int) -> Output:
-            rows = inputs["generations"].slice("generations", start, stop, columns)
-            numbers = rows["sample"].to_pylist()
-            asked_by: Iterable[Strategy] = (strategies[number // samples] for number in numbers)
-            if apart:
-                asked_by = _drawn_again(strategies, rows["seed"].to_pylist(), numbers, samples)
-            passages = inputs["corpus"].slice("corpus", *inputs["generations"].source_rows("generations", start, stop))
-            ids, titles, texts = map(tables.texts, passages.columns)
-            place = dict(zip(ids, range(len(ids)), strict=True))
-            rejected = tables.Rejected()
-            query_ids: list[str] = []
-            queries: list[str] = []
-            gen_ids: list[str] = []
-            source_ids: list[str] = []
-            types: list[str] = []
-            texts_of = map(tables.texts, rows.select(columns[:4]).columns)
-            last, controls = None, None
-            for gen_id, source_id, raw, error, strategy in zip(*texts_of, asked_by, strict=True):
-                if error is not None or raw is None:
-                    rejected.add(gen_id, "generate", "error", error)
-                    continue
-                at = place[source_id]
-                parsed = strategy.parse(Passage(source_id, titles[at] or "", texts[at]), raw)
-                if strategy is not last:
-                    last, controls = strategy, controlled(strategy)
-                for i, text in enumerate(parsed.kept):
-                    if controls and (miss := missed(controls, text)):
-                        rejected.add(gen_id, "control", miss[0], tables.clean(f"{miss[1]}: {text}"[:200]))
-                        continue
-                    query_ids.append(tables.mint(gen_id, i))
-                    queries.append(tables.clean(text))
-                    gen_ids.append(gen_id)
-                    source_ids.append(source_id)
-                    types.append(strategy.name())
-                for reason, detail in parsed.rejected:
-                    rejected.add(gen_id, "parse", reason, tables.clean(detail))
-            size, minted, sources = len(queries), *(pa.array(each, tables.TEXT) for each in (query_ids, source_ids))
-            made = {
-                "queries": tables.columns("queries", size, query_id=minted, text=queries),
-                "qrels": tables.columns("qrels", size, query_id=minted, doc_id=sources, relevance=1),
-                "lineage": tables.columns(
-                    "lineage", size, id=minted, gen_id=gen_ids, source_id=sources, strategy=types, **made_by
-                ),
-                "rejected": rejected.table(),
-            }
-            return Output(made, counts={"in": rows.num_rows, "out": size, "rejected": rejected.counted()})
-
-        return run

@@ -12,12 +12,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field, model_validator
 
-from dagr_ray import bill, tables
-from dagr_ray.artifact import Artifact
-from dagr_ray.cluster import Pool
-from dagr_ray.config import ConfigError
-from dagr_ray.engines import Engine
-from dagr_ray.stage import Inputs, Output, Run, Stage
+from dagr_ray.core import tables
+from dagr_ray.core.artifact import Artifact
+from dagr_ray.core.config import ConfigError
+from dagr_ray.core.cost import within_budget
+from dagr_ray.core.placement import Pool, PricedEngine
+from dagr_ray.core.stage import Inputs, Output, Run, Stage
 from dagr_ray.teachers import Hit, Pair, Spread, Teacher, by_query
 from dagr_ray.teachers.attention_rerank import AttentionRerank, AttentionSession, Judged, best_heads, head_scores
 
@@ -69,6 +69,9 @@ class Label(Stage):
 
     def label(self) -> str:
         return self.teacher.scorer()
+
+    def engine_asked(self) -> PricedEngine | None:
+        return self.teacher.engine_asked()
 
     def size(self, inputs: Inputs) -> int:
         return inputs["queries"].count("queries")
@@ -127,10 +130,8 @@ class Label(Stage):
 
 def _affordable(teacher: Teacher, folder: Artifact, workers: int) -> Teacher:
     """The teacher, its engine (if any) with what earlier runs left of its budget."""
-    engine = getattr(teacher, "engine", None)
-    if not isinstance(engine, Engine):
-        return teacher
-    return teacher.model_copy(update={"engine": bill.within_budget(engine, folder, workers)})
+    engine = teacher.engine_asked()
+    return teacher if engine is None else teacher.with_engine(within_budget(engine, folder, workers))
 
 
 class Heads(Stage):

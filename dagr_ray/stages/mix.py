@@ -1,24 +1,201 @@
-"""Queries of several generators as one training set, and what kind of queries they are."""
+"""Several sources as one training set: queries of several generators, or training pairs of several sources."""
 
 from __future__ import annotations
 
-import re
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from typing import Annotated, Any, ClassVar
+from collections.abc import Sequence
+from typing import Annotated, ClassVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field, model_validator
 
-from dagr_ray import tables
-from dagr_ray.artifact import Artifact
-from dagr_ray.cluster import Pool
-from dagr_ray.config import ConfigError
-from dagr_ray.retriever import Encoder, encode, load
-from dagr_ray.stage import Inputs, Output, Run, Stage
-from dagr_ray.words import folded, words
+from dagr_ray.core import tables
+from dagr_ray.core.artifact import Artifact
+from dagr_ray.core.config import ConfigError
+from dagr_ray.core.placement import Pool
+from dagr_ray.core.stage import Inputs, Output, Run, Stage
+
+
+class Human(Stage):
+    """The relevant pairs of ``data``'s split ``split``, as queries that were selected: what ``Mine`` and ``LeakGate`` read.
+
+    ``n`` draws so many pairs by hash, smaller draws inside larger ones; a query comes with all of its pairs that are
+    drawn. The pairs have no lineage. Raises ConfigError where the split is not there.
+    """
+
+    abstract: ClassVar[bool] = False
+    outputs: ClassVar[tuple[str, ...]] = ("queries", "qrels", "lineage")
+    judged: ClassVar[dict[str, str]] = {"data": "split"}
+    data: Stage
+    split: str = "train"
+    n: Annotated[int, Field(ge=1)] | None = None
+    seed: int = 0
+
+    def label(self) -> str:
+        return self.split
+
+    def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
+        def run(start: int, stop: int) -> Output:
+            data = inputs["data"]
+            judged = tables.relevant(data.read(tables.judgements(data.table_names(), self.split, "human", data.name)))
+            order = _drawn(judged["query_id"].to_pylist(), judged["doc_id"].to_pylist(), self.seed)[: self.n]
+            qrels = judged.take(pa.array(sorted(order), pa.int64()))
+            queries = data.read("queries")
+            queries = queries.filter(pc.is_in(queries["query_id"], value_set=qrels["query_id"].unique()))
+            made = {"queries": queries, "qrels": qrels, "lineage": tables.empty("lineage")}
+            return Output(made, counts={"in": judged.num_rows, "out": qrels.num_rows})
+
+        return run
+
+
+class Blend(Stage):
+    """The ``examples`` of several sources as one set, by weight; ``queries[i]`` holds the queries of ``examples[i]``.
+
+    ``n`` examples in all, of which source ``i`` gives its share of ``weights``. Without weights, a source of ``m``
+    examples weighs ``m ** (1 / temperature)``: at 1 by size, above 1 small sources more than their size (Arivazhagan et
+    al. 2019, arXiv 1907.05019, section 4). Without ``n``, as many as the weights allow. Drawn by hash and dealt out in
+    turn (Webster's method), so a smaller set lies inside a larger one of the same sources and weights. A source that has
+    too few gives all it has, and ``short`` counts what is missing: the others do not make it up, because then the weights
+    would not be those that were asked for.
+
+    What comes out is for ``Train(examples=blend, queries=blend)``; the sources' passages are of one corpus. ``qrels`` holds
+    the positives, ``lineage`` that of the queries which have one. Raises ConfigError where one id is two different queries.
+    """
+
+    abstract: ClassVar[bool] = False
+    outputs: ClassVar[tuple[str, ...]] = ("examples", "queries", "qrels", "lineage")
+    examples: Annotated[tuple[Stage, ...], Field(min_length=1)]
+    queries: Annotated[tuple[Stage, ...], Field(min_length=1)]
+    weights: tuple[Annotated[float, Field(ge=0)], ...] | None = None
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    n: Annotated[int, Field(ge=1)] | None = None
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> Blend:
+        if len(self.queries) != len(self.examples):
+            raise ConfigError(
+                f"blend: {len(self.examples)} examples and {len(self.queries)} queries; give a queries stage for each"
+            )
+        if self.weights is not None and (len(self.weights) != len(self.examples) or not sum(self.weights)):
+            raise ConfigError(
+                f"blend: weights = {self.weights} for {len(self.examples)} sources; give one each, not all of them 0"
+            )
+        if self.weights is not None and self.temperature != 1:
+            raise ConfigError(
+                f"blend: temperature = {self.temperature} means nothing where weights are given; leave one of them out"
+            )
+        return self
+
+    def label(self) -> str:
+        return f"{len(self.examples)}sources-{self.n or 'all'}"
+
+    def wanted(self, there: Sequence[int]) -> list[int]:
+        """Examples to take of each source, of which there are so many.
+
+        >>> from dagr_ray.stages.pairs import Topics
+        >>> two = (Topics(n=1), Topics(n=2))
+        >>> def of(**fields): return Blend(examples=two, queries=two, **fields).wanted([900, 100])
+        >>> of(n=100), of(n=100, temperature=2), of(n=100, weights=(1, 1)), of(weights=(1, 3)), of()
+        ([90, 10], [75, 25], [50, 50], [33, 100], [900, 100])
+        """
+        weights = np.array(self.weights or [count ** (1 / self.temperature) if count else 0 for count in there], float)
+        if not weights.sum():
+            return [0] * len(there)
+        share = weights / weights.sum()
+        total = self.n
+        if total is None:
+            total = int(min(t / s for t, s in zip(there, share, strict=True) if s) + 1e-9)
+        return _dealt(share, total)
+
+    def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
+        def run(start: int, stop: int) -> Output:
+            sources = [inputs[f"examples.{i}"].read("examples") for i in range(len(self.examples))]
+            wanted = self.wanted([rows.num_rows for rows in sources])
+            taken, drawn = [], []
+            for rows, k in zip(sources, wanted, strict=True):
+                order = _drawn(rows["query_id"].to_pylist(), rows["positive_id"].to_pylist(), self.seed)[:k]
+                drawn.append(rows.take(pa.array(order, pa.int64())))
+                taken.append(len(order))
+            examples = pa.concat_tables(drawn)
+            queries, lineage = _Queries(), [tables.empty("lineage")]
+            for i, rows in enumerate(drawn):
+                source = inputs[f"queries.{i}"]
+                ids = rows["query_id"].unique()
+                queries.add(source, ids)
+                if "lineage" in source.table_names():
+                    own = source.read("lineage")
+                    lineage.append(own.filter(pc.is_in(own["id"], value_set=ids)))
+            # in the order drawn over all sources, so that the first k rows are about the blend of k
+            mixed = _drawn(examples["query_id"].to_pylist(), examples["positive_id"].to_pylist(), self.seed)
+            examples = examples.take(pa.array(mixed, pa.int64())).combine_chunks()
+            pairs = examples.group_by(["query_id", "positive_id"], use_threads=False).aggregate([])
+            made = {
+                "examples": examples,
+                "queries": queries.table(),
+                "qrels": tables.columns(
+                    "qrels", pairs.num_rows, query_id=pairs["query_id"], doc_id=pairs["positive_id"], relevance=1
+                ),
+                "lineage": pa.concat_tables(lineage),
+            }
+            counts = {
+                "in": sum(rows.num_rows for rows in sources),
+                "out": sum(taken),
+                "short": sum(wanted) - sum(taken),
+                "taken": {f"{i}-{self.examples[i].folder_name()}": k for i, k in enumerate(taken)},
+            }
+            return Output(made, counts=counts)
+
+        return run
+
+
+def _dealt(share: np.ndarray, total: int) -> list[int]:
+    """``total`` seats by Webster's method (Sainte-Lague): one more in all never takes one from anybody."""
+    # rounding is Webster's for some number of seats near the total; a hair below, so that only the turns decide on ties
+    seats = np.floor(share * total + 0.5 - 1e-9).astype(int)
+    while seats.sum() < total:
+        seats[np.argmax(share / (seats + 0.5))] += 1
+    while seats.sum() > total:
+        last = np.where(seats > 0, share / np.maximum(seats - 0.5, 0.5), np.inf)
+        seats[len(seats) - 1 - np.argmin(last[::-1])] -= 1
+    return [int(k) for k in seats]
+
+
+def _drawn(query_ids: Sequence[str], doc_ids: Sequence[str], seed: int) -> list[int]:
+    """Places in the order of a hash of what stands there."""
+    hashes = [tables.unit_of("blend", seed, *ids) for ids in zip(query_ids, doc_ids, strict=True)]
+    return sorted(range(len(hashes)), key=lambda i: (hashes[i], query_ids[i], doc_ids[i]))
+
+
+class _Queries:
+    """Queries of several sources, each id once."""
+
+    def __init__(self) -> None:
+        self.text_of: dict[str, str] = {}
+        self.source_of: dict[str, str] = {}
+
+    def add(self, source: Artifact, ids: pa.ChunkedArray) -> None:
+        """Those of ``ids``. Raises ConfigError where an id is there with another text."""
+        rows = source.read("queries")
+        found = tables.texts_of(rows.filter(pc.is_in(rows["query_id"], value_set=ids)))
+        missing = next((each for each in ids.to_pylist() if each not in found), None)
+        if missing is not None:
+            raise ConfigError(
+                f"blend: {source.name} has no query {missing!r}; give the queries that the examples are of"
+            )
+        for query_id, text in found.items():
+            if self.text_of.setdefault(query_id, text) != text:
+                raise ConfigError(
+                    f"blend: {query_id!r} is one query in {self.source_of[query_id]} and another in {source.name}; "
+                    "give sources whose ids differ"
+                )
+            self.source_of.setdefault(query_id, source.name)
+
+    def table(self) -> pa.Table:
+        return tables.columns(
+            "queries", len(self.text_of), query_id=list(self.text_of), text=list(self.text_of.values())
+        )
 
 
 class Mix(Stage):
@@ -93,107 +270,3 @@ class Mix(Stage):
             return Output({k: pa.concat_tables(v) for k, v in made.items()}, counts=counts | {"taken": shares})
 
         return run
-
-
-_ASKS = re.compile(
-    r"^(?:who|whom|whose|what|when|where|which|why|how|is|are|was|were|do|does|did|can|could|should|will|would|has|have)\b",
-    re.IGNORECASE,
-)
-_SMALL = frozenset(
-    "the a an is are was were be been of to in on for with that this it i my and or not you your by from".split()
-)
-
-
-def form_of(text: str) -> str:
-    """``question``, ``keywords`` or ``statement``, by how a query begins and whether it has the small words of a sentence.
-
-    >>> [form_of(q) for q in ("how do I copy a folder", "copy folder python", "My train was cancelled and I want a refund.")]
-    ['question', 'keywords', 'statement']
-    """
-    if text.rstrip().endswith(("?", "？", "؟", "፧", "\u037e")) or "՞" in text or _ASKS.match(text.strip()):
-        return "question"
-    said = folded(text)
-    return "keywords" if sum(word in _SMALL for word in said) <= len(said) // 6 else "statement"
-
-
-def distinct(texts: Iterable[str], n: int) -> float:
-    """Different n-grams of words over all n-grams of words (distinct-n: Li et al. 2016, arXiv 1510.03055); 0 of none.
-
-    >>> distinct(["copy a file", "copy a folder"], 2)
-    0.75
-    """
-    counts = Counter[tuple[str, ...]]()
-    for text in texts:
-        said = folded(text)
-        counts.update(zip(*(said[i:] for i in range(n)), strict=False))
-    return len(counts) / counts.total() if counts else 0.0
-
-
-class Describe(Stage):
-    """What a set of queries is like, as ``metrics``: nothing here says whether they teach anything.
-
-    * ``distinct@1`` and ``distinct@2`` of the first ``n`` queries by hash, because they fall with the number of texts;
-    * ``words`` a query, ``overlap``: the share of a query's words that its passage has;
-    * ``form:question`` and so on: shares by ``form_of``; ``form:distance``: half the sum of the differences from those of
-      ``human``'s queries in ``split`` (0: the same mix, 1: nothing in common), where ``human`` is given;
-    * ``spread``: one minus the mean cosine of two queries' embeddings by ``encoder``, where one is given.
-    """
-
-    abstract: ClassVar[bool] = False
-    version: ClassVar[int] = 2  # words of any script, with their marks
-    outputs: ClassVar[tuple[str, ...]] = ("metrics",)
-    judged: ClassVar[dict[str, str]] = {"human": "split"}
-    queries: Stage
-    corpus: Stage
-    human: Stage | None = None
-    split: str = "dev"
-    encoder: Encoder | None = None
-    n: Annotated[int, Field(ge=2)] = 500
-
-    def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
-        def run(start: int, stop: int) -> Output:
-            text_of = tables.texts_of(inputs["queries"].read("queries"))
-            drawn = sorted(text_of, key=lambda query_id: (tables.unit_of("describe", query_id), query_id))[: self.n]
-            texts = [text_of[query_id] for query_id in drawn]
-            found = {f"distinct@{n}": distinct(texts, n) for n in (1, 2)}
-            if texts:
-                found["words"] = float(np.mean([len(words(text)) for text in texts]))
-                found["overlap"] = self._overlap(inputs, text_of, set(drawn))
-            forms = _forms(texts)
-            found |= {f"form:{form}": share for form, share in forms.items()}
-            if "human" in inputs:
-                human = inputs["human"]
-                name = tables.judgements(human.table_names(), self.split, "mix", human.name)
-                judged = human.read(name, ["query_id"])["query_id"].unique().to_pylist()
-                by_people = tables.texts_of(inputs["human"].read("queries"))
-                other = _forms([by_people[query_id] for query_id in judged])
-                found["form:distance"] = sum(abs(forms[form] - other[form]) for form in forms) / 2
-            if self.encoder is not None and len(texts) > 1:
-                vectors = encode(load(self.encoder), texts).astype(np.float64)
-                n, total = len(vectors), vectors.sum(axis=0)
-                found["spread"] = 1 - float(total @ total - (vectors * vectors).sum()) / (n * (n - 1))
-            rows: list[dict[str, Any]] = [{"measure": name, "value": value} for name, value in found.items()]
-            return Output({"metrics": tables.table("metrics", rows)}, counts={"in": len(text_of), "out": len(texts)})
-
-        return run
-
-    def _overlap(self, inputs: Inputs, text_of: dict[str, str], drawn: set[str]) -> float:
-        judged = tables.relevant(inputs["queries"].read("qrels"))
-        pairs = [row for row in judged.to_pylist() if row["query_id"] in drawn]
-        wanted = pa.array(sorted({row["doc_id"] for row in pairs}), tables.TEXT)
-        said: dict[str, set[str]] = {}
-        for part in inputs["corpus"].scan("corpus"):
-            for row in part.filter(pc.is_in(part["doc_id"], value_set=wanted)).to_pylist():
-                passage = tables.passage_text(row["title"], row["text"])
-                said[row["doc_id"]] = set(folded(passage))
-        shares = []
-        for row in pairs:
-            own = folded(text_of[row["query_id"]])
-            if own and row["doc_id"] in said:
-                shares.append(sum(word in said[row["doc_id"]] for word in own) / len(own))
-        return float(np.mean(shares)) if shares else 0.0
-
-
-def _forms(texts: Sequence[str]) -> dict[str, float]:
-    counts = Counter(map(form_of, texts))
-    return {form: counts[form] / max(len(texts), 1) for form in ("question", "keywords", "statement")}

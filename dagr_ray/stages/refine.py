@@ -8,14 +8,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field, model_validator
 
-from dagr_ray import tables
-from dagr_ray.artifact import Artifact
-from dagr_ray.cluster import Pool
-from dagr_ray.config import ConfigError, Later
-from dagr_ray.stage import Inputs, Output, Run, Stage
-from dagr_ray.strategies import Passage
+from dagr_ray.core import tables
+from dagr_ray.core.artifact import Artifact
+from dagr_ray.core.config import ConfigError, Later
+from dagr_ray.core.placement import Pool
+from dagr_ray.core.stage import Inputs, Output, Run, Stage
+from dagr_ray.core.words import first_words, folded
+from dagr_ray.prompts import Passage
 from dagr_ray.strategies.critique import FINE
-from dagr_ray.words import first_words, folded
 
 if TYPE_CHECKING:
     from dagr_ray.stages.generate import Generate

@@ -20,15 +20,16 @@ import pyarrow.compute as pc
 import pyarrow.fs as pafs
 from pydantic import Field
 
-from dagr_ray import approximate, tables
-from dagr_ray.approximate import Approximation
-from dagr_ray.artifact import Artifact, Json
-from dagr_ray.cluster import Pool
-from dagr_ray.index import Hits
-from dagr_ray.language import PASSAGES, SPOKEN, language_of_all
+from dagr_ray.core import tables
+from dagr_ray.core.artifact import Artifact, Json
+from dagr_ray.core.language import PASSAGES, SPOKEN, language_of_all
+from dagr_ray.core.placement import Pool
+from dagr_ray.core.stage import Inputs, Output, Run, Stage
 from dagr_ray.miners import Miner, Searcher
 from dagr_ray.miners.dense import Dense, DenseIndex
-from dagr_ray.stage import Inputs, Output, Run, Stage
+from dagr_ray.retrieval import approximate
+from dagr_ray.retrieval.approximate import Approximation
+from dagr_ray.retrieval.vectors import Hits
 
 log = logging.getLogger("dagr")
 ROWS_AT_ONCE = 8192

@@ -9,14 +9,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field, model_validator
 
-from dagr_ray import tables
-from dagr_ray.artifact import Artifact
-from dagr_ray.cluster import Pool
-from dagr_ray.config import ConfigError
-from dagr_ray.filters.controls import controlled, missed
-from dagr_ray.stage import Inputs, Output, Run, Stage
-from dagr_ray.strategies import Parsed, Passage, Strategy
-from dagr_ray.strategies.controls import Controls
+from dagr_ray.core import tables
+from dagr_ray.core.artifact import Artifact
+from dagr_ray.core.config import ConfigError
+from dagr_ray.core.placement import Pool
+from dagr_ray.core.stage import Inputs, Output, Run, Stage
+from dagr_ray.prompts import Parsed, Passage
+from dagr_ray.strategies import Strategy
+from dagr_ray.strategies._control_checks import controlled, missed
+from dagr_ray.strategies._controls import Controls
 
 if TYPE_CHECKING:
     from dagr_ray.stages.generate import Generate

@@ -19,18 +19,21 @@ import pyarrow.compute as pc
 import pyarrow.fs as pafs
 from pydantic import Field, model_validator
 
-from dagr_ray import model_folder, retriever, tables
-from dagr_ray.artifact import Artifact
-from dagr_ray.cluster import Pool, is_alone
-from dagr_ray.config import ConfigError
-from dagr_ray.model_card import model_card
-from dagr_ray.retriever import Encoder
-from dagr_ray.stage import Inputs, Output, Run, Stage
+from dagr_ray.core import tables
+from dagr_ray.core.artifact import Artifact
+from dagr_ray.core.config import ConfigError
+from dagr_ray.core.placement import Pool
+from dagr_ray.core.ray_start import is_alone
+from dagr_ray.core.stage import Inputs, Output, Run, Stage
+from dagr_ray.losses import Loss
+from dagr_ray.losses.info_nce import InfoNCE
+from dagr_ray.retrieval import encoder, model_folder
+from dagr_ray.retrieval.encoder import Encoder
 from dagr_ray.training import texts
 from dagr_ray.training.checkpoints import Checkpoints
 from dagr_ray.training.dev import MEASURE, Dev
 from dagr_ray.training.lora import LoRA
-from dagr_ray.training.losses import InfoNCE, Loss
+from dagr_ray.training.model_card import model_card
 from dagr_ray.training.settings import Settings
 
 if TYPE_CHECKING:
@@ -328,13 +331,13 @@ def _trained(
         dev = Dev(inputs["dev"], job.dev_split, inputs.get("dev_corpus", own))
         dev.check(data)
     before = inputs["start"].local_path("model") if "start" in inputs else None
-    model = retriever.load(job.base, device=device, model=before)
+    model = encoder.load(job.base, device=device, model=before)
     fitted = loop.fit(model, job.base, data, settings, rank=rank, workers=workers, dev=dev, checkpoints=checkpoints)
     data.remove()
     if rank:
         return None
     if settings.fsdp and workers > 1:  # the model that was trained is in pieces
-        model = retriever.load(job.base, device="cpu", model=before)
+        model = encoder.load(job.base, device="cpu", model=before)
         if settings.lora is not None:
             lora.adapt(model, settings.lora, settings.seed)
         model.load_state_dict(fitted.weights, strict=False)
@@ -345,7 +348,7 @@ def _trained(
     summary |= {"samples": fitted.samples, "train_s": fitted.seconds}
     summary |= {
         "prompts": job.base.prompts(),
-        "reads": [module.max_seq_length for module in retriever.transformers(model)],
+        "reads": [module.max_seq_length for module in encoder.transformers(model)],
     }
     model.similarity_fn_name = "cosine"  # what it was trained by, and is searched by
     summary["files"] = _save(model, model_card(job.card, summary), folder)
@@ -358,7 +361,7 @@ def _save(model: SentenceTransformer, card: str, folder: Artifact) -> list[str]:
         target = Path(folder.path if folder.local else scratch) / "model"
         shutil.rmtree(target, ignore_errors=True)  # what an earlier try left
         target.mkdir(parents=True)
-        retriever.save(model, target)
+        encoder.save(model, target)
         (target / "README.md").write_text(card, encoding="utf-8")
         if not folder.local:
             pafs.copy_files(str(target), f"{folder.path}/model", destination_filesystem=folder.fs)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from difflib import SequenceMatcher
 from typing import ClassVar
 
-from dagr_ray import tables
-from dagr_ray.strategies import Parsed, Passage
-from dagr_ray.strategies.rewriting import Form, Rewriting, one_line
-from dagr_ray.words import tokens, unspaced, word_count
+from dagr_ray.core import tables
+from dagr_ray.core.words import tokens, unspaced, word_count
+from dagr_ray.prompts import Parsed, Passage
+from dagr_ray.strategies._rewriting import Form, Rewriting, one_line
 
 
 def changed_span(before: str, after: str) -> tuple[str, str] | None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from dagr_ray.strategies import Parsed, Passage
-from dagr_ray.strategies.rewriting import Form, Rewriting
+from dagr_ray.prompts import Parsed, Passage
+from dagr_ray.strategies._rewriting import Form, Rewriting
 
 FINE = "none"
 _FORM = Form(

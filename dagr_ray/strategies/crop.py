@@ -5,9 +5,10 @@ from __future__ import annotations
 import random
 from typing import Annotated, ClassVar, Literal
 
-from dagr_ray.config import Later
-from dagr_ray.strategies import Exemplar, Parsed, Passage, Prompt, Strategy
-from dagr_ray.words import pieces, word_count
+from dagr_ray.core.config import Later
+from dagr_ray.core.words import pieces, word_count
+from dagr_ray.prompts import Exemplar, Parsed, Passage, Prompt
+from dagr_ray.strategies import Strategy
 
 # The share of a text that a span takes: Contriever's random cropping.
 SPAN = (0.05, 0.5)

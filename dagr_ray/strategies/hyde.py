@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from dagr_ray.strategies.rewriting import Form, Rewriting
+from dagr_ray.strategies._rewriting import Form, Rewriting
 
 _FORM = Form(
     ("Query",),

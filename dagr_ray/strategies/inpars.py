@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 from typing import ClassVar, Literal, NamedTuple
 
-from dagr_ray import tables
-from dagr_ray.strategies import Exemplar, Parsed, Passage, Prompt
-from dagr_ray.strategies.written import Written, one_query
+from dagr_ray.core import tables
+from dagr_ray.prompts import Exemplar, Parsed, Passage, Prompt
+from dagr_ray.strategies._written import Written, one_query
 
 
 class Shown(NamedTuple):

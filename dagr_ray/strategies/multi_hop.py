@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from dagr_ray.strategies import Parsed, Passage
-from dagr_ray.strategies.rewriting import Form, Rewriting
-from dagr_ray.words import folded, long
+from dagr_ray.core.words import folded, long
+from dagr_ray.prompts import Parsed, Passage
+from dagr_ray.strategies._rewriting import Form, Rewriting
 
 _FORM = Form(
     ("Passage", "Second passage"),

@@ -5,8 +5,9 @@ from __future__ import annotations
 import random
 from typing import ClassVar
 
-from dagr_ray.strategies import Exemplar, Parsed, Passage, Prompt, Strategy
-from dagr_ray.strategies.rewriting import one_line
+from dagr_ray.prompts import Exemplar, Parsed, Passage, Prompt
+from dagr_ray.strategies import Strategy
+from dagr_ray.strategies._rewriting import one_line
 
 
 class Noisy(Strategy):

@@ -9,10 +9,11 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from dagr_ray import tables
-from dagr_ray.config import Config
-from dagr_ray.strategies import Exemplar, Parsed, Passage, Prompt, Strategy
-from dagr_ray.strategies.written import Written, one_query
+from dagr_ray.core import tables
+from dagr_ray.core.config import Config
+from dagr_ray.prompts import Exemplar, Parsed, Passage, Prompt
+from dagr_ray.strategies import Strategy
+from dagr_ray.strategies._written import Written, one_query
 
 Words = Annotated[str, Field(min_length=1, max_length=200)]
 

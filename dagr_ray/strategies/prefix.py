@@ -12,12 +12,13 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, model_validator
 
-from dagr_ray import tables
-from dagr_ray.config import ConfigError, content_hash
-from dagr_ray.paths import FileOrFolder
-from dagr_ray.strategies import Exemplar, Parsed, Passage, Prompt, Strategy
+from dagr_ray.core import tables
+from dagr_ray.core.config import ConfigError, content_hash
+from dagr_ray.core.paths import FileOrFolder
+from dagr_ray.core.words import characters
+from dagr_ray.prompts import Exemplar, Parsed, Passage, Prompt
+from dagr_ray.strategies import Strategy
 from dagr_ray.strategies.promptagator import Promptagator
-from dagr_ray.words import characters
 
 NEAREST = 100  # logged queries, the nearest in length, among which the length of a prefix is drawn
 Weight = Annotated[float, Field(ge=0)]

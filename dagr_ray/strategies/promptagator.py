@@ -7,10 +7,10 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from dagr_ray import tables
-from dagr_ray.strategies import Exemplar, Parsed, Passage, Prompt
-from dagr_ray.strategies.written import Written, one_query
-from dagr_ray.words import first_words
+from dagr_ray.core import tables
+from dagr_ray.core.words import first_words
+from dagr_ray.prompts import Exemplar, Parsed, Passage, Prompt
+from dagr_ray.strategies._written import Written, one_query
 
 # Shown where a data set has no human queries to show. Four kinds of text and four ways to ask, none from a benchmark.
 GENERIC = (

@@ -7,8 +7,9 @@ from typing import ClassVar
 
 from pydantic import model_validator
 
-from dagr_ray.config import ConfigError
-from dagr_ray.strategies import Exemplar, Parsed, Passage, Prompt, Strategy
+from dagr_ray.core.config import ConfigError
+from dagr_ray.prompts import Exemplar, Parsed, Passage, Prompt
+from dagr_ray.strategies import Strategy
 from dagr_ray.strategies.promptagator import Promptagator
 
 # The forms in which the queries of BEIR's tasks differ most (arXiv 2104.08663, table 1): keywords, questions, needs.

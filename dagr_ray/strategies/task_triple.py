@@ -6,10 +6,10 @@ import random
 import re
 from typing import ClassVar
 
-from dagr_ray.strategies import Exemplar, Parsed, Passage, Prompt
-from dagr_ray.strategies.rewriting import one_line
-from dagr_ray.strategies.written import Written
-from dagr_ray.words import word_count
+from dagr_ray.core.words import word_count
+from dagr_ray.prompts import Exemplar, Parsed, Passage, Prompt
+from dagr_ray.strategies._rewriting import one_line
+from dagr_ray.strategies._written import Written
 
 _EXAMPLES = (
     (

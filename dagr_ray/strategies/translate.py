@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
-from dagr_ray import tables
-from dagr_ray.strategies import Passage
-from dagr_ray.strategies.controls import Controls
-from dagr_ray.strategies.rewriting import Form, Rewriting, one_line
+from dagr_ray.core import tables
+from dagr_ray.prompts import Passage
+from dagr_ray.strategies._controls import Controls
+from dagr_ray.strategies._rewriting import Form, Rewriting, one_line
 
 NAMES = {"de": "German", "es": "Spanish", "fr": "French"}
 _QUERIES: tuple[Mapping[str, str], ...] = (

@@ -8,10 +8,11 @@ from typing import ClassVar, Literal, get_args
 
 from pydantic import field_validator
 
-from dagr_ray import tables
-from dagr_ray.config import ConfigError, JsonObject
-from dagr_ray.strategies import Exemplar, Parsed, Passage, Prompt, Strategy
-from dagr_ray.strategies.written import Written, one_query
+from dagr_ray.core import tables
+from dagr_ray.core.config import ConfigError, JsonObject
+from dagr_ray.prompts import Exemplar, Parsed, Passage, Prompt
+from dagr_ray.strategies import Strategy
+from dagr_ray.strategies._written import Written, one_query
 
 Form = Literal["question", "keywords", "claim", "title", "situation", "conversational", "error-message"]
 FORMS: tuple[str, ...] = get_args(Form)

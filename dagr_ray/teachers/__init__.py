@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import ClassVar, NamedTuple, Protocol
 
-from dagr_ray.cluster import Pool
-from dagr_ray.config import Config
+from dagr_ray.core.config import Config
+from dagr_ray.core.placement import Pool, PricedEngine
 
 NO_SCORE = float("nan")
 Cost = dict[str, float]
@@ -76,6 +76,14 @@ class Teacher(Config):
     def scorer(self) -> str:
         """What the ``scores`` table calls this teacher."""
         return "-".join(part for part in (self.type, self.label()) if part)
+
+    def engine_asked(self) -> PricedEngine | None:
+        """The engine that this teacher asks; None if it asks none."""
+        return None
+
+    def with_engine(self, engine: PricedEngine) -> Teacher:
+        """This teacher with another engine. Only for teachers that ask one."""
+        raise NotImplementedError(f"{type(self).__name__} asks no engine")
 
     def check(self) -> None:
         """Raises ConfigError, before anything starts, where the teacher could not open."""

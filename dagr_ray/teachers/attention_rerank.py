@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple
 import numpy as np
 from pydantic import Field
 
-from dagr_ray import tables
-from dagr_ray.cluster import Pool
-from dagr_ray.config import ConfigError
-from dagr_ray.paths import ModelName
-from dagr_ray.retriever import Dtype, Pinned, compute_dtype
+from dagr_ray.core import tables
+from dagr_ray.core.config import ConfigError
+from dagr_ray.core.paths import ModelName
+from dagr_ray.core.placement import Pool
+from dagr_ray.core.words import first_words
+from dagr_ray.retrieval.encoder import Dtype, Pinned, compute_dtype
 from dagr_ray.teachers import Cost, Pair, Scorer, Teacher, by_query
-from dagr_ray.words import first_words
 
 if TYPE_CHECKING:
     import torch

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from dagr_ray.cluster import Pool
-from dagr_ray.config import ConfigError
-from dagr_ray.paths import ModelName, last_name, part_of_name
-from dagr_ray.retriever import Dtype, Pinned, compute_dtype
+from dagr_ray.core.config import ConfigError
+from dagr_ray.core.paths import ModelName, last_name, part_of_name
+from dagr_ray.core.placement import Pool
+from dagr_ray.retrieval.encoder import Dtype, Pinned, compute_dtype
 from dagr_ray.teachers import Cost, Pair, Scorer, Teacher
 
 if TYPE_CHECKING:

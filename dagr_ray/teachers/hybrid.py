@@ -7,8 +7,8 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from dagr_ray.cluster import Pool
-from dagr_ray.config import ConfigError
+from dagr_ray.core.config import ConfigError
+from dagr_ray.core.placement import Pool
 from dagr_ray.teachers import Cost, Hit, Pair, Scorer, Spread, Teacher
 
 

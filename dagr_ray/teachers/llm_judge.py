@@ -8,15 +8,15 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
-from dagr_ray import tables
-from dagr_ray.cluster import Pool
-from dagr_ray.config import ConfigError
+from dagr_ray.core import tables
+from dagr_ray.core.config import ConfigError
+from dagr_ray.core.placement import Pool, PricedEngine
+from dagr_ray.core.words import first_words
 from dagr_ray.engines import Engine
-from dagr_ray.engines.next_token import NextToken, next_token
+from dagr_ray.engines._next_token import NextToken, next_token
 from dagr_ray.engines.vllm import VLLM
-from dagr_ray.strategies import Prompt
+from dagr_ray.prompts import Prompt
 from dagr_ray.teachers import NO_SCORE, Cost, Pair, Scorer, Teacher, by_query
-from dagr_ray.words import first_words
 
 GRADES = (" 0", " 1", " 2", " 3")
 SIDES = (" A", " B")
@@ -109,6 +109,12 @@ class LLMJudge(Teacher):
 
     def label(self) -> str:
         return "calibrated" if self.calibrate else "" if self.form == "pointwise" else self.form
+
+    def engine_asked(self) -> PricedEngine:
+        return self.engine
+
+    def with_engine(self, engine: PricedEngine) -> LLMJudge:
+        return self.model_copy(update={"engine": engine})
 
     def check(self) -> None:
         self.engine.check()

@@ -18,11 +18,11 @@ from typing import Any
 
 import pyarrow.fs as pafs
 
-from dagr_ray import disk
-from dagr_ray.artifact import Artifact
-from dagr_ray.config import ConfigError
-from dagr_ray.shapes import NAMES
-from dagr_ray.store import below
+from dagr_ray.core import disk
+from dagr_ray.core.artifact import Artifact
+from dagr_ray.core.config import ConfigError
+from dagr_ray.core.shapes import NAMES
+from dagr_ray.core.storage import below
 
 log = logging.getLogger("dagr")
 FOLDER = "checkpoints"

@@ -9,12 +9,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dagr_ray import tables
-from dagr_ray.artifact import Artifact
-from dagr_ray.config import ConfigError
-from dagr_ray.index import VectorIndex
+from dagr_ray.core import tables
+from dagr_ray.core.artifact import Artifact
+from dagr_ray.core.config import ConfigError
+from dagr_ray.core.words import wording
+from dagr_ray.retrieval.vectors import VectorIndex
 from dagr_ray.training.texts import Data, ranges
-from dagr_ray.words import wording
 
 MEASURE = "nDCG@10"
 CUT = 10

@@ -28,9 +28,8 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, TrainerCallback
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
-from dagr_ray import retriever
-from dagr_ray.config import ConfigError
-from dagr_ray.retriever import TASKS, Encoder
+from dagr_ray.core.config import ConfigError
+from dagr_ray.retrieval.encoder import TASKS, Encoder, compute_dtype, transformers
 from dagr_ray.training import lora as adapters, sharded
 from dagr_ray.training.batches import plan, repeats
 from dagr_ray.training.checkpoints import Checkpoints
@@ -96,7 +95,7 @@ def fit(
         adapters.adapt(model, settings.lora, settings.seed)
     _set_dropout(model, settings.dropout)
     _freeze_unused(model, encoder)
-    lengths = [module.max_seq_length for module in retriever.transformers(model)]
+    lengths = [module.max_seq_length for module in transformers(model)]
     with _prepared(model, settings.max_length), tempfile.TemporaryDirectory(prefix="dagr-train-") as scratch:
         sharing = settings.fsdp and workers > 1
         collator = Collator(model, data, encoder.prompts(), rank, workers, cached(settings.losses), sharing)
@@ -326,7 +325,7 @@ def _arguments(
 ) -> SentenceTransformerTrainingArguments:
     rough = settings.precision == "bf16"
     if settings.precision == "auto":
-        rough = retriever.compute_dtype(encoder.dtype, device) == torch.bfloat16
+        rough = compute_dtype(encoder.dtype, device) == torch.bfloat16
     schedule = "constant_with_warmup" if settings.schedule == "constant" else settings.schedule
     arguments = SentenceTransformerTrainingArguments(
         output_dir=scratch,
@@ -366,7 +365,7 @@ def _prepared(model: SentenceTransformer, length: int) -> Iterator[None]:
 
     The pooling of decoders finds the last token by the mask, on either side.
     """
-    found = retriever.transformers(model)
+    found = transformers(model)
     sides = [module.tokenizer.padding_side for module in found]
     for module in found:
         module.tokenizer.padding_side = "right"
@@ -381,7 +380,7 @@ def _prepared(model: SentenceTransformer, length: int) -> Iterator[None]:
 @contextlib.contextmanager
 def _cut(model: SentenceTransformer, lengths: Sequence[int]) -> Iterator[None]:
     """Each transformer reads so many tokens."""
-    found = retriever.transformers(model)
+    found = transformers(model)
     before = [module.max_seq_length for module in found]
     for module, length in zip(found, lengths, strict=True):
         module.max_seq_length = length

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 
-from dagr_ray.config import Config, ConfigError
-from dagr_ray.retriever import transformers
+from dagr_ray.core.config import Config, ConfigError
+from dagr_ray.retrieval.encoder import transformers
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dagr_ray.losses import Loss
+from dagr_ray.losses.info_nce import InfoNCE
 from dagr_ray.training.lora import LoRA
-from dagr_ray.training.losses import InfoNCE, Loss
 
 
 @dataclass(frozen=True)

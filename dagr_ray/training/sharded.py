@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from dagr_ray.retriever import transformers
+from dagr_ray.retrieval.encoder import transformers
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
 

@@ -19,9 +19,10 @@ from sentence_transformers.base.losses.gradcache import CachedLossMixin, _create
 from sentence_transformers.util import truncate_embeddings
 from torch import Tensor, nn
 
-from dagr_ray.retriever import TASKS, Task
+from dagr_ray.losses import Loss, Scored
+from dagr_ray.losses.info_nce import InfoNCE
+from dagr_ray.retrieval.encoder import TASKS, Task
 from dagr_ray.training.batches import rows_of
-from dagr_ray.training.losses import InfoNCE, Loss, Scored
 from dagr_ray.training.texts import Data, Texts
 
 # Texts of one forward pass, sorted by length: at least and at most so many. A pass ends where its padding would exceed a

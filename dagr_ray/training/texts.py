@@ -19,10 +19,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dagr_ray import tables
-from dagr_ray.artifact import Artifact
-from dagr_ray.config import digest
-from dagr_ray.store import own_folder, scratch
+from dagr_ray.core import tables
+from dagr_ray.core.artifact import Artifact
+from dagr_ray.core.config import digest
+from dagr_ray.core.storage import own_folder, scratch
 
 ROWS = 65536  # of a table, read at once
 DIGEST = 16  # bytes of a text's hash: equal hashes are equal texts

@@ -1,0 +1,1 @@
+"""What people should rate, and what their ratings say."""

@@ -1,0 +1,321 @@
+"""What the verbs do that plan and run work. Each returns an exit code, or None for 0."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from dagr_ray.cli.inspect import folders
+from dagr_ray.cli.progress import Reporter, duration, size
+from dagr_ray.core import ray_start
+from dagr_ray.core.artifact import Artifact
+from dagr_ray.core.build import Status, materialize, survey
+from dagr_ray.core.config import ConfigError, fingerprints_held, plugins as registered
+from dagr_ray.core.placement import Placement, Pool, load_placement
+from dagr_ray.core.stage import Stage, parts, walk
+from dagr_ray.core.storage import check_can_be_written
+from dagr_ray.core.terminal import print_json, print_table, say
+from dagr_ray.study.job import Job, load_job, parse_axes
+from dagr_ray.study.plan import Study, plan_study
+from dagr_ray.study.preflight import look
+from dagr_ray.study.run import run_study
+
+log = logging.getLogger("dagr")
+Args = argparse.Namespace
+
+
+def _one(args: Args) -> tuple[Job, Stage]:
+    job = load_job(args.job)
+    values = {name: found[0] for name, found in parse_axes(job, args.values, sweep=False).items()}
+    return job, job.stage(**values)
+
+
+def _study(args: Args) -> Study:
+    job = load_job(args.job)
+    return plan_study(job, parse_axes(job, args.values, sweep=True))
+
+
+def _validate(stages: Iterable[Stage], placement: Placement) -> None:
+    """Everything that can be known to be wrong before anything starts (missing package, model or key, wrong option)."""
+    from dagr_ray.engines import Engine
+    from dagr_ray.retrieval import model_opening
+    from dagr_ray.retrieval.encoder import Encoder, Pinned
+
+    encoders: list[Encoder] = []
+    for stage in stages:
+        stage.check()
+        for name in stage.__class__.model_fields:
+            value = getattr(stage, name)
+            if isinstance(value, Engine):
+                value.check(getattr(placement, stage.pool))
+            elif callable(getattr(value, "check", None)) and not isinstance(value, Stage):
+                value.check()
+            for part in parts(value):  # a miner's or a filter's
+                if isinstance(part, Pinned):
+                    part.check()
+                encoders += [part] if isinstance(part, Encoder) else []
+    model_opening.check(encoders)
+
+
+def _afford(stages: Iterable[Stage], runs: str) -> None:
+    """Raises ConfigError where what a stage has spent so far leaves nothing of its engine's budget."""
+    from dagr_ray.core.cost import within_budget
+
+    for stage in stages:
+        engine = stage.engine_asked()
+        if engine is not None and stage.folder(runs).manifest is None:
+            within_budget(engine, stage.folder(runs), 1, at_work=False)
+
+
+# -- before and during a run --------------------------------------------------------------------------------------------
+
+
+def check(args: Args) -> int | None:
+    """``dagr check``."""
+    from dagr_ray.study.estimate import estimate
+
+    placement = load_placement(args.placement)
+    with fingerprints_held():
+        stages = walk(_one(args)[1]) if args.one else _study(args).stages()
+        _validate(stages, placement)
+        seen = look(stages, args.runs, whole=True)
+        _afford(stages, args.runs)
+    if args.canary:
+        _canary(args, stages, placement, Reporter(quiet=args.quiet))
+    with fingerprints_held():
+        lines = list(survey(stages, args.runs, deep=args.deep, repair=args.deep))
+        guesses = estimate([line.stage for line in lines if line.state != "cached"], args.runs, placement)
+        return _checked(args, lines, guesses, seen)
+
+
+def _checked(args: Args, lines: Sequence[Status], guesses: dict[str, Any], seen: Sequence[str]) -> int | None:
+    """Prints what a dry run has found."""
+    damaged = [line for line in lines if line.problem]
+    if args.json:
+        told = [
+            {
+                "folder": s.stage.folder_name(), "type": s.stage.type, "state": s.state, "done": s.done,
+                "shards": s.of, "problem": s.problem or None, "estimate": guesses.get(s.stage.fingerprint()),
+            }
+            for s in lines
+        ]  # fmt: skip
+        print_json({"data": seen, "stages": told})
+        return 1 if damaged else None
+    rows = []
+    for line in lines:
+        guess = guesses.get(line.stage.fingerprint(), {})
+        shown = f"{line.done}/{line.of}" if line.of else ""
+        tokens = f"{guess['tokens']:,}" if guess.get("tokens") else ""
+        hours = duration(guess["seconds"]) if guess.get("seconds") is not None else ""
+        stored = size(guess["bytes"]) if guess.get("bytes") is not None else ""
+        money = f"${guess['price']:.4f}" if guess.get("price") is not None else ""
+        basis = guess.get("basis", "")
+        rows.append([line.stage.folder_name(), line.state, shown, tokens, hours, stored, money, basis, line.problem])
+    print_table(rows, ["stage", "state", "shards", "tokens ~", "time ~", "storage ~", "cost ~", "as in", "problem"])
+    todo = [line for line in lines if line.state != "cached"]
+    for seen_line in seen:
+        say(seen_line)
+    say(f"{len(lines)} stages, {len(lines) - len(todo)} cached; {_to_do(guesses.values())}")
+    if any(guess["basis"] != "this corpus" for guess in guesses.values() if guess["tokens"]):
+        say("the tokens are a guess: --canary asks for 64 passages and knows better")
+    for line in damaged:
+        say(f"damaged: {line.stage.folder_name()}: {line.problem}; the next run rebuilds what is damaged")
+    return 1 if damaged else None
+
+
+def _canary(args: Args, stages: Sequence[Stage], placement: Placement, reporter: Reporter) -> None:
+    """Asks for 64 passages of each generation that is to be done. Raises GuardFailed where prompts or answers are bad."""
+    from dagr_ray.study.canary import Guards, fly
+    from dagr_ray.study.estimate import estimate
+
+    guards = Guards.of(args.guard)
+    todo = [line.stage for line in survey(list(stages), args.runs) if line.state != "cached"]
+    if todo:
+        ray_start.connect(args.address)
+    for canary, findings in fly(todo, args.runs, placement, guards, reporter):
+        seen = ", ".join(f"{finding.guard} {finding.share:.0%}" for finding in findings)
+        say(f"canary {canary.generate.label()}: {seen}", to=sys.stderr)
+    say(f"canary: {_to_do(estimate(todo, args.runs, placement).values())}", to=sys.stderr)
+
+
+def _to_do(guesses: Iterable[dict[str, Any]]) -> str:
+    guesses = list(guesses)
+    total = {key: sum(guess.get(key) or 0 for guess in guesses) for key in ("seconds", "tokens", "bytes", "price")}
+    at = "; ".join(sorted({guess["rates"] for guess in guesses if guess.get("price")}))
+    return (
+        f"about {duration(total['seconds'])} of work, {total['tokens']:,} tokens, {size(total['bytes'])} and "
+        f"${total['price']:.4f} to do" + (f" (busy workers, at {at})" if at else "")
+    )
+
+
+def preview(args: Args) -> int | None:
+    """``dagr preview``: in a temporary runs folder, on this process alone."""
+    from dagr_ray.study.preview import generation_of, shown
+
+    if args.rows < 1:
+        raise ConfigError(f"--rows {args.rows} is not a number of passages; give 1 or more")
+    generate = generation_of(_one(args)[1])
+    if generate is None:
+        raise ConfigError(
+            f"{args.job} generates nothing with these parameters; give volume and generator values that do"
+        )
+    here = Placement(generate=Pool(workers=0))
+    _validate([generate], here)
+    with tempfile.TemporaryDirectory(prefix="dagr-preview-") as runs:
+        look([generate], runs, whole=False)
+        for line in shown(generate, args.rows, runs, here):
+            say(line)
+    return None
+
+
+def run(args: Args) -> int | None:
+    """``dagr run``."""
+    placement = load_placement(args.placement)
+    check_can_be_written(args.runs)
+    _, stage = _one(args)
+    todo = [line.stage for line in survey([stage], args.runs) if line.state != "cached"]
+    _validate(todo, placement)
+    look(todo, args.runs, whole=False)
+    _afford(walk(stage), args.runs)
+    ray_start.connect(args.address)
+    reporter = Reporter(quiet=args.quiet)
+    if args.canary:
+        _canary(args, walk(stage), placement, reporter)
+    folder = materialize(stage, args.runs, placement, reporter)
+    if "metrics" in folder.table_names():
+        means = [r for r in folder.read("metrics").to_pylist() if r["query_id"] is None]
+        print_table([[r["data"] or "", r["measure"], f"{r['value']:.4f}"] for r in means], ["data", "measure", "mean"])
+    say(folder.path)
+    return None
+
+
+def study(args: Args) -> int | None:
+    """``dagr study``."""
+    from dagr_ray import report
+    from dagr_ray.study.estimate import remaining_seconds
+
+    started = time.time()
+    placement = load_placement(args.placement)
+    check_can_be_written(args.runs)
+    with fingerprints_held():
+        planned = _study(args)
+        todo = [s.stage for s in survey(planned.stages(), args.runs) if s.state != "cached"]
+        _validate(todo, placement)
+        look(todo, args.runs, whole=False)
+        _afford(todo, args.runs)
+    reporter = Reporter(quiet=args.quiet)
+    if todo:
+        ray_start.connect(args.address)
+    if args.canary:
+        _canary(args, todo, placement, reporter)
+    mirror = _Mirror(args.runs, enabled=not args.no_track)
+    of_trials = planned.unshared()
+    reporter.remaining = lambda: remaining_seconds(of_trials, args.runs, placement)
+    try:
+        folder = run_study(planned, args.runs, placement, reporter, mirror.soon)
+    except BaseException:
+        mirror.finish(planned.folder(args.runs))  # the store is told that the study stopped
+        raise
+    summary = report.summarise(args.runs, folder.name)
+    if summary["damaged"]:  # found when the results were read, after the work
+        list(survey(planned.stages(), args.runs, deep=True, repair=True))
+        ray_start.connect(args.address)
+        folder = run_study(planned, args.runs, placement, reporter, mirror.soon)
+        summary = report.summarise(args.runs, folder.name)
+    page = report.write_page(summary, args.runs, folder.name)
+    say(report.terminal_table(summary))
+    problem = mirror.finish(folder)
+    of = len(planned.stages())
+    took = duration(time.time() - started)
+    say(f"{len(planned.trials)} rows; {of - len(todo)} of {of} stages were there already; {took}")
+    say(f"page: {page}")
+    if problem:
+        say(f"not tracked: {problem}; run `dagr track {args.runs}` later", to=sys.stderr)
+    elif not args.no_track:
+        say(f"mlflow: {mirror.where}")
+    failed = [trial for trial in planned.trials if trial.state != "done"]
+    for trial in failed:
+        say(f"{trial.state}: {trial.name} {trial.params}: {trial.error or 'not run'}")
+    return 1 if failed else None
+
+
+class _Mirror:
+    """Mirrors a study to MLflow beside the work, never in its way."""
+
+    def __init__(self, runs: str, enabled: bool) -> None:
+        self.runs, self.enabled = runs, enabled
+        self.where = ""
+        self.thread: threading.Thread | None = None
+
+    def soon(self, folder: Artifact) -> None:
+        """Starts a pass unless one is under way."""
+        if self.enabled and (self.thread is None or not self.thread.is_alive()):
+            self.thread = threading.Thread(target=self._pass, args=(folder.name,), daemon=True)
+            self.thread.start()
+
+    def _pass(self, name: str) -> str | None:
+        from dagr_ray.study import mlflow_mirror
+
+        result = mlflow_mirror.mirror(self.runs, name)
+        self.where = result.uri
+        return result.problem
+
+    def finish(self, folder: Artifact) -> str | None:
+        """A last pass over the finished study; returns what went wrong, if anything."""
+        if not self.enabled:
+            return None
+        if self.thread is not None:
+            self.thread.join(timeout=60)
+        return self._pass(folder.name)
+
+
+def track(args: Args) -> int | None:
+    """``dagr track``."""
+    from dagr_ray.study import mlflow_mirror
+
+    names = [name for name, _ in folders(args.runs) if name.startswith("study-")]
+    if not names:
+        raise ConfigError(f"no study in {args.runs!r}; give the runs folder of `dagr study --runs`")
+    mlflow_mirror.check()
+    for name in names:
+        result = mlflow_mirror.mirror(args.runs, name)
+        if result.problem:
+            say(f"{name}: not tracked: {result.problem}")
+            return 1
+        say(f"{name}: {result.parents} parent and {result.children} child runs logged, {result.skipped} were there")
+    return None
+
+
+def plugins(args: Args) -> int | None:
+    """``dagr plugins``."""
+    from dagr_ray.engines import Engine
+    from dagr_ray.filters import Filter
+    from dagr_ray.miners import Miner
+    from dagr_ray.strategies import Strategy
+    from dagr_ray.teachers import Teacher
+
+    rows = []
+    for kind, base in (
+        ("strategy", Strategy),
+        ("engine", Engine),
+        ("filter", Filter),
+        ("miner", Miner),
+        ("teacher", Teacher),
+        ("stage", Stage),
+    ):
+        rows += [[kind, name, (c.__doc__ or "").strip().splitlines()[0]] for name, c in registered(base).items()]
+    print_table(rows, ["kind", "name", "what it does"])
+    return None
+
+
+def doctor(args: Args) -> int | None:
+    """``dagr doctor``."""
+    from dagr_ray.cli.doctor import run as diagnose
+
+    return diagnose(args.json)

@@ -1,0 +1,463 @@
+"""A stage's folder: plan first, shards committed by receipts, manifest last.
+
+    runs/generate-promptagator-3f9c1a2b7d04/
+      plan.json                                 written first: config, inputs, shard -> row range
+      generations/part-00000-1f0c9a3e.parquet   a part is named by its content
+      receipts/00000.json                       names the parts of one shard with their checksums: present == committed
+      attempts/001-9c1f.jsonl                   what happened; a resume adds a file
+      manifest.json                             written last: its presence == complete
+
+A shard writes all its parts and then its receipt, so every table of a shard appears at once or not at all. Parts are
+named by content, and readers follow receipts and manifests only: two writers of one shard cannot mix their bytes.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import errno
+import hashlib
+import io
+import logging
+import os
+import platform
+import re
+import time
+import uuid
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dagr_ray.core import checksums, disk, shapes, tables as schemas
+from dagr_ray.core.checksums import Damaged
+from dagr_ray.core.config import digest
+from dagr_ray.core.folder import Folder, folders_of
+from dagr_ray.core.shapes import Json
+
+__all__ = ["Artifact", "Attempt", "Damaged", "Json", "add_up", "folders_of"]
+log = logging.getLogger("dagr")
+READERS = 32  # small files read at once from an object store, which takes about 30 ms for each
+ROW_GROUP = 8192  # so that a few rows of a large part are read without the others
+PLAN = -1  # in place of a shard: the folder's plan
+# Two writers of one shard give their files names of their own, which say nothing of what is in them.
+_OWN = re.compile(r"-[0-9a-f]{8}(?=/)")
+_EMPTY: Json = {"stage": {}, "inputs": {}, "files": {}, "counts": {}, "cost": {}, "price": 0.0}
+
+
+@dataclass
+class _Known:
+    """A manifest as it lay in its folder, and what follows from it."""
+
+    path: str
+    stamp: tuple[Any, ...]
+    manifest: Json
+    offsets: dict[str, list[int]] = field(default_factory=dict)
+
+    def parts(self, name: str) -> list[Json]:
+        """The parts of a table in shard order."""
+        made = self.manifest["tables"]
+        assert name in made, f"{self.path} has no table {name!r}; it has {sorted(made)}"
+        return made[name]["parts"]
+
+    def starts(self, name: str) -> list[int]:
+        """The row that each part begins with; the number of rows last."""
+        if name not in self.offsets:
+            self.offsets[name] = list(accumulate((part["rows"] for part in self.parts(name)), initial=0))
+        return self.offsets[name]
+
+
+# What this process has read of finished folders: with 10,000 shards, a manifest takes 0.1 s to parse.
+_folders: dict[tuple[str, str], _Known] = {}
+_plans: dict[tuple[str, str], tuple[tuple[Any, ...], Json]] = {}
+_contents: dict[tuple[str, str], tuple[tuple[Any, ...], str]] = {}
+
+
+def _receipt(shard: int) -> str:
+    return f"receipts/{shard:05d}.json"
+
+
+def _revoked(shard: int) -> str:
+    return f"revoked/{shard:05d}-{uuid.uuid4().hex[:4]}.json"
+
+
+class Artifact(Folder):
+    """One folder below a runs folder. Cheap to make and to pickle: it holds two strings until it is used."""
+
+    def local_path(self, *parts: str) -> str:
+        """A path on this machine's disk of a file or folder, which is as it was written; that of a remote folder is
+        copied to a cache first. Of a folder, only the files that the stage has written are there. Raises Damaged.
+        """
+        target = "/".join([self.path, *parts])
+        below = "/".join(parts)
+        files = (self.manifest or {}).get("files", {})
+        entries = {
+            name[len(below) :].lstrip("/"): entry
+            for name, entry in files.items()
+            if name == below or not below or name.startswith(f"{below}/")
+        }
+        if self.local:
+            checksums.demand_all(self.fs, ((f"{self.path}/{entry['file']}", entry) for entry in entries.values()))
+            found = target
+        else:
+            found = checksums.fetched(self.fs, target, entries)
+        return checksums.without_strangers(found, entries) if entries and "" not in entries else found
+
+    def json_of(self, relative: str) -> Any:
+        """The value of a JSON file that the stage has written itself, as it was written. Raises Damaged."""
+        entry = (self.manifest or {}).get("files", {}).get(relative)
+        if entry is not None:
+            checksums.demand(self.fs, f"{self.path}/{relative}", entry)
+        found = self.read_json(relative)
+        if found is None:
+            raise Damaged(f"{self.path}/{relative} is missing or not as it was written")
+        return found
+
+    @property
+    def plan(self) -> Json:
+        """``plan.json``, remembered as long as it lies there. Shared: not to be changed. Raises Damaged."""
+        key, stamp = (self.runs, self.path), checksums.stamp(self.fs, f"{self.path}/plan.json")
+        known = _plans.get(key)
+        if known is None or known[0] != stamp:
+            found = self.read_json("plan.json")
+            if found is None:
+                raise Damaged(f"{self.path}/plan.json is missing or not as it was written")
+            known = (stamp or (), found)
+            checksums.remember(_plans, key, known, 8)
+        return known[1]
+
+    # -- shards -----------------------------------------------------------------------------------------------------
+
+    def commit(self, shard: int, rows: dict[str, pa.Table], more: Json, files: Iterable[str] = ()) -> Json:
+        """Writes every table of a shard, then its receipt. ``more`` (counts, cost) is kept in the receipt.
+
+        Files named in ``files`` (already in the folder, relative paths) are recorded with their checksums. If another
+        writer committed the same rows (``more["rows"]``) meanwhile, its receipt stands and is returned.
+        """
+        parts = {name: self._write_part(name, shard, value) for name, value in rows.items()}
+        own = {f: {"file": f, **checksums.checksum(self.fs, f"{self.path}/{f}")} for f in files}
+        receipt = {"shard": shard, "tables": parts, "files": own, **more}
+        if self.local:  # the receipt must not outlive what it names: one trip to the disk for all of a shard
+            written = [f"{self.path}/{each['file']}" for each in (*parts.values(), *own.values())]
+            disk.settle([*written, *dict.fromkeys(path.rsplit("/", 1)[0] for path in written)])
+        earlier = self.receipt(shard)
+        if earlier is not None:
+            if earlier.get("rows") == receipt.get("rows"):
+                return self._too_late(receipt, earlier)
+            self._too_late(earlier, receipt)
+        if earlier is not None or self.read_bytes(_receipt(shard)) is not None:
+            self.remove(_receipt(shard))
+        try:
+            self.write_json(_receipt(shard), receipt, once=True)
+        except FileExistsError:
+            stands = self.receipt(shard)
+            if stands is not None:
+                return self._too_late(receipt, stands)
+            self.write_json(_receipt(shard), receipt)
+        return receipt
+
+    def receipt(self, shard: int) -> Json | None:
+        """The receipt of a shard, or None where it is not committed."""
+        return self.read_json(_receipt(shard))
+
+    def _too_late(self, receipt: Json, stands: Json) -> Json:
+        self.write_json(_revoked(receipt["shard"]), receipt)  # it was paid for
+        return stands
+
+    def _write_part(self, name: str, shard: int, value: pa.Table) -> Json:
+        sink = io.BytesIO()
+        pq.write_table(
+            schemas.check(name, value), sink, compression="zstd", row_group_size=ROW_GROUP, write_page_checksum=True
+        )
+        data = sink.getvalue()
+        sha = hashlib.sha256(data).hexdigest()
+        file = f"{name}/part-{shard:05d}-{sha[:8]}.parquet"
+        self.write_bytes(file, data)
+        return {"file": file, "rows": value.num_rows, "bytes": len(data), "sha256": sha}
+
+    def receipts(self) -> dict[int, Json]:
+        """Shard -> receipt, for the shards that are committed."""
+        return {receipt["shard"]: receipt for receipt in self._read_all("receipts").values() if receipt is not None}
+
+    def _read_all(self, folder: str) -> dict[str, Json | None]:
+        """Base name -> value of the files of a sub-folder; None for one that is damaged."""
+        names = sorted(self.listing(folder))
+        paths = [f"{folder}/{name}" for name in names]
+        if self.local or len(names) < 2:
+            return dict(zip(names, map(self.read_json, paths), strict=True))
+        with ThreadPoolExecutor(READERS) as pool:
+            return dict(zip(names, pool.map(self.read_json, paths), strict=True))
+
+    def damaged(self, deep: bool = False) -> dict[int, str]:
+        """Committed shards whose files are missing or of another size (``deep``: or of another checksum) -> what is wrong.
+
+        Of a finished folder the manifest says what should be there, and its receipts and plan are looked at if ``deep``
+        alone. ``PLAN`` stands for the plan.
+        """
+        manifest = self.manifest
+        problems: dict[int, str] = {}
+        receipts: dict[str, Json | None] = {}
+        if manifest is None or deep or any("shard" not in each for each in manifest["files"].values()):
+            receipts = self._read_all("receipts")
+        if manifest is None or deep:
+            problems = {
+                shapes.shard_of(name): f"receipts/{name} is not as it was written"
+                for name, receipt in receipts.items()
+                if receipt is None
+            }
+        if manifest is not None and deep and shapes.is_stage(self.name):
+            problems |= self._lost(receipts)
+        sizes: dict[str, dict[str, int]] = {}
+        for shard, part in self._committed(manifest, receipts):
+            folder, _, base = part["file"].rpartition("/")
+            if folder not in sizes:
+                sizes[folder] = self.listing(folder)
+            size = sizes[folder].get(base)
+            if size is None:
+                problems[shard] = f"{part['file']} is missing"
+            elif size != part["bytes"]:
+                problems[shard] = f"{part['file']} has {size} bytes, not {part['bytes']}"
+            elif deep and (wrong := checksums.problem(self.fs, f"{self.path}/{part['file']}", part)):
+                problems[shard] = wrong
+        return problems
+
+    def _lost(self, receipts: dict[str, Json | None]) -> dict[int, str]:
+        """The plan of a finished folder, or receipts that it should have."""
+        plan = self.read_json("plan.json")
+        if plan is None:
+            return {PLAN: self.problem("plan.json") or "plan.json is missing"}
+        names = (f"{i:05d}.json" for i in range(len(plan["shards"])))
+        return {shapes.shard_of(name): f"receipts/{name} is missing" for name in names if name not in receipts}
+
+    def _committed(self, manifest: Json | None, receipts: dict[str, Json | None]) -> Iterator[tuple[int, Json]]:
+        """(shard, part or file) of all committed shards: from the manifest where there is one, which is one file to read."""
+        sound_ones = [receipt for receipt in receipts.values() if receipt is not None]
+        if manifest is None:
+            for receipt in sound_ones:
+                for part in [*receipt["tables"].values(), *receipt["files"].values()]:
+                    yield receipt["shard"], part
+            return
+        for made in manifest["tables"].values():
+            for part in made["parts"]:
+                yield shapes.shard_of(part["file"]), part
+        owners = {file: receipt["shard"] for receipt in sound_ones for file in receipt["files"]}
+        for file, entry in manifest["files"].items():
+            yield entry.get("shard", owners.get(file, 0)), entry
+
+    def revoke(self, shards: Iterable[int]) -> None:
+        """Takes shards back, so that they are built again. What they cost stays in the bill: see ``revoked``."""
+        self.remove("manifest.json")
+        checksums.remember(_folders, (self.runs, self.path), None, 64)
+        marks = self.listing("tries")
+        for shard in shards:
+            if shard == PLAN:
+                self.remove("plan.json")
+                continue
+            receipt = self.receipt(shard)
+            if receipt is not None:
+                for mark in (name for name in marks if name.startswith(f"{shard:05d}-")):
+                    self.remove(f"tries/{mark}")  # its cost is the receipt's
+                self.write_json(_revoked(shard), receipt)
+            self.remove(_receipt(shard))
+
+    def restart(self) -> None:
+        """Takes all back, the plan too: what was read for it has other content now."""
+        self.revoke([shapes.shard_of(name) for name in self.listing("receipts")])
+        self.remove("plan.json")
+
+    def revoked(self) -> list[Json]:
+        """The receipts of shards that were taken back: work that was paid for and is not in the tables."""
+        return [receipt for receipt in self._read_all("revoked").values() if receipt is not None]
+
+    # -- the finished folder ----------------------------------------------------------------------------------------
+
+    @property
+    def manifest(self) -> Json | None:
+        """The manifest, or None while the folder is not complete. Shared by all who ask: not to be changed."""
+        known = self._known()
+        return known.manifest if known else None
+
+    def _known(self) -> _Known | None:
+        stamp, key = checksums.stamp(self.fs, f"{self.path}/manifest.json"), (self.runs, self.path)
+        known = _folders.get(key)
+        if known is None or known.stamp != stamp:
+            manifest = self.read_json("manifest.json") if stamp else None
+            known = _Known(self.path, stamp, _EMPTY | manifest) if stamp and manifest is not None else None
+            checksums.remember(_folders, key, known, 64)
+        return known
+
+    def content(self) -> str | None:
+        """A hash of what a finished folder holds, without names and times; None while it is not complete."""
+        key, stamp = (self.runs, self.path), checksums.stamp(self.fs, f"{self.path}/manifest.json")
+        known = _contents.get(key)
+        if known is None or known[0] != stamp:
+            manifest = self.manifest
+            if manifest is None or stamp is None:
+                return None
+            made = {name: [part["sha256"] for part in each["parts"]] for name, each in manifest["tables"].items()}
+            files = sorted((_OWN.sub("", name), entry["sha256"]) for name, entry in manifest["files"].items())
+            known = (stamp, digest([made, files], 32))
+            checksums.remember(_contents, key, known, 16384)
+        return known[1]
+
+    def stale(self) -> str | None:
+        """Which input has other content now than that which this folder is made from; None where none has.
+
+        An input that is gone tells nothing. A folder from before this was recorded is taken as it is, unless an input
+        whose files nobody checked then, or that was remade since, is younger.
+        """
+        made = self.manifest or self.read_json("plan.json") or {}
+        for name, folder in made.get("inputs", {}).items():
+            source = Artifact(self.runs, folder)
+            now = source.content()
+            if now is None:
+                continue
+            then = made.get("made_from", {}).get(name)
+            if then is not None and then != now:
+                return name
+            if then is None and "finished" in made:
+                theirs = source.manifest or {}
+                if (theirs["files"] or theirs.get("remade")) and theirs.get("finished", 0) > made["finished"]:
+                    return name
+        return None
+
+    def table_names(self) -> list[str]:
+        return sorted(self._finished().manifest["tables"])
+
+    def _finished(self) -> _Known:
+        known = self._known()
+        if known is None:
+            raise FileNotFoundError(errno.ENOENT, "not complete, or away", self.path)
+        return known
+
+    def count(self, name: str) -> int:
+        """Rows of a table, from the manifest."""
+        return self._finished().starts(name)[-1]
+
+    def scan(self, name: str, columns: list[str] | None = None) -> Iterator[pa.Table]:
+        """A table part by part, in shard order."""
+        for part in self._finished().parts(name):
+            yield self.read_part(part, columns)
+
+    def read(self, name: str, columns: list[str] | None = None) -> pa.Table:
+        """A whole table. Raises FileNotFoundError if the folder is not complete, AssertionError if it has no such table."""
+        found = list(self.scan(name, columns))
+        return pa.concat_tables(found) if found else schemas.empty(name)
+
+    def slice(self, name: str, start: int, stop: int, columns: list[str] | None = None) -> pa.Table:
+        """Rows ``start`` to ``stop`` of a table, reading only what holds them."""
+        empty = schemas.empty(name)
+        found = [empty if columns is None else empty.select(columns)]
+        known = self._finished()
+        parts, offsets = known.parts(name), known.starts(name)
+        at = bisect.bisect_right(offsets, start) - 1
+        while at < len(parts) and offsets[at] < stop:
+            first, last = max(start - offsets[at], 0), min(stop, offsets[at + 1]) - offsets[at]
+            if first == 0 and last == parts[at]["rows"]:
+                found.append(self.read_part(parts[at], columns))
+            elif first < last:
+                found.append(self._read_rows(parts[at], columns, first, last))
+            at += 1
+        return pa.concat_tables(found)
+
+    def ranges(self, name: str, step: int) -> list[tuple[int, int]]:
+        """The rows of a table in ranges of whole parts: as many as fit into ``step`` rows, at least one."""
+        ends = self._finished().starts(name)[1:]
+        found, start = [], 0
+        for end, after in zip(ends, [*ends[1:], None], strict=False):
+            if end > start and (after is None or after - start > step):
+                found.append((start, end))
+                start = end
+        return found
+
+    def source_rows(self, name: str, start: int, stop: int) -> tuple[int, int]:
+        """The rows of the input, widened to whole shards, that rows ``start`` to ``stop`` of a table were made from."""
+        offsets, shards = self._finished().starts(name), self.plan["shards"]
+        if start >= stop:
+            return 0, 0
+        if len(offsets) != len(shards) + 1:
+            raise Damaged(
+                f"{self.path}/plan.json is not as it was written: {len(shards)} shards, {len(offsets) - 1} parts"
+            )
+        first, last = bisect.bisect_right(offsets, start) - 1, bisect.bisect_left(offsets, stop) - 1
+        return shards[first]["start"], shards[last]["stop"]
+
+    def read_part(self, part: Json, columns: list[str] | None = None) -> pa.Table:
+        """The rows of a part that a receipt or a manifest names. Raises Damaged."""
+        # a flipped bit would else be an error from deep inside, or a wrong row that nobody sees
+        data = self.read_bytes(part["file"])
+        if data is None or hashlib.sha256(data).hexdigest() != part["sha256"]:
+            raise Damaged(f"{self.path}/{part['file']} is {'missing' if data is None else 'not as it was written'}")
+        with pq.ParquetFile(pa.BufferReader(data)) as opened:
+            return schemas.widened(part["file"].split("/")[0], opened.read(columns), columns)
+
+    def _read_rows(self, part: Json, columns: list[str] | None, first: int, last: int) -> pa.Table:
+        """Some rows of a part. All of it is checked once in a process, later only the pages that are read."""
+        file = f"{self.path}/{part['file']}"
+        checksums.demand(self.fs, file, part)
+        with self.fs.open_input_file(file) as stream:
+            opened = pq.ParquetFile(stream, page_checksum_verification=True)
+            sizes = [opened.metadata.row_group(i).num_rows for i in range(opened.num_row_groups)]
+            starts = list(accumulate(sizes, initial=0))
+            groups = [i for i, (a, b) in enumerate(pairwise(starts)) if a < last and b > first]
+            rows = schemas.widened(part["file"].split("/")[0], opened.read_row_groups(groups, columns), columns)
+        return rows.slice(first - starts[groups[0]], last - first)
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """One builder at a time on a local disk: a second driver waits here and then finds the work done.
+
+        The kernel drops the lock of a killed process. Object stores have no locks; there the receipts alone keep two
+        builders from harming each other, at the price of doing some shards twice.
+        """
+        if not self.local:
+            yield
+            return
+        import fcntl
+
+        disk.make_folder(self.path, self.path)
+        if os.path.isdir(f"{self.path}/.lock"):
+            disk.remove(f"{self.path}/.lock")
+        with open(
+            f"{self.path}/.lock", "a+", encoding="utf-8", errors="replace"
+        ) as handle:  # what it says is of its holder
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                handle.seek(0)
+                holder = " ".join(handle.read(200).split()) or "another process"
+                log.warning("waiting for %s: %s is at work on it", self.path, holder)
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            handle.seek(0)
+            handle.truncate()
+            handle.write(f"process {os.getpid()} of {platform.node()}, since {time.strftime('%Y-%m-%d %H:%M:%S %Z')}")
+            handle.flush()
+            yield
+
+
+class Attempt:
+    """The event log of one try at a folder: ``attempts/001-9c1f.jsonl``, whole lines, never overwritten by a later try."""
+
+    def __init__(self, folder: Artifact) -> None:
+        self.folder = folder
+        self.number = max((int(re.split(r"[-.]", name)[0]) for name in folder.listing("attempts")), default=0) + 1
+        # two drivers on an object store, which has no locks, may count the same
+        self.name = f"{self.number:03d}-{uuid.uuid4().hex[:4]}"
+        self.lines: list[str] = []
+
+    def note(self, event: str, **detail: Any) -> None:
+        """Adds an event with the time and writes the log out."""
+        place = f"attempts/{self.name}.jsonl"
+        self.lines.append(shapes.line(self.folder.name, place, {"at": time.time(), "event": event, **detail}))
+        self.folder.write_bytes(place, ("\n".join(self.lines) + "\n").encode())
+
+
+def add_up(total: Json, more: Json) -> Json:
+    """Sums two trees of numbers key by key (counts, rejections by reason, cost)."""
+    for key, value in more.items():
+        total[key] = add_up(total.get(key, {}), value) if isinstance(value, dict) else total.get(key, 0) + value
+    return total

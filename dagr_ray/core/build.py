@@ -1,0 +1,186 @@
+"""``materialize`` returns a stage's folder and builds what is missing; ``survey`` says what is missing.
+
+Composition is nesting, and caching and resuming are one mechanism: a folder with the stage's fingerprint is built only
+if it is not complete, and only its shards that have no receipt.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import traceback
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import cast
+
+from dagr_ray.core import blame
+from dagr_ray.core.artifact import Artifact, Damaged
+from dagr_ray.core.attempt import Builder, Observer, Progress
+from dagr_ray.core.config import ConfigError
+from dagr_ray.core.placement import Placement, Pool
+from dagr_ray.core.stage import Inputs, OutOfReach, Stage, StageFailed, walk
+from dagr_ray.core.worker import out_of_memory, out_of_reach
+
+log = logging.getLogger("dagr")
+# A folder of so many files and bytes is read through before it is handed out: a third of a second.
+FEW, SMALL = 256, 1 << 28
+
+
+def materialize(
+    stage: Stage, runs: str, placement: Placement | None = None, observe: Observer | None = None
+) -> Artifact:
+    """The complete folder of ``stage`` below ``runs``; builds what is missing, inputs first.
+
+    What is damaged is taken back and built again, and so is what was made from something else than its inputs hold now.
+    Raises StageFailed where a stage cannot end (what is finished stays), ConfigError for a mistake in the recipe.
+    """
+    placement, observe = placement or Placement(), observe or (lambda progress: None)
+    taken_back: Counter[str] = Counter()
+    while True:
+        made: dict[str, Artifact] = {}
+        inputs: Inputs = {}
+        each = stage
+        try:
+            for each in walk(stage):
+                inputs = _inputs(each, made)
+                if each.grows and not _is_sound(each.folder(runs)):
+                    inputs |= each.grow(inputs, lambda step: materialize(step, runs, placement, observe))
+                made[each.fingerprint()] = _build(each, inputs, runs, placement, observe)
+            folder = made[stage.fingerprint()]
+            inputs = {stage.type: folder}
+            if _small(folder) and folder.damaged(deep=True):  # nobody else looks before its reader does
+                raise Damaged(f"{folder.path} is not as it was written")
+            return folder
+        except ConfigError:
+            raise
+        except Exception as error:
+            if isinstance(error, StageFailed) and not isinstance(error, OutOfReach):
+                raise
+            if not _take_back(each, inputs, made, error, taken_back):
+                _tell(each, each.folder(runs), getattr(placement, each.pool), error)
+                raise
+
+
+def _inputs(stage: Stage, made: dict[str, Artifact]) -> Inputs:
+    found = {name: made.get(inner.fingerprint()) for name, inner in stage.inputs().items()}
+    changed = next((name for name, folder in found.items() if folder is None), None)
+    if changed is not None:
+        raise StageFailed(
+            f"{stage.type}: what {changed!r} reads was changed during the run; run again, with the new content"
+        )
+    return cast(Inputs, found)
+
+
+def _small(folder: Artifact) -> bool:
+    manifest = folder.manifest or {"tables": {}, "files": {}}
+    files = [*manifest["files"].values(), *(part for each in manifest["tables"].values() for part in each["parts"])]
+    return len(files) <= FEW and sum(each["bytes"] for each in files) <= SMALL
+
+
+def _take_back(
+    stage: Stage, inputs: Inputs, made: dict[str, Artifact], error: Exception, taken_back: Counter[str]
+) -> bool:
+    """Takes back what is damaged of the folders that ``stage`` reads, and says whether there was any.
+
+    First its inputs; those that these were made from too, where a damaged file is what the error tells of.
+    """
+    further = made if "Damaged" in repr(error) + "".join(traceback.format_exception(error)) else {}
+    for folders in (inputs, further):
+        damaged: dict[Artifact, dict[int, str]] = {}
+        with contextlib.suppress(OSError):  # what is away is not damaged
+            damaged = {folder: problems for folder in folders.values() if (problems := folder.damaged(deep=True))}
+        for folder, problems in damaged.items():
+            if taken_back[folder.name] == 3:
+                return False
+            taken_back[folder.name] += 1
+            log.warning("%s: rebuilding what is damaged: %s", folder.name, _told(problems))
+            folder.revoke(problems)
+        if damaged:
+            return True
+    return False
+
+
+def _told(problems: dict[int, str]) -> str:
+    first = next(iter(problems.values()))
+    return first if len(problems) == 1 else f"{first}, and {len(problems) - 1} more"
+
+
+def _tell(stage: Stage, folder: Artifact, pool: Pool, error: Exception) -> None:
+    """Raises StageFailed, of one line, if memory, the machine or a worker of Ray's is to blame for a stage's end."""
+    if isinstance(error, StageFailed):
+        return
+    reason = blame.reason(error)
+    if reason.startswith(("StageFailed: ", "OutOfReach: ")):  # in a worker, which has told its line
+        raise StageFailed(reason.partition(": ")[2]) from error
+    if blame.is_of_memory(error) or blame.is_of_a_death(error):
+        raise StageFailed(out_of_memory(folder, stage, pool, error)) from error
+    if blame.is_of_the_machine(error):
+        raise OutOfReach(out_of_reach(folder, error)) from error
+    if type(error).__module__.startswith("ray.") and "ConfigError: " not in reason:
+        raise StageFailed(f"{folder.path}: {reason}; finished shards are kept") from error
+
+
+def _build(stage: Stage, inputs: Inputs, runs: str, placement: Placement, observe: Observer) -> Artifact:
+    folder = stage.folder(runs)
+    if _is_sound(folder):
+        observe(Progress(stage, "cached"))
+        return folder
+    with folder.lock():
+        if _is_sound(folder):
+            observe(Progress(stage, "cached"))
+            return folder
+        other = folder.stale()
+        if other is not None:
+            log.warning("%s: rebuilding all: what it reads (%s) has other content now", folder.name, other)
+            folder.restart()
+        elif problems := folder.damaged():
+            log.warning("%s: rebuilding what is damaged: %s", folder.name, _told(problems))
+            folder.revoke(problems)
+        try:
+            Builder(stage, inputs, folder, placement, observe).run()
+        except BaseException:
+            observe(Progress(stage, "failed"))
+            raise
+    return folder
+
+
+def _is_sound(folder: Artifact) -> bool:
+    return folder.manifest is not None and not folder.damaged() and folder.stale() is None
+
+
+@dataclass
+class Status:
+    """A line of a dry run: cached, partial (shards done of planned) or to do."""
+
+    stage: Stage
+    state: str
+    done: int = 0
+    of: int = 0
+    problem: str = ""
+
+
+def survey(stages: list[Stage], runs: str, deep: bool = False, repair: bool = False) -> Iterator[Status]:
+    """The union of the plans of all stages, each once: what exists, what is partial, what is to do. Builds nothing.
+
+    ``deep`` checks every checksum; ``repair`` revokes the shards that fail it, so that the next run rebuilds them.
+    """
+    for stage in walk(*stages):
+        folder = stage.folder(runs)
+        plan = folder.read_json("plan.json")
+        there = {"plan.json": plan, "manifest.json": folder.manifest}
+        problems = [wrong for file, value in there.items() if value is None and (wrong := folder.problem(file))]
+        damaged = folder.damaged(deep)
+        if plan is None and not damaged and not problems:
+            yield Status(stage, "to do")
+            continue
+        problems += damaged.values()
+        done = len(folder.receipts()) - sum(shard >= 0 for shard in damaged)
+        of = len(plan["shards"]) if plan else done
+        other = folder.stale()
+        if other is not None:
+            problems, done = [*problems, f"what it reads ({other}) has other content now"], 0
+        complete = folder.manifest is not None and not problems
+        if damaged and repair:
+            folder.revoke(damaged)
+        yield Status(stage, "cached" if complete else "partial", max(done, 0), of, "; ".join(dict.fromkeys(problems)))

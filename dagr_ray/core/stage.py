@@ -1,0 +1,192 @@
+"""What a stage is: a frozen config that describes one folder.
+
+Its fields decide the result; fields that are stages are its inputs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import pyarrow as pa
+
+from dagr_ray.core.artifact import Artifact, Json
+from dagr_ray.core.config import Config, ConfigError, fingerprints_held, from_json
+from dagr_ray.core.placement import Pool, PricedEngine
+from dagr_ray.core.storage import one_name
+
+if TYPE_CHECKING:
+    pass
+
+
+class Stage(Config):
+    """A step of a recipe. Its fields decide the result; fields that are stages are its inputs.
+
+    A kind of stage says ``outputs`` (the tables it writes), ``size`` (how many rows it is sharded over) and ``open``
+    (on the worker: load what is heavy, return the function that does rows ``start`` to ``stop``).
+    """
+
+    abstract: ClassVar[bool] = True
+    pool: ClassVar[str] = "light"
+    starts_workers: ClassVar[bool] = False  # opened in the calling process; the stage itself starts the pool's workers
+    concurrent: ClassVar[bool] = False  # one worker runs several shards at once, in threads
+    grows: ClassVar[bool] = False  # has `grow`: finds some of its inputs by building them
+    rescues: ClassVar[bool] = False  # has `refuse`: a row that ends its worker is given up, the others are kept
+    outputs: ClassVar[tuple[str, ...]] = ()
+    judged: ClassVar[dict[str, str]] = {}  # inputs whose judgements it reads, and the field that names their split
+    max_error_rate: ClassVar[float] = 0.01
+
+    def inputs(self) -> dict[str, Stage]:
+        """The stages this one reads, by name; ``name.0``, ``name.1`` for a field that holds several."""
+        found: dict[str, Stage] = {}
+        for name in self.__class__.model_fields:
+            value = getattr(self, name)
+            several = value if isinstance(value, tuple) else (value,)
+            stages = [item for item in several if isinstance(item, Stage)]
+            found |= {f"{name}.{i}" if isinstance(value, tuple) else name: item for i, item in enumerate(stages)}
+        return found
+
+    def check(self) -> None:
+        """Raises ConfigError where the fields cannot be done together, as far as is known before anything is built."""
+
+    def size(self, inputs: Inputs) -> int | None:
+        """Rows to shard over; None for a stage that is done in one piece."""
+        return None
+
+    def ranges(self, inputs: Inputs, step: int) -> list[tuple[int, int]]:
+        """The rows of each shard, about ``step`` of them; (0, 0) for a stage that is done in one piece."""
+        rows = self.size(inputs)
+        return [(0, 0)] if rows is None else [(i, min(i + step, rows)) for i in range(0, rows, step)]
+
+    def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
+        """Loads what is heavy and returns the function for one shard. Called in the worker's process."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how it is built")
+
+    def grow(self, inputs: Inputs, build: Callable[[Stage], Artifact]) -> Inputs:
+        """Builds stages with ``build``, one after the other, and returns the folders that are inputs too, by name."""
+        raise NotImplementedError(f"{type(self).__name__} knows all its inputs beforehand")
+
+    def refuse(self, inputs: Inputs, row: int, reason: str, detail: str) -> Output:
+        """What rows ``row`` to ``row + 1`` make where that row is given up: it ended or hung its worker, or raised."""
+        raise NotImplementedError(f"{type(self).__name__} cannot give up a row")
+
+    def engine_asked(self) -> PricedEngine | None:
+        """The engine that the stage's workers ask, itself or through a teacher; None if they ask none."""
+        return None
+
+    def cores_held(self, pool: Pool) -> float:
+        """The cores that one worker takes: the cores of its engine, or of the pool."""
+        engine = self.engine_asked()
+        return max(pool.cpus, 1) if engine is None else engine.cores(pool)
+
+    def spoken(self) -> str | None:
+        """The language of the passages that a source holds, told by its first ones; None for what is made of other stages."""
+        return None
+
+    def remark(self, counts: Json) -> str | None:
+        """A warning about a folder that was just completed, in one line; None where all is well."""
+        return None
+
+    def folder_name(self) -> str:
+        return "-".join(part for part in (self.type, self.label(), self.fingerprint()) if part)
+
+    def folder(self, runs: str) -> Artifact:
+        """The stage's folder, there or not. On a local disk one with its fingerprint and another label is the same.
+
+        A label may hold the name of a data set's or a model's folder, and these are moved and renamed.
+        """
+        folder = Artifact(runs, one_name(self.folder_name(), of="the stage's folder"))
+        if folder.local and not os.path.isdir(folder.path):
+            same = _names(folder.runs).get(f"{self.type} {self.fingerprint()}")
+            return folder if same is None else Artifact(folder.runs, same)
+        return folder
+
+
+def _names(runs: str) -> dict[str, str]:
+    """Type and fingerprint -> name, of the folders of a local runs folder."""
+    try:
+        changed = os.stat(runs).st_mtime_ns
+        if _listed.get(runs, (0, {}))[0] != changed:
+            found: dict[str, str] = {}
+            for name in sorted(os.listdir(runs)):
+                rest, _, fingerprint = name.rpartition("-")
+                while rest:  # a type and a label may both have hyphens
+                    found.setdefault(f"{rest} {fingerprint}", name)
+                    rest = rest.rpartition("-")[0]
+            _listed[runs] = changed, found
+    except OSError:
+        return {}
+    return _listed[runs][1]
+
+
+# of each runs folder: the time of its last change, and what was in it
+_listed: dict[str, tuple[int, dict[str, str]]] = {}
+
+
+def parts(value: Any) -> Iterator[Config]:
+    """A field's configs, one inside the other; not those of another stage, which has its own turn."""
+    if isinstance(value, Stage):
+        return
+    if isinstance(value, Config):
+        yield value
+        value = [getattr(value, name) for name in value.__class__.model_fields]
+    for each in value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ():
+        yield from parts(each)
+
+
+def walk(*stages: Stage) -> list[Stage]:
+    """Every stage that the given ones need, each once by fingerprint, inputs before what reads them."""
+    seen: dict[str, Stage] = {}
+
+    def visit(stage: Stage) -> None:
+        key = stage.fingerprint()
+        if key not in seen:
+            for each in stage.inputs().values():
+                visit(each)
+            seen[key] = stage
+
+    with fingerprints_held():
+        for stage in stages:
+            visit(stage)
+    return list(seen.values())
+
+
+def load_stage(folder: Artifact) -> Stage:
+    """The stage that a folder was made from, out of its own plan. Raises ConfigError where the folder is none of ours."""
+    plan = folder.read_json("plan.json")
+    if plan is None:
+        wrong = folder.problem("plan.json")
+        raise ConfigError(
+            f"{folder.path!r}: {wrong}; run its job again, which mends it"
+            if wrong
+            else f"no plan.json in {folder.path!r}; give a folder that `dagr ls` shows"
+        )
+    return from_json(plan["stage"], Stage)
+
+
+class StageFailed(RuntimeError):
+    """A stage that ended without a result. Its finished shards are kept; the message says how to go on."""
+
+
+class EngineDied(RuntimeError):
+    """The engine is gone and answers nothing any more: it has to be opened again. Says what it died of."""
+
+
+class OutOfReach(StageFailed):
+    """What a stage reads, writes or asks is away (a disk, a server, a permission): no row is to blame, nothing is given up."""
+
+
+@dataclass
+class Output:
+    """What one shard made: its tables, files written into the folder (relative), counts, and cost (numbers to add up)."""
+
+    tables: dict[str, pa.Table] = field(default_factory=dict)
+    files: list[str] = field(default_factory=list)
+    counts: Json = field(default_factory=dict)
+    cost: Json = field(default_factory=dict)
+
+
+Inputs = dict[str, Artifact]
+Run = Callable[[int, int], Output]

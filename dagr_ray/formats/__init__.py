@@ -1,0 +1,1 @@
+"""Files as other people write them: BEIR, TREC, Parquet and exports."""

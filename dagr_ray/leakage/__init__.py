@@ -1,0 +1,1 @@
+"""Texts that resemble each other, found without comparing all pairs."""

@@ -1,0 +1,88 @@
+"""Which of Lucene's analyzers BM25 reads a collection with: one for each language, by the codes of ISO 639-1."""
+
+from __future__ import annotations
+
+import unicodedata
+from typing import NamedTuple
+
+from dagr_ray.core.config import ConfigError
+from dagr_ray.core.language import UNDETERMINED, languages, written
+from dagr_ray.core.words import searchable, spaced
+
+AUTO, ENGLISH = "auto", "en"
+_LUCENE = "org.apache.lucene.analysis"
+# Analyzers with stop words and a stemmer of their own, or for Chinese and Korean with pairs of letters, for Japanese and
+# Ukrainian with a dictionary. Polish is stemmed by a dictionary and keeps its stop words.
+_CLASSES = {
+    code: f"{_LUCENE}.{code}.{name}Analyzer"
+    for code, name in (
+        pair.split(":")
+        for pair in """
+        ar:Arabic bg:Bulgarian bn:Bengali ca:Catalan ckb:Sorani da:Danish de:German el:Greek es:Spanish et:Estonian eu:Basque
+        fa:Persian fi:Finnish fr:French ga:Irish gl:Galician hi:Hindi hu:Hungarian hy:Armenian id:Indonesian it:Italian
+        ja:Japanese lt:Lithuanian lv:Latvian ne:Nepali nl:Dutch no:Norwegian pt:Portuguese ro:Romanian ru:Russian
+        sr:Serbian sv:Swedish ta:Tamil te:Telugu tr:Turkish uk:UkrainianMorfologik
+        """.split()
+    )
+} | {
+    "cs": f"{_LUCENE}.cz.CzechAnalyzer",
+    "ko": f"{_LUCENE}.cjk.CJKAnalyzer",
+    "pl": f"{_LUCENE}.morfologik.MorfologikAnalyzer",
+    "zh": f"{_LUCENE}.cjk.CJKAnalyzer",
+}
+_STANDARD = f"{_LUCENE}.standard.StandardAnalyzer"
+# Read with the points of vowels left out: most people type without them, and the points are no part of a word's spelling.
+_POINTED = ("he", "yi")
+
+
+class Analyzer(NamedTuple):
+    """How passages and queries become the words that BM25 counts. ``java`` is the class; None for Anserini's English one."""
+
+    language: str
+    java: str | None
+
+    @property
+    def described(self) -> str:
+        """For people.
+
+        >>> Analyzer("en", None).described
+        'English words, Porter stems, without stop words'
+        """
+        if self.java is None:
+            return "English words, Porter stems, without stop words"
+        if self.java != _STANDARD:
+            return f"Lucene's {self.java.rpartition('.')[2]}"
+        return "words by Unicode's rules and ICU's dictionaries, as they are written"
+
+    def reads(self, text: str) -> str:
+        """What is given to Lucene for a text: one spelling for equal texts, and spaces between the words where it sees none."""
+        if text.isascii():
+            return text
+        text = searchable(text)
+        if self.language in _POINTED:
+            text = "".join(c for c in text if not 0x591 <= ord(c) <= 0x5C7 or unicodedata.category(c) != "Mn")
+        return spaced(text) if self.java == _STANDARD else text
+
+
+def analyzer(language: str) -> Analyzer:
+    """The analyzer for a language; one that only knows words where Lucene has none for it.
+
+    >>> analyzer("th").described, analyzer("fr").described
+    ("words by Unicode's rules and ICU's dictionaries, as they are written", "Lucene's FrenchAnalyzer")
+    """
+    return Analyzer(language, None if language == ENGLISH else _CLASSES.get(language, _STANDARD))
+
+
+def known(language: str) -> str:
+    """The code of a language without its region. Raises ConfigError for what is no code.
+
+    >>> known("pt-BR"), known("nb"), known("auto")
+    ('pt', 'no', 'auto')
+    """
+    code = written(language)
+    if code not in (AUTO, ENGLISH, UNDETERMINED) and code not in _CLASSES and code not in languages():
+        raise ConfigError(
+            f"language = {language!r} is no ISO 639 code that is known; give {AUTO}, {ENGLISH}, "
+            f"{', '.join(sorted({*_CLASSES, *languages()} - {ENGLISH}))}, or {UNDETERMINED} for several"
+        )
+    return code

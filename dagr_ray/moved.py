@@ -1,0 +1,142 @@
+"""Modules under the names that they had in 0.1, so that jobs and plugins written for it still import. Gone in 0.3.
+
+An old name is a module that looks up each attribute in the modules that took its place. The first import of one says so
+in a line.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+from typing import Any
+
+log = logging.getLogger("dagr")
+# Module of 0.1 -> where its names are now.
+MOVED = {
+    "agreement": "annotation.agreement",
+    "artifact": "core.artifact",
+    "beir": "formats.beir",
+    "beside": "core.joins",
+    "bill": "core.cost",
+    "catalogue": "recipes",
+    "cluster": "core.placement core.ray_pool core.ray_start core.job_imports",
+    "config": "core.config",
+    "doctor": "packages cli.doctor",
+    "engines.feeding": "engines._feeding",
+    "exact": "retrieval.exact_search",
+    "export": "formats.export",
+    "filters.controls": "strategies._control_checks",
+    "filters.held_out": "leakage.matching",
+    "filters.sketch": "leakage.minhash",
+    "fusion": "retrieval.fusion",
+    "goal": "stages.generate_until",
+    "index": "retrieval.vectors",
+    "items": "annotation.sampling",
+    "job": "study.job",
+    "language": "core.language",
+    "models": "quickstart.models",
+    "parquet": "formats.parquet",
+    "paths": "core.paths",
+    "progress": "cli.progress",
+    "pydocs": "quickstart.pydocs",
+    "retriever": "retrieval.encoder",
+    "stage": "core.stage core.build core.attempt",
+    "stages.blend": "stages.mix",
+    "stages.corpus": "stages.sources",
+    "stages.dev": "stages.dev_split",
+    "stages.leak": "stages.leakage",
+    "stages.mask": "stages.mask_pii",
+    "stages.people": "stages.human_labels",
+    "stages.runs": "stages.trec",
+    "store": "core.storage",
+    "strategies.controls": "strategies._controls",
+    "strategies.rewriting": "strategies._rewriting",
+    "strategies.written": "strategies._written",
+    "tables": "core.tables",
+    "terminal": "core.terminal",
+    "tracking": "study.mlflow_mirror",
+    "training.losses": "losses losses.info_nce losses.margin_mse losses.kl",
+    "trec": "formats.trec",
+    "weights": "retrieval.weights",
+    "whole": "stages.score",
+    "words": "core.words",
+}
+# Module that is still there -> where some of its names have gone.
+PARTLY_MOVED = {
+    "engines": "core.stage",
+    "stages.generate": "stages.exemplars stages.parse",
+    "stages.mine": "stages.relabel",
+    "stages.mix": "stages.describe",
+    "stages.select": "stages.score stages.take",
+    "strategies": "prompts",
+}
+
+
+def _look_up(module: ModuleType, homes: str) -> None:
+    def find(name: str) -> Any:
+        if not name.startswith("__"):
+            for home in homes.split():
+                there = importlib.import_module(f"dagr_ray.{home}")
+                if hasattr(there, name):
+                    return getattr(there, name)
+        raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
+
+    module.__getattr__ = find  # type: ignore[method-assign]
+
+
+class _Old(Loader):
+    """Loads a module that has moved as one without content."""
+
+    def __init__(self, homes: str) -> None:
+        self.homes = homes
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        return None
+
+    def exec_module(self, module: ModuleType) -> None:
+        now = ", ".join(f"dagr_ray.{home}" for home in self.homes.split())
+        log.warning("%s has moved to %s; its old name goes with 0.3", module.__name__, now)
+        _look_up(module, self.homes)
+
+
+class _Partly(Loader):
+    """Loads a module as it is, and then looks up elsewhere what it has no more."""
+
+    def __init__(self, loader: Loader, homes: str) -> None:
+        self.loader, self.homes = loader, homes
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self.loader.exec_module(module)
+        _look_up(module, self.homes)
+
+    def __getattr__(self, name: str) -> Any:  # what tools ask a loader for: its source, its resources
+        return getattr(self.loader, name)
+
+
+class _Finder(MetaPathFinder):
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        package, _, name = fullname.partition(".")
+        if package != "dagr_ray":
+            return None
+        if name in MOVED:
+            return ModuleSpec(fullname, _Old(MOVED[name]))
+        spec = PathFinder.find_spec(fullname, path) if name in PARTLY_MOVED else None
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Partly(spec.loader, PARTLY_MOVED[name])
+        return spec
+
+
+def install() -> None:
+    """Makes the old names importable; a second call does nothing."""
+    if not any(isinstance(each, _Finder) for each in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())

@@ -1,0 +1,1 @@
+"""The local models and the documentation corpus of the quick start."""

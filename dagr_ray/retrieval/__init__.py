@@ -1,0 +1,1 @@
+"""Encoders, vectors, exact search and fusion. No Ray here."""

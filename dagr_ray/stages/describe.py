@@ -1,0 +1,123 @@
+"""What kind of queries a set holds."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import Field
+
+from dagr_ray.core import tables
+from dagr_ray.core.artifact import Artifact
+from dagr_ray.core.placement import Pool
+from dagr_ray.core.stage import Inputs, Output, Run, Stage
+from dagr_ray.core.words import folded, words
+from dagr_ray.retrieval.encoder import Encoder, encode, load
+
+_ASKS = re.compile(
+    r"^(?:who|whom|whose|what|when|where|which|why|how|is|are|was|were|do|does|did|can|could|should|will|would|has|have)\b",
+    re.IGNORECASE,
+)
+_SMALL = frozenset(
+    "the a an is are was were be been of to in on for with that this it i my and or not you your by from".split()
+)
+
+
+def form_of(text: str) -> str:
+    """``question``, ``keywords`` or ``statement``, by how a query begins and whether it has the small words of a sentence.
+
+    >>> [form_of(q) for q in ("how do I copy a folder", "copy folder python", "My train was cancelled and I want a refund.")]
+    ['question', 'keywords', 'statement']
+    """
+    if text.rstrip().endswith(("?", "？", "؟", "፧", "\u037e")) or "՞" in text or _ASKS.match(text.strip()):
+        return "question"
+    said = folded(text)
+    return "keywords" if sum(word in _SMALL for word in said) <= len(said) // 6 else "statement"
+
+
+def distinct(texts: Iterable[str], n: int) -> float:
+    """Different n-grams of words over all n-grams of words (distinct-n: Li et al. 2016, arXiv 1510.03055); 0 of none.
+
+    >>> distinct(["copy a file", "copy a folder"], 2)
+    0.75
+    """
+    counts = Counter[tuple[str, ...]]()
+    for text in texts:
+        said = folded(text)
+        counts.update(zip(*(said[i:] for i in range(n)), strict=False))
+    return len(counts) / counts.total() if counts else 0.0
+
+
+class Describe(Stage):
+    """What a set of queries is like, as ``metrics``: nothing here says whether they teach anything.
+
+    * ``distinct@1`` and ``distinct@2`` of the first ``n`` queries by hash, because they fall with the number of texts;
+    * ``words`` a query, ``overlap``: the share of a query's words that its passage has;
+    * ``form:question`` and so on: shares by ``form_of``; ``form:distance``: half the sum of the differences from those of
+      ``human``'s queries in ``split`` (0: the same mix, 1: nothing in common), where ``human`` is given;
+    * ``spread``: one minus the mean cosine of two queries' embeddings by ``encoder``, where one is given.
+    """
+
+    abstract: ClassVar[bool] = False
+    version: ClassVar[int] = 2  # words of any script, with their marks
+    outputs: ClassVar[tuple[str, ...]] = ("metrics",)
+    judged: ClassVar[dict[str, str]] = {"human": "split"}
+    queries: Stage
+    corpus: Stage
+    human: Stage | None = None
+    split: str = "dev"
+    encoder: Encoder | None = None
+    n: Annotated[int, Field(ge=2)] = 500
+
+    def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
+        def run(start: int, stop: int) -> Output:
+            text_of = tables.texts_of(inputs["queries"].read("queries"))
+            drawn = sorted(text_of, key=lambda query_id: (tables.unit_of("describe", query_id), query_id))[: self.n]
+            texts = [text_of[query_id] for query_id in drawn]
+            found = {f"distinct@{n}": distinct(texts, n) for n in (1, 2)}
+            if texts:
+                found["words"] = float(np.mean([len(words(text)) for text in texts]))
+                found["overlap"] = self._overlap(inputs, text_of, set(drawn))
+            forms = _forms(texts)
+            found |= {f"form:{form}": share for form, share in forms.items()}
+            if "human" in inputs:
+                human = inputs["human"]
+                name = tables.judgements(human.table_names(), self.split, "mix", human.name)
+                judged = human.read(name, ["query_id"])["query_id"].unique().to_pylist()
+                by_people = tables.texts_of(inputs["human"].read("queries"))
+                other = _forms([by_people[query_id] for query_id in judged])
+                found["form:distance"] = sum(abs(forms[form] - other[form]) for form in forms) / 2
+            if self.encoder is not None and len(texts) > 1:
+                vectors = encode(load(self.encoder), texts).astype(np.float64)
+                n, total = len(vectors), vectors.sum(axis=0)
+                found["spread"] = 1 - float(total @ total - (vectors * vectors).sum()) / (n * (n - 1))
+            rows: list[dict[str, Any]] = [{"measure": name, "value": value} for name, value in found.items()]
+            return Output({"metrics": tables.table("metrics", rows)}, counts={"in": len(text_of), "out": len(texts)})
+
+        return run
+
+    def _overlap(self, inputs: Inputs, text_of: dict[str, str], drawn: set[str]) -> float:
+        judged = tables.relevant(inputs["queries"].read("qrels"))
+        pairs = [row for row in judged.to_pylist() if row["query_id"] in drawn]
+        wanted = pa.array(sorted({row["doc_id"] for row in pairs}), tables.TEXT)
+        said: dict[str, set[str]] = {}
+        for part in inputs["corpus"].scan("corpus"):
+            for row in part.filter(pc.is_in(part["doc_id"], value_set=wanted)).to_pylist():
+                passage = tables.passage_text(row["title"], row["text"])
+                said[row["doc_id"]] = set(folded(passage))
+        shares = []
+        for row in pairs:
+            own = folded(text_of[row["query_id"]])
+            if own and row["doc_id"] in said:
+                shares.append(sum(word in said[row["doc_id"]] for word in own) / len(own))
+        return float(np.mean(shares)) if shares else 0.0
+
+
+def _forms(texts: Sequence[str]) -> dict[str, float]:
+    counts = Counter(map(form_of, texts))
+    return {form: counts[form] / max(len(texts), 1) for form in ("question", "keywords", "statement")}

@@ -1,0 +1,104 @@
+"""A dev set for training where the data has none: examples split by passage."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import Field
+
+from dagr_ray.core import tables
+from dagr_ray.core.artifact import Artifact
+from dagr_ray.core.config import ConfigError
+from dagr_ray.core.placement import Pool
+from dagr_ray.core.stage import Inputs, Output, Run, Stage
+
+
+class DevSplit(Stage):
+    """``examples`` without those about a ``share`` of the passages, and those as queries, ``qrels.dev`` and a small corpus.
+
+    For ``Train(examples=split, dev=split)``. Split by passage and never by pair: passages of one text, and all that a
+    query has as positives, stand on one side together, so nothing that is asked in dev was a positive in training. The
+    corpus to search holds the dev positives, the negatives mined for them, and ``distractors`` other passages. All is
+    drawn by hash.
+    """
+
+    abstract: ClassVar[bool] = False
+    outputs: ClassVar[tuple[str, ...]] = ("examples", "queries", "qrels.dev", "corpus")
+    examples: Stage
+    queries: Stage
+    corpus: Stage
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    distractors: Annotated[int, Field(ge=0)] = 1000
+    seed: int = 0
+
+    def label(self) -> str:
+        return f"{self.share:g}"
+
+    def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
+        def run(start: int, stop: int) -> Output:
+            examples = inputs["examples"].read("examples")
+            queries, positives = examples["query_id"].to_pylist(), examples["positive_id"].to_pylist()
+            text_of = _folded(inputs["corpus"], examples["positive_id"].unique())
+            group_of = _together(queries, [text_of[doc_id] for doc_id in positives])
+            is_dev = [tables.unit_of("dev", self.seed, group_of[query_id]) < self.share for query_id in queries]
+            train, dev = examples.filter(pa.array([not x for x in is_dev])), examples.filter(pa.array(is_dev))
+            if not len(train) or not len(dev):
+                raise ConfigError(
+                    f"dev-split: share = {self.share} of {len(examples)} examples leaves {len(train)} to train on and "
+                    f"{len(dev)} to judge by; take another share, or more examples"
+                )
+            near = pa.chunked_array([*dev["positive_id"].chunks, pc.list_flatten(dev["negative_ids"]).combine_chunks()])
+            corpus = self._corpus(inputs["corpus"], near.unique())
+            said = inputs["queries"].read("queries")
+            asked = said.filter(pc.is_in(said["query_id"], value_set=dev["query_id"].unique()))
+            judged = tables.columns("qrels", len(dev), query_id=dev["query_id"], doc_id=dev["positive_id"], relevance=1)
+            made = {"examples": train, "queries": asked, "qrels.dev": judged, "corpus": corpus}
+            counts = {"in": len(examples), "out": len(train), "dev": len(dev), "dev_passages": corpus.num_rows}
+            return Output(made, counts=counts)
+
+        return run
+
+    def _corpus(self, corpus: Artifact, wanted: pa.Array) -> pa.Table:
+        """The wanted passages and the first others by hash; no more than these are held at once with a part."""
+        kept, others = [tables.empty("corpus")], tables.empty("corpus")
+        for part in corpus.scan("corpus"):
+            inside = pc.is_in(part["doc_id"], value_set=wanted)
+            kept.append(part.filter(inside))
+            others = pa.concat_tables([others, part.filter(pc.invert(inside))])
+            ids = others["doc_id"].to_pylist()
+            drawn = sorted(range(len(ids)), key=lambda i: (tables.unit_of("distractor", self.seed, ids[i]), ids[i]))
+            others = others.take(pa.array(sorted(drawn[: self.distractors]), pa.int64()))
+        return pa.concat_tables([*kept, others]).combine_chunks()
+
+
+def _folded(corpus: Artifact, ids: pa.ChunkedArray) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for part in corpus.scan("corpus"):
+        part = part.filter(pc.is_in(part["doc_id"], value_set=ids))
+        texts = pc.binary_join_element_wise(
+            tables.folded(part["title"]), tables.folded(part["text"]), pa.scalar(" ", tables.TEXT)
+        )
+        found |= dict(zip(part["doc_id"].to_pylist(), texts.to_pylist(), strict=True))
+    return found
+
+
+def _together(queries: list[str], texts: list[str]) -> dict[str, str]:
+    """Query -> the name of its group: queries that share a text, and texts that share a query, are in one.
+
+    >>> _together(["a", "b", "b", "c"], ["x", "x", "y", "z"])
+    {'a': 'x', 'b': 'x', 'c': 'z'}
+    """
+    above: dict[str, str] = {}
+
+    def top(text: str) -> str:
+        while above.setdefault(text, text) != text:
+            above[text] = text = above[above[text]]
+        return text
+
+    first: dict[str, str] = {}
+    for query, text in zip(queries, texts, strict=True):
+        one, other = sorted((top(first.setdefault(query, text)), top(text)))
+        above[other] = one
+    return {query: top(text) for query, text in first.items()}

@@ -1,0 +1,344 @@
+"""People's labels: grades that people gave to (query, passage) pairs, and tables in which these labels win."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import re
+from collections.abc import Iterator
+from itertools import accumulate
+from typing import Annotated, Any, ClassVar, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import Field
+
+from dagr_ray.core import tables
+from dagr_ray.core.artifact import Artifact
+from dagr_ray.core.config import ConfigError, digest
+from dagr_ray.core.paths import FileOrFolder, last_name
+from dagr_ray.core.placement import Pool
+from dagr_ray.core.stage import Inputs, Output, Run, Stage
+from dagr_ray.core.storage import filesystem
+
+GRADES = (0, 1, 2, 3)
+AGREEMENT = "agreement.json"  # beside the labels of an import
+# A spreadsheet takes a cell that begins so for a formula.
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠", "'")
+
+
+class Rating(NamedTuple):
+    """A grade that a person gave; ``at`` is the time as the page or the person wrote it, ``where`` file and line."""
+
+    query_id: str
+    doc_id: str
+    grade: int
+    who: str
+    at: str | None
+    where: str
+
+
+def plain_cell(text: str) -> str:
+    """Text as a cell that no spreadsheet runs; ``cell_text`` gives the text back.
+
+    >>> plain_cell("=1+1"), cell_text(plain_cell("=1+1")), plain_cell("a-b")
+    ("'=1+1", '=1+1', 'a-b')
+    """
+    return f"'{text}" if text.startswith(_FORMULA) else text
+
+
+def cell_text(cell: str) -> str:
+    """The text of a cell that ``plain_cell`` made."""
+    return cell[1:] if cell.startswith("'") and cell[1:].startswith(_FORMULA) else cell
+
+
+def read_ratings(path: str) -> list[Rating]:
+    """The ratings of a file: JSON lines as the page writes them (``.jsonl``), or the exported CSV with ``grade`` filled in.
+
+    Rows of a CSV without a grade were not rated, and are left out. Raises ConfigError, with the first of the bad lines
+    and their number, where a line has no ids, a grade outside 0 to 3, or rates a pair that the same person rated before.
+    """
+    fs, inside = filesystem(path)
+    if not fs.get_file_info(inside).is_file:
+        raise ConfigError(f"no file {path!r}; give the ratings that the page saved (.jsonl), or the filled-in .csv")
+    with fs.open_input_stream(inside) as stream:
+        data = stream.read()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 ({error}); save the file as UTF-8") from None
+    name = last_name(path)
+    rows = _csv_rows(name, text) if name.lower().endswith(".csv") else _json_rows(text)
+    bad: list[str] = []
+    found: dict[tuple[str, str, str], Rating] = {}
+    for line, row in rows:
+        rating = _rating(row, f"{name}:{line}")
+        if isinstance(rating, str):
+            bad.append(f"{name}:{line}: {rating}")
+            continue
+        before = found.get(key := (rating.who, rating.query_id, rating.doc_id))
+        if before is not None:
+            pair = f"({rating.query_id}, {rating.doc_id})"
+            bad.append(
+                f"{rating.where}: {pair} was rated by {rating.who!r} in {before.where} already; keep one of them"
+            )
+        found.setdefault(key, rating)
+    if bad:
+        more = f" (and {len(bad) - 1} more bad lines)" if len(bad) > 1 else ""
+        raise ConfigError(f"{bad[0]}{more}; nothing was imported")
+    if not found:
+        raise ConfigError(f"{path}: no rating in it; rate some items and save them first")
+    return list(found.values())
+
+
+def _json_rows(text: str) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except ValueError:
+                yield number, "not JSON; give one rating a line, as the page saves them"
+
+
+def _csv_rows(name: str, text: str) -> Iterator[tuple[int, Any]]:
+    head = text.split("\n", 1)[0]
+    # spreadsheets of some countries write semicolons
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=head.count))
+    missing = [column for column in ("query_id", "doc_id", "grade") if column not in (reader.fieldnames or ())]
+    if missing:
+        raise ConfigError(
+            f"{name}: no column {missing[0]!r} in its first line; give the exported CSV with its head, and grades in it"
+        )
+    try:
+        for row in reader:
+            if (row["grade"] or "").strip():
+                yield reader.line_num, {key: cell_text(value) for key, value in row.items() if isinstance(value, str)}
+    except csv.Error as error:
+        yield reader.line_num, f"not CSV ({error}); save the file as CSV again"
+
+
+def _rating(row: Any, where: str) -> Rating | str:
+    """The rating of a line, or what is wrong with it."""
+    if isinstance(row, str):
+        return row
+    ids = [row.get(name) for name in ("query_id", "doc_id")] if isinstance(row, dict) else [None]
+    if not all(isinstance(each, str) and each for each in ids):
+        return "no query_id and doc_id; give lines as the page saves them"
+    grade = row.get("grade")
+    if isinstance(grade, str) and re.fullmatch(r"\s*[0-3](\.0*)?\s*", grade):
+        grade = int(float(grade))
+    if isinstance(grade, bool) or grade not in GRADES:
+        return f"grade = {row.get('grade')!r} of ({ids[0]}, {ids[1]}): allowed are 0, 1, 2 and 3"
+    who, at = (tables.clean(str(row.get(name) or "")).strip() for name in ("who", "at"))
+    return Rating(tables.clean(str(ids[0])), tables.clean(str(ids[1])), int(grade), who or "unknown", at or None, where)
+
+
+class People(Stage):
+    """The grades in ``files`` (see ``read_ratings``): ``qrels`` with relevance 0 to 3, and ``ratings`` with who and when.
+
+    Where several people rated a pair, its relevance is the lower median of their grades. The grades are those of TREC
+    Deep Learning's passages (Craswell et al., arXiv 2003.07820): 0 irrelevant, 1 on the topic but no answer, 2 answers
+    in part or among other things, 3 answers.
+    """
+
+    abstract: ClassVar[bool] = False
+    outputs: ClassVar[tuple[str, ...]] = ("qrels", "ratings")
+    files: Annotated[tuple[FileOrFolder, ...], Field(min_length=1)]
+
+    def identity(self) -> dict[str, Any]:
+        """The bytes of the files stand for their paths."""
+        return {"type": self.type, "version": self.version, "content": sorted(_content(path) for path in self.files)}
+
+    def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
+        def run(start: int, stop: int) -> Output:
+            ratings = all_ratings(self.files)
+            by_pair: dict[tuple[str, str], list[int]] = {}
+            for rating in ratings:
+                by_pair.setdefault((rating.query_id, rating.doc_id), []).append(rating.grade)
+            qrels = [
+                {"query_id": query_id, "doc_id": doc_id, "relevance": sorted(grades)[(len(grades) - 1) // 2]}
+                for (query_id, doc_id), grades in sorted(by_pair.items())
+            ]
+            by_person = sorted(ratings, key=lambda each: (each.query_id, each.doc_id, each.who))
+            rows = [{name: getattr(each, name) for name in tables.schema("ratings").names} for each in by_person]
+            made = {"qrels": tables.table("qrels", qrels), "ratings": tables.table("ratings", rows)}
+            people = len({rating.who for rating in ratings})
+            return Output(made, counts={"in": len(ratings), "out": len(qrels), "people": people})
+
+        return run
+
+
+def all_ratings(files: tuple[str, ...]) -> list[Rating]:
+    """The ratings of several files. Raises ConfigError where one person rated a pair in two of them."""
+    found: dict[tuple[str, str, str], Rating] = {}
+    for path in files:
+        for rating in read_ratings(path):
+            before = found.setdefault((rating.who, rating.query_id, rating.doc_id), rating)
+            if before is not rating:
+                raise ConfigError(
+                    f"{rating.where}: ({rating.query_id}, {rating.doc_id}) was rated by {rating.who!r} in {before.where} "
+                    "already; keep one of them; nothing was imported"
+                )
+    return list(found.values())
+
+
+def _content(path: str) -> str:
+    fs, inside = filesystem(path)
+    if not fs.get_file_info(inside).is_file:
+        raise ConfigError(f"people: no file {path!r}; give the ratings that were imported, or a copy of them")
+    with fs.open_input_stream(inside) as stream:
+        return digest([path.lower().endswith(".csv"), hashlib.sha256(stream.read()).hexdigest()], 16)
+
+
+def cut(folder: str, scorer: str, grade: int = 2) -> float:
+    """The score of a teacher from which people's grades are ``grade`` or more, as the import in ``folder`` has set it.
+
+    For a filter that keeps what people would call relevant: ``Teacher(min_score=cut("runs/people-...", "llm-judge"))``.
+    Raises ConfigError where the folder is no import, or has no labels of what this teacher scored.
+    """
+    runs, _, name = folder.rstrip("/").rpartition("/")
+    told = Artifact(runs or ".", name).read_json(AGREEMENT)
+    if told is None:
+        raise ConfigError(f"people: no {AGREEMENT} in {folder!r}; give the folder that `dagr annotate import` wrote")
+    if scorer not in told["teachers"] or grade not in GRADES[1:]:
+        known = ", ".join(told["teachers"]) or "none"
+        raise ConfigError(
+            f"people: scorer = {scorer!r}, grade = {grade}; allowed in {folder!r}: {known}; grades 1 to 3"
+        )
+    return float(told["teachers"][scorer]["recalibrated"]["cuts"][grade - 1])
+
+
+class Labelled(Stage):
+    """The tables of ``source``, in which people's labels win over what it says of the same pairs. All else stays.
+
+    * ``qrels`` (and ``qrels.<split>``): a pair that people graded under ``relevant_from`` has relevance 0, any other its
+      grade; a relevant pair that is not there joins where its query is judged. So ``Mine`` takes no positive that people
+      refuse, and no negative that they call relevant.
+    * ``scores``: a graded pair has the score ``scale[grade]``. Without a scale, a relevant pair has the highest score of
+      the table and any other the lowest, so that a filter or miner decides as people do, whatever its threshold.
+    * With ``queries`` (what ``source`` was selected from), a pair that people find relevant comes back where a filter
+      refused it.
+
+    ``relevant_from`` 2 is where TREC Deep Learning's passages count as relevant (arXiv 2003.07820). Shards are those of
+    ``source``. Counts: ``overridden`` rows, ``added`` rows, and rows that came ``back``.
+    """
+
+    abstract: ClassVar[bool] = False
+    source: Stage
+    people: Stage
+    queries: Stage | None = None
+    relevant_from: Annotated[int, Field(ge=1, le=3)] = 2
+    scale: tuple[float, float, float, float] | None = None
+
+    def label(self) -> str:
+        return self.source.type
+
+    def size(self, inputs: Inputs) -> int:
+        """Shards of the source: its tables go on standing side by side."""
+        return max(_shards(inputs["source"]), 1)
+
+    def ranges(self, inputs: Inputs, step: int) -> list[tuple[int, int]]:
+        return [(i, i + 1) for i in range(self.size(inputs))]
+
+    def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
+        source, names, shards = inputs["source"], inputs["source"].table_names(), self.size(inputs)
+        rows = inputs["people"].read("qrels").to_pylist()
+        judged = {(row["query_id"], row["doc_id"]): row["relevance"] for row in rows}
+        values = self._values(source) if "scores" in names else ()
+        starts = {name: _starts(source, name, shards) for name in names}
+
+        def run(start: int, stop: int) -> Output:
+            made = {name: source.slice(name, starts[name][start], starts[name][stop]) for name in names}
+            counts = {"in": sum(map(len, made.values())), "overridden": 0, "added": 0, "back": 0}
+            asked = set(tables.texts(made["queries"]["query_id"])) if "queries" in names else set()
+            for name in names:
+                if name.split(".")[0] == "qrels":
+                    made[name] = self._qrels(made[name], judged, asked if name == "qrels" else set(), counts)
+                elif name == "scores":
+                    made[name] = _scored(made[name], judged, values, counts)
+            if stop == shards and "queries" in inputs:
+                self._bring_back(made, inputs, judged, counts)
+            if "rejected" in names and "queries" in inputs:
+                back = pa.array(
+                    sorted({q for (q, _), grade in judged.items() if grade >= self.relevant_from}), tables.TEXT
+                )
+                made["rejected"] = made["rejected"].filter(pc.invert(pc.is_in(made["rejected"]["id"], value_set=back)))
+            return Output(made, counts=counts | {"out": sum(map(len, made.values()))})
+
+        return run
+
+    def _relevance(self, grade: int) -> int:
+        return grade if grade >= self.relevant_from else 0
+
+    def _values(self, source: Artifact) -> tuple[float, ...]:
+        if self.scale is not None:
+            return self.scale
+        ends = [pc.min_max(part["score"]).as_py() for part in source.scan("scores", ["score"])]
+        lowest = min((each["min"] for each in ends if each["min"] is not None), default=0.0)
+        highest = max((each["max"] for each in ends if each["max"] is not None), default=0.0)
+        return tuple(highest if grade >= self.relevant_from else lowest for grade in GRADES)
+
+    def _qrels(self, rows: pa.Table, judged: dict[Any, int], asked: set[str], counts: dict[str, int]) -> pa.Table:
+        pairs = list(zip(tables.texts(rows["query_id"]), tables.texts(rows["doc_id"]), strict=True))
+        relevance = np.array(rows["relevance"].to_numpy(), np.int32)
+        for i, pair in enumerate(pairs):
+            if pair in judged:
+                relevance[i] = self._relevance(judged[pair])
+                counts["overridden"] += 1
+        there, here = set(pairs), {query_id for query_id, _ in pairs} | asked
+        new = [p for p, grade in judged.items() if p[0] in here and p not in there and grade >= self.relevant_from]
+        counts["added"] += len(new)
+        added = [{"query_id": q, "doc_id": d, "relevance": judged[q, d]} for q, d in new]
+        rows = rows.set_column(2, rows.schema.field("relevance"), pa.array(relevance))
+        return pa.concat_tables([rows, tables.table("qrels", added)])
+
+    def _bring_back(self, made: dict[str, pa.Table], inputs: Inputs, judged: Any, counts: dict[str, int]) -> None:
+        """Adds the relevant pairs of the queries that the source left out."""
+        kept = inputs["source"].read("queries", ["query_id"])["query_id"].unique()
+        relevant = {pair: grade for pair, grade in judged.items() if grade >= self.relevant_from}
+        wanted = pa.array(sorted({query_id for query_id, _ in relevant}), tables.TEXT)
+        wanted = wanted.filter(pc.invert(pc.is_in(wanted, value_set=kept)))
+        keys = {"queries": "query_id", "lineage": "id"}
+        for name in (each for each in keys if each in made and each in inputs["queries"].table_names()):
+            parts = [part.filter(pc.is_in(part[keys[name]], value_set=wanted)) for part in inputs["queries"].scan(name)]
+            made[name] = pa.concat_tables([made[name], *parts])
+        there = set(tables.texts(made["queries"]["query_id"])) & set(tables.texts(wanted))
+        rows = [{"query_id": q, "doc_id": d, "relevance": g} for (q, d), g in sorted(relevant.items()) if q in there]
+        counts["back"] += len(rows)
+        made["qrels"] = pa.concat_tables([made["qrels"], tables.table("qrels", rows)])
+
+
+def _scored(rows: pa.Table, judged: dict[Any, int], values: tuple[float, ...], counts: dict[str, int]) -> pa.Table:
+    """The rows with people's scores; a graded pair without a row joins where its query has rows."""
+    pairs = list(zip(tables.texts(rows["query_id"]), tables.texts(rows["doc_id"]), strict=True))
+    score = np.array(rows["score"].to_numpy(), np.float32)
+    for i, pair in enumerate(pairs):
+        if pair in judged:
+            score[i] = values[judged[pair]]
+            counts["overridden"] += 1
+    there, here, scorers = set(pairs), {query_id for query_id, _ in pairs}, rows["scorer"].unique().to_pylist()
+    added = [
+        {"query_id": q, "doc_id": d, "scorer": scorer, "score": values[grade]}
+        for (q, d), grade in judged.items()
+        if q in here and (q, d) not in there
+        for scorer in scorers
+    ]
+    counts["added"] += len(added)
+    rows = rows.set_column(3, rows.schema.field("score"), pa.array(score))
+    return pa.concat_tables([rows, tables.table("scores", added)])
+
+
+def _shards(source: Artifact) -> int:
+    """Shards of a folder; 1 where its tables do not all have a part for each."""
+    parts = {len(entry["parts"]) for entry in (source.manifest or {})["tables"].values()}
+    return parts.pop() if len(parts) == 1 else 1
+
+
+def _starts(source: Artifact, name: str, shards: int) -> list[int]:
+    """The row of a table that each shard begins with, and the number of rows last."""
+    if shards == 1:
+        return [0, source.count(name)]
+    return list(accumulate((part["rows"] for part in (source.manifest or {})["tables"][name]["parts"]), initial=0))

@@ -1,0 +1,375 @@
+"""The leak gate: training data compared with the evaluation sets, what is found, and the data without it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import lru_cache
+from itertools import accumulate
+from typing import Annotated, Any, ClassVar, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import Field, model_validator
+
+from dagr_ray.core import tables
+from dagr_ray.core.artifact import Artifact
+from dagr_ray.core.config import ConfigError
+from dagr_ray.core.placement import Pool
+from dagr_ray.core.stage import Inputs, Output, Run, Stage
+from dagr_ray.leakage.joins import count_matching, matching
+from dagr_ray.leakage.matching import BEST, FLOORS, MECHANISMS, SAME, Answered, HeldOut, Matches, Telling
+from dagr_ray.leakage.minhash import Floats, Places, split_words
+from dagr_ray.retrieval.encoder import TASKS, Encoder, encode, load
+
+Kind = Literal[
+    "query-query", "query-passage", "positive-query", "positive-passage", "exemplar-query", "exemplar-passage"
+]
+PASSAGE_NGRAM = (
+    13  # words in a row that two passages do not share by chance (Brown et al., arXiv 2005.14165, appendix C)
+)
+PASSAGES = 20_000  # of an evaluation corpus, to learn from which words tell much
+AT_ONCE = 16384  # queries
+SHOWN = 300  # characters of a text that are kept for people to read
+
+
+class LeakScan(Stage):
+    """What of the training data resembles test queries or their relevant passages: the table ``leaks``.
+
+    ``held_out`` are the evaluation sets (stages with ``corpus``, ``queries`` and ``qrels.<split>``). Compared are, by
+    ``kind``: each query of ``selected`` with the test queries and as a copy out of a relevant passage, its positive
+    passage with the relevant ones and as one that holds a test query, and the ``exemplars`` with both. How is told in
+    ``HeldOut``; with an ``encoder`` (the frozen base) also by cosine. ``data`` names the evaluation set's folder.
+
+    Scores are stored from low floors on, so another threshold of the ``LeakGate`` compares nothing anew. A training text
+    is beside the few held-out ones that it resembles most by each mechanism, and each held-out text beside the one that
+    resembles it most; ``left_out`` in the counts has the other pairs, and ``common`` how many n-grams of the held-out
+    texts are boilerplate, by which nothing is looked for (see ``HeldOut``): time and memory grow with the texts, and not
+    with the pairs of texts that have a template in common. That
+    evaluation sets stand in training data, and by which measures it is found, is surveyed by Xu et al. 2024 (arXiv
+    2406.04244).
+    """
+
+    abstract: ClassVar[bool] = False
+    version: ClassVar[int] = 5  # what texts have in common with many others finds nothing; the best pairs of each
+    pool: ClassVar[str] = "retrieve"
+    outputs: ClassVar[tuple[str, ...]] = ("leaks",)
+    judged: ClassVar[dict[str, str]] = {"held_out": "split"}
+    selected: Stage
+    corpus: Stage
+    held_out: Annotated[tuple[Stage, ...], Field(min_length=1)]
+    split: str = "test"
+    exemplars: Stage | None = None
+    encoder: Encoder | None = None
+
+    def label(self) -> str:
+        return f"{len(self.held_out)}sets"
+
+    def size(self, inputs: Inputs) -> int:
+        return inputs["selected"].count("queries")
+
+    def ranges(self, inputs: Inputs, step: int) -> list[tuple[int, int]]:
+        """Whole shards of the queries, several where they are small: for each, the passages are read through once."""
+        return inputs["selected"].ranges("queries", max(step, AT_ONCE)) or [(0, 0)]
+
+    def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
+        encoded = _Encoded(self.encoder)
+        held_out = [inputs[f"held_out.{i}"] for i in range(len(self.held_out))]
+        sets = [_held(each.runs, each.name, self.split, self.encoder) for each in held_out]
+
+        def run(start: int, stop: int) -> Output:
+            found = _Found()
+            queries = inputs["selected"].slice("queries", start, stop, ["query_id", "text"])
+            ids, texts = _flat(queries["query_id"]), _flat(queries["text"])
+            positives = _Positives(inputs, start, stop, ids)
+            vectors, passage_vectors = encoded(texts, True), encoded(positives.texts, False)
+            for each in sets:
+                alike = positives.by_query(each.passages.resembling(positives.texts, passage_vectors))
+                about = each.asked_of(alike[0], pc.index_in(alike[1], value_set=ids).to_numpy())
+                found.add("query-query", each, each.queries.resembling(texts, vectors, about), ids, texts)
+                found.add("query-passage", each, each.passages.quoted(texts), ids, texts)
+                found.add("positive-query", each, *positives.by_query(each.queries.quoting(positives.texts)))
+                found.add("positive-passage", each, *alike)
+            if start == 0 and "exemplars" in inputs:
+                shown = inputs["exemplars"].read("exemplars")
+                ids, texts, passages = (_flat(shown[name]) for name in ("query_id", "query", "passage"))
+                vectors, passage_vectors = encoded(texts, True), encoded(passages, False)
+                for each in sets:
+                    shared = each.passages.resembling(passages, passage_vectors)
+                    about = each.asked_of(shared, np.arange(len(ids)))
+                    found.add("exemplar-query", each, each.queries.resembling(texts, vectors, about), ids, texts)
+                    found.add("exemplar-passage", each, shared, ids, passages)
+            made = found.table()
+            counts: dict[str, Any] = {"in": queries.num_rows, "out": made.num_rows, "compared": _by_mechanism(made)}
+            counts["left_out"] = found.left_out
+            if start == 0:  # once, because the counts of shards are added up
+                counts["common"] = {each.name: each.common() for each in sets}
+            return Output({"leaks": made}, counts=counts)
+
+        return run
+
+
+class _Encoded:
+    """The vectors of some texts by an encoder; none without one."""
+
+    def __init__(self, encoder: Encoder | None) -> None:
+        self.encoder, self.model = encoder, load(encoder) if encoder else None
+
+    def __call__(self, texts: pa.Array, queries: bool) -> Floats | None:
+        if self.model is None or self.encoder is None:
+            return None
+        prefix = self.encoder.prompts()[0 if queries else 1]
+        task = TASKS[0 if queries else 1]
+        return encode(self.model, tables.texts(texts), prefix, self.encoder.dtype, task)
+
+
+@lru_cache(maxsize=4)
+def _held(runs: str, name: str, split: str, encoder: Encoder | None) -> _Set:
+    """An evaluation set, kept for the next scan in this process: each arm of a study has one."""
+    return _Set(Artifact(runs, name), split, _Encoded(encoder))
+
+
+class _Positives:
+    """The different passages of some queries, and whose they are."""
+
+    def __init__(self, inputs: Inputs, start: int, stop: int, ids: pa.Array) -> None:
+        qrels = _beside(inputs["selected"], "queries", "qrels", start, stop)
+        qrels = qrels.filter(pc.is_in(qrels["query_id"], value_set=ids))
+        docs = qrels["doc_id"].unique()
+        found = [tables.empty("corpus")]
+        for part in inputs["corpus"].scan("corpus"):
+            found.append(part.filter(pc.is_in(part["doc_id"], value_set=docs)))
+        passages = pa.concat_tables(found)
+        self.texts = _texts(passages)
+        self._shown = _shown(self.texts)
+        place = pc.index_in(qrels["doc_id"], value_set=_flat(passages["doc_id"]))
+        assert place.null_count == 0, f"positives are not in {inputs['corpus'].path}; give the corpus that holds them"
+        self._passage = place.to_numpy().astype(np.int64)
+        self._queries = _flat(qrels["query_id"])
+
+    def by_query(self, found: Matches) -> tuple[Matches, pa.Array, pa.Array]:
+        """Matches of the passages as matches of (query, passage) pairs, with the pairs' ids and the beginnings of their texts.
+
+        Each pair is beside the best of its passage, and all of a passage's matches are beside some pair.
+        """
+        order = np.argsort(-found.scores, kind="stable")
+        rows, passages = found.rows[order].astype(np.uint64), self._passage.astype(np.uint64)
+        match, pair = matching(rows, passages, BEST * len(MECHANISMS))
+        more = np.zeros(len(MECHANISMS), np.int64)
+        for how in np.unique(found.how[order]):
+            mine = found.how[order] == how
+            more[how] = count_matching(rows[mine], passages) - np.count_nonzero(mine[match])
+        match = order[match]
+        expanded = Matches(pair, found.held_out[match], found.how[match], found.scores[match], found.left_out + more)
+        return expanded, self._queries, self._shown.take(pa.array(self._passage))
+
+
+def _flat(column: pa.ChunkedArray) -> pa.Array:
+    return column.combine_chunks()
+
+
+def _beside(folder: Artifact, name: str, other: str, start: int, stop: int) -> pa.Table:
+    """The rows of ``other`` from the shards whose ``name`` are rows ``start`` to ``stop``: a shard writes all its tables."""
+    parts = (folder.manifest or {})["tables"]
+    starts, others = (list(accumulate((p["rows"] for p in parts[t]["parts"]), initial=0)) for t in (name, other))
+    if len(starts) != len(others) or start not in starts or stop not in starts:
+        return folder.read(other)
+    last = len(starts) - 1 - starts[::-1].index(stop)
+    return folder.slice(other, others[starts.index(start)], others[last])
+
+
+def _of_rows(scan: Artifact, shards: list[dict[str, Any]], start: int, stop: int) -> pa.Table:
+    """The leaks of the shards of a scan that hold any of the queries ``start`` to ``stop``."""
+    rows = (scan.manifest or {})["tables"]["leaks"]["parts"]
+    ends = list(accumulate(part["rows"] for part in rows))
+    at = [
+        i
+        for i, shard in enumerate(shards)
+        if (shard["start"] < stop and shard["stop"] > start) or shard["start"] == start
+    ]
+    return scan.slice("leaks", ends[at[0]] - rows[at[0]]["rows"], ends[at[-1]]) if at else tables.empty("leaks")
+
+
+class _Set:
+    """An evaluation set: its judged queries and their relevant passages, as texts to compare with."""
+
+    def __init__(self, data: Artifact, split: str, encoded: Any) -> None:
+        self.name = data.name
+        qrels = data.read(tables.judgements(data.table_names(), split, "leak-scan", data.name))
+        pairs = qrels.filter(pc.greater(qrels["relevance"], 0))
+        relevant = pairs["doc_id"].unique()
+        queries = data.read("queries")
+        queries = queries.filter(pc.is_in(queries["query_id"], value_set=qrels["query_id"].unique()))
+        docs = [part.filter(pc.is_in(part["doc_id"], value_set=relevant)) for part in data.scan("corpus")]
+        passages = pa.concat_tables([tables.empty("corpus"), *docs])
+        self.query_ids, self.passage_ids = _flat(queries["query_id"]), _flat(passages["doc_id"])
+        asks = pc.index_in(pairs["query_id"], value_set=self.query_ids).to_numpy().astype(np.int64)
+        answers = pc.index_in(pairs["doc_id"], value_set=self.passage_ids).fill_null(-1).to_numpy().astype(np.int64)
+        texts, bodies = _flat(queries["text"]), _texts(passages)
+        telling = Telling(split_words(texts), [split_words(_texts(data.slice("corpus", 0, PASSAGES)))])
+        self.queries = HeldOut(texts, telling=telling, vectors=encoded(texts, True))
+        self.passages = HeldOut(bodies, ngram=PASSAGE_NGRAM, vectors=encoded(bodies, False))
+        there = answers >= 0
+        # passages with the same words are one
+        self._asks, self._answers = asks[there], self.passages.same[answers[there]]
+        self.shown = {"query": _shown(texts), "passage": _shown(bodies)}
+
+    def common(self) -> dict[str, dict[str, int]]:
+        """How much of the texts many of them have in common."""
+        return {"query": self.queries.common(), "passage": self.passages.common()}
+
+    def asked_of(self, alike: Matches, rows: Places) -> Answered:
+        """Which test queries a passage answers that ``alike`` finds the same as a text's; ``rows`` has the text's place."""
+        same = alike.over(SAME)
+        of = self.passages.same[same.held_out]
+        return Answered(rows[same.rows].astype(np.int64), of, self._asks, self._answers)
+
+    def ids(self, kind: str) -> tuple[pa.Array, pa.Array]:
+        """Ids and beginnings of what is held out, for a kind of comparison."""
+        if kind.endswith("-query"):
+            return self.query_ids, self.shown["query"]
+        return self.passage_ids, self.shown["passage"]
+
+
+def _texts(corpus: pa.Table) -> pa.Array:
+    rows = zip(tables.texts(corpus["title"]), tables.texts(corpus["text"]), strict=True)
+    return pa.array([tables.passage_text(title, text) for title, text in rows], tables.TEXT)
+
+
+def _shown(texts: pa.Array) -> pa.Array:
+    """The beginnings of texts, for people to read: a text is in a row of ``leaks`` for each that it resembles."""
+    return pc.utf8_slice_codeunits(texts, 0, SHOWN)
+
+
+class _Found:
+    """Rows of ``leaks``; ``left_out`` counts pairs of which each text has better ones."""
+
+    def __init__(self) -> None:
+        self._parts = [tables.empty("leaks")]
+        self.left_out: Counter[str] = Counter()
+
+    def add(self, kind: Kind, held: _Set, found: Matches, ids: pa.Array, texts: pa.Array) -> None:
+        held_ids, held_texts = held.ids(kind)
+        rows, others = pa.array(found.rows, pa.int64()), pa.array(found.held_out, pa.int64())
+        made = tables.columns(
+            "leaks",
+            len(found),
+            id=ids.take(rows),
+            kind=kind,
+            mechanism=pa.array(MECHANISMS, tables.TEXT).take(pa.array(found.how)),
+            data=held.name,
+            held_out_id=held_ids.take(others),
+            score=pa.array(found.scores, pa.float32()),
+            text=_shown(texts).take(rows),
+            held_out=held_texts.take(others),
+        )
+        self._parts.append(made)
+        more = {f"{kind}/{name}": int(n) for name, n in zip(MECHANISMS, found.left_out, strict=True) if n}
+        self.left_out.update(more)
+
+    def table(self) -> pa.Table:
+        return pa.concat_tables(self._parts).combine_chunks()
+
+
+def _by_mechanism(leaks: pa.Table) -> dict[str, int]:
+    return dict(Counter(map("/".join, zip(tables.texts(leaks["kind"]), tables.texts(leaks["mechanism"]), strict=True))))
+
+
+class LeakGate(Stage):
+    """The training queries without those that leak, by thresholds on a ``LeakScan``; ``leaks`` is what is over them.
+
+    ``drop`` names the kinds for which a query is refused; () only reports. That a positive is a relevant passage is no
+    reason unless it is named: queries are written for the passages of the searched corpus on purpose (InPars,
+    Promptagator, GPL), and what must not be known are the questions. ``minhash``, ``edited``, ``rearranged``,
+    ``contained``, ``embedding`` and ``paraphrase`` are the least scores; equal words, in any order, always count.
+    Questions that mean nearly the same leak where the training query's own passage answers the test query, too
+    (``paraphrase``: of SciFact's training claims it finds those that say a test claim in other words, or deny it), and
+    seldom where it does not: "What type of pans are these?" is asked about many products. At these, 0.49 % of the real
+    training queries of four collections were refused for nothing, nearly all of them in one whose questions do not
+    stand alone (benchmarks/leak.py).
+    """
+
+    abstract: ClassVar[bool] = False
+    outputs: ClassVar[tuple[str, ...]] = ("queries", "qrels", "lineage", "rejected", "leaks")
+    selected: Stage
+    scan: LeakScan
+    drop: tuple[Kind, ...] = ("query-query",)
+    edited: Annotated[float, Field(ge=FLOORS["edited"])] = 0.6
+    rearranged: Annotated[float, Field(ge=FLOORS["rearranged"])] = 0.75
+    contained: Annotated[float, Field(ge=FLOORS["contained"])] = 0.9
+    minhash: Annotated[float, Field(ge=FLOORS["minhash"])] = 0.9
+    embedding: Annotated[float, Field(ge=FLOORS["embedding"])] = 0.98
+    paraphrase: Annotated[float, Field(ge=FLOORS["paraphrase"])] = 0.95
+
+    @model_validator(mode="after")
+    def _same_queries(self) -> LeakGate:
+        if self.scan.selected.fingerprint() != self.selected.fingerprint():
+            raise ConfigError(
+                f"leak-gate: the scan is of {self.scan.selected.folder_name()}, not of {self.selected.folder_name()}; "
+                "scan the queries that are to pass"
+            )
+        return self
+
+    def label(self) -> str:
+        return "drop" if self.drop else "report"
+
+    def size(self, inputs: Inputs) -> int:
+        return inputs["selected"].count("queries")
+
+    def ranges(self, inputs: Inputs, step: int) -> list[tuple[int, int]]:
+        """Whole shards of the queries, several where they are small."""
+        return inputs["selected"].ranges("queries", step) or [(0, 0)]
+
+    def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
+        selected, scan = inputs["selected"], inputs["scan"]
+        scanned = scan.plan["shards"]
+
+        def run(start: int, stop: int) -> Output:
+            queries = selected.slice("queries", start, stop)
+            qrels = _beside(selected, "queries", "qrels", start, stop)
+            lineage = _beside(selected, "queries", "lineage", start, stop)
+            ids = _flat(queries["query_id"])
+            leaks = self._over(_of_rows(scan, scanned, start, stop))
+            mine = pc.is_in(leaks["id"], value_set=ids)
+            if start == 0:  # with the first shard, what is of no query: the exemplars
+                mine = pc.or_(mine, pc.starts_with(leaks["kind"], "exemplar"))
+            leaks = leaks.filter(mine)
+            reasons = self._reasons(leaks)
+            rejected = tables.Rejected()
+            for query_id in tables.texts(queries["query_id"]):
+                if query_id in reasons:
+                    rejected.add(query_id, "leak", *reasons[query_id])
+            out = pa.array(rejected.ids, tables.TEXT)
+            made = {
+                name: rows.filter(
+                    pc.and_(pc.is_in(rows[key], value_set=ids), pc.invert(pc.is_in(rows[key], value_set=out)))
+                )
+                for name, key, rows in (
+                    ("queries", "query_id", queries),
+                    ("qrels", "query_id", qrels),
+                    ("lineage", "id", lineage),
+                )
+            }
+            made |= {"rejected": rejected.table(), "leaks": leaks}
+            counts: dict[str, Any] = {"in": queries.num_rows, "out": made["queries"].num_rows}
+            counts |= {"rejected": rejected.counted(), "leaks": _by_mechanism(leaks)}
+            return Output(made, counts=counts)
+
+        return run
+
+    def _over(self, leaks: pa.Table) -> pa.Table:
+        """What is over the thresholds."""
+        mechanisms, scores = np.array(tables.texts(leaks["mechanism"])), leaks["score"].to_numpy()
+        least = {name: getattr(self, name) for name in FLOORS}
+        limits = np.array([least.get(name, 0.0) for name in mechanisms], np.float32)
+        return leaks.filter(pa.array(scores >= limits - 1e-6, pa.bool_()))
+
+    def _reasons(self, leaks: pa.Table) -> dict[str, tuple[str, str]]:
+        """Query id -> reason and detail, by the strictest mechanism."""
+        found: dict[str, tuple[str, str]] = {}
+        order = {name: place for place, name in enumerate(MECHANISMS)}
+        rows = leaks.filter(pc.is_in(leaks["kind"], value_set=pa.array(self.drop, tables.TEXT))).to_pylist()
+        for row in sorted(rows, key=lambda r: (order[r["mechanism"]], -r["score"], r["held_out_id"])):
+            detail = f"{row['kind']}, {row['data']} {row['held_out_id']}, score {row['score']:g}"
+            found.setdefault(row["id"], (row["mechanism"], detail))
+        return found

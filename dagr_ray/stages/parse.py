@@ -1,0 +1,131 @@
+"""Queries out of completions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, ClassVar
+
+import pyarrow as pa
+from pydantic import model_validator
+
+from dagr_ray.core import tables
+from dagr_ray.core.artifact import Artifact
+from dagr_ray.core.config import ConfigError
+from dagr_ray.core.placement import Pool
+from dagr_ray.core.stage import Inputs, Output, Run, Stage
+from dagr_ray.prompts import Dice, Passage
+from dagr_ray.stages.generate import Generate, drawn
+from dagr_ray.strategies import Strategy
+from dagr_ray.strategies._control_checks import controlled, missed
+from dagr_ray.strategies._controls import Controls
+
+
+def _drawn_again(
+    strategies: Sequence[Strategy], seeds: list[int], numbers: list[int], samples: int
+) -> Iterator[Strategy]:
+    """The strategy of each completion, from its seed and number. Those of a passage stand together: drawn once for all."""
+    dice, last, found = Dice(), -1, list[Strategy]()
+    for seed, number in zip(seeds, numbers, strict=True):
+        if seed - number != last:
+            last, found = seed - number, drawn(strategies, dice, seed - number, samples)
+        yield found[number]
+
+
+class Parse(Stage):
+    """Queries out of completions, each judged relevant to its passage; what holds none is rejected with the reason.
+
+    A query that misses one of its strategy's controls is rejected by ``control``, with the attribute that it misses.
+    ``corpus`` is the one that the completions were made for. Mending the parser (``parse_version``) makes another
+    folder of this stage and no new completions.
+    """
+
+    abstract: ClassVar[bool] = False
+    outputs: ClassVar[tuple[str, ...]] = ("queries", "qrels", "lineage", "rejected")
+    generations: Generate
+    corpus: Stage
+
+    @model_validator(mode="after")
+    def _same_corpus(self) -> Parse:
+        asked = self.generations.strategy
+        if (asked.reads, asked.writes) != ("corpus", "queries"):
+            raise ConfigError(
+                f"parse: strategy {asked.type!r} reads {asked.reads} and writes {asked.writes}; Rewrite reads its answers"
+            )
+        if self.corpus.fingerprint() != self.generations.corpus.fingerprint():
+            raise ConfigError(
+                f"parse: corpus is {self.corpus.folder_name()}, the completions are for "
+                f"{self.generations.corpus.folder_name()}; give that one"
+            )
+        return self
+
+    def label(self) -> str:
+        return self.generations.strategy.type
+
+    def identity(self) -> dict[str, Any]:
+        versions = [strategy.parse_version for strategy in self.generations.strategy.asked()]
+        found = super().identity() | {"parse_version": versions[0] if len(versions) == 1 else versions}
+        if any(map(controlled, self.generations.strategy.asked())):
+            found["check_version"] = Controls.check_version
+        return found
+
+    def size(self, inputs: Inputs) -> int:
+        return inputs["generations"].count("generations")
+
+    def ranges(self, inputs: Inputs, step: int) -> list[tuple[int, int]]:
+        """Whole shards of the completions, several where they are small: each is read once, with its own passages."""
+        return inputs["generations"].ranges("generations", step)
+
+    def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
+        strategies, engine = self.generations.strategy.asked(), self.generations.engine
+        samples, columns = self.generations.samples, ["gen_id", "source_id", "raw", "error", "sample", "seed"]
+        apart = any(strategy.draws() for strategy in strategies)
+        made_by = {"engine": engine.type, "model": engine.model_name()}
+
+        def run(start: int, stop: int) -> Output:
+            rows = inputs["generations"].slice("generations", start, stop, columns)
+            numbers = rows["sample"].to_pylist()
+            asked_by: Iterable[Strategy] = (strategies[number // samples] for number in numbers)
+            if apart:
+                asked_by = _drawn_again(strategies, rows["seed"].to_pylist(), numbers, samples)
+            passages = inputs["corpus"].slice("corpus", *inputs["generations"].source_rows("generations", start, stop))
+            ids, titles, texts = map(tables.texts, passages.columns)
+            place = dict(zip(ids, range(len(ids)), strict=True))
+            rejected = tables.Rejected()
+            query_ids: list[str] = []
+            queries: list[str] = []
+            gen_ids: list[str] = []
+            source_ids: list[str] = []
+            types: list[str] = []
+            texts_of = map(tables.texts, rows.select(columns[:4]).columns)
+            last, controls = None, None
+            for gen_id, source_id, raw, error, strategy in zip(*texts_of, asked_by, strict=True):
+                if error is not None or raw is None:
+                    rejected.add(gen_id, "generate", "error", error)
+                    continue
+                at = place[source_id]
+                parsed = strategy.parse(Passage(source_id, titles[at] or "", texts[at]), raw)
+                if strategy is not last:
+                    last, controls = strategy, controlled(strategy)
+                for i, text in enumerate(parsed.kept):
+                    if controls and (miss := missed(controls, text)):
+                        rejected.add(gen_id, "control", miss[0], tables.clean(f"{miss[1]}: {text}"[:200]))
+                        continue
+                    query_ids.append(tables.mint(gen_id, i))
+                    queries.append(tables.clean(text))
+                    gen_ids.append(gen_id)
+                    source_ids.append(source_id)
+                    types.append(strategy.name())
+                for reason, detail in parsed.rejected:
+                    rejected.add(gen_id, "parse", reason, tables.clean(detail))
+            size, minted, sources = len(queries), *(pa.array(each, tables.TEXT) for each in (query_ids, source_ids))
+            made = {
+                "queries": tables.columns("queries", size, query_id=minted, text=queries),
+                "qrels": tables.columns("qrels", size, query_id=minted, doc_id=sources, relevance=1),
+                "lineage": tables.columns(
+                    "lineage", size, id=minted, gen_id=gen_ids, source_id=sources, strategy=types, **made_by
+                ),
+                "rejected": rejected.table(),
+            }
+            return Output(made, counts={"in": rows.num_rows, "out": size, "rejected": rejected.counted()})
+
+        return run

@@ -1,0 +1,245 @@
+"""Scores of a filter for every query: once, whatever thresholds follow."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from typing import Annotated, Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import model_validator
+
+from dagr_ray.core import tables
+from dagr_ray.core.artifact import Artifact
+from dagr_ray.core.config import ConfigError, Later
+from dagr_ray.core.joins import Candidates, Twins, rows_beside
+from dagr_ray.core.placement import Pool
+from dagr_ray.core.stage import Inputs, Output, Run, Stage
+from dagr_ray.filters import Candidate, Filter
+
+WINDOW = 8192  # rows of a table that are looked at together: a row group
+
+
+class Score(Stage):
+    """The score that a filter gives to each generated query. Thresholds of the filter are no part of the fingerprint.
+
+    ``corpus`` holds the passages that the queries were written for. With a ``search``, passages of ``corpus`` that are
+    equal but for case and spacing count as one: a search that returns a passage's twin has found the passage. Give the
+    searched corpus there, so that twins outside the sample that was asked about are known too. ``labels`` (a stage with
+    ``scores``) is for filters that read a teacher's; completions are those that ``parsed`` was made of. The rows of
+    ``scores`` stand as those of ``parsed``'s ``qrels`` do. A filter that is ``rowwise`` works shard by shard (one that reads
+    a search where its shards are ranges of queries), any other on all rows at once.
+    """
+
+    abstract: ClassVar[bool] = False
+    outputs: ClassVar[tuple[str, ...]] = ("scores",)
+    parsed: Stage
+    corpus: Stage
+    filter: Filter
+    search: Stage | None = None
+    labels: Annotated[Stage | None, Later()] = None
+
+    @model_validator(mode="after")
+    def _given_what_it_reads(self) -> Score:
+        fields = {"candidates": "search", "scores": "labels"}
+        for table, name in fields.items():
+            given = getattr(self, name) is not None
+            if self.filter.reads == table and not given:
+                raise ConfigError(f"score: {name} is not set, and {self.filter.type!r} reads its {table}; give one")
+            if self.filter.reads != table and given:
+                raise ConfigError(f"score: the filter {self.filter.type!r} reads no {name}; leave {name} out")
+        if self.filter.reads == "generations" and self._completions() is None:
+            raise ConfigError(
+                f"score: {self.parsed.folder_name()} was not made of completions, and {self.filter.type!r} reads them; "
+                "give what Parse made of them"
+            )
+        if self.filter.reads == "generations" and not getattr(self._completions(), "keeps_logprob", True):
+            raise ConfigError(
+                f"score: the completions of {self.parsed.folder_name()} keep no log-probabilities, and {self.filter.type!r} "
+                "reads them; give Generate sampling=Sampling(logprob=True)"
+            )
+        return self
+
+    def _completions(self) -> Stage | None:
+        """What the queries were written in, also where they were selected since."""
+        stage: Any = self.parsed
+        while stage is not None and not hasattr(stage, "generations"):
+            stage = getattr(stage, "parsed", None)
+        return None if stage is None else stage.generations
+
+    def label(self) -> str:
+        return self.filter.type
+
+    def identity(self) -> dict[str, Any]:
+        """The filter by what decides its scores."""
+        return super().identity() | {"filter": self.filter.scoring_identity()}
+
+    def inputs(self) -> dict[str, Stage]:
+        """A filter that compares all queries does so in a stage of its own, whose scores are cut into shards here."""
+        given = super().inputs()
+        if self.filter.streams:
+            given["whole"] = Whole(queries=self.parsed, filter=self.filter)
+        if self.filter.reads == "generations" and (completions := self._completions()) is not None:
+            given["generations"] = completions
+        return given
+
+    @property
+    def _sharded(self) -> bool:
+        return self.filter.rowwise or self.filter.streams
+
+    def size(self, inputs: Inputs) -> int | None:
+        return inputs["parsed"].count("qrels") if self._sharded else None
+
+    def ranges(self, inputs: Inputs, step: int) -> list[tuple[int, int]]:
+        """Whole shards of the queries, several where they are small; all rows as one for a filter that compares them."""
+        parsed = inputs["parsed"]
+        cut = self._sharded and ("search" not in inputs or Candidates(inputs["search"], parsed).follows)
+        return (parsed.ranges("qrels", step) if cut else []) or [(0, parsed.count("qrels"))]
+
+    def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
+        parsed, total = inputs["parsed"], max(inputs["parsed"].count("qrels"), 1)
+        passages = _Lookup(inputs["corpus"], "corpus", "doc_id") if self.filter.needs_passage else None
+        made_by = _Lookup(inputs["generations"], "generations", "gen_id") if "generations" in inputs else None
+        found = Candidates(inputs["search"], parsed) if "search" in inputs else None
+        twins = lru_cache(maxsize=1)(lambda: Twins(inputs["corpus"]))
+
+        def run(start: int, stop: int) -> Output:
+            qrels = parsed.slice("qrels", start, stop, ["query_id", "doc_id"])
+            if "whole" in inputs:
+                return self._stored(qrels, stored_scores(parsed, inputs["whole"], qrels["query_id"], start))
+            queries = _beside(parsed, "queries", start, stop)
+            text_of = dict(zip(*map(tables.texts, queries.select(["query_id", "text"]).columns), strict=True))
+            passage_of: dict[str, str] = {}
+            if passages is not None:
+                read = passages.of(qrels["doc_id"], start / total, ["title", "text"])
+                passage_of = {key: tables.passage_text(title, text) for key, title, text in read}
+            first, beside = qrels["doc_id"], None
+            if found is not None:
+                candidates = found.of(qrels["query_id"], *rows_beside(parsed, "queries", start, stop))
+                place = candidates.schema.get_field_index("doc_id")
+                same = twins().first(candidates["doc_id"])
+                beside, first = candidates.set_column(place, candidates.schema.field(place), same), twins().first(first)
+            if "labels" in inputs:
+                wanted = qrels["query_id"].unique()
+                beside = _rows(part for part in inputs["labels"].scan("scores") if len(part)) or tables.empty("scores")
+                beside = beside.filter(pc.is_in(beside["query_id"], value_set=wanted))
+            if made_by is not None:
+                lineage = _beside(parsed, "lineage", start, stop)
+                beside = _logprobs(lineage, made_by, start / total)
+            ids = map(tables.texts, (*qrels.columns, first))
+            rows = [Candidate(q, text_of[q], same, passage_of.get(d, "")) for q, d, same in zip(*ids, strict=True)]
+            scores = self.filter.score(rows, beside)
+            assert len(scores) == len(rows), f"{self.filter.type} gave {len(scores)} scores for {len(rows)} rows"
+            return self._stored(qrels, scores)
+
+        return run
+
+    def _stored(self, qrels: pa.Table, scores: Any) -> Output:
+        made = tables.columns(
+            "scores",
+            len(qrels),
+            query_id=qrels["query_id"],
+            doc_id=qrels["doc_id"],
+            scorer=self.filter.type,
+            score=pa.array(scores, pa.float32()),
+        )
+        return Output({"scores": made}, counts={"in": len(qrels), "out": len(qrels)})
+
+
+def _rows(parts: Iterable[pa.Table]) -> pa.Table | None:
+    found = list(parts)
+    return pa.concat_tables(found) if found else None
+
+
+def _beside(folder: Artifact, name: str, start: int, stop: int) -> pa.Table:
+    return folder.slice(name, *rows_beside(folder, name, start, stop))
+
+
+class _Lookup:
+    """Rows of a large table by a key that is unique. Looks first where the last rows stood, then ever further away.
+
+    The tables of one recipe stand in one order, so that shards read little besides what they want; a table in any other
+    order is read through.
+    """
+
+    def __init__(self, folder: Artifact, name: str, key: str) -> None:
+        self.folder, self.name, self.key = folder, name, key
+        self.windows = -(-folder.count(name) // WINDOW)
+        self.at: int | None = None
+        self.read = lru_cache(maxsize=4)(self._read)
+
+    def _read(self, window: int, columns: tuple[str, ...]) -> pa.Table:
+        return self.folder.slice(self.name, window * WINDOW, (window + 1) * WINDOW, [self.key, *columns])
+
+    def of(self, keys: pa.ChunkedArray, hint: float, columns: list[str]) -> Iterator[tuple[Any, ...]]:
+        """(key, *columns) of each key, in any order. ``hint`` in [0, 1): about where the first may stand."""
+        wanted = keys.unique()
+        missing = set(wanted.to_pylist())
+        near = int(hint * self.windows) if self.at is None else self.at
+        for window in sorted(range(self.windows), key=lambda w: (abs(w - near), w)) if missing else ():
+            rows = self.read(window, tuple(columns))
+            rows = rows.filter(pc.is_in(rows[self.key], value_set=wanted))
+            if len(rows):
+                self.at = window
+                missing.difference_update(rows[self.key].to_pylist())
+                yield from zip(*(column.to_pylist() for column in rows.columns), strict=True)
+            if not missing:
+                return
+        assert not missing, f"{len(missing)} rows of {self.name} are not in {self.folder.path}, such as {min(missing)}"
+
+
+def _logprobs(lineage: pa.Table, made_by: _Lookup, hint: float) -> pa.Table:
+    value_of = dict(made_by.of(lineage["gen_id"], hint, ["logprob"]))
+    values = pa.array([value_of[gen_id] for gen_id in tables.texts(lineage["gen_id"])], pa.float32())
+    return pa.table({"query_id": lineage["id"], "logprob": values})
+
+
+SCORES = "scores.npy"
+
+
+class Whole(Stage):
+    """The scores of a filter that ``streams``, float32 in the order of the queries: ``scores.npy``.
+
+    In one piece, because all queries are compared; they are read part by part, as often as the filter likes.
+    Thresholds are no part of the fingerprint.
+    """
+
+    abstract: ClassVar[bool] = False
+    pool: ClassVar[str] = "retrieve"
+    outputs: ClassVar[tuple[str, ...]] = ()
+    queries: Stage
+    filter: Filter
+
+    def label(self) -> str:
+        return self.filter.type
+
+    def identity(self) -> dict[str, Any]:
+        """The filter by what decides its scores."""
+        return super().identity() | {"filter": self.filter.scoring_identity()}
+
+    def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
+        def parts() -> Iterator[pa.Table]:
+            return inputs["queries"].scan("queries")
+
+        def run(start: int, stop: int) -> Output:
+            rows = inputs["queries"].count("queries")
+            scores = self.filter.score_stream(parts, rows)
+            assert scores.shape == (rows,), f"{self.filter.type} gave {scores.shape} scores for {rows} queries"
+            written = io.BytesIO()
+            np.save(written, scores.astype(np.float32, copy=False))
+            folder.write_bytes(SCORES, pa.py_buffer(written.getbuffer()))
+            return Output({}, [SCORES], {"in": rows, "out": rows})
+
+        return run
+
+
+def stored_scores(queries: Artifact, whole: Artifact, ids: pa.ChunkedArray, start: int) -> np.ndarray:
+    """The scores, float32, of some queries by id. They are looked for from row ``start`` on, where they mostly stand."""
+    stored = np.load(whole.local_path(SCORES), mmap_mode="r" if queries.count("queries") else None)
+    if queries.slice("queries", start, start + len(ids), ["query_id"])["query_id"].equals(ids):
+        return np.array(stored[start : start + len(ids)])
+    place = pc.index_in(ids, value_set=queries.read("queries", ["query_id"])["query_id"])
+    return np.array(stored[place.to_numpy()])

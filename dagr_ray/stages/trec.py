@@ -1,0 +1,67 @@
+"""What other systems and other people have left in TREC's formats: runs to be judged, and judgements."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Field
+
+from dagr_ray.core import tables
+from dagr_ray.core.artifact import Artifact
+from dagr_ray.core.paths import FileOrFolder, last_name, word_of
+from dagr_ray.core.placement import Pool
+from dagr_ray.core.stage import Inputs, Output, Run, Stage
+from dagr_ray.formats import beir, trec
+
+log = logging.getLogger("dagr")
+
+
+class _TrecFile(Stage):
+    """A file in one of TREC's formats, known by its bytes."""
+
+    abstract: ClassVar[bool] = True
+    outputs: ClassVar[tuple[str, ...]] = ("rejected",)
+    path: FileOrFolder
+
+    def label(self) -> str:
+        return word_of(last_name(self.path).removesuffix(".gz"))
+
+    def identity(self) -> dict[str, Any]:
+        """The bytes of the file stand for its path."""
+        return super().identity() | {"path": trec.content(self.path)}
+
+    def _output(self, name: str, found: trec.TrecFile) -> Output:
+        for line in beir.told(found.problems):
+            log.warning("%s", line)
+        rejected = tables.Rejected()
+        for problem in found.problems:
+            rejected.add(f"{problem.file}:{problem.line}", self.type, problem.reason, problem.detail)
+        reasons = Counter(f"{self.type}/{problem.reason}" for problem in found.problems)
+        counts = {"in": found.lines, "out": found.table.num_rows, "rejected": dict(reasons)}
+        return Output({name: found.table, "rejected": rejected.table()}, counts=counts)
+
+
+class TrecRun(_TrecFile):
+    """A run that another system made, as ``candidates``: ``path`` (or a URI) of a TREC run file, plain or gzipped.
+
+    What ``Evaluate`` takes as a search. Bad lines are left out, counted and listed in ``rejected`` with file
+    and line; over 1 % of them raises ConfigError. Order and ties are trec_eval's: see ``dagr_ray.formats.trec``.
+    """
+
+    abstract: ClassVar[bool] = False
+    outputs: ClassVar[tuple[str, ...]] = ("candidates", "rejected")
+
+    def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
+        return lambda start, stop: self._output("candidates", trec.read_run(self.path))
+
+
+class TrecQrels(_TrecFile):
+    """Judgements in a TREC qrels file, as ``qrels.<split>``: the ``data`` of an ``Evaluate``. Bad lines as in ``TrecRun``."""
+
+    abstract: ClassVar[bool] = False
+    split: Annotated[str, Field(min_length=1)] = "test"
+
+    def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
+        return lambda start, stop: self._output(f"qrels.{self.split}", trec.read_qrels(self.path))

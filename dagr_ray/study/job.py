@@ -1,0 +1,199 @@
+"""A job: a recipe out of a Python file, and a command's words as values of its parameters."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import os
+import re
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.machinery import SourceFileLoader
+from pathlib import Path
+from types import ModuleType, UnionType
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from dagr_ray.core import job_imports
+from dagr_ray.core.artifact import Json
+from dagr_ray.core.config import ConfigError, explain
+from dagr_ray.core.paths import absolute, several
+from dagr_ray.core.stage import Stage
+from dagr_ray.packages import is_known, pip_install
+
+Recipe = Callable[..., Stage]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe function from a file, with the types of its parameters and the axes that it sweeps by default."""
+
+    path: str
+    name: str
+    recipe: Recipe
+    defaults: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+
+    def parameters(self) -> dict[str, inspect.Parameter]:
+        return dict(inspect.signature(self.recipe).parameters)
+
+    def values_by_default(self) -> Json:
+        """What a parameter that is not set on the command line has."""
+        return {name: p.default for name, p in self.parameters().items() if p.default is not p.empty}
+
+    def value(self, name: str, text: Any) -> Any:
+        """A parameter's value from the command line's text. Raises ConfigError naming the parameter and what is allowed."""
+        allowed = self.parameters()
+        if name not in allowed:
+            raise ConfigError(f"{self.path} has no parameter {name!r}; allowed: {', '.join(allowed)}")
+        hint = self.hint(name)
+        # where a text is wanted, "none" may be one of its values
+        if text in ("none", "None", "") and (hint is Any or type(None) in _kinds(hint)):
+            text = None
+        _check_digits(name, text, hint)
+        try:
+            return TypeAdapter(hint, config=ConfigDict(coerce_numbers_to_str=True)).validate_python(text)
+        except ValidationError as error:
+            shown = explain(error).split(": ", 2)[-1]
+            raise ConfigError(f"{name} = {text!r}: {shown}; it must be {_spelled(hint)}") from None
+
+    def hint(self, name: str) -> Any:
+        """The type of a parameter, with what is said about it."""
+        return get_type_hints(self.recipe, include_extras=True).get(name, Any)
+
+    def stage(self, **params: Any) -> Stage:
+        """The recipe's stage for these parameters; the others have their defaults."""
+        missing = [n for n, p in self.parameters().items() if p.default is p.empty and n not in params]
+        if missing:
+            raise ConfigError(f"{self.path} needs {missing[0]}=VALUE; add it to the command")
+        try:
+            return self.recipe(**params)
+        except ValidationError as error:
+            raise ConfigError(explain(error)) from None
+
+
+def _kinds(hint: Any) -> list[Any]:
+    """The types that a value may have, without what is said about them."""
+    if get_origin(hint) is Annotated:
+        return _kinds(get_args(hint)[0])
+    if get_origin(hint) in (Union, UnionType):
+        return [kind for each in get_args(hint) for kind in _kinds(each)]
+    return [hint]
+
+
+def _spelled(hint: Any) -> str:
+    said = ("none" if kind is type(None) else getattr(kind, "__name__", None) or str(kind) for kind in _kinds(hint))
+    return " or ".join(said).replace("typing.", "")
+
+
+def _check_digits(name: str, text: Any, hint: Any) -> None:
+    """Raises ConfigError where a number is written so that it could be read as another: 1,000 and 1.000, 08."""
+    kinds = _kinds(hint)
+    if not isinstance(text, str) or str in kinds or not {int, float} & set(kinds):
+        return
+    word = text.strip()
+    whole = int in kinds and float not in kinds
+    if re.fullmatch(r"[+-]?0[\d_]+(\.\d*)?", word) or (whole and re.fullmatch(r"[+-]?[\d_]*\.[\d_]*", word)):
+        kind = "whole number" if whole else "number"
+        raise ConfigError(f"{name} = {text!r}: write a {kind} without marks or leading zeros, such as 1000")
+    if re.fullmatch(r"[+-]?\d{1,3}([,' ]\d{3})+(\.\d*)?", word):
+        plain = re.sub("[,' ]", "", word)
+        raise ConfigError(f"{name} = {text!r}: write {plain}, without a mark for thousands")
+
+
+def load_job(path: str) -> Job:
+    """The recipe in a Python file: the function with the file's name, or the only public one that the file defines."""
+    file = Path(absolute(path))
+    if not file.is_file():
+        raise ConfigError(f"no job file at {path!r}; give a Python file such as jobs/quickstart.py")
+    module = _module(path, file)
+    found = {n: f for n, f in vars(module).items() if inspect.isfunction(f) and f.__module__ == module.__name__}
+    public = {name: function for name, function in found.items() if not name.startswith("_")}
+    recipe = public.get(file.stem) or (next(iter(public.values())) if len(public) == 1 else None)
+    if recipe is None:
+        raise ConfigError(f"{path} defines {sorted(public)}; it must define one function, called {file.stem!r}")
+    return Job(str(path), recipe.__name__, recipe, getattr(module, "STUDY", {}))
+
+
+def _module(path: str, file: Path) -> ModuleType:
+    """The job's file as a module. What lies beside it can be imported, after all that is installed."""
+    loader = SourceFileLoader(f"dagr_job_{file.stem}", str(file))
+    spec = importlib.util.spec_from_file_location(loader.name, file, loader=loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        with job_imports.importing_beside(str(file.parent)):
+            loader.exec_module(module)
+    except ModuleNotFoundError as error:
+        raise ConfigError(_missing(path, file, error)) from None
+    except ConfigError:
+        raise
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+        where = f"{path}, line {lines[-1]}" if lines and lines[-1] else path
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:400]
+        raise ConfigError(f"{where}: {said}; mend the job file") from None
+    return module
+
+
+def _missing(path: str, file: Path, error: ModuleNotFoundError) -> str:
+    """What to do about a module that a job imports and that is not there. Only known packages are named to be installed."""
+    package, _, inner = (error.name or "").partition(".")
+    if not package or package == "dagr_ray" or (inner and importlib.util.find_spec(package) is not None):
+        return f"{path}: {error}; mend the job file"
+    if is_known(package):
+        return f"{path} imports {package}, which is not installed; run: {pip_install(package)}"
+    return (
+        f"{path} imports {package!r}, which is neither installed nor a file beside the job; put {package}.py into "
+        f"{str(file.parent)!r}, check the spelling, or install the package that you know to have it"
+    )
+
+
+def parse_axes(job: Job, words: Sequence[str], sweep: bool) -> dict[str, list[Any]]:
+    """``scale=1000,10000`` words as lists of checked values; the job's own axes fill in when ``sweep`` is set.
+
+    A comma inside the path of an existing file or folder separates nothing. Raises ConfigError where a parameter or one
+    of its values is given twice.
+    """
+    unknown = [name for name in job.defaults if name not in job.parameters()]
+    if unknown:
+        allowed = ", ".join(job.parameters())
+        raise ConfigError(f"{job.path}: STUDY names {unknown[0]!r}, which is no parameter; allowed: {allowed}")
+    axes: dict[str, list[Any]] = {k: list(v) for k, v in job.defaults.items()} if sweep else {}
+    given: dict[str, str] = {}
+    for word in words:
+        name, sign, text = word.partition("=")
+        if not sign:
+            raise ConfigError(f"argument {word!r} is not NAME=VALUE; allowed names: {', '.join(job.parameters())}")
+        if name in given:
+            once = f"join the values: {name}={given[name]},{text}" if sweep else "give it once"
+            raise ConfigError(f"{name} is given twice, as {given[name]!r} and {text!r}; {once}")
+        given[name] = text
+        values = _split(name, text, job.hint(name) if name in job.parameters() else Any) if sweep else [text]
+        axes[name] = [job.value(name, value) for value in values]
+        _check_repeats(name, axes[name], values)
+    return axes
+
+
+def _split(name: str, text: str, hint: Any) -> Sequence[str]:
+    kinds = _kinds(hint)
+    if str in kinds or hint is Any:
+        return several(text, ",")
+    values = text.split(",")
+    if len(values) > 1 and any(re.fullmatch(r"0\d+", value) for value in values[1:]):
+        _check_digits(name, text, hint)  # 1,000 are not the two values 1 and 0
+    return values
+
+
+def _check_repeats(name: str, values: Sequence[Any], words: Sequence[str]) -> None:
+    seen: dict[Any, str] = {}
+    for value, word in zip(values, words, strict=True):
+        key = value
+        if isinstance(value, str) and os.path.isabs(value) and os.path.exists(value):
+            found = os.stat(value)
+            key = found.st_dev, found.st_ino
+        if key in seen:
+            same = "" if seen[key] == word else f", which is the same as {seen[key]!r}"
+            raise ConfigError(f"{name} has the value {word!r} twice{same}; give each value once")
+        seen[key] = word

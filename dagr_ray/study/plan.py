@@ -1,0 +1,142 @@
+"""The trials of a study: one scorecard for each combination of the axes, with the baselines that belong to them."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from dagr_ray.core.artifact import Artifact, Json
+from dagr_ray.core.config import ConfigError, digest, fingerprints_held
+from dagr_ray.core.stage import Stage, walk
+from dagr_ray.miners.bm25 import BM25
+from dagr_ray.stages.evaluate import Scorecard
+from dagr_ray.stages.retrieve import Search
+from dagr_ray.study.job import Job
+
+
+@dataclass
+class Trial:
+    """One row of a study's table."""
+
+    name: str
+    params: Json
+    kind: str
+    card: Scorecard
+    state: str = "pending"
+    error: str | None = None
+    seconds: float = 0.0
+
+    @cached_property
+    def _stages(self) -> list[tuple[Stage, str]]:
+        with fingerprints_held():
+            return [(stage, stage.fingerprint()) for stage in walk(self.card)]
+
+    @cached_property
+    def _judged(self) -> list[Json]:
+        """What each evaluation is of, by content: a path may change, and lead to another folder later."""
+        with fingerprints_held():
+            return [
+                {
+                    "name": each.name,
+                    "split": each.split,
+                    "data": each.data.fingerprint(),
+                    "leaks": each.leaks.fingerprint() if each.leaks else None,
+                    "miners": [search.index.miner.fingerprint() for search in _searches(each.search)],
+                }
+                for each in self.card.evaluations
+            ]
+
+    def to_json(self, runs: str) -> Json:
+        stages = {stage.folder(runs).name: fingerprint for stage, fingerprint in self._stages}
+        shown = {"trial": self.name, "params": self.params, "kind": self.kind, "state": self.state, "error": self.error}
+        made = {"folder": self.card.folder(runs).name, "stages": stages, "judged": self._judged}
+        return {**shown, **made, "seconds": self.seconds}
+
+
+@dataclass
+class Study:
+    """Trials of one job over its axes."""
+
+    job: Job
+    axes: dict[str, list[Any]]
+    trials: list[Trial]
+
+    def folder(self, runs: str) -> Artifact:
+        key = digest([self.job.name, sorted(trial.card.fingerprint() for trial in self.trials)])
+        return Artifact(runs, f"study-{self.job.name}-{key}")
+
+    def stages(self) -> list[Stage]:
+        return walk(*(trial.card for trial in self.trials))
+
+    def shared(self) -> list[Stage]:
+        """What is built before the trials: all that two trials need, and all that a baseline needs."""
+        used = Counter(stage.fingerprint() for trial in self.trials for stage in walk(trial.card))
+        simple = {s.fingerprint() for t in self.trials if t.kind != "augmented" for s in walk(t.card)}
+        return [s for s in self.stages() if used[s.fingerprint()] > 1 or s.fingerprint() in simple]
+
+    def unshared(self) -> list[list[Stage]]:
+        """What each trial builds itself: all that is not ``shared``. Only trials that build something."""
+        shared = {stage.fingerprint() for stage in self.shared()}
+        own = [[stage for stage in walk(trial.card) if stage.fingerprint() not in shared] for trial in self.trials]
+        return [stages for stages in own if stages]
+
+
+def plan_study(job: Job, axes: Mapping[str, Sequence[Any]]) -> Study:
+    """Every combination of the axes, without repeats, and the baselines that each of them is compared with."""
+    trials: dict[str, Trial] = {}
+
+    def add(params: Json, kind: str, card: Stage) -> None:
+        if not isinstance(card, Scorecard):
+            raise ConfigError(f"{job.path} returns a {card.type!r}; a study needs a recipe that returns a scorecard")
+        key = card.fingerprint()
+        if key not in trials:
+            trials[key] = Trial(f"t{len(trials):03d}-{key[:8]}", params, kind, card)
+
+    arms = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+    with fingerprints_held():
+        cards = [(arm, job.stage(**arm)) for arm in arms]
+        for arm, card in cards:
+            for kind, params, baseline in _baselines(arm, card):
+                add(params, kind, baseline)
+        for arm, card in cards:
+            add(arm, "augmented", card)
+    return Study(job, {k: list(v) for k, v in axes.items()}, list(trials.values()))
+
+
+def _baselines(arm: Json, card: Stage) -> Iterable[tuple[str, Json, Stage]]:
+    """BM25 and the frozen base, judged exactly as ``card`` judges its own retriever; none for runs of other systems."""
+    if not isinstance(card, Scorecard) or not all(_searches(e.search) for e in card.evaluations):
+        return
+
+    def with_search(change: Callable[[Stage], Stage]) -> Scorecard:
+        swapped = (e.model_copy(update={"search": change(e.search)}) for e in card.evaluations)
+        return card.model_copy(update={"evaluations": tuple(swapped)})
+
+    yield "bm25", {}, with_search(lambda search: _indexed(_searches(search)[0], miner=BM25(), trained=None))
+    frozen = {name: value for name, value in arm.items() if name == "base"}
+    yield "frozen", frozen, with_search(lambda search: _indexed(search, trained=None))
+
+
+def _searches(stage: Stage) -> list[Search]:
+    """The searches of an index that a search is, or that it puts together."""
+    if isinstance(stage, Search):
+        return [stage]
+    return [found for value in _several(stage).values() for inner in value for found in _searches(inner)]
+
+
+def _indexed(stage: Stage, **change: Any) -> Stage:
+    """A search, or what puts several together, with other fields of each ``Index``."""
+    if isinstance(stage, Search):
+        return stage.model_copy(update={"index": stage.index.model_copy(update=change)})
+    found = {name: tuple(_indexed(inner, **change) for inner in value) for name, value in _several(stage).items()}
+    return stage.model_copy(update=found)
+
+
+def _several(stage: Stage) -> dict[str, tuple[Stage, ...]]:
+    """The fields of a stage that hold several stages."""
+    held = {name: getattr(stage, name) for name in stage.__class__.model_fields}
+    return {n: v for n, v in held.items() if isinstance(v, tuple) and v and all(isinstance(x, Stage) for x in v)}

@@ -1,0 +1,211 @@
+"""Stage folders: committed by receipts, safe against a kill at any moment, against damage, and against a second writer."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import ClassVar
+
+import pyarrow.parquet as pq
+import pytest
+
+from dagr_ray.core import tables
+from dagr_ray.core.artifact import Artifact, Damaged, add_up
+from dagr_ray.core.build import materialize, survey
+from dagr_ray.core.placement import Placement, Pool
+from dagr_ray.core.stage import Output, Stage, StageFailed, load_stage, walk
+from dagr_ray.stages.sources import Beir, Sample
+from tests.conftest import tiny_beir
+
+LIGHT = Placement(light=Pool(workers=0, shard_rows=10))
+
+
+class Numbers(Stage):
+    """Writes ``n`` queries, one a row; ``bad`` of them fail."""
+
+    abstract: ClassVar[bool] = False
+    outputs: ClassVar[tuple[str, ...]] = ("queries", "rejected")
+    n: int = 100
+    bad: int = 0
+    calls: ClassVar[list[tuple[int, int]]] = []
+
+    def size(self, inputs):
+        return self.n
+
+    def open(self, inputs, folder, pool):
+        def run(start, stop):
+            self.calls.append((start, stop))
+            rows = [{"query_id": tables.mint("n", i), "text": f"row {i}"} for i in range(start, stop)]
+            errors = sum(i < self.bad for i in range(start, stop))
+            return Output({"queries": tables.table("queries", rows)}, counts={"in": stop - start, "errors": errors})
+
+        return run
+
+
+class Upper(Stage):
+    """Reads another stage."""
+
+    abstract: ClassVar[bool] = False
+    outputs: ClassVar[tuple[str, ...]] = ("queries",)
+    source: Stage
+
+    def open(self, inputs, folder, pool):
+        def run(start, stop):
+            rows = [{**row, "text": row["text"].upper()} for row in inputs["source"].read("queries").to_pylist()]
+            return Output({"queries": tables.table("queries", rows)}, counts={"in": len(rows), "out": len(rows)})
+
+        return run
+
+
+def ids(folder: Artifact) -> list[str]:
+    return folder.read("queries")["query_id"].to_pylist()
+
+
+def test_build_read_and_cache(tmp_path) -> None:
+    Numbers.calls.clear()
+    folder = materialize(Upper(source=Numbers()), str(tmp_path), LIGHT)
+    assert folder.count("queries") == 100
+    assert folder.slice("queries", 7, 9)["text"].to_pylist() == ["ROW 7", "ROW 8"]
+    assert len(Numbers.calls) == 10
+    materialize(Upper(source=Numbers()), str(tmp_path), LIGHT)
+    assert len(Numbers.calls) == 10
+    manifest = folder.manifest
+    assert manifest is not None
+    assert manifest["tables"]["queries"]["rows"] == 100
+    assert load_stage(folder) == Upper(source=Numbers())
+    source = Numbers().folder(str(tmp_path))
+    assert source.slice("queries", 18, 22)["text"].to_pylist() == ["row 18", "row 19", "row 20", "row 21"]
+
+
+def test_only_missing_shards_are_done_again(tmp_path) -> None:
+    runs = str(tmp_path)
+    before = ids(materialize(Numbers(), runs, LIGHT))
+    folder = Numbers().folder(runs)
+    Numbers.calls.clear()
+    (Path(folder.path) / "manifest.json").unlink()
+    (Path(folder.path) / "receipts" / "00003.json").unlink()
+    assert ids(materialize(Numbers(), runs, LIGHT)) == before
+    assert Numbers.calls == [(30, 40)]
+    assert len(folder.listing("attempts")) == 2
+
+
+@pytest.mark.parametrize("damage", ["delete", "truncate", "flip"])
+def test_damage_is_noticed_and_only_it_is_rebuilt(tmp_path, damage) -> None:
+    runs = str(tmp_path)
+    folder = materialize(Numbers(), runs, LIGHT)
+    before = ids(folder)
+    part = sorted((Path(folder.path) / "queries").iterdir())[4]
+    whole = part.read_bytes()
+    if damage == "delete":
+        part.unlink()
+    elif damage == "truncate":
+        part.write_bytes(whole[:-7])
+    else:
+        part.write_bytes(whole[:60] + bytes([whole[60] ^ 1]) + whole[61:])
+    found = next(iter(survey([Numbers()], runs, deep=True, repair=True)))
+    assert part.name in found.problem
+    Numbers.calls.clear()
+    assert ids(materialize(Numbers(), runs, LIGHT)) == before
+    assert Numbers.calls == [(40, 50)]
+    assert part.read_bytes() == whole
+
+
+def test_a_second_writer_of_a_shard_changes_nothing(tmp_path) -> None:
+    folder = Artifact(str(tmp_path), "twice")
+    one = tables.table("queries", [{"query_id": "a", "text": "first"}])
+    two = tables.table("queries", [{"query_id": "a", "text": "second"}])
+    first = folder.commit(0, {"queries": one}, {"counts": {}, "cost": {}})
+    second = folder.commit(0, {"queries": two}, {"counts": {}, "cost": {}})
+    assert first == second
+    assert not folder.damaged(deep=True)
+    assert pq.read_table(f"{folder.path}/{first['tables']['queries']['file']}")["text"].to_pylist() == ["first"]
+
+
+def test_too_many_errors_fail_the_stage_and_keep_its_shards(tmp_path) -> None:
+    with pytest.raises(StageFailed, match="2 of 100 rows failed"):
+        materialize(Numbers(bad=2), str(tmp_path), LIGHT)
+    folder = Numbers(bad=2).folder(str(tmp_path))
+    assert folder.manifest is None
+    assert len(folder.receipts()) == 10
+
+
+def test_shared_inputs_are_walked_once() -> None:
+    shared = Numbers()
+    found = walk(Upper(source=shared), Upper(source=Upper(source=Numbers())))
+    assert [stage.type for stage in found] == ["numbers", "upper", "upper"]
+
+
+def test_sums_of_nested_counts() -> None:
+    assert add_up({"a": 1, "r": {"x": 1}}, {"a": 2, "r": {"x": 1, "y": 5}}) == {"a": 3, "r": {"x": 2, "y": 5}}
+
+
+SLOW = textwrap.dedent("""
+    import sys, time
+    sys.path.insert(0, {tests!r})
+    import test_folders as t
+    from dagr_ray.core.build import materialize
+    plain = t.Numbers.open
+    def slow(self, inputs, folder, pool):
+        run = plain(self, inputs, folder, pool)
+        def each(start, stop):
+            time.sleep(0.1)
+            return run(start, stop)
+        return each
+    t.Numbers.open = slow
+    materialize(t.Numbers(), {runs!r}, t.LIGHT)
+    print(len(t.Numbers.calls))
+""")
+
+
+def _driver(runs: Path) -> subprocess.Popen[str]:
+    code = SLOW.format(tests=str(Path(__file__).parent), runs=str(runs))
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+
+
+def test_killed_driver_resumes_with_the_same_ids(tmp_path) -> None:
+    undisturbed = ids(materialize(Numbers(), str(tmp_path / "calm"), LIGHT))
+    runs = tmp_path / "killed"
+    folder = Numbers().folder(str(runs))
+    driver = _driver(runs)
+    while len(folder.receipts()) < 3:
+        time.sleep(0.02)
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.wait()
+    kept = len(folder.receipts())
+    assert 3 <= kept < 10
+    assert folder.manifest is None
+    again = _driver(runs)
+    out, _ = again.communicate(timeout=60)
+    assert int(out) == 10 - kept
+    assert ids(folder) == undisturbed
+
+
+def test_two_drivers_at_once_share_the_work(tmp_path) -> None:
+    drivers = [_driver(tmp_path), _driver(tmp_path)]
+    done = [int(driver.communicate(timeout=60)[0]) for driver in drivers]
+    assert sum(done) == 10
+    folder = Numbers().folder(str(tmp_path))
+    assert len(set(ids(folder))) == 100
+    assert not folder.damaged(deep=True)
+    assert json.loads((Path(folder.path) / "manifest.json").read_text())["tables"]["queries"]["rows"] == 100
+
+
+def test_a_flipped_bit_in_an_input_is_found_when_it_is_read_and_rebuilt(tmp_path):
+
+    corpus = Beir(path=str(tiny_beir(tmp_path / "set")))
+    folder = materialize(corpus, str(tmp_path / "runs"))
+    [part] = folder.manifest["tables"]["corpus"]["parts"]
+    file, rows = Path(folder.path, part["file"]), folder.read("corpus")
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 4
+    file.write_bytes(data)
+    assert folder.damaged() == {}, "of the same size: only its bytes tell"
+    with pytest.raises(Damaged, match="not as it was written"):
+        folder.read("corpus")
+    made = materialize(Sample(corpus=corpus, n=20), str(tmp_path / "runs"))
+    assert made.count("corpus") == 20
+    assert folder.read("corpus").equals(rows) and len(folder.revoked()) == 1

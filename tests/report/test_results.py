@@ -1,0 +1,182 @@
+"""The page of results: out of studies that are made up, with a seed that failed, steps of unequal size, and no teacher."""
+
+import argparse
+import re
+import subprocess
+
+import numpy as np
+import pytest
+
+from benchmarks import results
+from dagr_ray.core import tables
+from dagr_ray.core.artifact import Artifact
+from tests.conftest import tiny_beir
+from tests.support.studies import QUERIES, card, put
+
+RANDOM = np.random.default_rng(5)
+FROZEN = RANDOM.uniform(0.2, 0.8, QUERIES)
+NOISE = RANDOM.normal(0, 0.05, QUERIES)
+NOISE -= NOISE.mean()
+
+
+# pairs -> gain, a rung each; and people's share, for three of them
+GAINS = {8: 0.0, 16: 0.02, 17: 0.1, 24: 0.12}
+SHARES = {16: 0.0, 17: 0.5, 24: 1.0}
+
+
+def above(gain):
+    return (FROZEN + gain + NOISE).tolist()
+
+
+@pytest.fixture(scope="module")
+def studies(tmp_path_factory):
+    """(runs, studies): a ladder of both bases with two seeds, and one that failed; a study of sizes; one of people's shares."""
+    runs = str(tmp_path_factory.mktemp("results"))
+    sets = {"home": "beir-home", "away": "beir-away"}
+    for name in sets.values():
+        put(runs, name, {}, {"queries": tables.table("queries", [])}, {})
+    put(runs, "generate-none", {}, {"generations": tables.empty("generations")}, {})
+    put(runs, "mine-none", {"generations": "generate-none"}, {"examples": examples(40)}, {})
+    low, trials = (FROZEN - 0.15).tolist(), []
+
+    def add(kind, params, folder, **more):
+        trial = {"trial": f"t{len(trials):03d}", "params": params, "kind": kind, "state": "done", "error": None}
+        trials.append(trial | {"folder": folder, "stages": {folder: folder[-12:]}, "seconds": 2.0, **more})
+
+    def judged(name, home, away, trained=None):
+        return card(runs, f"scorecard-{name}", {"home": home, "away": away}, sets, trained)
+
+    add("bm25", {}, judged("bm25", [0.3] * QUERIES, [0.3] * QUERIES))
+    add("frozen", {"base": "minilm"}, judged("minilm", FROZEN.tolist(), FROZEN.tolist()))
+    add("frozen", {"base": "scratch"}, judged("scratch", low, low))
+    for (pairs, gain), rung in zip(GAINS.items(), results.RUNGS, strict=True):
+        put(runs, f"take-{pairs}", {"mined": "mine-none"}, {"examples": examples(pairs)}, {})
+        put(runs, f"train-{pairs}", {"examples": f"take-{pairs}"}, {}, {}, {"train_s": 1.0}, price=0.01)
+        for seed in (0, 1):
+            away = above(-0.1 if rung == "filters" else 0.0)
+            made = judged(f"{pairs}-{seed}", above(gain + 0.001 * seed), away, f"train-{pairs}")
+            for base in results.BASES:
+                params = {"base": base, "generator": "crop", "volume": pairs, "rung": rung, "human": 0.0, "seed": seed}
+                add("augmented", params, made)
+    add("augmented", {**trials[-1]["params"], "seed": 2}, "scorecard-none", state="failed", error="no memory")
+
+    def study(name, change):
+        changed = [change(trial, dict(trial["params"])) for trial in trials]
+        described = {"name": "made", "job": "jobs/made.py", "axes": {}, "created": 1.8e9, "machine": {}, "wall_s": 60.0}
+        kept = [trial for trial in changed if trial is not None]
+        Artifact(runs, f"study-{name}").write_json("study.json", described | {"trials": kept})
+        return {"folder": f"study-{name}", "commit": "abc1234"}
+
+    def sized(trial, params):
+        more = {"rung": "filters"} if trial["kind"] == "augmented" else {}
+        return {**trial, "params": params | more} if params.get("seed", 0) == 0 else None
+
+    def mixed(trial, params):
+        if params.get("seed", 0) or params.get("base") == "scratch" or params.get("volume") == 8:
+            return None
+        more = {"human": SHARES[params["volume"]], "volume": 16} if trial["kind"] == "augmented" else {}
+        return {**trial, "params": params | more}
+
+    ladder = study("ladder", lambda trial, _: trial)
+    return runs, {"home/ladder": ladder, "home/scale": study("scale", sized), "home/human": study("human", mixed)}
+
+
+def examples(n):
+    return tables.table(
+        "examples", [{"query_id": f"q{i}", "positive_id": "d", "negative_ids": ["e"]} for i in range(n)]
+    )
+
+
+@pytest.fixture(scope="module")
+def page(studies):
+    return results.page(*studies, tried="## What was tried besides\n\nNothing.\n")
+
+
+def rows(page, title):
+    """The cells of the first table after a title."""
+    table = page.split(title, 1)[1].split("| commit |", 1)[1].split("\n\n", 1)[0].splitlines()[2:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+
+
+def test_the_ladder_has_bm25_the_frozen_bases_and_each_step_with_seconds_and_cost(page):
+    found = rows(page, "### home")
+    steps = list(results.STEPS.values())
+    assert [(cells[0], cells[1]) for cells in found] == [
+        ("", "BM25"), *((base, step) for base in results.BASES for step in ("frozen", *steps)),
+    ]  # fmt: skip
+    assert {len(cells) for cells in found} == {14}
+    assert all(re.fullmatch(r"[\d.]+ s|\d+ min.*", cells[11]) and cells[13] == "`abc1234`" for cells in found)
+    last = found[5]
+    assert last[2:4] == ["24", f"{np.mean(FROZEN) + 0.1205:.3f}"], "the seed that failed counts for nothing"
+    assert last[4].startswith("**+0.120**") or last[4].startswith("**+0.121**")
+    assert "8 (+ generated queries, in-batch), 16 (+ mined negatives), 17 (+ teacher's scores), 24 (+ filters)." in page
+
+
+def test_where_the_last_step_wins_and_loses_is_said_in_words(page):
+    assert re.search(
+        r"beats its frozen self significantly on 1 of the 1 collections.*home \(\+0\.12\d, p < 0\.001\)", page
+    )
+    assert re.search(
+        r"Of 1 collections out of distribution it loses significantly on 1: away after home \(−0\.\d", page
+    )
+    assert page.rstrip().endswith("Nothing.")
+
+
+def test_a_step_is_tested_against_the_one_before_after_correction(page):
+    before = {cells[1]: (cells[6], cells[7]) for cells in rows(page, "### home") if cells[0] == "minilm"}
+    assert before["frozen"] == ("", "")
+    assert before["+ teacher's scores"][0].startswith("**+0.080**") and before["+ teacher's scores"][1] == "< 0.001"
+    one, two, three = results.gaps([NOISE + shift for shift in (0.0, 0.0121, 0.1)])
+    assert one["p_holm"] == 1 and three["p_holm"] == pytest.approx(3 * three["p"])
+    assert two["p"] < 0.05 < two["p_holm"] == pytest.approx(2 * two["p"]) and two["delta_low"] > 0
+    assert "**" not in results.told(two)
+
+
+def test_volumes_and_peoples_pairs_have_corrected_tests(page):
+    sizes = rows(page, "## What a base gains")
+    assert [cells[1] for cells in sizes] == ["8", "16", "17", "24"] and {len(cells) for cells in sizes} == {11}
+    assert all(cells[6].startswith("**+0.150**") and cells[7] == "< 0.001" for cells in sizes)
+    people = rows(page, "## People's pairs")
+    assert [cells[1] for cells in people] == ["generated", "50% people's", "people's"] and {len(c) for c in people} == {
+        11
+    }
+    assert people[0][6:8] == ["", ""] and people[1][6].startswith("**+0.080**") and people[1][7] == "< 0.001"
+
+
+def test_people_and_generated_pairs_are_as_many(tmp_path):
+    root = tiny_beir(tmp_path / "set")
+    lines = [f"q{i}\td{i}\t{i % 2}" for i in range(20)]
+    given = {
+        "seeds": 2,
+        "quick_start": True,
+        "outside": None,
+        "parts": ["human", "ladder"],
+        "passages": 900,
+        "samples": 3,
+    }
+    given |= {"more": ["generator=crop"], "volume": 12, "quick_volume": 8, "human_volume": None}
+    args = argparse.Namespace(**given, data=[str(root), "/other"])
+    assert [(label, part) for label, part, _ in results.planned(args) if label == "set"] == [("set", "ladder")]
+    (root / "qrels" / "train.tsv").write_text("\n".join(["query-id\tcorpus-id\tscore", *lines]) + "\n")
+    words = {(label, part): words for label, part, words in results.planned(args)}
+    assert {"volume=7", "human=0,0.5,1", "seed=0,1", "ood=/other"} < set(words["set", "human"]), "3/4 of 10"
+    assert {"volume=8", "passages=640"} < set(words["pydocs-stdlib", "ladder"])
+    args.outside = ["/third"]
+    assert all("ood=/third" in words for label, _, words in results.planned(args) if label == "set")
+
+
+def test_pages_do_not_make_a_commit_another(tmp_path):
+    def git(*words):
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=tmp_path, check=True)
+
+    for name in ("docs/results.md", "benchmarks/x.md", "code.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("a")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "all")
+    for name in ("docs/results.md", "benchmarks/x.md"):
+        (tmp_path / name).write_text("b")
+    clean = results.commit(tmp_path)
+    (tmp_path / "code.py").write_text("b")
+    assert re.fullmatch(r"[0-9a-f]+", clean) and results.commit(tmp_path) == f"{clean}+"
