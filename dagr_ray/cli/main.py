@@ -158,9 +158,10 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     code = 1
     try:
         make_absolute(args)
-        from dagr_ray.cli import results, run
+        from dagr_ray.cli import inspect, results, run
 
-        code = (getattr(run, args.verb, None) or getattr(results, args.verb))(args) or 0
+        verbs = next(module for module in (run, inspect, results) if hasattr(module, args.verb))
+        code = getattr(verbs, args.verb)(args) or 0
     except KeyboardInterrupt:
         stops.end()
     except Exception as error:
