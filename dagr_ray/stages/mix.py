@@ -100,14 +100,10 @@ class Blend(Stage):
         >>> of(n=100), of(n=100, temperature=2), of(n=100, weights=(1, 1)), of(weights=(1, 3)), of()
         ([90, 10], [75, 25], [50, 50], [33, 100], [900, 100])
         """
-        weights = np.array(self.weights or [count ** (1 / self.temperature) if count else 0 for count in there], float)
-        if not weights.sum():
+        weights = self.weights or [count ** (1 / self.temperature) if count else 0 for count in there]
+        if not sum(weights):
             return [0] * len(there)
-        share = weights / weights.sum()
-        total = self.n
-        if total is None:
-            total = int(min(t / s for t, s in zip(there, share, strict=True) if s) + 1e-9)
-        return _dealt(share, total)
+        return apportion(weights, self.n or _most(weights, there))
 
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
         def run(start: int, stop: int) -> Output:
@@ -150,16 +146,29 @@ class Blend(Stage):
         return run
 
 
-def _dealt(share: np.ndarray, total: int) -> list[int]:
-    """``total`` seats by Webster's method (Sainte-Lague): one more in all never takes one from anybody."""
-    # rounding is Webster's for some number of seats near the total; a hair below, so that only the turns decide on ties
-    seats = np.floor(share * total + 0.5 - 1e-9).astype(int)
-    while seats.sum() < total:
-        seats[np.argmax(share / (seats + 0.5))] += 1
-    while seats.sum() > total:
-        last = np.where(seats > 0, share / np.maximum(seats - 0.5, 0.5), np.inf)
-        seats[len(seats) - 1 - np.argmin(last[::-1])] -= 1
-    return [int(k) for k in seats]
+def apportion(weights: Sequence[float], total: int) -> list[int]:
+    """``total`` places shared out by ``weights``, one after another (Webster's method, Sainte-Laguë).
+
+    The next place goes to the source with the largest ``weight / (places + 1/2)``, the first one in a tie. So a larger
+    total takes no place from any source: a smaller mixture lies inside a larger one of the same weights. No weight may be
+    below 0, and not all of them 0.
+
+    >>> apportion((6, 6, 2), 10), apportion((6, 6, 2), 11)
+    ([5, 4, 1], [5, 5, 1])
+    """
+    share = np.asarray(weights, float) / sum(weights)
+    # Rounding gives Webster's places for some smaller total. Two places a source are left, and are enough to settle ties.
+    places = np.floor(share * max(total - 2 * len(share), 0) + 0.5).astype(int)
+    for _ in range(total - int(places.sum())):
+        places[np.argmax(share / (places + 0.5))] += 1
+    return [int(k) for k in places]
+
+
+def _most(weights: Sequence[float], there: Sequence[int]) -> int:
+    """How many there are in all if no source of so many gives more than it has."""
+    return int(
+        min(count * sum(weights) / weight for count, weight in zip(there, weights, strict=True) if weight) + 1e-9
+    )
 
 
 def _drawn(query_ids: Sequence[str], doc_ids: Sequence[str], seed: int) -> list[int]:
@@ -201,13 +210,15 @@ class _Queries:
 class Mix(Stage):
     """The selected queries of several arms, by weight: ``n`` in all, of which arm ``i`` gives its share of ``weights``.
 
-    Without ``weights`` all arms weigh alike, without ``n`` as many are taken as the weights allow. Drawn by hash, so that
-    a smaller mixture lies inside a larger one of the same weights. An arm that has too few gives all it has, and ``short``
-    counts what is missing: it is not made up by the others, because then the weights would not be those that were asked
-    for. To mix by budget, give arms that stop at a cost (``Reach`` with ``max_cost``) and no weights and no ``n``.
+    Without ``weights`` all arms weigh alike, without ``n`` as many are taken as the weights allow. Queries are drawn by
+    hash and places are shared out by ``apportion``, so that a smaller mixture lies inside a larger one of the same weights.
+    An arm that has too few gives all it has, and ``short`` counts what is missing: the others do not make it up, because
+    then the weights would not be the given ones. To mix by budget, give arms that stop at a cost (``Reach`` with
+    ``max_cost``) and no weights and no ``n``.
     """
 
     abstract: ClassVar[bool] = False
+    version: ClassVar[int] = 2  # shares by Webster's method
     outputs: ClassVar[tuple[str, ...]] = ("queries", "qrels", "lineage")
     arms: tuple[Stage, ...]
     weights: tuple[Annotated[float, Field(ge=0)], ...] | None = None
@@ -239,14 +250,8 @@ class Mix(Stage):
         """
         if self.n is None and self.weights is None:
             return list(there)
-        weights = np.array(self.weights or [1.0] * len(self.arms)) / sum(self.weights or [1.0] * len(self.arms))
-        total = self.n or int(min(t / w for t, w in zip(there, weights, strict=True) if w) + 1e-9)
-        # largest remainders, the first arm first
-        exact = weights * total
-        found = np.floor(exact + 1e-9).astype(int)
-        for i in sorted(range(len(found)), key=lambda i: (found[i] - exact[i], i))[: total - int(found.sum())]:
-            found[i] += 1
-        return [int(k) for k in found]
+        weights = self.weights or [1.0] * len(self.arms)
+        return apportion(weights, self.n or _most(weights, there))
 
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
         def run(start: int, stop: int) -> Output:

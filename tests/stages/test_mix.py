@@ -1,9 +1,11 @@
 """Mixtures by weight nest and add up; what queries are like is measured as arithmetic says."""
 
 import doctest
+import math
 
 import numpy as np
 import pytest
+from hypothesis import assume, given, settings, strategies as st
 
 from dagr_ray.core.build import materialize
 from dagr_ray.core.config import ConfigError
@@ -59,6 +61,31 @@ def test_a_mixture_has_its_weights_and_every_row_its_strategy(tmp_path):
     assert len(ids(materialize(Mix(arms=arms), str(tmp_path), HERE))) == 160
     other = materialize(Mix(arms=arms, weights=(5, 3, 2), n=40, seed=1), str(tmp_path), HERE)
     assert set(ids(other)) != set(ids(made[40]))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.one_of(st.integers(0, 9), st.floats(0, 1e6, allow_subnormal=False)), min_size=1, max_size=8),
+    st.integers(1, 300),
+)
+def test_a_larger_total_takes_no_place_from_any_source(weights, total):
+    assume(sum(weights) > 1e-9)
+    smaller, larger = (mix.apportion(weights, n) for n in (total, total + 1))
+    assert (sum(smaller), sum(larger)) == (total, total + 1)
+    assert all(few <= more for few, more in zip(smaller, larger, strict=True))
+    # by weight: within one place of the exact share, but for what ties of many small sources move
+    exact = [total * weight / sum(weights) for weight in weights]
+    assert all(places >= math.floor(share - len(weights) / 2) for places, share in zip(smaller, exact, strict=True))
+
+
+@pytest.mark.parametrize("weights", [(6, 6, 2), (0.5, 0.3, 0.2), (1, 1, 1, 1)])
+def test_a_mixture_holds_every_smaller_one(tmp_path, weights):
+    arms = tuple(arm(f"arm{i}", 40) for i in range(len(weights)))
+    before: set[str] = set()
+    for n in range(9, 14):
+        now = set(ids(materialize(Mix(arms=arms, weights=weights, n=n), str(tmp_path), HERE)))
+        assert len(now) == n and before < now
+        before = now
 
 
 def test_weights_that_do_not_fit_are_refused():
