@@ -34,12 +34,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.default_table import write_table
-from dagr_ray.core import ray_start
+from dagr_ray.core import environment, ray_start
 from dagr_ray.core.build import materialize
 from dagr_ray.core.placement import Placement, load_placement
 from dagr_ray.core.tables import seed_of
 from dagr_ray.engines import Sampling
-from dagr_ray.engines._vllm_arguments import ENVIRONMENT
 from dagr_ray.engines.vllm import VLLM, start
 from dagr_ray.quickstart.models import smollm2
 from dagr_ray.stages.exemplars import Exemplars
@@ -178,11 +177,11 @@ def ray_data_llm(stage: Generate, runs: str, placement: Placement) -> dict[str, 
     pool = placement.generate
     assert isinstance(stage.engine, VLLM)
     options = stage.engine.arguments(pool)
-    environment = {name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()}
+    variables = {name: os.environ.get(name, value) for name, value in environment.VLLM.items()}
     config = vLLMEngineProcessorConfig(
         model_source=options.pop("model"),
         engine_kwargs=options,
-        runtime_env={"env_vars": environment},
+        runtime_env={"env_vars": variables},
         placement_group_config=None if pool.gpus else {"bundles": [{"CPU": 1}]},
         concurrency=1,
         batch_size=64,

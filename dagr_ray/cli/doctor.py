@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from dagr_ray.core import environment
 from dagr_ray.core.config import ConfigError
 from dagr_ray.core.terminal import say
 from dagr_ray.packages import _found, _nvidia, _pip, pip_install
@@ -186,7 +187,7 @@ def probe_ray() -> str:
     import ray.train
     import ray.tune
 
-    address = os.environ.get("RAY_ADDRESS")
+    address = environment.get("RAY_ADDRESS")
     return f"{ray.__version__}, " + (
         f"RAY_ADDRESS={address}" if address else "on this machine (RAY_ADDRESS is not set)"
     )
@@ -196,7 +197,7 @@ def probe_mlflow() -> str:
     """MLflow's store: the server of MLFLOW_TRACKING_URI, or a new SQLite store as a run makes it."""
     import mlflow
 
-    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    uri = environment.get("MLFLOW_TRACKING_URI")
     if uri.startswith(("http://", "https://")):
         from urllib.error import HTTPError
         from urllib.request import urlopen
@@ -275,7 +276,7 @@ def _in_process(name: str) -> Check:
         with tempfile.TemporaryDirectory(prefix="dagr-doctor-") as folder:
             done = subprocess.run(
                 command,
-                env=os.environ | quiet | {"TMPDIR": folder},
+                env=environment.with_values(quiet | {"TMPDIR": folder}),
                 capture_output=True,
                 text=True,
                 errors="replace",

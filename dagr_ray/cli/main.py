@@ -23,6 +23,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from dagr_ray.core import environment
 from dagr_ray.core.terminal import Parser, Shown, say
 
 VERBS = {
@@ -71,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
             help="the largest share of truncated, cut_off, unparsed or copied rows with which a canary passes",
         )  # fmt: skip
     for name in ("check", "run", "study", "ls", "show", "bill", "trace", "report", "compare", "export", "annotate"):
-        default = os.environ.get("DAGR_RUNS", "runs")
+        default = environment.get("DAGR_RUNS")
         made[name].add_argument("--runs", default=default, help="folder or URI of the results (default: %(default)s)")
     for name in ("check", "ls", "show", "bill", "report", "compare", "trace", "doctor", "annotate"):
         made[name].add_argument("--json", action="store_true", help="print JSON")
@@ -105,7 +106,7 @@ def parser() -> argparse.ArgumentParser:
     )
     made["export"].add_argument("--format", choices=("beir", "sentence-transformers", "trec"), default="beir")
     _annotate(made["annotate"])
-    made["track"].add_argument("runs", nargs="?", default=os.environ.get("DAGR_RUNS", "runs"), help="runs folder")
+    made["track"].add_argument("runs", nargs="?", default=environment.get("DAGR_RUNS"), help="runs folder")
     return top
 
 
@@ -242,21 +243,12 @@ class _Stops:
 
 def _calm() -> None:
     """One line per message of ours, and quiet from the libraries; DAGR_DEBUG=1 shows all."""
-    debug = bool(os.environ.get("DAGR_DEBUG"))
+    debug = environment.debug()
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(Shown("%(message)s"))
     logging.basicConfig(level=logging.INFO if debug else logging.ERROR, handlers=[handler])
     logging.getLogger("dagr").setLevel(logging.INFO if debug else logging.WARNING)
-    for name, value in {
-        "RAY_DEDUP_LOGS": "0",
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "PYTHONWARNINGS": "ignore",
-        "PYTHONUTF8": "1",  # of workers: libraries there write files, whatever the terminal's encoding
-    }.items():
-        os.environ.setdefault(name, value)
+    environment.set_defaults(environment.COMMAND)
     if not debug:
         import warnings
 
@@ -265,7 +257,7 @@ def _calm() -> None:
 
 def _explain(error: Exception) -> int:
     """Prints one line for an error that a user can act on; a traceback for a defect. Returns the exit code."""
-    if os.environ.get("DAGR_DEBUG"):
+    if environment.debug():
         say("".join(traceback.format_exception(error)), to=sys.stderr, end="")
         return 1
     from dagr_ray.core import blame
@@ -368,7 +360,7 @@ def _use_utf8() -> None:
     Libraries write their files in the locale's encoding, and Arrow knows paths in UTF-8 alone. What is printed keeps the
     terminal's encoding.
     """
-    if sys.getfilesystemencoding() == "utf-8" or os.environ.get("PYTHONUTF8") == "1":
+    if sys.getfilesystemencoding() == "utf-8" or environment.get("PYTHONUTF8") == "1":
         return
     os.environ["PYTHONUTF8"] = "1"
     os.environ["PYTHONIOENCODING"] = f"{sys.stdout.encoding}:backslashreplace"

@@ -15,10 +15,9 @@ from urllib.parse import unquote, urlsplit
 
 from pydantic import AfterValidator, Field
 
+from dagr_ray.core import environment
 from dagr_ray.core.config import ConfigError
 
-# Variables that name a folder, and that workers read too.
-ENVIRONMENT = ("TMPDIR", "RAY_TMPDIR", "HOME", "HF_HOME", "DAGR_CACHE", "DAGR_SCRATCH")
 NAME_LENGTH = 40
 NAME_BYTES = 120
 
@@ -83,7 +82,7 @@ ModelName = Annotated[str, Field(min_length=1), AfterValidator(model_named)]
 
 def make_environment_absolute() -> None:
     """Makes the folders absolute that the environment names: workers inherit it, and stand elsewhere."""
-    for name in ENVIRONMENT:
+    for name in environment.FOLDERS:
         if os.environ.get(name):
             os.environ[name] = absolute(os.environ[name])
 

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from dagr_ray.core import environment
 from dagr_ray.core.config import ConfigError
 from dagr_ray.core.job_imports import send_whole
 from dagr_ray.core.placement import Pool
@@ -105,7 +106,7 @@ def memory_is_short() -> bool:
     from ray._common.utils import get_system_memory
     from ray._private.utils import get_used_memory
 
-    share = float(os.environ.get("RAY_memory_usage_threshold", "0.95"))  # noqa: SIM112  Ray's own setting and default
+    share = float(environment.get("RAY_memory_usage_threshold"))
     return get_used_memory() >= 0.95 * share * get_system_memory()
 
 

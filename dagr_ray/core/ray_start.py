@@ -14,6 +14,7 @@ import threading
 import time
 from typing import Any
 
+from dagr_ray.core import environment
 from dagr_ray.core.config import ConfigError
 from dagr_ray.core.job_imports import send_whole
 from dagr_ray.core.storage import own_temporary
@@ -30,7 +31,7 @@ _drawn_tokens: set[str] = set()
 
 def is_alone() -> bool:
     """Whether Ray was started by a driver of ours for itself: it ends with that driver, and has no dashboard to ask."""
-    return ALONE in os.environ
+    return bool(environment.get(ALONE))
 
 
 def connect(address: str | None = None) -> None:
@@ -42,7 +43,7 @@ def connect(address: str | None = None) -> None:
     # The JVM (Lucene) and Ray both claim SIGSEGV; without this a harmless JVM signal ends the process.
     os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
     source = "--address" if address else "RAY_ADDRESS"
-    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    address = address or environment.get("RAY_ADDRESS") or "local"
     if address == "local":
         # Read by Ray at import: a head for this machine alone, whose every port is on 127.0.0.1.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
@@ -69,7 +70,7 @@ def connect(address: str | None = None) -> None:
         return
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     os.environ.pop(ALONE, None)
-    if address != "local" and os.environ.get("RAY_AUTH_TOKEN") in _drawn_tokens:
+    if address != "local" and environment.get("RAY_AUTH_TOKEN") in _drawn_tokens:
         from ray._raylet import AuthenticationTokenLoader
 
         del os.environ["RAY_AUTH_TOKEN"]  # one that was inherited stays: it may be what the cluster asks for
@@ -91,7 +92,7 @@ def _start(address: str, options: dict[str, Any]) -> None:
     """``ray.init``, whose own handlers of SIGTERM end the program with code 15 and without a word."""
     import ray
 
-    if not os.environ.get("DAGR_DEBUG"):
+    if not environment.debug():
         # It prints a page about each worker that died, on standard output, into what a verb prints as JSON.
         ray._private.worker.listen_error_messages = lambda worker, stopped: None
     here = threading.current_thread() is threading.main_thread()
@@ -112,7 +113,7 @@ def _sessions() -> str:
 
     Raises ConfigError if there is no place for it.
     """
-    places = [os.environ.get("RAY_TMPDIR"), tempfile.gettempdir(), "/tmp"]
+    places = [environment.get("RAY_TMPDIR"), tempfile.gettempdir(), "/tmp"]
     for place in places:
         if place:
             with contextlib.suppress(OSError):

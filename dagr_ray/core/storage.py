@@ -20,6 +20,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+from dagr_ray.core import environment
 from dagr_ray.core.config import ConfigError, digest
 from dagr_ray.core.paths import absolute, is_uri
 
@@ -90,7 +91,7 @@ def scratch() -> str:
 
     DAGR_SCRATCH, or a folder below it if others may write there too; else ``user_cache``. Raises ConfigError.
     """
-    given = os.environ.get("DAGR_SCRATCH")
+    given = environment.get("DAGR_SCRATCH")
     return _given(os.path.realpath(os.path.expanduser(given))) if given else user_cache()
 
 
@@ -120,7 +121,7 @@ def _given(folder: str) -> str:
 
 def _cache_folders() -> Iterator[str]:
     """By the XDG base directory specification, which has relative paths ignored."""
-    base, home = os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~")
+    base, home = environment.get("XDG_CACHE_HOME"), os.path.expanduser("~")
     if os.path.isabs(base):
         yield os.path.join(base, "dagr")
     # another user's HOME (`sudo -E`) is that user's to fill

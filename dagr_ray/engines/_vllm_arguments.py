@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 import sys
 import typing
 from collections.abc import Mapping
@@ -13,17 +12,11 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from dagr_ray.core import environment
 from dagr_ray.core.config import ConfigError
 from dagr_ray.core.placement import Pool
 
 # Read by vLLM when it is imported or started. What the user has set stands.
-ENVIRONMENT = {
-    "VLLM_NO_USAGE_STATS": "1",
-    "DO_NOT_TRACK": "1",
-    "VLLM_LOGGING_LEVEL": "ERROR",  # its warnings at the start of a CPU engine are many and all about what is set here
-    "TOKENIZERS_PARALLELISM": "false",
-    "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait: 4 times slower where the cores are shared
-}
 
 # How fast, never what: these belong into the placement. Everything else is part of the engine's fingerprint.
 SPEED = frozenset(
@@ -70,8 +63,7 @@ ELSEWHERE = {
 
 def prepare_environment() -> None:
     """Sets what vLLM reads when it is imported, where the user has not."""
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    environment.set_defaults(environment.VLLM)
 
 
 def check_arguments(given: Mapping[str, Any], placement: bool) -> None:

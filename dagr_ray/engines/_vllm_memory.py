@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -13,6 +12,7 @@ from typing import Any
 
 import psutil
 
+from dagr_ray.core import environment
 from dagr_ray.core.config import ConfigError
 
 GIB = 1 << 30
@@ -159,5 +159,5 @@ def cache_on_cpu(arguments: Mapping[str, Any]) -> int:
     """Bytes of the KV cache on a CPU: from the placement, else the environment, else 2 GiB."""
     if arguments.get("kv_cache_memory_bytes"):
         return int(arguments["kv_cache_memory_bytes"])
-    space = os.environ.get("VLLM_CPU_KVCACHE_SPACE", "")
+    space = environment.get("VLLM_CPU_KVCACHE_SPACE")
     return int(space) * GIB if space.isdigit() else CACHE_ON_CPU

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import json
 import math
-import os
 import random
 import re
 import threading
@@ -22,7 +21,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from dagr_ray.core import special_tokens, tables
+from dagr_ray.core import environment, special_tokens, tables
 from dagr_ray.core.config import ConfigError
 from dagr_ray.core.placement import Pool, Prices, TokenPrices
 from dagr_ray.core.storage import local_folder
@@ -188,7 +187,7 @@ def _special_tokens(folder: str) -> frozenset[str]:
 
 def _key(name: str | None) -> str | None:
     """The key in the environment variable ``name``. Raises ConfigError, which never shows it."""
-    key = os.environ.get(name, "").strip() if name else None
+    key = environment.key(name) if name else None
     if key == "":
         raise ConfigError(
             f"openai: the environment variable {name} (api_key_env) is not set; export it before the run, on every node"

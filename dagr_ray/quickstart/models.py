@@ -12,6 +12,7 @@ from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
+from dagr_ray.core import environment
 from dagr_ray.core.config import ConfigError
 from dagr_ray.core.storage import user_cache
 from dagr_ray.core.terminal import say
@@ -31,8 +32,8 @@ def cache_dir() -> Path:
     """DAGR_CACHE, else ``.cache/dagr`` beside the environment of a checkout that this user may write or that has it already,
     else the user's own (``store.user_cache``).
     """
-    if os.environ.get("DAGR_CACHE"):
-        return Path(os.environ["DAGR_CACHE"]).expanduser().absolute()
+    if given := environment.get("DAGR_CACHE"):
+        return Path(given).expanduser().absolute()
     checkout = Path(sys.prefix).parent
     if sys.prefix != sys.base_prefix and (checkout / "pyproject.toml").is_file():
         place = checkout / ".cache" / "dagr"

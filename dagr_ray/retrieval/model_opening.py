@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dagr_ray.core import environment
 from dagr_ray.core.config import ConfigError, digest, from_json
 from dagr_ray.core.terminal import say
 from dagr_ray.quickstart import models
@@ -33,7 +34,7 @@ TEXTS = ("a text", "Another, somewhat longer: 12 words, 3 signs and a name, Zoë
 
 def check(encoders: Iterable[Encoder]) -> None:
     """Raises ConfigError where one of the encoders does not open. Hub ids and folders over 2 GiB are not tried."""
-    found = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    found = [str(Path(__file__).parents[2]), *filter(None, [environment.get("PYTHONPATH")])]
     for encoder in {each.fingerprint(): each for each in encoders if each.local}.values():
         sizes = [path.stat().st_size for path in encoder.folder.rglob("*.safetensors")]
         mark = models.cache_dir() / "opened" / digest(encoder.identity())
@@ -43,7 +44,7 @@ def check(encoders: Iterable[Encoder]) -> None:
             done = subprocess.run(
                 # -P: nothing is imported from the folder in which the user stands
                 [sys.executable, "-P", "-m", "dagr_ray.retrieval.model_opening"],
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(found)},
+                env=environment.with_values({"PYTHONPATH": os.pathsep.join(found)}),
                 input=json.dumps(encoder.to_json()), capture_output=True, text=True, timeout=PATIENCE_S, check=False,
             )  # fmt: skip
         except subprocess.TimeoutExpired as late:

@@ -24,6 +24,7 @@ from urllib.parse import quote
 import psutil
 
 from dagr_ray import __version__
+from dagr_ray.core import environment
 from dagr_ray.core.artifact import Artifact, Json
 from dagr_ray.core.config import digest
 from dagr_ray.core.markdown import markdown
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-# Seconds that a server may take to answer, and how often it is asked again.
-TIMEOUT_S, RETRIES = 10, 1
 LOCK_S = 30
 STUDY, TRIAL, COMPLETE = "dagr.study", "dagr.trial", "dagr.complete"
 SEEN = "dagr.seen"  # a digest of what was logged
@@ -57,7 +56,7 @@ class Mirrored:
 def store(runs: str) -> str | None:
     """Where runs are logged: MLFLOW_TRACKING_URI, else a SQLite file in a runs folder on this machine's disk."""
     folder = Artifact(runs, "mlflow.db")
-    return os.environ.get("MLFLOW_TRACKING_URI") or (_sqlite(folder.path) if folder.local else None)
+    return environment.get("MLFLOW_TRACKING_URI") or (_sqlite(folder.path) if folder.local else None)
 
 
 def _sqlite(path: str) -> str:
@@ -77,11 +76,7 @@ def mirror(runs: str, study_folder: str, uri: str | None = None) -> Mirrored:
     if uri is None:
         result.problem = f"runs folder {runs!r} is not on this machine's disk; set MLFLOW_TRACKING_URI to a server"
         return result
-    # one set by hand stands
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(TIMEOUT_S))
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", str(RETRIES))
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    environment.set_defaults(environment.MLFLOW)
     try:
         with _alone(runs, uri):
             from mlflow import MlflowClient

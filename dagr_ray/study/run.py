@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dagr_ray.core import blame, job_imports
+from dagr_ray.core import blame, environment, job_imports
 from dagr_ray.core.artifact import Artifact, Json
 from dagr_ray.core.attempt import Observer, Progress
 from dagr_ray.core.build import materialize, survey
@@ -146,7 +146,7 @@ def _tune(
 ) -> None:
     from ray import tune
 
-    if not os.environ.get("DAGR_DEBUG"):
+    if not environment.debug():
         logging.getLogger("ray.tune").setLevel(
             logging.CRITICAL
         )  # its pages about a trial that failed: the reason is told below

@@ -12,7 +12,7 @@ import sqlalchemy
 
 from dagr_ray import report
 from dagr_ray.cli import main, run
-from dagr_ray.core import paths
+from dagr_ray.core import environment, paths
 from dagr_ray.core.artifact import Artifact
 from dagr_ray.core.config import ConfigError
 from dagr_ray.core.storage import filesystem
@@ -39,7 +39,7 @@ ODD = [
 
 def check(monkeypatch, *words: str) -> int:
     """``dagr check`` in this process; the exit code."""
-    for name in paths.ENVIRONMENT:
+    for name in environment.FOLDERS:
         if name in os.environ:
             monkeypatch.setenv(name, os.environ[name])
     args, late = main.parser().parse_known_args(["check", *words])

@@ -14,11 +14,11 @@ from urllib.request import Request, urlopen
 
 import pytest
 
+from dagr_ray.core import environment
 from dagr_ray.core.build import materialize
 from dagr_ray.core.config import ConfigError
 from dagr_ray.core.placement import Pool
 from dagr_ray.engines import openai as module, paid
-from dagr_ray.engines._vllm_arguments import ENVIRONMENT
 from dagr_ray.engines.crop import CropEngine
 from dagr_ray.engines.openai import OpenAIServer
 from dagr_ray.prompts import Passage, Prompt
@@ -41,7 +41,7 @@ def serve(port, log):
     more = {"VLLM_API_KEY": KEY, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": threads, "VLLM_CPU_KVCACHE_SPACE": "1"}
     return subprocess.Popen(
         [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *words.split(), str(smollm2())],
-        env=os.environ | ENVIRONMENT | more,
+        env=os.environ | environment.VLLM | more,
         stdout=log,
         stderr=log,
         start_new_session=True,

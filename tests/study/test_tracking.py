@@ -167,7 +167,6 @@ def test_two_processes_at_once_log_one_set(made) -> None:
 
 
 def test_a_server_that_never_answers_costs_little_time_and_no_exception(made, monkeypatch) -> None:
-    monkeypatch.setattr(mlflow_mirror, "TIMEOUT_S", 2)
     for name in ("MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_HTTP_REQUEST_MAX_RETRIES"):
         monkeypatch.setenv(name, "1")
     with socket.socket() as server:
