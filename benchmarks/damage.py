@@ -39,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.default_table import write_table
 from dagr_ray.cli import inspect
 from dagr_ray.core.artifact import Damaged
-from dagr_ray.core.build import materialize, survey
+from dagr_ray.core.build import materialize, plan
 from dagr_ray.core.config import ConfigError, digest
 from dagr_ray.core.placement import Placement, Pool
 from dagr_ray.core.stage import Stage, StageFailed, walk
@@ -247,7 +247,7 @@ def run(stages: list[Stage], runs: str) -> dict[str, str]:
     made = [materialize(stage, runs, PLACEMENT) for stage in stages]
     found = {f"{each.name}/{name}": digest(each.read(name).to_pylist()) for each in made for name in each.table_names()}
     # what nothing reads any more may stay damaged until somebody looks
-    list(survey(stages, runs, deep=True, repair=True))
+    list(plan(stages, runs, deep=True, repair=True))
     for stage in stages:
         materialize(stage, runs, PLACEMENT)
     return {f"at once {name}": value for name, value in found.items()} | tables(stages, runs)
@@ -265,7 +265,7 @@ def look(stages: list[Stage], runs: str, rng: random.Random) -> None:
         for name in rng.sample(names, min(2, len(names))):
             with contextlib.suppress(ConfigError, Damaged):
                 bills.text(bills.stage(runs, name))
-    list(survey(stages, runs, deep=rng.random() < 0.5, repair=False))
+    list(plan(stages, runs, deep=rng.random() < 0.5, repair=False))
 
 
 def forked(work: Callable[[], Any], kill_after_s: float | None = None) -> tuple[str, Any]:

@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.default_table import write_table
 from dagr_ray.core import ray_start, tables
-from dagr_ray.core.build import materialize, survey
+from dagr_ray.core.build import materialize, plan
 from dagr_ray.core.placement import Placement, Pool
 from dagr_ray.engines.crop import CropEngine
 from dagr_ray.stages.generate import Generate
@@ -226,11 +226,11 @@ def planning(scratch: Path, shards: int) -> dict[str, Any]:
     return {"shards": shards, **checked, "resume_s": time.perf_counter() - began}
 
 
-def plan(source: str, out: str) -> dict[str, float]:
+def measure_planning(source: str, out: str) -> dict[str, float]:
     """In a process that has read nothing yet."""
     stage = asked(source).generations
     began = time.perf_counter()
-    states = {status.state for status in survey([stage], out)}
+    states = {status.state for status in plan([stage], out)}
     checked = time.perf_counter()
     materialize(stage, out)
     assert states == {"cached"}, states
@@ -240,7 +240,7 @@ def plan(source: str, out: str) -> dict[str, float]:
 def one(arm: str, source: str, out: str) -> dict[str, Any]:
     """One measurement, in this process and workers that it starts."""
     if arm == "plan":
-        return plan(source, out)
+        return measure_planning(source, out)
     ray_start.connect()
     return ours(source, out) if arm == "ours" else peer(source, out, tasks=arm == "tasks")
 

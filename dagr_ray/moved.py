@@ -75,12 +75,24 @@ PARTLY_MOVED = {
     "stages.select": "stages.score stages.take",
     "strategies": "prompts",
 }
+# Module of today -> its names of 0.1 with those that took their place.
+RENAMED = {
+    "annotation.import_": {"take": "import_ratings"},
+    "core.build": {"survey": "plan"},
+    "core.cost": {"holds": "resources_held"},
+    "engines": {"paid": "token_usage"},
+    "study.canary": {"fly": "run_canaries"},
+}
 
 
 def _look_up(module: ModuleType, homes: str) -> None:
     def find(name: str) -> Any:
+        own = RENAMED.get(module.__name__.removeprefix("dagr_ray."), {})
+        if name in own:
+            return getattr(module, own[name])
         if not name.startswith("__"):
             for home in homes.split():
+                name = RENAMED.get(home, {}).get(name, name)
                 there = importlib.import_module(f"dagr_ray.{home}")
                 if hasattr(there, name):
                     return getattr(there, name)
@@ -130,9 +142,9 @@ class _Finder(MetaPathFinder):
             return None
         if name in MOVED:
             return ModuleSpec(fullname, _Old(MOVED[name]))
-        spec = PathFinder.find_spec(fullname, path) if name in PARTLY_MOVED else None
+        spec = PathFinder.find_spec(fullname, path) if name in PARTLY_MOVED or name in RENAMED else None
         if spec is not None and spec.loader is not None:
-            spec.loader = _Partly(spec.loader, PARTLY_MOVED[name])
+            spec.loader = _Partly(spec.loader, PARTLY_MOVED.get(name, ""))
         return spec
 
 

@@ -49,7 +49,7 @@ def thresholds_named(words: Sequence[str], scorers: Iterable[str], earlier: Arti
 # -- import ---------------------------------------------------------------------------------------------------------------
 
 
-def take(
+def import_ratings(
     folders: Sequence[Artifact], files: Sequence[str], runs: str, threshold: Sequence[str] = ()
 ) -> tuple[Artifact, dict[str, Any]]:
     """Checks ratings, writes them as a folder of ``People`` in ``runs``, and its ``agreement.json``; folder and report.
@@ -99,16 +99,19 @@ def compare(scores: list[float], grades: list[int], ids: list[str], given: Cuts 
     before = None
     if given is not None:
         theirs = [3 * (grade >= 2) for grade in grades] if len(given) == 1 else grades
-        before = {"cuts": list(given), **_told(agreement(theirs, graded(scores, (*given, *given, *given)[:3])))}
+        before = {
+            "cuts": list(given),
+            **_agreement_json(agreement(theirs, graded(scores, (*given, *given, *given)[:3]))),
+        }
     return {
         "labels": len(grades),
         "given": before,
-        "recalibrated": {"cuts": list(best), **_told(agreement(grades, graded(scores, best)))},
-        "held_out": None if outside is None else _told(outside),
+        "recalibrated": {"cuts": list(best), **_agreement_json(agreement(grades, graded(scores, best)))},
+        "held_out": None if outside is None else _agreement_json(outside),
     }
 
 
-def _told(found: Agreement) -> dict[str, Any]:
+def _agreement_json(found: Agreement) -> dict[str, Any]:
     values = {"kappa": found.kappa, "quadratic": found.quadratic, "exact": found.exact}
     rounded = {name: None if math.isnan(value) else round(value, 4) for name, value in values.items()}
     return {**rounded, "confusion": found.confusion.tolist()}
@@ -127,7 +130,7 @@ def _between(ratings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             {
                 "between": [a, b],
                 "labels": len(both),
-                **_told(agreement([by[a][p] for p in both], [by[b][p] for p in both])),
+                **_agreement_json(agreement([by[a][p] for p in both], [by[b][p] for p in both])),
             }
             for (a, b), both in shared.items()
             if both

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 
 from dagr_ray.annotation.export import FILES, export
-from dagr_ray.annotation.import_ import take, text
+from dagr_ray.annotation.import_ import import_ratings, text
 from dagr_ray.annotation.sampling import REASONS
 from dagr_ray.core.artifact import Artifact
 from dagr_ray.core.config import ConfigError
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace, find: Find) -> None:
         )
     chosen = [find(name) for name in folders]
     if args.action == "import":
-        folder, report = take(chosen, files, args.runs, args.threshold)
+        folder, report = import_ratings(chosen, files, args.runs, args.threshold)
         say(json.dumps(report, indent=1, ensure_ascii=False) if args.json else text(report))
         say(folder.path, to=sys.stderr if args.json else sys.stdout)
         return

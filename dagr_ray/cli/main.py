@@ -154,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     if args.verb is None:
         parser().print_help()
         sys.exit(2)
-    _calm()
+    _configure_logging()
     stops = _Stops(shlex.join(["dagr", *(sys.argv[1:] if argv is None else argv)]))
     code = 1
     try:
@@ -169,10 +169,10 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         if stops.heard:  # what the signal broke off may have failed in a way of its own
             stops.end()
         if isinstance(error, BrokenPipeError) and _nobody_reads():
-            _leave(128 + signal.SIGPIPE, grace_s=4)
+            _end_process(128 + signal.SIGPIPE, grace_s=4)
         code = _explain(error)
     stops.ignore()
-    _leave(code, grace_s=20)
+    _end_process(code, grace_s=20)
 
 
 def make_absolute(args: argparse.Namespace) -> None:
@@ -232,7 +232,7 @@ class _Stops:
         with contextlib.suppress(OSError, ValueError):
             text = f"\n{self.WORDS[signal.Signals(number)]}; what is finished is kept. Resume with: {self.command}"
             say(text, to=sys.stderr)
-        _leave(128 + number, grace_s=4)
+        _end_process(128 + number, grace_s=4)
 
     def ignore(self) -> None:
         """From now on: a second signal would leave processes behind."""
@@ -241,7 +241,7 @@ class _Stops:
                 signal.signal(number, signal.SIG_IGN)
 
 
-def _calm() -> None:
+def _configure_logging() -> None:
     """One line per message of ours, and quiet from the libraries; DAGR_DEBUG=1 shows all."""
     debug = environment.debug()
     handler = logging.StreamHandler(sys.stderr)
@@ -386,7 +386,7 @@ def _nobody_reads() -> bool:
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
-def _leave(code: int, grace_s: float) -> NoReturn:
+def _end_process(code: int, grace_s: float) -> NoReturn:
     """Ends this process and every process that it started, within seconds: engines must not outlive their driver."""
     code = _flushed(code)
     ray = sys.modules.get("ray")

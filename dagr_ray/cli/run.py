@@ -15,7 +15,7 @@ from dagr_ray.cli.inspect import folders
 from dagr_ray.cli.progress import Reporter, duration, size
 from dagr_ray.core import ray_start
 from dagr_ray.core.artifact import Artifact
-from dagr_ray.core.build import Status, materialize, survey
+from dagr_ray.core.build import Status, materialize, plan
 from dagr_ray.core.config import ConfigError, fingerprints_held, plugins as registered
 from dagr_ray.core.placement import Placement, Pool, load_placement
 from dagr_ray.core.stage import Stage, parts, walk
@@ -63,7 +63,7 @@ def _validate(stages: Iterable[Stage], placement: Placement) -> None:
     model_opening.check(encoders)
 
 
-def _afford(stages: Iterable[Stage], runs: str) -> None:
+def _check_budget(stages: Iterable[Stage], runs: str) -> None:
     """Raises ConfigError where what a stage has spent so far leaves nothing of its engine's budget."""
     from dagr_ray.core.cost import within_budget
 
@@ -85,11 +85,11 @@ def check(args: Args) -> int | None:
         stages = walk(_one(args)[1]) if args.one else _study(args).stages()
         _validate(stages, placement)
         seen = look(stages, args.runs, whole=True)
-        _afford(stages, args.runs)
+        _check_budget(stages, args.runs)
     if args.canary:
         _canary(args, stages, placement, Reporter(quiet=args.quiet))
     with fingerprints_held():
-        lines = list(survey(stages, args.runs, deep=args.deep, repair=args.deep))
+        lines = list(plan(stages, args.runs, deep=args.deep, repair=args.deep))
         guesses = estimate([line.stage for line in lines if line.state != "cached"], args.runs, placement)
         return _checked(args, lines, guesses, seen)
 
@@ -131,14 +131,14 @@ def _checked(args: Args, lines: Sequence[Status], guesses: dict[str, Any], seen:
 
 def _canary(args: Args, stages: Sequence[Stage], placement: Placement, reporter: Reporter) -> None:
     """Asks for 64 passages of each generation that is to be done. Raises GuardFailed where prompts or answers are bad."""
-    from dagr_ray.study.canary import Guards, fly
+    from dagr_ray.study.canary import Guards, run_canaries
     from dagr_ray.study.estimate import estimate
 
     guards = Guards.of(args.guard)
-    todo = [line.stage for line in survey(list(stages), args.runs) if line.state != "cached"]
+    todo = [line.stage for line in plan(list(stages), args.runs) if line.state != "cached"]
     if todo:
         ray_start.connect(args.address)
-    for canary, findings in fly(todo, args.runs, placement, guards, reporter):
+    for canary, findings in run_canaries(todo, args.runs, placement, guards, reporter):
         seen = ", ".join(f"{finding.guard} {finding.share:.0%}" for finding in findings)
         say(f"canary {canary.generate.label()}: {seen}", to=sys.stderr)
     say(f"canary: {_to_do(estimate(todo, args.runs, placement).values())}", to=sys.stderr)
@@ -179,10 +179,10 @@ def run(args: Args) -> int | None:
     placement = load_placement(args.placement)
     check_can_be_written(args.runs)
     _, stage = _one(args)
-    todo = [line.stage for line in survey([stage], args.runs) if line.state != "cached"]
+    todo = [line.stage for line in plan([stage], args.runs) if line.state != "cached"]
     _validate(todo, placement)
     look(todo, args.runs, whole=False)
-    _afford(walk(stage), args.runs)
+    _check_budget(walk(stage), args.runs)
     ray_start.connect(args.address)
     reporter = Reporter(quiet=args.quiet)
     if args.canary:
@@ -205,10 +205,10 @@ def study(args: Args) -> int | None:
     check_can_be_written(args.runs)
     with fingerprints_held():
         planned = _study(args)
-        todo = [s.stage for s in survey(planned.stages(), args.runs) if s.state != "cached"]
+        todo = [s.stage for s in plan(planned.stages(), args.runs) if s.state != "cached"]
         _validate(todo, placement)
         look(todo, args.runs, whole=False)
-        _afford(todo, args.runs)
+        _check_budget(todo, args.runs)
     reporter = Reporter(quiet=args.quiet)
     if todo:
         ray_start.connect(args.address)
@@ -224,7 +224,7 @@ def study(args: Args) -> int | None:
         raise
     summary = report.summarise(args.runs, folder.name)
     if summary["damaged"]:  # found when the results were read, after the work
-        list(survey(planned.stages(), args.runs, deep=True, repair=True))
+        list(plan(planned.stages(), args.runs, deep=True, repair=True))
         ray_start.connect(args.address)
         folder = run_study(planned, args.runs, placement, reporter, mirror.soon)
         summary = report.summarise(args.runs, folder.name)

@@ -101,7 +101,7 @@ class Artifact(Folder):
             if name == below or not below or name.startswith(f"{below}/")
         }
         if self.local:
-            checksums.demand_all(self.fs, ((f"{self.path}/{entry['file']}", entry) for entry in entries.values()))
+            checksums.require_all(self.fs, ((f"{self.path}/{entry['file']}", entry) for entry in entries.values()))
             found = target
         else:
             found = checksums.fetched(self.fs, target, entries)
@@ -111,7 +111,7 @@ class Artifact(Folder):
         """The value of a JSON file that the stage has written itself, as it was written. Raises Damaged."""
         entry = (self.manifest or {}).get("files", {}).get(relative)
         if entry is not None:
-            checksums.demand(self.fs, f"{self.path}/{relative}", entry)
+            checksums.require(self.fs, f"{self.path}/{relative}", entry)
         found = self.read_json(relative)
         if found is None:
             raise Damaged(f"{self.path}/{relative} is missing or not as it was written")
@@ -398,7 +398,7 @@ class Artifact(Folder):
     def _read_rows(self, part: Json, columns: list[str] | None, first: int, last: int) -> pa.Table:
         """Some rows of a part. All of it is checked once in a process, later only the pages that are read."""
         file = f"{self.path}/{part['file']}"
-        checksums.demand(self.fs, file, part)
+        checksums.require(self.fs, file, part)
         with self.fs.open_input_file(file) as stream:
             opened = pq.ParquetFile(stream, page_checksum_verification=True)
             sizes = [opened.metadata.row_group(i).num_rows for i in range(opened.num_row_groups)]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from dagr_ray import __version__
 from dagr_ray.core import blame, ray_pool, tables
 from dagr_ray.core.artifact import Artifact, Attempt, Json, add_up
-from dagr_ray.core.cost import Rates, holds, stage_bill
+from dagr_ray.core.cost import Rates, resources_held, stage_bill
 from dagr_ray.core.placement import Placement, Pool
 from dagr_ray.core.stage import Inputs, StageFailed
 from dagr_ray.core.worker import GIVEN_UP, Opener
@@ -82,7 +82,7 @@ class Builder:
             pending=len(pending),
             of=len(plan["shards"]),
             placement=self.placement.to_json(),
-            holds=holds(self.pool, self.stage.starts_workers, self.stage.cores_held(self.pool)),
+            holds=resources_held(self.pool, self.stage.starts_workers, self.stage.cores_held(self.pool)),
         )
         progress = Progress(self.stage, "start", len(done), len(plan["shards"]), plan["rows"])
         for receipt in done.values():

@@ -94,14 +94,14 @@ def _take_back(
             if taken_back[folder.name] == 3:
                 return False
             taken_back[folder.name] += 1
-            log.warning("%s: rebuilding what is damaged: %s", folder.name, _told(problems))
+            log.warning("%s: rebuilding what is damaged: %s", folder.name, _first_problem(problems))
             folder.revoke(problems)
         if damaged:
             return True
     return False
 
 
-def _told(problems: dict[int, str]) -> str:
+def _first_problem(problems: dict[int, str]) -> str:
     first = next(iter(problems.values()))
     return first if len(problems) == 1 else f"{first}, and {len(problems) - 1} more"
 
@@ -135,7 +135,7 @@ def _build(stage: Stage, inputs: Inputs, runs: str, placement: Placement, observ
             log.warning("%s: rebuilding all: what it reads (%s) has other content now", folder.name, other)
             folder.restart()
         elif problems := folder.damaged():
-            log.warning("%s: rebuilding what is damaged: %s", folder.name, _told(problems))
+            log.warning("%s: rebuilding what is damaged: %s", folder.name, _first_problem(problems))
             folder.revoke(problems)
         try:
             Builder(stage, inputs, folder, placement, observe).run()
@@ -160,23 +160,23 @@ class Status:
     problem: str = ""
 
 
-def survey(stages: list[Stage], runs: str, deep: bool = False, repair: bool = False) -> Iterator[Status]:
-    """The union of the plans of all stages, each once: what exists, what is partial, what is to do. Builds nothing.
+def plan(stages: list[Stage], runs: str, deep: bool = False, repair: bool = False) -> Iterator[Status]:
+    """The state of every stage that ``stages`` need, each once: finished, partial or to do. A dry run: builds nothing.
 
-    ``deep`` checks every checksum; ``repair`` revokes the shards that fail it, so that the next run rebuilds them.
+    ``deep`` checks every checksum. ``repair`` revokes the shards that fail the check, so that the next run rebuilds them.
     """
     for stage in walk(*stages):
         folder = stage.folder(runs)
-        plan = folder.read_json("plan.json")
-        there = {"plan.json": plan, "manifest.json": folder.manifest}
+        saved = folder.read_json("plan.json")
+        there = {"plan.json": saved, "manifest.json": folder.manifest}
         problems = [wrong for file, value in there.items() if value is None and (wrong := folder.problem(file))]
         damaged = folder.damaged(deep)
-        if plan is None and not damaged and not problems:
+        if saved is None and not damaged and not problems:
             yield Status(stage, "to do")
             continue
         problems += damaged.values()
         done = len(folder.receipts()) - sum(shard >= 0 for shard in damaged)
-        of = len(plan["shards"]) if plan else done
+        of = len(saved["shards"]) if saved else done
         other = folder.stale()
         if other is not None:
             problems, done = [*problems, f"what it reads ({other}) has other content now"], 0

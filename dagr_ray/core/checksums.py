@@ -85,7 +85,7 @@ def problem(fs: pafs.FileSystem, path: str, entry: Json) -> str | None:
     return None if found["sha256"] == entry["sha256"] else f"{name} has another checksum"
 
 
-def demand(fs: pafs.FileSystem, path: str, entry: Json) -> None:
+def require(fs: pafs.FileSystem, path: str, entry: Json) -> None:
     """Reads a file through, unless this process has done so since it was written. Raises Damaged."""
     seen = stamp(fs, path)
     with _lock:
@@ -98,15 +98,15 @@ def demand(fs: pafs.FileSystem, path: str, entry: Json) -> None:
     remember(_sound, path, (*(seen or ()), entry["sha256"]), KNOWN)
 
 
-def demand_all(fs: pafs.FileSystem, files: Iterable[tuple[str, Json]]) -> None:
-    """``demand`` of several files at once."""
+def require_all(fs: pafs.FileSystem, files: Iterable[tuple[str, Json]]) -> None:
+    """``require`` of several files at once."""
     listed = list(files)
     if len(listed) < 2:
         for path, entry in listed:
-            demand(fs, path, entry)
+            require(fs, path, entry)
         return
     with ThreadPoolExecutor(READERS) as pool:
-        for _ in pool.map(lambda each: demand(fs, *each), listed):
+        for _ in pool.map(lambda each: require(fs, *each), listed):
             pass
 
 
@@ -119,7 +119,7 @@ def fetched(fs: pafs.FileSystem, source: str, entries: dict[str, Json]) -> str:
     for again in (True, False):
         fetch(fs, source, cache)
         try:
-            demand_all(local, ((os.path.join(cache, name) if name else cache, each) for name, each in entries.items()))
+            require_all(local, ((os.path.join(cache, name) if name else cache, each) for name, each in entries.items()))
             break
         except Damaged:
             if not again:

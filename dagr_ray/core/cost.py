@@ -68,7 +68,7 @@ class Rates:
         }
 
 
-def holds(pool: Pool, together: bool = False, cpus: float | None = None) -> Json:
+def resources_held(pool: Pool, together: bool = False, cpus: float | None = None) -> Json:
     """What an attempt occupies from its start to its end, for its log. ``together``: each shard takes all the workers.
 
     ``cpus`` are the cores that a worker really takes, as far as the driver knows; its receipts know it better.
@@ -114,7 +114,7 @@ def attempts(folder: Artifact, receipts: Iterable[Json]) -> dict[str, Attempt]:
         name = file.removesuffix(".jsonl")
         events = folder.lines(f"attempts/{file}")
         if events:
-            held = next((event["holds"] for event in events if "holds" in event), holds(Pool()))
+            held = next((event["holds"] for event in events if "holds" in event), resources_held(Pool()))
             found[name] = Attempt(name, events[0]["at"], events[-1]["at"], held)
     told: dict[str, float] = {}
     for receipt in receipts:

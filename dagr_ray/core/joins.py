@@ -122,7 +122,7 @@ class Twins:
         place = pc.index_in(ids, value_set=self.ids).combine_chunks()
         return pa.chunked_array([pc.coalesce(self.firsts.take(place), ids.combine_chunks())], tables.TEXT)
 
-    def demand(self, ids: pa.ChunkedArray) -> None:
+    def require(self, ids: pa.ChunkedArray) -> None:
         """Raises AssertionError where an id is not in the corpus."""
         missing = ids.filter(pa.array(~np.isin(_hashes(ids), self.known)))
         assert not len(missing), (

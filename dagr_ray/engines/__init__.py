@@ -48,14 +48,14 @@ class Completion:
     failed_completion_tokens: int = 0
 
 
-def paid(answers: Sequence[Sequence[Completion]]) -> dict[str, int]:
+def token_usage(answers: Sequence[Sequence[Completion]]) -> dict[str, int]:
     """The tokens that answers cost, each a prompt's samples. A prompt counts once for each request that held it.
 
     >>> one = Completion("a", "stop", prompt_tokens=10, cached_tokens=0, completion_tokens=2)
-    >>> paid([[one, one]])["prompt_tokens"]
+    >>> token_usage([[one, one]])["prompt_tokens"]
     10
     >>> other = Completion("a", "stop", 10, 8, 2, own_prompt=True, retries=1)
-    >>> paid([[other, other]])
+    >>> token_usage([[other, other]])
     {'prompt_tokens': 20, 'cached_tokens': 16, 'completion_tokens': 4, 'retries': 2}
     """
     prompts = [c for answer in answers for i, c in enumerate(answer) if i == 0 or c.own_prompt]

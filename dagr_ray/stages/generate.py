@@ -19,7 +19,7 @@ from dagr_ray.core.artifact import Artifact
 from dagr_ray.core.config import ConfigError
 from dagr_ray.core.placement import Pool
 from dagr_ray.core.stage import Inputs, Output, Run, Stage
-from dagr_ray.engines import Completion, Engine, Sampling, paid
+from dagr_ray.engines import Completion, Engine, Sampling, token_usage
 from dagr_ray.prompts import Dice, Exemplar, Passage, Prompt
 from dagr_ray.strategies import Strategy
 
@@ -130,7 +130,7 @@ class Generate(Stage):
                 "rejected": rejected.counted(),
             }
             made = {"generations": generations, "rejected": rejected.table()}
-            return Output(made, counts=counts, cost={**paid(answers), **spent})
+            return Output(made, counts=counts, cost={**token_usage(answers), **spent})
 
         return run
 

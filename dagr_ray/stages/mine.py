@@ -176,5 +176,5 @@ def _text_of(twins: Twins, results: list[_Results], positives: dict[str, set[str
     named = pa.array(sorted(set().union(*{id(docs): docs for docs in positives.values()}.values())), tables.TEXT)
     ids = pa.chunked_array([named, *(r.rows["doc_id"].unique() for r in results)], tables.TEXT).unique()
     every = pa.chunked_array([ids])
-    twins.demand(every)
+    twins.require(every)
     return dict(zip(ids.to_pylist(), twins.first(every).to_pylist(), strict=True))

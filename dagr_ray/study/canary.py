@@ -121,7 +121,7 @@ def _reads(parsed: Stage, generate: Generate) -> bool:
     return isinstance(parsed, Parse) and parsed.generations.fingerprint() == generate.fingerprint()
 
 
-def fly(
+def run_canaries(
     stages: Sequence[Stage], runs: str, placement: Placement, guards: Guards, observe: Observer | None = None
 ) -> list[tuple[Canary, list[Finding]]]:
     """Builds the canaries of the stages below ``runs`` and returns what the guards saw. Raises GuardFailed.

@@ -23,7 +23,7 @@ from typing import Any
 from dagr_ray.core import blame, environment, job_imports
 from dagr_ray.core.artifact import Artifact, Json
 from dagr_ray.core.attempt import Observer, Progress
-from dagr_ray.core.build import materialize, survey
+from dagr_ray.core.build import materialize, plan
 from dagr_ray.core.placement import Placement
 from dagr_ray.core.stage import walk
 from dagr_ray.stages.evaluate import Scorecard
@@ -44,7 +44,7 @@ def run_study(
     begun = time.time()
     earlier = folder.read_json("study.json") or {}
     spent = {t["trial"]: t["seconds"] for t in earlier.get("trials", [])}
-    missing = {line.stage.fingerprint() for line in survey(study.stages(), runs) if line.state != "cached"}
+    missing = {line.stage.fingerprint() for line in plan(study.stages(), runs) if line.state != "cached"}
     for trial in study.trials:
         trial.seconds = spent.get(trial.name, 0.0)
         # the scorecard alone does not say it: a folder behind it may have been damaged or deleted since

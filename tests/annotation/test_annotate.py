@@ -291,7 +291,7 @@ def test_a_person_rates_in_a_real_browser(page, folders, runs, tmp_path):
         assert not browser.console and not browser.dialogs
         outside = [url for url in browser.requests if not url.startswith(("file://", "blob:"))]
         assert not outside
-        folder, report = import_.take(folders, [str(tmp_path / name)], runs)
+        folder, report = import_.import_ratings(folders, [str(tmp_path / name)], runs)
         assert report["labels"] == 4 == folder.count("qrels")
     finally:
         browser.close()
@@ -375,7 +375,7 @@ def test_a_bad_file_is_one_line_and_loses_nothing(folders, runs, rated, lines, w
     path = rated(*lines)
     content, before = Path(path).read_text(), sorted(os.listdir(runs))
     with pytest.raises(ConfigError) as caught:
-        import_.take(folders, [path], runs)
+        import_.import_ratings(folders, [path], runs)
     for word in words:
         assert word in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -394,7 +394,7 @@ def test_a_filled_in_csv_comes_back_as_it_was_read(folders, runs, tmp_path):
         writer = csv.DictWriter(handle, list(rows[0]), delimiter=";")
         writer.writeheader()
         writer.writerows(rows)
-    folder, _ = import_.take(folders, [str(tmp_path / "back.csv")], runs)
+    folder, _ = import_.import_ratings(folders, [str(tmp_path / "back.csv")], runs)
     found = {(r["query_id"], r["doc_id"]): r["relevance"] for r in folder.read("qrels").to_pylist()}
     assert found == {(r["query_id"], r["doc_id"]): int(float(r["grade"])) for r in rows if r["grade"]}
     assert len(found) == 6 and set(folder.read("ratings")["who"].to_pylist()) == {"Ann"}
@@ -413,7 +413,7 @@ def test_what_an_import_says(folders, runs, rated):
     grades = {pair: min(3, i // 4) for i, pair in enumerate(PAIRS)}
     mine = rated(*(line(q, d, grade, "ann", at="now") for (q, d), grade in grades.items()))
     other = rated(line("q0", "d0", 3, "bob"), line("q0", "d1", 0, "bob"), name="s.jsonl")
-    folder, report = import_.take(folders, [mine, other], runs)
+    folder, report = import_.import_ratings(folders, [mine, other], runs)
     judge = report["teachers"]["llm-judge"]
     scores = {(r["query_id"], r["doc_id"]): r["score"] for r in folders[0].read("scores").to_pylist()}
     labels = grades | {("q0", "d0"): 0}  # the lower median of 0 and 3
@@ -430,23 +430,23 @@ def test_what_an_import_says(folders, runs, rated):
     shown = import_.text(report)
     assert "18 pairs rated (ann 18, bob 2)" in shown and "of 2 pairs that the data call relevant" in shown
     assert "fewer than 20 labels" in shown and "people \\ teacher" in shown
-    again, _ = import_.take(folders, [other, mine], runs)
+    again, _ = import_.import_ratings(folders, [other, mine], runs)
     assert again.name == folder.name, "the order of the files means nothing"
     assert load_stage(folder).fingerprint() == folder.name[-12:]
     with pytest.raises(ConfigError, match="s.jsonl:1.*was rated by 'bob' in s.jsonl:1"):
-        import_.take(folders, [other, other], runs)
+        import_.import_ratings(folders, [other, other], runs)
 
 
 def test_the_next_export_leaves_out_what_is_rated_and_takes_the_new_thresholds(folders, runs, rated, tmp_path):
     grades = {pair: min(3, i // 4) for i, pair in enumerate(PAIRS[:12])}
-    folder, report = import_.take(folders, [rated(*(line(q, d, g) for (q, d), g in grades.items()))], runs)
+    folder, report = import_.import_ratings(folders, [rated(*(line(q, d, g) for (q, d), g in grades.items()))], runs)
     export.export(folders, str(tmp_path / "next"), people=folder)
     rows = asked(tmp_path / "next")
     assert {(r["query_id"], r["doc_id"]) for r in rows} == set(PAIRS[12:])
     cuts = report["teachers"]["cross-encoder"]["recalibrated"]["cuts"]
     assert import_.thresholds_named([], ["cross-encoder"], folder) == {"cross-encoder": tuple(cuts)}
     whole = rated(*(line(q, d, 1, "b") for q, d in PAIRS), name="all.jsonl")
-    everything, _ = import_.take(folders, [whole], runs)
+    everything, _ = import_.import_ratings(folders, [whole], runs)
     with pytest.raises(ConfigError, match="nothing to rate: 18 pairs, 18 of them rated"):
         export.export(folders, str(tmp_path / "no"), people=everything)
 

@@ -17,7 +17,7 @@ from dagr_ray import report
 from dagr_ray.core.artifact import Artifact
 from dagr_ray.core.build import materialize
 from dagr_ray.core.config import ConfigError, from_json
-from dagr_ray.core.cost import Attempt, Rates, holds, shard_bill, stage_bill, within_budget
+from dagr_ray.core.cost import Attempt, Rates, resources_held, shard_bill, stage_bill, within_budget
 from dagr_ray.core.placement import Placement, Pool, Prices, TokenPrices
 from dagr_ray.core.stage import StageFailed, walk
 from dagr_ray.core.worker import TRIES_PER_SHARD, Opener
@@ -362,7 +362,7 @@ def test_bills_for_people_say_the_totals(arms):
 
 
 def test_a_stage_of_one_shard_that_takes_all_workers_is_billed_for_them(tmp_path):
-    held = holds(Pool(workers=3, cpus=2, gpus=1), together=True)
+    held = resources_held(Pool(workers=3, cpus=2, gpus=1), together=True)
     attempt = Attempt("001", 100.0, 110.0, held)
     rates = Rates(cpu_hour=36.0, gpu_hour=360.0)
     assert attempt.held_s == 30 and attempt.usd(attempt.held_s, rates) == pytest.approx(30 * (2 * 0.01 + 0.1))

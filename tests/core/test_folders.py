@@ -15,7 +15,7 @@ import pytest
 
 from dagr_ray.core import tables
 from dagr_ray.core.artifact import Artifact, Damaged, add_up
-from dagr_ray.core.build import materialize, survey
+from dagr_ray.core.build import materialize, plan
 from dagr_ray.core.placement import Placement, Pool
 from dagr_ray.core.stage import Output, Stage, StageFailed, load_stage, walk
 from dagr_ray.stages.sources import Beir, Sample
@@ -106,7 +106,7 @@ def test_damage_is_noticed_and_only_it_is_rebuilt(tmp_path, damage) -> None:
         part.write_bytes(whole[:-7])
     else:
         part.write_bytes(whole[:60] + bytes([whole[60] ^ 1]) + whole[61:])
-    found = next(iter(survey([Numbers()], runs, deep=True, repair=True)))
+    found = next(iter(plan([Numbers()], runs, deep=True, repair=True)))
     assert part.name in found.problem
     Numbers.calls.clear()
     assert ids(materialize(Numbers(), runs, LIGHT)) == before

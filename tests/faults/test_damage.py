@@ -17,7 +17,7 @@ import pytest
 from dagr_ray.cli import inspect
 from dagr_ray.core import checksums, disk, shapes, tables
 from dagr_ray.core.artifact import Artifact, Damaged
-from dagr_ray.core.build import materialize, survey
+from dagr_ray.core.build import materialize, plan
 from dagr_ray.core.config import ConfigError
 from dagr_ray.core.cost import stage_bill
 from dagr_ray.core.placement import Placement, Pool
@@ -91,7 +91,7 @@ def look(runs: Path) -> str:
                 verb(args)
             except (ConfigError, Damaged) as error:
                 assert "\n" not in str(error) and stage.folder_name() in str(error)
-    return "; ".join(filter(None, (line.problem for line in survey([END], str(runs), deep=True))))
+    return "; ".join(filter(None, (line.problem for line in plan([END], str(runs), deep=True))))
 
 
 FILES = ["manifest.json", "plan.json", "receipts/00000.json", "revoked/00002-abcd.json", "tries", "attempts"]
@@ -108,7 +108,7 @@ def test_a_file_of_ours_with_other_content_is_made_again(tmp_path, built, capsys
     shown = capsys.readouterr().out
     assert END.folder_name() in shown and END.source.folder_name() in shown, "one bad folder hides no other"
     assert ("not as it was written" in problem) == (path.name in ("manifest.json", "plan.json", "00000.json"))
-    list(survey([END], str(tmp_path / "runs"), deep=True, repair=True))
+    list(plan([END], str(tmp_path / "runs"), deep=True, repair=True))
     assert ids(materialize(END, str(tmp_path / "runs"), LIGHT)) == built[1]
     assert look(tmp_path / "runs") == ""
 
@@ -261,7 +261,7 @@ def test_what_was_made_from_other_bytes_is_made_again(tmp_path, caplog) -> None:
     first = materialize(end, runs, LIGHT).read("queries")["text"].to_pylist()
     folder = source.folder(runs)
     flip(Path(folder.path, folder.manifest["tables"]["queries"]["parts"][0]["file"]))
-    found = {line.stage.type: line for line in survey([end], runs, deep=True, repair=True)}
+    found = {line.stage.type: line for line in plan([end], runs, deep=True, repair=True)}
     assert "checksum" in found["chance"].problem
     second = materialize(end, runs, LIGHT).read("queries")["text"].to_pylist()
     assert second[:10] != first[:10] and second[10:] == first[10:]
@@ -284,10 +284,10 @@ def test_a_folder_from_before_inputs_were_recorded_is_taken_as_it_is(tmp_path) -
             value = {k: v for k, v in folder.read_json(name).items() if k not in ("made_from", "remade")}
             Path(folder.path, name).write_text(json.dumps(value, indent=1))
     Numbers.calls.clear()
-    assert {line.state for line in survey([END], runs, deep=True)} == {"cached"}
+    assert {line.state for line in plan([END], runs, deep=True)} == {"cached"}
     folder = END.source.folder(runs)
     flip(Path(folder.path, folder.manifest["tables"]["queries"]["parts"][1]["file"]))
-    list(survey([END], runs, deep=True, repair=True))
+    list(plan([END], runs, deep=True, repair=True))
     assert materialize(END, runs, LIGHT).count("queries") == 30
     assert Numbers.calls == [(10, 20)] and len(END.folder(runs).listing("attempts")) == 1
 
@@ -328,12 +328,12 @@ def test_a_damaged_folder_at_the_end_mends_itself(tmp_path) -> None:
 
 def test_a_plan_that_was_lost_is_told_by_the_receipts(tmp_path) -> None:
     folder = materialize(Numbers(), str(tmp_path), LIGHT)
-    plan = folder.plan["shards"]
+    shards = folder.plan["shards"]
     folder.remove("plan.json")
-    assert "plan.json is missing" in next(iter(survey([Numbers()], str(tmp_path), deep=True, repair=True))).problem
+    assert "plan.json is missing" in next(iter(plan([Numbers()], str(tmp_path), deep=True, repair=True))).problem
     Numbers.calls.clear()
     other = Placement(light=Pool(workers=0, shard_rows=7))
-    assert materialize(Numbers(), str(tmp_path), other).plan["shards"] == plan and not Numbers.calls
+    assert materialize(Numbers(), str(tmp_path), other).plan["shards"] == shards and not Numbers.calls
 
 
 def test_copies_of_a_store_are_checked_and_fetched_again(tmp_path, monkeypatch) -> None:

@@ -12,7 +12,7 @@ import pytest
 from dagr_ray.core.build import materialize
 from dagr_ray.core.placement import Placement, Pool
 from dagr_ray.core.stage import StageFailed
-from dagr_ray.engines import openai as module, paid
+from dagr_ray.engines import openai as module, token_usage
 from dagr_ray.engines._answers import BESIDES_BYTES, TEMPLATE_TOKENS, mean
 from dagr_ray.engines.openai import OpenAIServer, retry_after_s
 from dagr_ray.stages.generate import Generate
@@ -183,7 +183,7 @@ def test_whatever_a_server_answers_is_a_row_with_its_reason_and_its_cost(server,
     else:
         assert one.raw is None and words in one.error and len(one.error) < 400 and "\n" not in one.error
     assert (one.prompt_tokens, one.completion_tokens) == tokens
-    assert all(type(value) is int for value in paid([[one]]).values())
+    assert all(type(value) is int for value in token_usage([[one]]).values())
     assert one.cached_tokens <= one.prompt_tokens and len(one.finish_reason or "") <= 64
     assert one.logprob is None
     tries = len(running.seen) - asked

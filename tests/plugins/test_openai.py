@@ -12,7 +12,7 @@ from dagr_ray.core.build import materialize
 from dagr_ray.core.config import ConfigError, from_json
 from dagr_ray.core.placement import Placement, Pool
 from dagr_ray.core.special_tokens import unmarked
-from dagr_ray.engines import Engine, Sampling, openai as module, paid
+from dagr_ray.engines import Engine, Sampling, openai as module, token_usage
 from dagr_ray.engines.openai import OpenAIServer, retry_after_s
 from dagr_ray.prompts import Prompt
 from dagr_ray.stages.generate import Generate
@@ -106,12 +106,12 @@ def test_one_request_for_all_samples_pays_for_the_prompt_once():
     # an answer with two of three is none, and was paid for
     assert [c.retries for c in found[1]] == [1, 0, 0] and found[0][0].retries == 0
     assert (found[1][0].failed_prompt_tokens, found[1][0].failed_completion_tokens) == (30, 3 * SHORT.max_tokens)
-    assert paid(found) == {
+    assert token_usage(found) == {
         "prompt_tokens": 60, "cached_tokens": 32, "completion_tokens": 16, "retries": 1,
         "failed_prompt_tokens": 30, "failed_completion_tokens": 36,
     }  # fmt: skip
     with served() as server:
-        assert paid(ask(server, ["a", "b"], n=3))["prompt_tokens"] == 6 * 30
+        assert token_usage(ask(server, ["a", "b"], n=3))["prompt_tokens"] == 6 * 30
 
 
 # -- what goes wrong ----------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from dagr_ray.core import environment
 from dagr_ray.core.build import materialize
 from dagr_ray.core.config import ConfigError
 from dagr_ray.core.placement import Pool
-from dagr_ray.engines import openai as module, paid
+from dagr_ray.engines import openai as module, token_usage
 from dagr_ray.engines.crop import CropEngine
 from dagr_ray.engines.openai import OpenAIServer
 from dagr_ray.prompts import Passage, Prompt
@@ -100,7 +100,7 @@ def test_a_vllm_server_killed_in_the_middle_and_started_again_loses_no_row(tmp_p
     # bf16 sums differ a little with the shape of the batch, so a rare draw may fall on the other side
     assert sum(a.raw == b.raw for [a], [b] in zip(again, found[-8:], strict=True)) >= 5
     assert sum(a.raw == b.raw for one, two in zip(*pairs, strict=True) for a, b in zip(one, two, strict=True)) >= 5
-    assert paid(pairs[0])["prompt_tokens"] == 2 * paid(pairs[1])["prompt_tokens"]
+    assert token_usage(pairs[0])["prompt_tokens"] == 2 * token_usage(pairs[1])["prompt_tokens"]
     assert "HTTP 400" in bad.error and "(attempt 1)" in bad.error
 
 

@@ -27,7 +27,7 @@ from dagr_ray.stages.select import Select
 from dagr_ray.stages.sources import Beir, Sample
 from dagr_ray.strategies.crop import Crop
 from dagr_ray.strategies.promptagator import Promptagator
-from dagr_ray.study.canary import GuardFailed, Guards, canaries, fly, leading_starts, promised_starts
+from dagr_ray.study.canary import GuardFailed, Guards, canaries, leading_starts, promised_starts, run_canaries
 from dagr_ray.study.estimate import estimate
 from tests.support.endpoint import reply, served, status
 
@@ -81,9 +81,9 @@ def endpoint(server, **fields) -> OpenAIServer:
 def test_a_canary_is_64_passages_of_the_job_and_costs_nothing_twice(collection, tmp_path):
     with served(answers()) as server:
         stages = asked(collection, endpoint(server), n=200, samples=2)
-        [(canary, findings)] = fly(stages, str(tmp_path), HERE, Guards())
+        [(canary, findings)] = run_canaries(stages, str(tmp_path), HERE, Guards())
         assert len(server.seen) == 128 and all(finding.passes for finding in findings)
-        fly(stages, str(tmp_path), HERE, Guards())
+        run_canaries(stages, str(tmp_path), HERE, Guards())
         assert len(server.seen) == 128
         sample = stages[1].folder(str(tmp_path)).read("corpus")["doc_id"].to_pylist()
         drawn = canary.generate.corpus.folder(str(tmp_path)).read("corpus")["doc_id"].to_pylist()
@@ -101,7 +101,7 @@ def test_tokens_bytes_rows_and_money_are_within_a_quarter_of_what_happens(collec
     with served(answers(first_words)) as server:
         stages = asked(collection, endpoint(server), samples=samples)
         before = estimate(stages, runs, HERE)
-        fly(stages, runs, HERE, Guards())
+        run_canaries(stages, runs, HERE, Guards())
         guesses = estimate(stages, runs, HERE)
         materialize(stages[-1], runs, HERE)
     assert {guess["basis"] for guess in before.values()} == {"constants"}
@@ -130,7 +130,7 @@ def test_what_is_done_is_not_estimated_again(collection, tmp_path):
 
     stages = asked(collection, CropEngine())
     generate = next(stage for stage in stages if isinstance(stage, Generate))
-    fly(stages, runs, HERE, Guards(copied=1))
+    run_canaries(stages, runs, HERE, Guards(copied=1))
     whole = estimate([generate], runs, HERE)[generate.fingerprint()]
     with pytest.raises(KeyboardInterrupt):
         materialize(generate, runs, HERE, stop)
@@ -167,12 +167,12 @@ def test_a_guard_stops_with_one_line_and_three_rows_and_can_be_moved(collection,
     with served(react) as server:
         stages = asked(collection, engine(server), strategy=Crop())
         with pytest.raises(GuardFailed) as caught:
-            fly(stages, str(tmp_path), HERE, Guards())
+            run_canaries(stages, str(tmp_path), HERE, Guards())
         assert f"--guard {guard}=" in str(caught.value) and "(the limit is 25%)" in str(caught.value)
         assert "\n" not in str(caught.value) and len(caught.value.rows) == 3
         assert any(shown in row for row in caught.value.rows) and all(row.startswith("d") for row in caught.value.rows)
         before = len(server.seen)
-        [(_, findings)] = fly(stages, str(tmp_path), HERE, Guards.of([f"{guard}=1"]))
+        [(_, findings)] = run_canaries(stages, str(tmp_path), HERE, Guards.of([f"{guard}=1"]))
         assert len(server.seen) == before
     share = {finding.guard: finding.share for finding in findings}
     assert share[guard] > 0.25 and all(value <= 0.25 for name, value in share.items() if name != guard)
@@ -181,7 +181,7 @@ def test_a_guard_stops_with_one_line_and_three_rows_and_can_be_moved(collection,
 def test_a_canary_whose_rows_fail_shows_three_of_them(collection, tmp_path):
     no = status(400, "the prompt is no good")
     with served(lambda body, nth: no) as server, pytest.raises(GuardFailed, match="64 of 64 rows failed") as caught:
-        fly(asked(collection, endpoint(server)), str(tmp_path), HERE, Guards())
+        run_canaries(asked(collection, endpoint(server)), str(tmp_path), HERE, Guards())
     assert len(caught.value.rows) == 3 and all("the prompt is no good" in row for row in caught.value.rows)
 
 
@@ -242,7 +242,7 @@ def test_two_start_tokens_or_a_missing_one_stop_a_run_before_an_engine_starts(
 ):
     stages = asked(collection, VLLM(model=str(starting[times])), strategy=Promptagator(task=task))
     with pytest.raises(Exception) as caught:
-        fly(stages, str(tmp_path), HERE, Guards())
+        run_canaries(stages, str(tmp_path), HERE, Guards())
     [canary] = canaries(stages)
     began = Artifact(str(tmp_path), canary.generate.folder_name()).listing("attempts")
     if passes:  # on to the engine, which finds no weights in the folder
