@@ -436,6 +436,7 @@ class Artifact(Folder):
             handle.truncate()
             handle.write(f"process {os.getpid()} of {platform.node()}, since {time.strftime('%Y-%m-%d %H:%M:%S %Z')}")
             handle.flush()
+            disk.remove_abandoned(self.path)
             yield
 
 

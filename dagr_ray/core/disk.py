@@ -7,11 +7,15 @@ stands in the way (a folder where a file should be, a file where a folder should
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
+import re
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+_TEMPORARY = re.compile(r".+\.[0-9a-f]{8}\.tmp")
 
 
 def make_folder(folder: str, root: str) -> None:
@@ -37,10 +41,14 @@ def write(target: str, data: Any, root: str, once: bool = False, lasting: bool =
     name are on the disk when this returns.
     """
     make_folder(target.rsplit("/", 1)[0], root)
-    temporary = f"{target}.{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        temporary, stream = _new_temporary(target)
+        lock = os.dup(stream.fileno())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, target) from error
     try:
         try:
-            with open(temporary, "wb") as stream:
+            with stream:
                 stream.write(data)
                 if lasting:
                     stream.flush()
@@ -56,8 +64,30 @@ def write(target: str, data: Any, root: str, once: bool = False, lasting: bool =
     finally:
         with contextlib.suppress(OSError):
             os.remove(temporary)
+        os.close(lock)
     if lasting:
         settle([target.rsplit("/", 1)[0]])
+
+
+def _new_temporary(target: str) -> tuple[str, BinaryIO]:
+    """A new file beside ``target``, locked while it is open: one without a lock was left by a process that was killed."""
+    while True:
+        path = f"{target}.{uuid.uuid4().hex[:8]}.tmp"
+        stream = open(path, "xb")
+        with contextlib.suppress(OSError):  # a file system without locks, where nothing is taken for abandoned either
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        if os.path.lexists(path):
+            return path, stream
+        stream.close()  # removed before it had its lock
+
+
+def remove_abandoned(folder: str) -> None:
+    """Removes the temporary files of ``write`` below a folder whose writers are gone, of any process on any machine."""
+    for top, _, names in os.walk(folder):
+        for path in (f"{top}/{name}" for name in names if _TEMPORARY.fullmatch(name)):
+            with contextlib.suppress(OSError), open(path, "r+b") as stream:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.remove(path)
 
 
 def _link(temporary: str, target: str) -> None:

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dagr_ray.core import blame, environment, job_imports
+from dagr_ray.core import blame, disk, environment, job_imports
 from dagr_ray.core.artifact import Artifact, Json
 from dagr_ray.core.attempt import Observer, Progress
 from dagr_ray.core.build import materialize, plan
@@ -41,6 +41,8 @@ def run_study(
 ) -> Artifact:
     """Runs what is not finished; returns the study's folder. A failed trial is recorded and does not stop the others."""
     folder = study.folder(runs)
+    if folder.local:
+        disk.remove_abandoned(folder.path)
     begun = time.time()
     earlier = folder.read_json("study.json") or {}
     spent = {t["trial"]: t["seconds"] for t in earlier.get("trials", [])}

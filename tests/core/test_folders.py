@@ -209,3 +209,53 @@ def test_a_flipped_bit_in_an_input_is_found_when_it_is_read_and_rebuilt(tmp_path
     made = materialize(Sample(corpus=corpus, n=20), str(tmp_path / "runs"))
     assert made.count("corpus") == 20
     assert folder.read("corpus").equals(rows) and len(folder.revoked()) == 1
+
+
+HELD = """
+import os, sys
+from dagr_ray.core import disk
+real = os.fsync
+def wait(handle):
+    print("writing", flush=True)
+    sys.stdin.readline()
+    real(handle)
+os.fsync = wait
+disk.write(sys.argv[1], b"whole", os.path.dirname(sys.argv[1]), lasting=True)
+"""
+
+
+def test_what_killed_writers_leave_is_removed_and_what_another_driver_writes_is_not(tmp_path) -> None:
+    folder = Numbers(n=30).folder(str(tmp_path))
+    receipts = Path(folder.path, "receipts")
+    writers = []
+    for name in ("00001.json", "00002.json"):
+        command = [sys.executable, "-c", HELD, str(receipts / name)]
+        writer = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert writer.stdout.readline() == "writing\n"
+        writers.append(writer)
+    killed, other = writers
+    killed.kill()
+    killed.wait()
+    strangers = {"a.tmp", "00001.json.0a1b2c3d.tmp.bak", "00001.json.0A1B2C3D.tmp"}
+    for name in strangers:
+        (receipts / name).touch()
+    assert len(list(receipts.glob("*.tmp"))) == 4
+    with folder.lock():
+        kept = {path.name for path in receipts.iterdir()} - strangers
+        assert len(kept) == 1 and next(iter(kept)).startswith("00002.json."), "one is written by another driver"
+    other.communicate("\n", timeout=10)
+    assert other.returncode == 0
+    assert {path.name for path in receipts.iterdir()} == strangers | {"00002.json"}
+    assert (receipts / "00002.json").read_bytes() == b"whole"
+
+
+def test_a_run_after_a_killed_one_leaves_no_temporary_file(tmp_path) -> None:
+    child = os.fork()
+    if child == 0:
+        os.link = lambda *names: os.kill(os.getpid(), signal.SIGKILL)  # in the middle of the first receipt
+        materialize(Numbers(n=30), str(tmp_path), LIGHT)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert len(list(tmp_path.rglob("*.tmp"))) == 1
+    assert materialize(Numbers(n=30), str(tmp_path), LIGHT).count("queries") == 30
+    assert not list(tmp_path.rglob("*.tmp"))

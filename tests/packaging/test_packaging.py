@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +115,19 @@ def test_the_doctors_commands_agree_with_the_locks() -> None:
     alone = (REQUIREMENTS / "cpu-nodeps.txt").read_text().splitlines()
     assert models.SMOLLM2_PACKAGE in alone
     assert models.MINILM_PACKAGE in alone
+
+
+def test_every_package_that_a_module_imports_is_declared() -> None:
+    optional = PROJECT["optional-dependencies"]
+    declared = [*PROJECT["dependencies"], *(line for extra in ("stack", "cpu") for line in optional[extra])]
+    names = {canonicalize_name(Requirement(line).name) for line in declared}
+    owners = packages_distributions()
+    for path in (ROOT / "dagr_ray").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            modules = [each.name for each in node.names] if isinstance(node, ast.Import) else []
+            modules += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            for package in {module.partition(".")[0] for module in modules} - set(sys.stdlib_module_names):
+                assert names & set(map(canonicalize_name, owners.get(package, []))), f"{path} imports {package}"
 
 
 def test_the_core_needs_only_its_dependencies() -> None:
