@@ -39,6 +39,7 @@ MOVED = {
     "items": "annotation.sampling",
     "job": "study.job",
     "language": "core.language",
+    "markers": "core.special_tokens",
     "models": "quickstart.models",
     "parquet": "formats.parquet",
     "paths": "core.paths",
@@ -79,7 +80,27 @@ PARTLY_MOVED = {
 RENAMED = {
     "annotation.import_": {"take": "import_ratings"},
     "core.build": {"survey": "plan"},
+    "core.config": {
+        "Later": "OmitWhenDefault",
+        "fingerprints_held": "fingerprint_cache",
+        "content_held": "cached_content",
+    },
     "core.cost": {"holds": "resources_held"},
+    "core.paths": {"told_apart": "distinct_names", "several": "split_values", "model_named": "model_path"},
+    "core.special_tokens": {"unmarked": "escape_special_tokens"},
+    "core.tables": {
+        "asked_about": "prompt_source",
+        "folded": "fold_texts",
+        "judgements": "qrels_table",
+        "mint": "id_of",
+        "minted": "hash_id",
+        "part": "encode_id_part",
+        "seeded": "seed_for",
+        "spaced": "escape_spaces",
+        "unspaced": "unescape_spaces",
+        "widened": "fill_columns",
+    },
+    "core.terminal": {"Shown": "EscapingFormatter"},
     "engines": {"paid": "token_usage"},
     "study.canary": {"fly": "run_canaries"},
 }
@@ -92,10 +113,10 @@ def _look_up(module: ModuleType, homes: str) -> None:
             return getattr(module, own[name])
         if not name.startswith("__"):
             for home in homes.split():
-                name = RENAMED.get(home, {}).get(name, name)
                 there = importlib.import_module(f"dagr_ray.{home}")
-                if hasattr(there, name):
-                    return getattr(there, name)
+                now = RENAMED.get(home, {}).get(name, name)
+                if hasattr(there, now):
+                    return getattr(there, now)
         raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
 
     module.__getattr__ = find  # type: ignore[method-assign]

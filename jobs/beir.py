@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from dagr_ray.core.paths import FileOrFolder, several
+from dagr_ray.core.paths import FileOrFolder, split_values
 from dagr_ray.miners.dense import Dense
 from dagr_ray.quickstart.models import minilm
 from dagr_ray.recipes.augmentation import augment, generator_named
@@ -55,7 +55,8 @@ def beir(
     asked = Sample(corpus=corpus, n=passages, exclude=exemplars)
     selected, mined = augment(
         asked, corpus, strategy, engine, exemplars=exemplars, samples=samples, max_rank=max_rank, negatives=negatives,
-        held_out=tuple(sets.values()), split=split, base=encoder, people=People(files=several(people, "+")) if people else None,
+        held_out=tuple(sets.values()), split=split, base=encoder,
+        people=People(files=split_values(people, "+")) if people else None,
     )  # fmt: skip
     examples = Take(mined=mined, n=volume, density=density, coverage=coverage)
     trained = Train(

@@ -98,7 +98,7 @@ def page(rows: Sequence[Mapping[str, Any]]) -> str:
     shown = [{k: row[k] for k in ("query_id", "doc_id", "query", "title", "passage")} for row in rows]
     for item, row in zip(shown, rows, strict=True):
         item["reason"] = REASONS[row["reason"]]
-    name = tables.mint(*(part for row in rows for part in (row["query_id"], row["doc_id"])))
+    name = tables.id_of(*(part for row in rows for part in (row["query_id"], row["doc_id"])))
     template = Environment(
         loader=PackageLoader("dagr_ray.annotation", "."), autoescape=True, undefined=StrictUndefined
     ).get_template("annotate.html")

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from dagr_ray.core import environment
-from dagr_ray.core.terminal import Parser, Shown, say
+from dagr_ray.core.terminal import EscapingFormatter, Parser, say
 
 VERBS = {
     "check": "validate a job before anything is spent: each stage cached, partial or to do, with an estimate",
@@ -245,7 +245,7 @@ def _configure_logging() -> None:
     """One line per message of ours, and quiet from the libraries; DAGR_DEBUG=1 shows all."""
     debug = environment.debug()
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(Shown("%(message)s"))
+    handler.setFormatter(EscapingFormatter("%(message)s"))
     logging.basicConfig(level=logging.INFO if debug else logging.ERROR, handlers=[handler])
     logging.getLogger("dagr").setLevel(logging.INFO if debug else logging.WARNING)
     environment.set_defaults(environment.COMMAND)

@@ -16,7 +16,7 @@ from dagr_ray.cli.progress import Reporter, duration, size
 from dagr_ray.core import ray_start
 from dagr_ray.core.artifact import Artifact
 from dagr_ray.core.build import Status, materialize, plan
-from dagr_ray.core.config import ConfigError, fingerprints_held, plugins as registered
+from dagr_ray.core.config import ConfigError, fingerprint_cache, plugins as registered
 from dagr_ray.core.placement import Placement, Pool, load_placement
 from dagr_ray.core.stage import Stage, parts, walk
 from dagr_ray.core.storage import check_can_be_written
@@ -81,14 +81,14 @@ def check(args: Args) -> int | None:
     from dagr_ray.study.estimate import estimate
 
     placement = load_placement(args.placement)
-    with fingerprints_held():
+    with fingerprint_cache():
         stages = walk(_one(args)[1]) if args.one else _study(args).stages()
         _validate(stages, placement)
         seen = look(stages, args.runs, whole=True)
         _check_budget(stages, args.runs)
     if args.canary:
         _canary(args, stages, placement, Reporter(quiet=args.quiet))
-    with fingerprints_held():
+    with fingerprint_cache():
         lines = list(plan(stages, args.runs, deep=args.deep, repair=args.deep))
         guesses = estimate([line.stage for line in lines if line.state != "cached"], args.runs, placement)
         return _checked(args, lines, guesses, seen)
@@ -203,7 +203,7 @@ def study(args: Args) -> int | None:
     started = time.time()
     placement = load_placement(args.placement)
     check_can_be_written(args.runs)
-    with fingerprints_held():
+    with fingerprint_cache():
         planned = _study(args)
         todo = [s.stage for s in plan(planned.stages(), args.runs) if s.state != "cached"]
         _validate(todo, placement)

@@ -104,8 +104,8 @@ class Artifact(Folder):
             checksums.require_all(self.fs, ((f"{self.path}/{entry['file']}", entry) for entry in entries.values()))
             found = target
         else:
-            found = checksums.fetched(self.fs, target, entries)
-        return checksums.without_strangers(found, entries) if entries and "" not in entries else found
+            found = checksums.local_copy(self.fs, target, entries)
+        return checksums.only_listed(found, entries) if entries and "" not in entries else found
 
     def json_of(self, relative: str) -> Any:
         """The value of a JSON file that the stage has written itself, as it was written. Raises Damaged."""
@@ -143,7 +143,7 @@ class Artifact(Folder):
         receipt = {"shard": shard, "tables": parts, "files": own, **more}
         if self.local:  # the receipt must not outlive what it names: one trip to the disk for all of a shard
             written = [f"{self.path}/{each['file']}" for each in (*parts.values(), *own.values())]
-            disk.settle([*written, *dict.fromkeys(path.rsplit("/", 1)[0] for path in written)])
+            disk.flush([*written, *dict.fromkeys(path.rsplit("/", 1)[0] for path in written)])
         earlier = self.receipt(shard)
         if earlier is not None:
             if earlier.get("rows") == receipt.get("rows"):
@@ -393,7 +393,7 @@ class Artifact(Folder):
         if data is None or hashlib.sha256(data).hexdigest() != part["sha256"]:
             raise Damaged(f"{self.path}/{part['file']} is {'missing' if data is None else 'not as it was written'}")
         with pq.ParquetFile(pa.BufferReader(data)) as opened:
-            return schemas.widened(part["file"].split("/")[0], opened.read(columns), columns)
+            return schemas.fill_columns(part["file"].split("/")[0], opened.read(columns), columns)
 
     def _read_rows(self, part: Json, columns: list[str] | None, first: int, last: int) -> pa.Table:
         """Some rows of a part. All of it is checked once in a process, later only the pages that are read."""
@@ -404,7 +404,7 @@ class Artifact(Folder):
             sizes = [opened.metadata.row_group(i).num_rows for i in range(opened.num_row_groups)]
             starts = list(accumulate(sizes, initial=0))
             groups = [i for i, (a, b) in enumerate(pairwise(starts)) if a < last and b > first]
-            rows = schemas.widened(part["file"].split("/")[0], opened.read_row_groups(groups, columns), columns)
+            rows = schemas.fill_columns(part["file"].split("/")[0], opened.read_row_groups(groups, columns), columns)
         return rows.slice(first - starts[groups[0]], last - first)
 
     @contextlib.contextmanager

@@ -34,7 +34,7 @@ class Threshold:
     """Marks a field (``Annotated[float, Threshold()]``) that decides on stored scores and so costs no new scoring."""
 
 
-class Later:
+class OmitWhenDefault:
     """Marks a field that came later: at its default it is no part of the fingerprint, so older results stay found."""
 
 
@@ -88,7 +88,9 @@ class Config(BaseModel):
     def identity(self) -> dict[str, Any]:
         """What is hashed into the fingerprint. Override where a field stands for content (a folder, a model's files)."""
         of = self.__class__.model_fields.items()
-        kept = [name for name, field in of if not (_is(Later, field) and getattr(self, name) == field.default)]
+        kept = [
+            name for name, field in of if not (_is(OmitWhenDefault, field) and getattr(self, name) == field.default)
+        ]
         fields = {name: _walk(getattr(self, name), lambda c: c.fingerprint()) for name in kept}
         return {"type": self.type, "version": self.version, **fields}
 
@@ -99,7 +101,7 @@ class Config(BaseModel):
 
     def fingerprint(self) -> str:
         """12 hex digits of the SHA-256 of the identity, in which each inner config stands by its own fingerprint."""
-        with fingerprints_held() as held:
+        with fingerprint_cache() as held:
             if id(self) not in held:
                 held[id(self)] = (self, digest(self.identity()))
             return held[id(self)][1]
@@ -134,13 +136,13 @@ def _once(var: ContextVar[_Memo | None]) -> Iterator[_Memo]:
         var.reset(token)
 
 
-def fingerprints_held() -> contextlib.AbstractContextManager[_Held]:
+def fingerprint_cache() -> contextlib.AbstractContextManager[_Held]:
     """Inside, a config is fingerprinted once. Outside, each time anew: files that it stands for may have changed."""
     return _once(_held)
 
 
-def content_held(kind: str, path: str, hashed: Callable[[], str]) -> str:
-    """The hash of what lies at a path: inside ``fingerprints_held`` taken once, however many configs hold the path."""
+def cached_content(kind: str, path: str, hashed: Callable[[], str]) -> str:
+    """The hash of what lies at a path: inside ``fingerprint_cache`` taken once, however many configs hold the path."""
     held = _held.get()
     if held is None:
         return hashed()
@@ -314,7 +316,7 @@ def _files(folder: Path) -> Iterator[tuple[str, Path]]:
 
 def content_hash(path: str | Path) -> str:
     """Hash of a local file or folder by names and bytes; hidden files do not count. Cached by size and modification time."""
-    return content_held("files", str(path), lambda: _content_hash(Path(path)))
+    return cached_content("files", str(path), lambda: _content_hash(Path(path)))
 
 
 def _content_hash(root: Path) -> str:

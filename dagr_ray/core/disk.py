@@ -1,7 +1,7 @@
-"""Files of a local disk that are whole whenever they are seen, also after a power cut.
+"""Writes files on a local disk so that a reader sees a whole file or none, also after a power cut.
 
-Bytes go into a file of another name, to the disk, and then to their name, and the folder to the disk after it. What
-stands in the way (a folder where a file should be, a file where a folder should be) is moved aside and kept.
+Bytes are written to a file of another name and flushed to the disk; then the file is renamed and its folder flushed.
+If something is in the way (a folder in place of a file, or the reverse), it is moved aside and kept.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ _TEMPORARY = re.compile(r".+\.[0-9a-f]{8}\.tmp")
 
 
 def make_folder(folder: str, root: str) -> None:
-    """Makes a folder, which is ``root`` or below it."""
+    """Makes a folder that is ``root`` or lies below it."""
     try:
         os.makedirs(folder, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        at = Path(folder)
-        between = [at, *at.parents][: len(at.parts) - len(Path(root).parts) + 1]
-        for each in reversed(between):
-            if os.path.lexists(each) and not each.is_dir():
-                _move_aside(str(each))
+        path = Path(folder)
+        path_and_parents = [path, *path.parents][: len(path.parts) - len(Path(root).parts) + 1]
+        for parent in reversed(path_and_parents):
+            if os.path.lexists(parent) and not parent.is_dir():
+                _move_aside(str(parent))
         os.makedirs(folder, exist_ok=True)
 
 
@@ -37,7 +37,7 @@ def _move_aside(path: str) -> None:
 
 
 def write(target: str, data: Any, root: str, once: bool = False, lasting: bool = False) -> None:
-    """Writes a file below ``root``. ``once``: raises FileExistsError where it is there already. ``lasting``: it and its
+    """Writes a file below ``root``. ``once``: raises FileExistsError if the file exists. ``lasting``: the file and its
     name are on the disk when this returns.
     """
     make_folder(target.rsplit("/", 1)[0], root)
@@ -53,7 +53,7 @@ def write(target: str, data: Any, root: str, once: bool = False, lasting: bool =
                 if lasting:
                     stream.flush()
                     os.fsync(stream.fileno())
-        except OSError as error:  # of a full disk, without a name
+        except OSError as error:  # a full disk raises one without a file name
             raise OSError(error.errno, error.strerror, target) from error
         if os.path.isdir(target) and not os.path.islink(target):
             _move_aside(target)
@@ -66,7 +66,7 @@ def write(target: str, data: Any, root: str, once: bool = False, lasting: bool =
             os.remove(temporary)
         os.close(lock)
     if lasting:
-        settle([target.rsplit("/", 1)[0]])
+        flush([target.rsplit("/", 1)[0]])
 
 
 def _new_temporary(target: str) -> tuple[str, BinaryIO]:
@@ -97,12 +97,12 @@ def _link(temporary: str, target: str) -> None:
         os.link(temporary, target)
     except FileExistsError:
         raise
-    except OSError:  # a file system without hard links: there the last writer stands
+    except OSError:  # a file system without hard links: the last writer wins
         os.replace(temporary, target)
 
 
-def settle(paths: Iterable[str]) -> None:
-    """Brings files and folders to the disk. One that is gone was somebody else's to keep."""
+def flush(paths: Iterable[str]) -> None:
+    """Flushes files and folders to the disk. A path that is gone is ignored: another process removed it."""
     for path in paths:
         with contextlib.suppress(FileNotFoundError):
             handle = os.open(path, os.O_RDONLY)
@@ -115,11 +115,11 @@ def settle(paths: Iterable[str]) -> None:
                 os.close(handle)
 
 
-_CANNOT = (22, 95)  # EINVAL, ENOTSUP: a file system that has nothing to bring to a disk
+_CANNOT = (22, 95)  # EINVAL, ENOTSUP: a file system that cannot flush
 
 
 def remove(path: str) -> None:
-    """Removes a file; a folder of its name is moved aside."""
+    """Removes a file; a folder of that name is moved aside."""
     try:
         os.remove(path)
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""A folder below a runs folder as files: read and written whole, JSON in the shapes and under the seals of ``shapes``."""
+"""The files of a folder below a runs folder: whole reads and writes; JSON is checked by ``shapes``."""
 
 from __future__ import annotations
 
@@ -19,22 +19,26 @@ from dagr_ray.core.shapes import Json
 from dagr_ray.core.storage import filesystem
 
 log = logging.getLogger("dagr")
-_told: dict[str, int] = {}
-TOLD = 3  # warnings about the files of one kind in one folder
+_warned: dict[str, int] = {}
+MAX_WARNINGS = 3  # about the files of one kind in one folder
 
 
 def folders_of(runs: str) -> list[tuple[str, pafs.FileInfo]]:
-    """The folders of stages and studies below a runs folder, by name; what others have put there is left out."""
+    """The folders of stages and studies below a runs folder, sorted by name; other entries are ignored."""
     fs, root = filesystem(runs)
-    found = fs.get_file_info(pafs.FileSelector(root, allow_not_found=True))
-    return sorted((f.base_name, f) for f in found if f.type == pafs.FileType.Directory and shapes.is_ours(f.base_name))
+    entries = fs.get_file_info(pafs.FileSelector(root, allow_not_found=True))
+    return sorted(
+        (entry.base_name, entry)
+        for entry in entries
+        if entry.type == pafs.FileType.Directory and shapes.is_ours(entry.base_name)
+    )
 
 
 class Folder:
-    """Its files. Cheap to make and to pickle: it holds two strings until it is used."""
+    """One folder. Cheap to make and to pickle: it holds two strings until it is used."""
 
     def __init__(self, runs: str, name: str) -> None:
-        self.runs, self.name = absolute(runs), name  # a worker that this is sent to stands elsewhere
+        self.runs, self.name = absolute(runs), name  # absolute: a worker has another working directory
         self.fs, root = filesystem(self.runs)
         self.path = f"{root}/{name}"
 
@@ -49,10 +53,10 @@ class Folder:
         return isinstance(self.fs, pafs.LocalFileSystem)
 
     def write_bytes(self, relative: str, data: bytes | pa.Buffer, once: bool = False, lasting: bool = False) -> None:
-        """Writes a file that is whole whenever it is seen (renamed into place; one put on an object store).
+        """Writes a file so that readers see a whole file or none (rename on a disk, one put on an object store).
 
-        ``once``: raises FileExistsError where the file is there already. An object store cannot tell: there the last
-        writer stands. ``lasting``: a power cut after this does not undo it.
+        ``once``: raises FileExistsError if the file exists. An object store cannot tell: there the last writer wins.
+        ``lasting``: the file survives a power cut after this returns.
         """
         target = f"{self.path}/{relative}"
         if self.local:
@@ -62,7 +66,7 @@ class Folder:
             stream.write(data)
 
     def read_bytes(self, relative: str) -> bytes | None:
-        """A file's content, or None where there is none."""
+        """A file's content, or None if there is no file."""
         for more_tries in (True, True, False):
             try:
                 with self.fs.open_input_stream(f"{self.path}/{relative}") as stream:
@@ -71,76 +75,78 @@ class Folder:
                 return None
             except OSError:
                 if self.local and os.path.isdir(f"{self.path}/{relative}"):
-                    return b""  # no file of ours, and none that is missing
-                # an object store opens and reads in two requests: another driver may remove the file between them
+                    return b""  # a folder in place of a file: not ours, but not missing
+                # an object store opens and reads in two requests: another driver may remove the file in between
                 if self.local or not more_tries:
                     raise
         return None
 
     def write_json(self, relative: str, value: Any, once: bool = False) -> None:
-        """Writes a JSON file, one of this folder's own kinds with its seal."""
+        """Writes a JSON file; a file of one of this folder's own kinds gets its seal."""
         if shapes.is_known(relative):
-            data = shapes.written(self.name, relative, value)
+            data = shapes.sealed_json(self.name, relative, value)
         else:
             data = json.dumps(packed(value), indent=1, ensure_ascii=False).encode()
         self.write_bytes(relative, data, once, lasting=True)
 
     def read_json(self, relative: str) -> Any:
-        """A JSON file's value, or None where there is no file or it is damaged: see ``shapes``."""
+        """A JSON file's value, or None if the file is missing or damaged: see ``shapes``."""
         data = self.read_bytes(relative)
         if data is None:
             return None
         try:
             return shapes.read(self.name, relative, data)
-        except shapes.Misshapen as error:
-            self._tell(relative, str(error))
+        except shapes.Malformed as error:
+            self._warn(relative, str(error))
             return None
 
-    def _tell(self, relative: str, why: str) -> None:
+    def _warn(self, relative: str, why: str) -> None:
         path = f"{self.path}/{relative}"
         kind = path.rpartition("/")[0] if "/" in relative else path
-        if path not in _told and _told.get(kind, 0) < TOLD:
-            remember(_told, kind, _told.get(kind, 0) + 1, 4096)
-            log.warning("%s is damaged and counts as missing: %s", path, why)
-        remember(_told, path, 1, 4096)
+        if path not in _warned and _warned.get(kind, 0) < MAX_WARNINGS:
+            remember(_warned, kind, _warned.get(kind, 0) + 1, 4096)
+            log.warning("%s is damaged and is treated as missing: %s", path, why)
+        remember(_warned, path, 1, 4096)
 
     def problem(self, relative: str) -> str | None:
-        """What is wrong with a JSON file of ours; None where it is sound, or not there."""
+        """What is wrong with a JSON file of this package; None if it is sound or missing."""
         data = self.read_bytes(relative)
         try:
             if data is not None:
                 shapes.read(self.name, relative, data)
-        except shapes.Misshapen as error:
-            return f"{relative} is not as it was written: {error}"
+        except shapes.Malformed as error:
+            return f"{relative} is damaged: {error}"
         return None
 
     def lines(self, relative: str) -> list[Json]:
-        """The objects of a log; what is damaged of it is left out, with a warning."""
-        found, bad = shapes.lines(self.name, relative, self.read_bytes(relative) or b"")
+        """The objects of a log; damaged lines are omitted, with a warning."""
+        values, bad = shapes.lines(self.name, relative, self.read_bytes(relative) or b"")
         if bad:
-            self._tell(relative, f"{bad} of its lines are not as they were written")
-        return found
+            self._warn(relative, f"{bad} of its lines are damaged")
+        return values
 
     def listing(self, relative: str) -> dict[str, int]:
-        """Base name -> size of the finished files in a sub-folder: one listing call. Of our own, only those of our names."""
+        """Base name -> size of the finished files in a sub-folder, by one listing call. Files of other names are ignored."""
         selector = pafs.FileSelector(f"{self.path}/{relative}", allow_not_found=True)
         try:
-            found = self.fs.get_file_info(selector)
-        except FileNotFoundError:  # made by another writer after Arrow had not found it, and before it looked once more
-            found = self.fs.get_file_info(selector)
+            entries = self.fs.get_file_info(selector)
+        except FileNotFoundError:  # Arrow checks twice, and another writer may make the folder in between
+            entries = self.fs.get_file_info(selector)
         except OSError:
             if not self.local or not os.path.isfile(f"{self.path}/{relative}"):
                 raise
-            return {}  # a file where our folder should be
+            return {}  # a file in place of the folder
         ours = shapes.NAMES.get(relative)
         return {
-            f.base_name: f.size
-            for f in found
-            if f.is_file and not f.base_name.endswith(".tmp") and (ours is None or ours.fullmatch(f.base_name))
+            entry.base_name: entry.size
+            for entry in entries
+            if entry.is_file
+            and not entry.base_name.endswith(".tmp")
+            and (ours is None or ours.fullmatch(entry.base_name))
         }
 
     def remove(self, relative: str) -> None:
-        """Removes a file, if there is one."""
+        """Removes a file if it exists."""
         if self.local:
             disk.remove(f"{self.path}/{relative}")
             return

@@ -98,8 +98,8 @@ class Twins:
         columns = ["doc_id", "title", "text"] if titled else ["doc_id", "text"]
 
         def texts(part: pa.Table) -> pa.ChunkedArray:
-            folded = tables.folded(part["text"])
-            return pc.if_else(pc.equal(folded, ""), tables.folded(part["title"]), folded) if titled else folded
+            folded = tables.fold_texts(part["text"])
+            return pc.if_else(pc.equal(folded, ""), tables.fold_texts(part["title"]), folded) if titled else folded
 
         known, hashes = [], []
         for part in corpus.scan("corpus", columns):
@@ -134,12 +134,12 @@ class Positives:
     """The relevant passages of a query, and of all queries that say the same."""
 
     def __init__(self, queries: Artifact) -> None:
-        texts = _recurring(_hashes(tables.folded(part["text"])) for part in queries.scan("queries", ["text"]))
+        texts = _recurring(_hashes(tables.fold_texts(part["text"])) for part in queries.scan("queries", ["text"]))
         # a query may have passages in several parts
         apart = _recurring(np.unique(_hashes(part["query_id"])) for part in queries.scan("qrels", ["query_id"]))
         self.said: dict[str, str] = {}
         for part in queries.scan("queries", ["query_id", "text"]) if len(texts) or len(apart) else ():
-            said = pa.table({"query_id": part["query_id"], "text": tables.folded(part["text"])})
+            said = pa.table({"query_id": part["query_id"], "text": tables.fold_texts(part["text"])})
             again = np.isin(_hashes(said["text"]), texts) | np.isin(_hashes(said["query_id"]), apart)
             self.said.update(zip(*(column.to_pylist() for column in said.filter(pa.array(again)).columns), strict=True))
         self.passages: dict[str, set[str]] = {}

@@ -1,7 +1,7 @@
-"""What a person names: paths that are absolute once they are read, and short names of what lies there.
+"""Makes the paths that users name absolute, and derives short names from them.
 
-A worker stands in another folder than the person who typed a path, so a path is made absolute where it is read (a
-config's field, a command's argument, the environment) and nowhere else.
+A worker has another working directory than the person who typed a path. So a path is made absolute when it is read (a
+config's field, a command's argument, the environment) and at no other time.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ def is_uri(text: str) -> bool:
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text) is not None
 
 
-def absolute(given: str | Path) -> str:
-    """A path made absolute, with ``~`` for the home folder; an address as it is, but for ``file://``, which is a path.
+def absolute(path_or_uri: str | Path) -> str:
+    """An absolute path; ``~`` is the home folder. An address is returned unchanged, except ``file://``, which is a path.
 
-    A symbolic link stays one. ``..`` after a link leaves what the link points to, as the system reads it. Raises
-    ConfigError where the text cannot be a path.
+    Symbolic links are kept. ``..`` after a link is resolved as the system does: it leaves the link's target. Raises
+    ConfigError if the text cannot be a path.
     """
-    text = os.fspath(given)
+    text = os.fspath(path_or_uri)
     if is_uri(text):
         if not text.lower().startswith("file://"):
             return text
@@ -48,7 +48,7 @@ def absolute(given: str | Path) -> str:
     if not text:
         raise ConfigError("an empty path; give the path of a file or folder")
     if "\0" in text:
-        raise ConfigError(f"{text!r} holds a NUL character, which no path can; give another path")
+        raise ConfigError(f"{text!r} holds a NUL character, which paths cannot hold; give another path")
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -60,48 +60,48 @@ def absolute(given: str | Path) -> str:
         try:
             path = os.path.join(os.getcwd(), path)
         except FileNotFoundError:
-            raise ConfigError(f"{text!r} is relative, and the current folder was deleted; cd to one that is") from None
+            raise ConfigError(f"{text!r} is relative, but the current folder was deleted; cd to another one") from None
     names = path.split("/")
     if ".." in names:
         last = len(names) - names[::-1].index("..")
         path = os.path.join(os.path.realpath("/".join(names[:last])), *names[last:])
-    # POSIX leaves it open what two slashes at the beginning mean; Linux takes them for one
+    # POSIX leaves the meaning of two leading slashes open; Linux reads them as one
     return re.sub("^//", "/", os.path.normpath(path))
 
 
-def model_named(given: str) -> str:
-    """A model's folder made absolute; an address or a hub id (``org/name``, no folder of that name) as it is."""
-    hub = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", given)
-    return given if hub and not os.path.isdir(given) else absolute(given)
+def model_path(name: str) -> str:
+    """A model folder's absolute path; an address or a hub id (``org/name``, no folder of that name) is unchanged."""
+    hub = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name)
+    return name if hub and not os.path.isdir(name) else absolute(name)
 
 
-# The types of fields, and of a recipe's parameters, that name something: validated where a config or a command is read.
+# Types of fields and of recipe parameters that hold a path. They are validated when a config or a command is read.
 FileOrFolder = Annotated[str, Field(min_length=1), AfterValidator(absolute)]
-ModelName = Annotated[str, Field(min_length=1), AfterValidator(model_named)]
+ModelName = Annotated[str, Field(min_length=1), AfterValidator(model_path)]
 
 
 def make_environment_absolute() -> None:
-    """Makes the folders absolute that the environment names: workers inherit it, and stand elsewhere."""
+    """Makes the folders named by environment variables absolute: workers inherit them and run in another folder."""
     for name in environment.FOLDERS:
         if os.environ.get(name):
             os.environ[name] = absolute(os.environ[name])
 
 
-def several(text: str, mark: str) -> tuple[str, ...]:
-    """The values that ``mark`` joins. A mark inside the path of an existing file or folder joins nothing.
+def split_values(text: str, mark: str) -> tuple[str, ...]:
+    """Splits a text at ``mark``, except if the mark is inside the path of an existing file or folder.
 
-    >>> several("0,8,16", ",")
+    >>> split_values("0,8,16", ",")
     ('0', '8', '16')
     """
     parts = text.split(mark)
-    found: list[str] = []
+    values: list[str] = []
     at = 0
     while at < len(parts):
         ends = range(len(parts), at + 1, -1)
         end = next((end for end in ends if _is_there(mark.join(parts[at:end]))), at + 1)
-        found.append(mark.join(parts[at:end]))
+        values.append(mark.join(parts[at:end]))
         at = end
-    return tuple(found)
+    return tuple(values)
 
 
 def _is_there(text: str) -> bool:
@@ -112,7 +112,7 @@ def _is_there(text: str) -> bool:
 
 
 def last_name(place: str) -> str:
-    """The last name of a path or address, without an address's options.
+    """The last name of a path or address, without the address's options.
 
     >>> last_name("s3://bucket/set?region=x"), last_name("/sets/a?b/")
     ('set', 'a?b')
@@ -125,7 +125,7 @@ def _without_options(place: str) -> str:
 
 
 def word_of(text: str) -> str:
-    """A text as part of a folder's name: letters and digits of any script, at most 40 characters, in small letters.
+    """A text as part of a folder's name: lower-case letters and digits of any script, at most 40 characters.
 
     >>> word_of("../My Set#1")
     '___my_set_1'
@@ -134,7 +134,7 @@ def word_of(text: str) -> str:
 
 
 def part_of_name(text: str) -> str:
-    """A text as part of a name on disk: nothing in it leads elsewhere, and it is at most 120 bytes long.
+    """A text as part of a file name: without path separators, at most 120 bytes long.
 
     >>> part_of_name("crop-my model/../x"), part_of_name("all-minilm-l6-v2")
     ('crop-my_model_.._x', 'all-minilm-l6-v2')
@@ -143,10 +143,10 @@ def part_of_name(text: str) -> str:
     return kept.encode()[:NAME_BYTES].decode(errors="ignore")
 
 
-def told_apart(places: Iterable[str]) -> dict[str, str]:
-    """Each path or address with the fewest of its last names by which it differs from all others.
+def distinct_names(places: Iterable[str]) -> dict[str, str]:
+    """The shortest suffix of each path or address that differs from all others.
 
-    >>> told_apart(["/a/set", "/b/set", "/b/other"])
+    >>> distinct_names(["/a/set", "/b/set", "/b/other"])
     {'/a/set': 'a/set', '/b/set': 'b/set', '/b/other': 'other'}
     """
     names = {place: _without_options(place).rstrip("/").split("/") for place in places}
@@ -154,16 +154,16 @@ def told_apart(places: Iterable[str]) -> dict[str, str]:
     def end(place: str, length: int) -> str:
         return "/".join(names[place][-length:])
 
-    found: dict[str, str] = {}
+    short_names: dict[str, str] = {}
     for place, parts in names.items():
         lengths = range(1, len(parts) + 1)
-        alone = (n for n in lengths if all(end(other, n) != end(place, n) for other in names if other != place))
-        found[place] = end(place, next(alone, len(parts)))
-    return found
+        unique = (n for n in lengths if all(end(other, n) != end(place, n) for other in names if other != place))
+        short_names[place] = end(place, next(unique, len(parts)))
+    return short_names
 
 
 def is_same(one: str, other: str) -> bool:
-    """Whether two names lead to one local file or folder."""
+    """Whether two names lead to the same local file or folder."""
     try:
         return one == other or (not (is_uri(one) or is_uri(other)) and os.path.samefile(one, other))
     except OSError:

@@ -1,4 +1,4 @@
-"""How fast a stage runs and at what price: pools of workers and prices. Nothing in a placement changes a result."""
+"""Pools of workers and prices: how fast a stage runs and what it costs. Nothing in a placement changes a result."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from dagr_ray.core.paths import absolute
 class Pool(Config):
     """A fixed-size pool of workers. ``workers=0`` runs the work in the calling process, without Ray.
 
-    ``in_flight`` shards are at work in one worker at once, where its stage can. A range of rows that takes longer than
-    ``deadline_s`` has hung: its worker is ended, and the row at fault looked for. ``engine_args`` are options of the
-    engine under its own names that only change its speed. Of a training: ``checkpoint_every`` so many steps it can go
-    on after a fault, and with ``fsdp`` each worker holds a share of the model's weights and of the optimizer's state.
+    A worker runs ``in_flight`` shards at once if its stage can. A range of rows that takes longer than ``deadline_s`` has
+    hung: its worker is ended, and the faulty row is searched for. ``engine_args`` are options of the engine under its own
+    names that only change its speed. For training: a checkpoint is written every ``checkpoint_every`` steps, and with
+    ``fsdp`` each worker holds a share of the model's weights and of the optimizer's state.
     """
 
     workers: Annotated[int, Field(ge=0)] = 0
@@ -33,14 +33,14 @@ class Pool(Config):
 
 
 class TokenPrices(Config):
-    """Dollars for a million tokens of somebody else's model. ``cached`` is that of ``prompt`` unless it is given."""
+    """Dollars per million tokens of a hosted model. ``cached`` defaults to the price of ``prompt``."""
 
     prompt: Annotated[float, Field(ge=0)] = 0.0
     cached: Annotated[float, Field(ge=0)] | None = None
     completion: Annotated[float, Field(ge=0)] = 0.0
 
     def usd(self, prompt: int = 0, cached: int = 0, completion: int = 0) -> float:
-        """Dollars for so many tokens; ``cached`` are those of ``prompt`` that were not computed again.
+        """Dollars for these numbers of tokens; ``cached`` counts the prompt tokens that were not computed again.
 
         >>> TokenPrices(prompt=1, cached=0.5, completion=4).usd(prompt=3_000_000, cached=2_000_000, completion=500_000)
         4.0
@@ -50,9 +50,9 @@ class TokenPrices(Config):
 
 
 class Prices(Config):
-    """What an hour of a machine costs, and ``tokens`` of an endpoint by the model's name (``default`` for any other).
+    """The price of an hour of a machine, and ``tokens``: an endpoint's prices by model name (``default`` for any other).
 
-    Zero where it is not known. A stage whose tokens have a price is billed by them, any other by the time of its pool.
+    Zero means unknown. A stage whose tokens have a price is billed by tokens, any other by its pool's time.
     """
 
     cpu_hour: Annotated[float, Field(ge=0)] = 0.0
@@ -61,7 +61,7 @@ class Prices(Config):
 
 
 class Placement(Config):
-    """How fast, never what: nothing here enters a fingerprint."""
+    """Where and how fast stages run, and prices. Nothing here enters a fingerprint."""
 
     name: str = "local"
     generate: Pool = Pool(workers=1, cpus=1, shard_rows=128)
@@ -73,21 +73,21 @@ class Placement(Config):
 
 
 class PricedEngine(Config):
-    """An engine as its bill sees it: the cores that it takes, and the prices of its tokens."""
+    """What the bill needs from an engine: the cores that it takes and its token prices."""
 
     abstract: ClassVar[bool] = True
 
     def cores(self, pool: Pool) -> float:
-        """How many cores of this machine an opened engine takes; the cores of the pool, unless it says more."""
+        """How many cores of this machine an open engine takes; the pool's cores by default."""
         return max(pool.cpus, 1)
 
     def token_prices(self, prices: Prices) -> TokenPrices | None:
-        """The prices of its tokens, if nothing else is paid for; None if machines are paid by the hour."""
+        """Its token prices if tokens are all that is paid for; None if machines are paid by the hour."""
         return None
 
 
 def load_placement(name: str) -> Placement:
-    """A placement from a TOML file, or a built-in one by name (``local``). Raises ConfigError with what is allowed."""
+    """A placement from a TOML file, or a built-in one by name (``local``). Raises ConfigError."""
     if name == "local":
         return Placement()
     path = Path(absolute(name)) if name else Path()
@@ -98,4 +98,4 @@ def load_placement(name: str) -> Placement:
     try:
         return from_json(tomllib.loads(path.read_text()), Placement)
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"placement {name!r} is not TOML: {error}; mend the file") from None
+        raise ConfigError(f"placement {name!r} is not TOML: {error}; correct the file") from None

@@ -120,7 +120,7 @@ class Tries:
         self._write(mark)
 
     def _write(self, mark: Mark) -> None:
-        self.folder.write_bytes(mark.file, shapes.written(self.folder.name, mark.file, asdict(mark), indent=None))
+        self.folder.write_bytes(mark.file, shapes.sealed_json(self.folder.name, mark.file, asdict(mark), indent=None))
 
     def forget(self, marks: Sequence[Mark]) -> None:
         """Takes marks away: their shard has its receipt."""

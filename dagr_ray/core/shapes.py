@@ -1,9 +1,9 @@
-"""The files of a stage's folder as they must be: their names, their shapes, and the seal that each of ours carries.
+"""Names, shapes and seals of the files in a stage's folder.
 
-A file that is read here is either what was written, or it is damaged: another program's copy, a part of one, a disk's
-mistake. Such a file counts as missing, and what it said is made again. The seal is the SHA-256 of a file's place in the
-runs folder and its text, so that neither a flipped bit nor two files that changed places go unseen. A file without a
-seal was written before there were any; it is taken if it has the shape.
+A file is either exactly what was written or damaged (another program's copy, part of a file, a disk error). A damaged
+file is treated as missing, and its content is built again. The seal is the SHA-256 of the file's place in the runs
+folder and its text, so that flipped bits and swapped files are both noticed. A file without a seal is older than seals;
+it is accepted if it has the right shape.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from functools import lru_cache
 from typing import Annotated, Any, Literal, Required
 
 from pydantic import AfterValidator, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
-from typing_extensions import TypedDict  # typing's cannot be looked into before Python 3.12
+from typing_extensions import TypedDict  # pydantic cannot inspect the one of typing before Python 3.12
 
 from dagr_ray.core.config import packed, unpacked
 
 Json = dict[str, Any]
-LARGEST = 1 << 53  # what every reader of JSON holds exactly
+LARGEST = 1 << 53  # every JSON reader holds integers up to this exactly
 
 
-class Misshapen(ValueError):
-    """A file that is not one of ours, or not as it was written; the message says why."""
+class Malformed(ValueError):
+    """A file that is damaged or not one of this package's; the message says why."""
 
 
 # -- names --------------------------------------------------------------------------------------------------------------
 
-# What other programs leave beside our files (a synchroniser's copy, an editor's, a file manager's) has other names.
+# Files that other programs leave here (a synchroniser's copy, an editor's, a file manager's) have other names.
 NAMES = {
     "receipts": re.compile(r"\d{5,9}\.json"),
     "revoked": re.compile(r"\d{5,9}-[0-9a-f]{4}\.json"),
@@ -43,7 +43,7 @@ _STUDY = re.compile(r"study-\w[\w-]*")
 
 
 def is_stage(name: str) -> bool:
-    """Whether a folder of this name can be a stage's: it ends with a fingerprint.
+    """Whether a folder of this name can hold a stage: the name ends with a fingerprint.
 
     >>> is_stage("generate-crop-crop-3f9c1a2b7d04"), is_stage("generate-crop-crop-3f9c1a2b7d04 (1)"), is_stage("mlruns")
     (True, False, False)
@@ -52,7 +52,7 @@ def is_stage(name: str) -> bool:
 
 
 def is_ours(name: str) -> bool:
-    """Whether a folder of this name can be a stage's or a study's.
+    """Whether a folder of this name can hold a stage or a study.
 
     >>> is_ours("study-beir-3f9c1a2b7d04"), is_ours("study-beir-3f9c1a2b7d04.bak"), is_ours(".DS_Store")
     (True, False, False)
@@ -61,17 +61,17 @@ def is_ours(name: str) -> bool:
 
 
 def shard_of(file: str) -> int:
-    """The shard in a receipt's or a part's name.
+    """The shard number in the name of a receipt or a part.
 
     >>> shard_of("receipts/00012.json"), shard_of("queries/part-00003-77ab01cd.parquet")
     (12, 3)
     """
-    found = re.search(r"(?:^|/)(?:part-)?(\d+)", file.rpartition("/")[2] if "/" in file else file)
-    return int(found[1]) if found else -1
+    match = re.search(r"(?:^|/)(?:part-)?(\d+)", file.rpartition("/")[2] if "/" in file else file)
+    return int(match[1]) if match else -1
 
 
 def _below(path: str) -> str:
-    """A path that stays in its folder."""
+    """Refuses a path that leaves its folder."""
     parts = path.split("/")
     if path.startswith("/") or "\\" in path or "\x00" in path or any(part in ("", ".", "..") for part in parts):
         raise ValueError("a path that leaves its folder")
@@ -88,10 +88,10 @@ def _folder(name: str) -> str:
 
 
 def _tree(value: Any, depth: int = 8) -> Any:
-    """Finite numbers, by name, in objects of objects."""
+    """Checks that a value is a tree of objects with finite numbers."""
     if isinstance(value, dict) and depth:
-        for name, each in value.items():
-            _tree(each, depth - 1 if isinstance(name, str) else 0)
+        for name, item in value.items():
+            _tree(item, depth - 1 if isinstance(name, str) else 0)
     elif isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= LARGEST:
         raise ValueError(f"{str(value)[:40]!r} is not a number between -2^53 and 2^53")
     return value
@@ -99,7 +99,7 @@ def _tree(value: Any, depth: int = 8) -> Any:
 
 _LAX = ConfigDict(extra="allow", strict=True)
 Count = Annotated[int, Field(ge=0, le=LARGEST)]
-# of either kind, as it was written
+# an integer or a float, as it was written
 Amount = Count | Annotated[float, Field(ge=0, le=LARGEST, allow_inf_nan=False)]
 Finite = (
     Annotated[int, Field(ge=-LARGEST, le=LARGEST)]
@@ -120,15 +120,15 @@ def _numbers(value: Json) -> Json:
     return value
 
 
-def _spent(value: Json) -> Json:
+def _costs(value: Json) -> Json:
     _tree(value)
-    if any(not isinstance(each, dict) and each < 0 for each in value.values()):
+    if any(not isinstance(amount, dict) and amount < 0 for amount in value.values()):
         raise ValueError("a cost below 0")
     return value
 
 
 Counts = Annotated[dict[str, Any], AfterValidator(_numbers)]
-Cost = Annotated[dict[str, Any], AfterValidator(_spent)]
+Cost = Annotated[dict[str, Any], AfterValidator(_costs)]
 
 
 class Part(TypedDict, total=False):
@@ -167,7 +167,7 @@ class Receipt(TypedDict, total=False):
 
 
 class Shard(TypedDict, total=False):
-    """Rows of the input that are done together."""
+    """A range of input rows."""
 
     __pydantic_config__ = _LAX  # type: ignore[misc]
     shard: Count
@@ -197,7 +197,7 @@ class Table(TypedDict, total=False):
 
 
 class Bill(TypedDict, total=False):
-    """What a manifest says of money: see ``bill``."""
+    """The cost section of a manifest: see ``cost``."""
 
     __pydantic_config__ = _LAX  # type: ignore[misc]
     tokens: Required[dict[str, Count]]
@@ -248,7 +248,7 @@ class Manifest(TypedDict, total=False):
 
 
 class Mark(TypedDict, total=False):
-    """``tries/00000-5c1e22ab90d4.json``: see ``tries``."""
+    """``tries/00000-5c1e22ab90d4.json``: see ``poison_rows``."""
 
     __pydantic_config__ = _LAX  # type: ignore[misc]
     shard: Required[Count]
@@ -290,8 +290,8 @@ class Study(TypedDict, total=False):
     wall_s: Amount
 
 
-class Holds(TypedDict, total=False):
-    """What an attempt occupies."""
+class HeldResources(TypedDict, total=False):
+    """The resources that an attempt holds."""
 
     __pydantic_config__ = _LAX  # type: ignore[misc]
     workers: Required[Count]
@@ -306,12 +306,12 @@ class Event(TypedDict, total=False):
     __pydantic_config__ = _LAX  # type: ignore[misc]
     at: Required[Amount]
     event: Required[str]
-    holds: Holds
+    holds: HeldResources
     placement: dict[str, Any]
 
 
 class Rank(TypedDict, total=False):
-    """``checkpoints/00000200-5c1e/rank-0.json``: what one worker of a training wrote."""
+    """``checkpoints/00000200-5c1e/rank-0.json``: the files written by one training worker."""
 
     __pydantic_config__ = _LAX  # type: ignore[misc]
     workers: Required[Annotated[int, Field(ge=1, le=1 << 16)]]
@@ -320,7 +320,7 @@ class Rank(TypedDict, total=False):
 
 class _Cuts(TypedDict, total=False):
     __pydantic_config__ = _LAX  # type: ignore[misc]
-    cuts: Required[Annotated[list[float], Field(min_length=3, max_length=3)]]  # infinite where a grade was never given
+    cuts: Required[Annotated[list[float], Field(min_length=3, max_length=3)]]  # infinite for a grade that never occurs
 
 
 class _Teacher(TypedDict, total=False):
@@ -329,7 +329,7 @@ class _Teacher(TypedDict, total=False):
 
 
 class Agreement(TypedDict, total=False):
-    """``agreement.json``: how people's grades and teachers' scores agree."""
+    """``agreement.json``: agreement of human grades and teacher scores."""
 
     __pydantic_config__ = _LAX  # type: ignore[misc]
     teachers: Required[dict[str, _Teacher]]
@@ -360,18 +360,18 @@ _SEAL = re.compile(rb',\s*"seal":\s*"([0-9a-f]{64})"\s*}\s*$')
 
 
 def _seal(folder: str, place: str, body: bytes) -> str:
-    # by its fingerprint: a data set's folder may be found under another label
+    # the fingerprint identifies the folder: a data set's folder may have another label
     where = folder.rpartition("-")[2] if is_stage(folder) else folder
     return hashlib.sha256(f"{where}/{place}\n".encode("utf-8", "surrogatepass") + body).hexdigest()
 
 
 def is_known(place: str) -> bool:
-    """Whether a file of this path in a folder has a shape, and so a seal."""
+    """Whether files of this path have a shape, and so a seal."""
     return (place if "/" not in place else place.partition("/")[0]) in _SHAPES
 
 
-def written(folder: str, place: str, value: Json, indent: int | None = 1) -> bytes:
-    """A JSON object as the file ``place`` (relative) of a folder, with its seal as the last key."""
+def sealed_json(folder: str, place: str, value: Json, indent: int | None = 1) -> bytes:
+    """A JSON object as the file ``place`` (relative) of a folder, with the seal as its last key."""
     text = json.dumps(packed(value), indent=indent, ensure_ascii=False)
     body = text.encode("utf-8", "replace").rstrip()[:-1].rstrip()
     if body == b"{":
@@ -380,12 +380,12 @@ def written(folder: str, place: str, value: Json, indent: int | None = 1) -> byt
 
 
 def read(folder: str, place: str, data: bytes) -> Any:
-    """The value of the file ``place`` (relative) of a folder, without its seal. Raises Misshapen."""
-    sealed = _SEAL.search(data[-120:])
-    if sealed is not None:
-        body = data[: len(data) - (len(data[-120:]) - sealed.start())]
-        if _seal(folder, place, body) != sealed[1].decode():
-            raise Misshapen("its bytes are not those that were written")
+    """The value of the file ``place`` (relative) of a folder, without its seal. Raises Malformed."""
+    seal = _SEAL.search(data[-120:])
+    if seal is not None:
+        body = data[: len(data) - (len(data[-120:]) - seal.start())]
+        if _seal(folder, place, body) != seal[1].decode():
+            raise Malformed("its bytes differ from those that were written")
     kind = place if "/" not in place else place.partition("/")[0]
     try:
         if kind not in _SHAPES:
@@ -396,10 +396,10 @@ def read(folder: str, place: str, data: bytes) -> Any:
             value = _adapter(kind).validate_json(data)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
-        where = ".".join(str(each) for each in first["loc"])[:80]
-        raise Misshapen(f"{where + ': ' if where else ''}{first['msg']}"[:200]) from None
+        where = ".".join(str(key) for key in first["loc"])[:80]
+        raise Malformed(f"{where + ': ' if where else ''}{first['msg']}"[:200]) from None
     except (ValueError, RecursionError) as error:
-        raise Misshapen(f"{type(error).__name__}: {error}"[:200]) from None
+        raise Malformed(f"{type(error).__name__}: {error}"[:200]) from None
     if isinstance(value, dict):
         value.pop("seal", None)
         _fits(folder, place, value)
@@ -407,59 +407,59 @@ def read(folder: str, place: str, data: bytes) -> Any:
 
 
 def _fits(folder: str, place: str, value: Json) -> None:
-    """Raises Misshapen where a file says that it belongs elsewhere."""
+    """Raises Malformed if a file's content contradicts its place."""
     kind, _, name = place.partition("/")
     if kind in ("receipts", "revoked", "tries") and value["shard"] != shard_of(name):
-        raise Misshapen(f"it is of shard {value['shard']}")
+        raise Malformed(f"it belongs to shard {value['shard']}")
     if kind in ("receipts", "manifest.json") and any(
         part["file"].rpartition("/")[0] != table
-        for table, made in value["tables"].items()
-        for part in (made["parts"] if kind == "manifest.json" else [made])
+        for table, entry in value["tables"].items()
+        for part in (entry["parts"] if kind == "manifest.json" else [entry])
     ):
-        raise Misshapen("it names a part of another table")
+        raise Malformed("it names a part of another table")
     if kind == "manifest.json":
-        for table, made in value["tables"].items():
+        for table, entry in value["tables"].items():
             for what in ("rows", "bytes"):
-                in_all = sum(part[what] for part in made["parts"])
+                in_all = sum(part[what] for part in entry["parts"])
                 if is_stage(folder):
-                    made.setdefault(what, in_all)
-                if made.get(what, in_all) != in_all:
-                    raise Misshapen(f"{table} has {in_all} {what} in its parts, not {made[what]}")
+                    entry.setdefault(what, in_all)
+                if entry.get(what, in_all) != in_all:
+                    raise Malformed(f"{table} has {in_all} {what} in its parts, not {entry[what]}")
     if kind == "plan.json":
         if [shard.get("shard", i) for i, shard in enumerate(value["shards"])] != list(range(len(value["shards"]))):
-            raise Misshapen("its shards are not numbered one by one")
+            raise Malformed("its shards are not numbered consecutively")
         if any(shard["stop"] < shard["start"] for shard in value["shards"]):
-            raise Misshapen("a shard ends before it starts")
+            raise Malformed("a shard ends before it starts")
     if kind in ("receipts", "revoked"):
         if is_stage(folder) and not {"counts", "cost"} <= value.keys():
-            raise Misshapen("counts and cost: Fields required")
+            raise Malformed("counts and cost: Fields required")
         value.setdefault("counts", {})
         value.setdefault("cost", {})
     if kind in ("plan.json", "manifest.json"):
         if folder in value.get("inputs", {}).values():
-            raise Misshapen("it names itself as its input")
+            raise Malformed("it lists itself as an input")
         if is_stage(folder):
             wanted = _OF_A_STAGE if kind == "manifest.json" else _OF_A_STAGE[:3]
-            missing = next((each for each in wanted if each not in value), None)
+            missing = next((key for key in wanted if key not in value), None)
             if missing is not None:
-                raise Misshapen(f"{missing}: Field required")
+                raise Malformed(f"{missing}: Field required")
             if not folder.endswith(f"-{value['fingerprint']}"):
-                raise Misshapen(f"it is of another stage ({value['fingerprint'][:40]})")
+                raise Malformed(f"it belongs to another stage ({value['fingerprint'][:40]})")
             if not isinstance(value["stage"].get("type", ""), str):
-                raise Misshapen("stage.type is not a name")
+                raise Malformed("stage.type is not a name")
 
 
 def line(folder: str, place: str, value: Json) -> str:
     """An object as a line of a log, with its seal."""
-    return written(folder, place, value, indent=None).decode()
+    return sealed_json(folder, place, value, indent=None).decode()
 
 
 def lines(folder: str, place: str, data: bytes) -> tuple[list[Json], int]:
-    """The objects of a log, and how many of its lines are not as they were written."""
-    found, bad = [], 0
-    for each in data.splitlines():
+    """The objects of a log, and the number of damaged lines."""
+    values, bad = [], 0
+    for text in data.splitlines():
         try:
-            found.append(read(folder, place, each))
-        except Misshapen:
+            values.append(read(folder, place, text))
+        except Malformed:
             bad += 1
-    return found, bad
+    return values, bad

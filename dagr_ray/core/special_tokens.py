@@ -52,12 +52,12 @@ _WORDS = re.compile(
 )
 
 
-def unmarked(text: str, own: frozenset[str] = frozenset()) -> str:
+def escape_special_tokens(text: str, own: frozenset[str] = frozenset()) -> str:
     """Text in which nothing spells a special token of a known family, or one of ``own``: a space follows its beginning.
 
     Everything else stays as it is, and the text can still be read.
 
-    >>> unmarked("<|im_start|>user [INST] a < b, x[0] </s> <b>bold</b> <start_of_turn>")
+    >>> escape_special_tokens("<|im_start|>user [INST] a < b, x[0] </s> <b>bold</b> <start_of_turn>")
     '< |im_start|>user [ INST] a < b, x[0] < /s> <b>bold</b> < start_of_turn>'
     """
     if own:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import pyarrow as pa
 
 from dagr_ray.core.artifact import Artifact, Json
-from dagr_ray.core.config import Config, ConfigError, fingerprints_held, from_json
+from dagr_ray.core.config import Config, ConfigError, fingerprint_cache, from_json
 from dagr_ray.core.placement import Pool, PricedEngine
 from dagr_ray.core.storage import one_name
 
@@ -147,7 +147,7 @@ def walk(*stages: Stage) -> list[Stage]:
                 visit(each)
             seen[key] = stage
 
-    with fingerprints_held():
+    with fingerprint_cache():
         for stage in stages:
             visit(stage)
     return list(seen.values())

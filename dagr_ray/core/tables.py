@@ -1,7 +1,7 @@
-"""The tables: Arrow schemas, schema check, ids minted from content, and text that Arrow and JSON can hold.
+"""Arrow schemas of all tables, schema checks, ids derived from content, and text that Arrow and JSON can hold.
 
-Core tables hold only what BEIR holds; where a row came from is a side table joined by id. A table may be split by a
-suffix (``qrels.test``), which has the schema of its stem.
+Core tables hold only what BEIR holds; a row's origin is in a side table joined by id. A table may be split by a suffix:
+``qrels.test`` has the schema of ``qrels``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dagr_ray.core.config import ConfigError
 from dagr_ray.core.storage import one_name
 
 TEXT = pa.large_string()
-# Names by which collections call the judgements to develop on.
+# Names that collections use for the development split.
 DEV = ("dev", "validation", "valid", "val", "development")
 _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 
@@ -33,7 +33,7 @@ SCHEMAS: dict[str, pa.Schema] = {
     "corpus": _schema(("doc_id", TEXT), ("title", TEXT), ("text", TEXT)),
     "queries": _schema(("query_id", TEXT), ("text", TEXT)),
     "qrels": _schema(("query_id", TEXT), ("doc_id", TEXT), ("relevance", pa.int32())),
-    # what a strategy may read besides a passage: doc_id names the pair, text is that of passage_id, other of other_id
+    # a strategy's input besides passages: doc_id names the pair, text is passage_id's text, other is other_id's text
     "pairs": _schema(
         ("doc_id", TEXT),
         ("title", TEXT),
@@ -83,7 +83,7 @@ SCHEMAS: dict[str, pa.Schema] = {
         ("text", TEXT),
         ("held_out", TEXT),
     ),
-    # what each person said; qrels beside it holds one relevance for each pair
+    # each person's grade; the qrels beside it hold one relevance for each pair
     "ratings": _schema(
         ("query_id", TEXT), ("doc_id", TEXT), ("grade", pa.int32()), ("who", TEXT), optional=[("at", TEXT)]
     ),
@@ -96,7 +96,7 @@ SCHEMAS: dict[str, pa.Schema] = {
 
 
 def schema(name: str) -> pa.Schema:
-    """The schema of a table; ``qrels.test`` has that of ``qrels``."""
+    """The schema of a table; ``qrels.test`` has the schema of ``qrels``."""
     return SCHEMAS[name.split(".")[0]]
 
 
@@ -106,7 +106,7 @@ def table(name: str, rows: Iterable[Mapping[str, Any]]) -> pa.Table:
 
 
 def columns(name: str, rows: int, **values: Any) -> pa.Table:
-    """A checked table of kind ``name`` from its columns: lists, arrays, or one value (or None) for all ``rows`` rows."""
+    """A checked table of kind ``name`` from columns: lists, arrays, or one value (or None) for all ``rows`` rows."""
     arrays = []
     for field in schema(name):
         value = values.pop(field.name, None)
@@ -120,18 +120,18 @@ def columns(name: str, rows: int, **values: Any) -> pa.Table:
     return check(name, pa.Table.from_arrays(arrays, schema=schema(name)))
 
 
-def asked_about(rows: pa.Table) -> pa.Table:
-    """The columns of a ``corpus`` or ``pairs`` table that a strategy reads, in the order of its ``Passage``."""
+def prompt_source(rows: pa.Table) -> pa.Table:
+    """The columns of a ``corpus`` or ``pairs`` table that a strategy reads, in the order of ``Passage``."""
     return rows.select([name for name in ("doc_id", "title", "text", "query", "other") if name in rows.column_names])
 
 
 def texts(column: pa.Array | pa.ChunkedArray) -> list[Any]:
-    """A text column as a list, in about half of ``to_pylist``'s time."""
+    """A text column as a list, in about half the time of ``to_pylist``."""
     return column.to_numpy(zero_copy_only=False).tolist()
 
 
 class Rejected:
-    """Rows of the ``rejected`` table, column by column."""
+    """Collects rows of the ``rejected`` table, column by column."""
 
     def __init__(self) -> None:
         self.ids: list[str] = []
@@ -140,20 +140,20 @@ class Rejected:
         self.details: list[str | None] = []
 
     def add(self, id: str, by: str, reason: str, detail: str | None = None) -> None:
-        """One more row."""
+        """Adds a row."""
         self.ids.append(id)
         self.by.append(by)
         self.reasons.append(reason)
         self.details.append(detail)
 
-    def counted(self) -> dict[str, int]:
-        """Rows by ``by/reason``."""
+    def counts_by_reason(self) -> dict[str, int]:
+        """The number of rows for each ``by/reason``."""
         return dict(Counter(map("/".join, zip(self.by, self.reasons, strict=True))))
 
     def table(self) -> pa.Table:
         """The checked table."""
-        given = {"id": self.ids, "by": self.by, "reason": self.reasons, "detail": self.details}
-        return columns("rejected", len(self.ids), **given)
+        values = {"id": self.ids, "by": self.by, "reason": self.reasons, "detail": self.details}
+        return columns("rejected", len(self.ids), **values)
 
 
 def empty(name: str) -> pa.Table:
@@ -162,9 +162,9 @@ def empty(name: str) -> pa.Table:
 
 
 def check(name: str, value: pa.Table) -> pa.Table:
-    """The table, if it has exactly the schema of ``name`` and no null where none may be; an AssertionError otherwise.
+    """Returns the table if it has exactly the schema of ``name`` and no unexpected nulls; else raises AssertionError.
 
-    Raises ConfigError for a name that cannot be a folder's: a split may be called anything.
+    Raises ConfigError if the name cannot be a folder's name: a split may be called anything.
     """
     one_name(name, of="a table")
     expected = schema(name)
@@ -175,16 +175,16 @@ def check(name: str, value: pa.Table) -> pa.Table:
     return value
 
 
-def widened(name: str, value: pa.Table, names: Iterable[str] | None = None) -> pa.Table:
-    """The columns ``names`` (None: all) of a table of kind ``name``; those that may be null are null where it is older.
+def fill_columns(name: str, value: pa.Table, names: Iterable[str] | None = None) -> pa.Table:
+    """The columns ``names`` (None: all) of a table of kind ``name``; nullable columns that an older table lacks are null.
 
     >>> old = pa.table({"query_id": ["q1"], "value": [0.5], "measure": ["nDCG@10"]})
-    >>> widened("metrics", old, ["value", "split"]).to_pylist()
+    >>> fill_columns("metrics", old, ["value", "split"]).to_pylist()
     [{'value': 0.5, 'split': None}]
     """
-    known, there = schema(name), value.column_names
+    known, present = schema(name), value.column_names
     wanted = list(known.names if names is None else names)
-    for missing in (known.field(n) for n in wanted if n not in there and known.field(n).nullable):
+    for missing in (known.field(n) for n in wanted if n not in present and known.field(n).nullable):
         value = value.append_column(missing, pa.nulls(len(value), missing.type))
     return value.select(wanted)
 
@@ -195,28 +195,28 @@ def texts_of(queries: pa.Table) -> dict[str, str]:
 
 
 def relevant(qrels: pa.Table) -> pa.Table:
-    """The judgements of a ``qrels`` table that call a passage relevant, to whatever degree."""
+    """The rows of a ``qrels`` table with relevance above 0."""
     return qrels.filter(pc.greater(qrels["relevance"], 0))
 
 
 def split_of(splits: Iterable[str], wanted: str) -> str | None:
-    """The split of that name; ``dev``, ``validation``, ``valid`` and ``val`` are one. None where there is none.
+    """The split called ``wanted``; ``dev``, ``validation``, ``valid`` and ``val`` are synonyms. None if there is none.
 
     >>> split_of(["test", "validation"], "dev"), split_of(["dev", "val"], "val"), split_of(["test"], "dev")
     ('validation', 'val', None)
     """
-    there = list(splits)
-    if wanted in there:
+    names = list(splits)
+    if wanted in names:
         return wanted
-    return next((name for name in DEV if name in there), None) if wanted in DEV else None
+    return next((name for name in DEV if name in names), None) if wanted in DEV else None
 
 
-def judgements(there: Iterable[str], split: str, who: str, where: str) -> str:
-    """The name of the table of a split's judgements. Raises ConfigError where it is not among the tables that are ``there``.
+def qrels_table(tables: Iterable[str], split: str, who: str, where: str) -> str:
+    """The name of a split's qrels table. Raises ConfigError if it is not in ``tables``.
 
-    ``dev`` and ``validation`` are one: see ``split_of``.
+    ``dev`` and ``validation`` are synonyms: see ``split_of``.
     """
-    splits = sorted(name.removeprefix("qrels.") for name in there if name.startswith("qrels."))
+    splits = sorted(name.removeprefix("qrels.") for name in tables if name.startswith("qrels."))
     named = split_of(splits, split)
     if named is None:
         raise ConfigError(f"{who}: split = {split!r} is not in {where}; allowed: {', '.join(splits) or 'none'}")
@@ -224,7 +224,7 @@ def judgements(there: Iterable[str], split: str, who: str, where: str) -> str:
 
 
 def clean(text: str) -> str:
-    """Text that UTF-8 and Arrow can hold: NUL and lone surrogates become U+FFFD; all else stays as it is."""
+    """Text that UTF-8 and Arrow can hold: NUL and lone surrogates become U+FFFD."""
     if text.isascii() and "\x00" not in text:
         return text
     return _UNSTORABLE.sub("\ufffd", text)
@@ -234,69 +234,69 @@ _SPACE = re.compile(r"[\s\ufeff]|\\(?=u[0-9a-f]{4})")
 _SPELLED = re.compile(r"\\u([0-9a-f]{4})")
 
 
-def spaced(id: str) -> str:
-    """An id as a word without white space, for formats whose columns stand apart by it; ``unspaced`` gives the id back.
+def escape_spaces(id: str) -> str:
+    """An id without white space, for formats with space-separated columns; ``unescape_spaces`` restores the id.
 
-    White space becomes ``\\u`` and its number in hexadecimal digits; so does a backslash before what would be read as one.
+    White space becomes ``\\u`` and four hexadecimal digits, and so does a backslash that would read as such an escape.
 
-    >>> spaced("a b"), spaced("a_b"), spaced("a\\tb"), spaced(r"a\\u0020b"), unspaced(spaced("a b"))
-    ('a\\\\u0020b', 'a_b', 'a\\\\u0009b', 'a\\\\u005cu0020b', 'a b')
+    >>> [escape_spaces(id) for id in ("a b", "a_b", "a\\tb", r"a\\u0020b")], unescape_spaces(escape_spaces("a b"))
+    (['a\\\\u0020b', 'a_b', 'a\\\\u0009b', 'a\\\\u005cu0020b'], 'a b')
     """
-    return _SPACE.sub(lambda found: f"\\u{ord(found[0]):04x}", id) or "\\u0000"
+    return _SPACE.sub(lambda match: f"\\u{ord(match[0]):04x}", id) or "\\u0000"
 
 
-def unspaced(word: str) -> str:
-    """The id that ``spaced`` made a word of; any other word is itself."""
+def unescape_spaces(word: str) -> str:
+    """The id that ``escape_spaces`` encoded; any other word is returned unchanged."""
     return _SPELLED.sub(_spelt, word) if "\\u" in word else word
 
 
-def _spelt(found: re.Match[str]) -> str:
-    char = "" if found[1] == "0000" else chr(int(found[1], 16))
-    return char if char in ("", "\\", "\ufeff") or char.isspace() else found[0]
+def _spelt(match: re.Match[str]) -> str:
+    char = "" if match[1] == "0000" else chr(int(match[1], 16))
+    return char if char in ("", "\\", "\ufeff") or char.isspace() else match[0]
 
 
 def passage_text(title: str, text: str) -> str:
-    """What every retriever reads of a passage: title, a space, text (the field of Anserini's flat BEIR runs)."""
+    """The text of a passage for every retriever: title, a space, text (the field of Anserini's flat BEIR runs)."""
     return f"{title} {text}" if title else text
 
 
-def folded(texts: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
-    """Texts without differences of case, spacing and spelling (NFC): equal ones are one passage with two ids."""
+def fold_texts(texts: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
+    """Texts without differences of case, spacing and spelling (NFC). Equal results are one passage with two ids."""
     if not pc.all(pc.string_is_ascii(texts)).as_py():
         texts = pc.utf8_normalize(texts, form="NFC")
     return pc.utf8_trim_whitespace(pc.replace_substring_regex(pc.utf8_lower(texts), r"[\s\pZ]+", " "))
 
 
-def mint(*parts: object) -> str:
-    """An id of 24 hex digits (96 bits: under 1e-9 odds of a collision in 1e9 rows) from the content that it names."""
-    return minted(b"".join(map(part, parts)))
+def id_of(*parts: object) -> str:
+    """An id of 24 hex digits (96 bits: under 1e-9 odds of a collision in 1e9 rows) from its content."""
+    return hash_id(b"".join(map(encode_id_part, parts)))
 
 
 def seed_of(*parts: object) -> int:
     """A seed in [0, 2**31) from content, the range that numpy, torch and vLLM all take."""
-    return seeded(b"".join(map(part, parts)))
+    return seed_for(b"".join(map(encode_id_part, parts)))
 
 
 def unit_of(*parts: object) -> float:
-    """A number in [0, 1) from content: ``unit_of(seed, id) < share`` draws the same nested subset everywhere."""
-    return int.from_bytes(hashlib.blake2b(b"".join(map(part, parts)), digest_size=7).digest(), "big") / 2**56
+    """A number in [0, 1) from content: ``unit_of(seed, id) < share`` selects the same nested subset everywhere."""
+    return int.from_bytes(hashlib.blake2b(b"".join(map(encode_id_part, parts)), digest_size=7).digest(), "big") / 2**56
 
 
-def part(value: object) -> bytes:
-    """One part of what an id is minted from. Its length comes first: ("ab", "c") and ("a", "bc") must differ."""
+def encode_id_part(value: object) -> bytes:
+    """One part of an id's content. Its length comes first, because ("ab", "c") and ("a", "bc") must differ."""
     text = str(value).encode("utf-8", "surrogatepass")
     return len(text).to_bytes(8, "big") + text
 
 
-def minted(content: bytes) -> str:
-    """``mint`` of parts that are joined already: for many ids that begin alike.
+def hash_id(content: bytes) -> str:
+    """``id_of`` for parts that are already joined: for many ids with the same first part.
 
-    >>> minted(part("d1") + part(0)) == mint("d1", 0)
+    >>> hash_id(encode_id_part("d1") + encode_id_part(0)) == id_of("d1", 0)
     True
     """
     return hashlib.blake2b(content, digest_size=12).hexdigest()
 
 
-def seeded(content: bytes) -> int:
-    """``seed_of`` of parts that are joined already."""
+def seed_for(content: bytes) -> int:
+    """``seed_of`` for parts that are already joined."""
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big") % 2**31

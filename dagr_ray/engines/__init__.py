@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Protocol
 
 from pydantic import Field
 
-from dagr_ray.core.config import Config, Later
+from dagr_ray.core.config import Config, OmitWhenDefault
 from dagr_ray.core.placement import Pool, PricedEngine
 from dagr_ray.prompts import Prompt
 
@@ -23,7 +23,7 @@ class Sampling(Config):
     temperature: Annotated[float, Field(ge=0, le=2)] = 0.7
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     max_tokens: Annotated[int, Field(ge=1)] = 32
-    logprob: Annotated[bool, Later()] = False
+    logprob: Annotated[bool, OmitWhenDefault()] = False
 
 
 @dataclass

@@ -21,7 +21,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from dagr_ray.core import tables
-from dagr_ray.core.config import ConfigError, JsonObject, Later, content_hash
+from dagr_ray.core.config import ConfigError, JsonObject, OmitWhenDefault, content_hash
 from dagr_ray.core.paths import FileOrFolder, ModelName
 from dagr_ray.core.placement import Pool
 from dagr_ray.core.storage import local_folder
@@ -64,10 +64,10 @@ class VLLM(Engine):
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     quantization: str | None = None
     max_model_len: Annotated[int, Field(ge=64)] = 1024
-    lora: Annotated[FileOrFolder | None, Later()] = None
-    json_schema: Annotated[JsonObject | None, Later()] = None
-    regex: Annotated[str | None, Later()] = None
-    engine_args: Annotated[JsonObject, Later()] = {}
+    lora: Annotated[FileOrFolder | None, OmitWhenDefault()] = None
+    json_schema: Annotated[JsonObject | None, OmitWhenDefault()] = None
+    regex: Annotated[str | None, OmitWhenDefault()] = None
+    engine_args: Annotated[JsonObject, OmitWhenDefault()] = {}
 
     @model_validator(mode="after")
     def _fields_agree(self) -> VLLM:

@@ -231,7 +231,7 @@ def _judgements(
                 source.bad(number, "no-id", f"{row['query']!r}, {row['doc']!r}")
                 continue
             if source.spaced:
-                query_id, doc_id = tables.unspaced(query_id), tables.unspaced(doc_id)
+                query_id, doc_id = tables.unescape_spaces(query_id), tables.unescape_spaces(doc_id)
             if query_ids is not None and query_id not in query_ids:
                 source.bad(number, "unknown-query", query_id)
             elif doc_ids is not None and doc_id not in doc_ids:

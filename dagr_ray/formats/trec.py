@@ -108,7 +108,7 @@ def _read(path: str, what: str, parse: Callable[[list[str]], Any], finish: Calla
             problems.append(Problem(name, number, "broken-line", f"{found}: {text.strip()[:100]}"))
             continue
         if "\\u" in text:
-            found = (tables.unspaced(found[0]), tables.unspaced(found[1]), found[2])
+            found = (tables.unescape_spaces(found[0]), tables.unescape_spaces(found[1]), found[2])
         for column, cell in zip(pending, (number, *found), strict=True):
             column.append(cell)
         if len(pending[0]) == BATCH:
@@ -201,11 +201,11 @@ def run_lines(rows: Iterable[tuple[str, str, int, float]], tag: str) -> Iterator
     >>> list(run_lines([("q 1", "d1", 1, 0.1)], "bm25"))
     ['q\\\\u00201 Q0 d1 1 0.1 bm25']
     """
-    spaced, by = tables.spaced, tables.spaced(tag)
+    spaced, by = tables.escape_spaces, tables.escape_spaces(tag)
     # nine digits give a float32 back exactly
     return (f"{spaced(q)} Q0 {spaced(d)} {rank} {score:.9g} {by}" for q, d, rank, score in rows)
 
 
 def qrels_lines(rows: Iterable[tuple[str, str, int]]) -> Iterator[str]:
     """Lines of a qrels file from (query id, doc id, relevance)."""
-    return (f"{tables.spaced(q)} 0 {tables.spaced(d)} {relevance}" for q, d, relevance in rows)
+    return (f"{tables.escape_spaces(q)} 0 {tables.escape_spaces(d)} {relevance}" for q, d, relevance in rows)

@@ -21,7 +21,7 @@ from typing import Annotated, Any, ClassVar
 import pyarrow as pa
 from pydantic import AfterValidator, Field
 
-from dagr_ray.core.config import ConfigError, Later
+from dagr_ray.core.config import ConfigError, OmitWhenDefault
 from dagr_ray.core.language import PASSAGES, SPOKEN, language_of_all
 from dagr_ray.core.storage import own_folder, own_temporary
 from dagr_ray.core.tables import clean, passage_text
@@ -59,7 +59,7 @@ class BM25(Miner):
     part: ClassVar[int] = 1024
     k1: Annotated[float, Field(ge=0)] = 0.9
     b: Annotated[float, Field(ge=0, le=1)] = 0.4
-    language: Annotated[Annotated[str, AfterValidator(known)], Later()] = AUTO
+    language: Annotated[Annotated[str, AfterValidator(known)], OmitWhenDefault()] = AUTO
 
     def identity(self) -> dict[str, Any]:
         """English is what there was before there was a choice."""

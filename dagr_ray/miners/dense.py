@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar, Literal
 import numpy as np
 import pyarrow as pa
 
-from dagr_ray.core.config import Later
+from dagr_ray.core.config import OmitWhenDefault
 from dagr_ray.core.tables import passage_text
 from dagr_ray.miners import Build, Miner
 from dagr_ray.retrieval import approximate
@@ -38,7 +38,7 @@ class Dense(Miner):
     part: ClassVar[int] = 32
     encoder: Encoder = Encoder(revision=MINILM_COMMIT)
     storage: Literal["float32", "float16"] = "float32"
-    search: Annotated[Method, Later()] = Exact()
+    search: Annotated[Method, OmitWhenDefault()] = Exact()
 
     def label(self) -> str:
         return self.encoder.label()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from dagr_ray.core import tables
 from dagr_ray.core.config import ConfigError
-from dagr_ray.core.paths import several, told_apart, word_of
+from dagr_ray.core.paths import distinct_names, split_values, word_of
 from dagr_ray.core.stage import Stage
 from dagr_ray.miners import Miner
 from dagr_ray.retrieval.encoder import Encoder
@@ -37,14 +37,14 @@ def named_sets(*data: Stage | str | None) -> dict[str, Stage]:
     path tells more, and else its content.
     """
     found: dict[str, Stage] = {}
-    texts = {each: [Beir(path=path) for path in several(each, "+")] for each in data if isinstance(each, str)}
+    texts = {each: [Beir(path=path) for path in split_values(each, "+")] for each in data if isinstance(each, str)}
     for each in [stage for one in data if one for stage in (texts[one] if isinstance(one, str) else [one])]:
         if each.fingerprint() in {other.fingerprint() for other in found.values()}:
             continue
         name = each.label() or each.type
         if name in found:
             places = [str(getattr(other, "path", "")) for other in (each, found[name])]
-            name = word_of(told_apart(places)[places[0]]) if all(places) and places[0] != places[1] else name
+            name = word_of(distinct_names(places)[places[0]]) if all(places) and places[0] != places[1] else name
         found[f"{name}_{each.fingerprint()[:4]}" if name in found else name] = each
     return found
 

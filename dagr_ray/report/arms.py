@@ -8,7 +8,7 @@ from functools import cached_property
 
 from dagr_ray.core.artifact import Json
 from dagr_ray.core.config import digest
-from dagr_ray.core.paths import told_apart
+from dagr_ray.core.paths import distinct_names
 from dagr_ray.report.lineage import Arm, Folders
 
 # Parameters that set how many rows an arm is trained on: they move along a curve, the others tell curves apart.
@@ -175,7 +175,7 @@ class Row:
 
     def name(self, rows: list[Row]) -> None:
         """Sets ``base``, what people call the retriever, and ``label``: generator, and what else varies among the arms."""
-        bases = told_apart(row._base for row in rows if row.kind != "bm25")
+        bases = distinct_names(row._base for row in rows if row.kind != "bm25")
         self.base = "BM25" if self.kind == "bm25" else bases[self._base]
         arms = [r.params for r in rows if r.kind == "augmented"]
         known = ("base", "generator", "volume", "seed")

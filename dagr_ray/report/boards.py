@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dagr_ray.core.artifact import Json
-from dagr_ray.core.paths import told_apart
+from dagr_ray.core.paths import distinct_names
 from dagr_ray.report import stats
 from dagr_ray.report.arms import Row
 from dagr_ray.report.compare import changed
@@ -51,7 +51,7 @@ def _shown(groups: dict[str, list[Row]]) -> dict[tuple[str, str], str]:
         if not others:
             found[key, name] = name
             continue
-        apart = told_apart([place, *others]).get(place) if place and place not in others else None
+        apart = distinct_names([place, *others]).get(place) if place and place not in others else None
         found[key, name] = f"{name} ({apart or key[:4]})"
     return found
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 import numpy as np
 from pydantic import Field
 
-from dagr_ray.core.config import Config, ConfigError, Later, content_hash
+from dagr_ray.core.config import Config, ConfigError, OmitWhenDefault, content_hash
 from dagr_ray.core.paths import ModelName, part_of_name
 from dagr_ray.core.storage import local_folder
 from dagr_ray.retrieval import model_folder, weights
@@ -129,7 +129,7 @@ class Encoder(Pinned):
     dtype: Dtype = "auto"
     reinitialise: Annotated[int, Field(ge=0)] | None = None
     layers: Annotated[int, Field(ge=1)] | None = None
-    pooling: Annotated[Literal["mean", "cls", "lasttoken"] | None, Later()] = None
+    pooling: Annotated[Literal["mean", "cls", "lasttoken"] | None, OmitWhenDefault()] = None
 
     def identity(self) -> dict[str, Any]:
         """By the prefixes that are used, where the model is here to say them."""

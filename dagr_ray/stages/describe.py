@@ -87,7 +87,7 @@ class Describe(Stage):
             found |= {f"form:{form}": share for form, share in forms.items()}
             if "human" in inputs:
                 human = inputs["human"]
-                name = tables.judgements(human.table_names(), self.split, "mix", human.name)
+                name = tables.qrels_table(human.table_names(), self.split, "mix", human.name)
                 judged = human.read(name, ["query_id"])["query_id"].unique().to_pylist()
                 by_people = tables.texts_of(inputs["human"].read("queries"))
                 other = _forms([by_people[query_id] for query_id in judged])

@@ -78,7 +78,7 @@ def _folded(corpus: Artifact, ids: pa.ChunkedArray) -> dict[str, str]:
     for part in corpus.scan("corpus"):
         part = part.filter(pc.is_in(part["doc_id"], value_set=ids))
         texts = pc.binary_join_element_wise(
-            tables.folded(part["title"]), tables.folded(part["text"]), pa.scalar(" ", tables.TEXT)
+            tables.fold_texts(part["title"]), tables.fold_texts(part["text"]), pa.scalar(" ", tables.TEXT)
         )
         found |= dict(zip(part["doc_id"].to_pylist(), texts.to_pylist(), strict=True))
     return found

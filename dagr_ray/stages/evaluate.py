@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from dagr_ray.core import tables
 from dagr_ray.core.artifact import Artifact
-from dagr_ray.core.config import ConfigError, Later
+from dagr_ray.core.config import ConfigError, OmitWhenDefault
 from dagr_ray.core.paths import word_of
 from dagr_ray.core.placement import Pool
 from dagr_ray.core.stage import Inputs, Output, Run, Stage
@@ -77,9 +77,9 @@ class Evaluate(Stage):
     data: Stage
     split: str = "test"
     exclude: Stage | None = None
-    leaks: Annotated[Stage | None, Later()] = None
+    leaks: Annotated[Stage | None, OmitWhenDefault()] = None
     name: str = "data"
-    depth: Annotated[Annotated[int, Field(ge=1)] | None, Later()] = None
+    depth: Annotated[Annotated[int, Field(ge=1)] | None, OmitWhenDefault()] = None
 
     def label(self) -> str:
         return word_of(f"{self.name}_{self.split}")
@@ -121,7 +121,7 @@ class Evaluate(Stage):
 
 def qrels_of(data: Artifact, split: str) -> Qrels:
     """The judgements of a split. Raises ConfigError where there are none."""
-    return as_qrels(data.read(tables.judgements(data.table_names(), split, "evaluate", data.name)))
+    return as_qrels(data.read(tables.qrels_table(data.table_names(), split, "evaluate", data.name)))
 
 
 def as_qrels(table: pa.Table) -> Qrels:

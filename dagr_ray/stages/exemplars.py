@@ -8,7 +8,7 @@ from pydantic import Field
 
 from dagr_ray.core import tables
 from dagr_ray.core.artifact import Artifact
-from dagr_ray.core.config import Later
+from dagr_ray.core.config import OmitWhenDefault
 from dagr_ray.core.placement import Pool
 from dagr_ray.core.stage import Inputs, Output, Run, Stage
 from dagr_ray.core.words import folded, long, pieces
@@ -34,7 +34,7 @@ class Exemplars(Stage):
     seed: int = 0
     max_words: Annotated[int, Field(ge=8)] = 60
     grounded: Annotated[float, Field(ge=0, le=1)] = 0.5
-    otherwise: Annotated[str | None, Later()] = None
+    otherwise: Annotated[str | None, OmitWhenDefault()] = None
 
     def label(self) -> str:
         return f"{self.split}{self.k}"

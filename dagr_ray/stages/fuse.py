@@ -86,7 +86,7 @@ class Fuse(Stage):
             weights = self.weights
             if self.dev is not None:
                 qrels = inputs["dev"].read(
-                    tables.judgements(inputs["dev"].table_names(), self.dev_split, "fuse", inputs["dev"].name)
+                    tables.qrels_table(inputs["dev"].table_names(), self.dev_split, "fuse", inputs["dev"].name)
                 )
                 lists = fusion.Lists([inputs[f"tuning.{i}"].read("candidates") for i in range(len(names))])
                 weights, tuned, alone = fusion.tune(lists, qrels, self.scale, self.steps)

@@ -96,7 +96,7 @@ class Generate(Stage):
         found: dict[str, str] = {}
         for part in inputs["corpus"].scan(self.strategy.reads):
             rows = part.filter(pc.is_in(part["doc_id"], value_set=pa.array(wanted, tables.TEXT)))
-            asked, _ = self._asked(rows, tables.part(fingerprint), shown, set())
+            asked, _ = self._asked(rows, tables.encode_id_part(fingerprint), shown, set())
             prompts = asked.prompts[sample // self.per_request() :: self.per_passage() // self.per_request()]
             found |= {doc_id: prompt.text for doc_id, prompt in zip(asked.ids, prompts, strict=True)}
         return found
@@ -104,7 +104,7 @@ class Generate(Stage):
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
         # not hashed anew: on a worker that would read all of a corpus again, which may have changed meanwhile
         plan = folder.read_json("plan.json") or {"fingerprint": self.fingerprint()}
-        ids, (shown, held_out) = tables.part(plan["fingerprint"]), _exemplars(inputs)
+        ids, (shown, held_out) = tables.encode_id_part(plan["fingerprint"]), _exemplars(inputs)
         began = time.time()
         session = cost.within_budget(self.engine, folder, pool.workers).open(pool)
         atexit.register(session.close)
@@ -127,7 +127,7 @@ class Generate(Stage):
                 "out": generations["error"].null_count,
                 "errors": sum(any(c.error for c in a) for a in of_a_passage) if any(c.error for c in samples) else 0,
                 "truncated": sum(any(c.truncated for c in a) for a in of_a_passage),
-                "rejected": rejected.counted(),
+                "rejected": rejected.counts_by_reason(),
             }
             made = {"generations": generations, "rejected": rejected.table()}
             return Output(made, counts=counts, cost={**token_usage(answers), **spent})
@@ -141,19 +141,21 @@ class Generate(Stage):
         asked, rejected, dice, strategies = _Asked(), tables.Rejected(), Dice(), self.strategy.asked()
         apart = any(strategy.draws() for strategy in strategies)
         plain = (
-            partial(special_tokens.unmarked, own=self.engine.special_tokens()) if self.engine.reads_markers else None
+            partial(special_tokens.escape_special_tokens, own=self.engine.special_tokens())
+            if self.engine.reads_markers
+            else None
         )
         if plain:
             shown = tuple(Exemplar(plain(each.passage), plain(each.query)) for each in shown)
-        for doc_id, title, text, *more in zip(*map(tables.texts, tables.asked_about(corpus).columns), strict=True):
+        for doc_id, title, text, *more in zip(*map(tables.texts, tables.prompt_source(corpus).columns), strict=True):
             if doc_id in held_out:
                 rejected.add(doc_id, "exemplar", "held-out")
                 continue
             if not (text.strip() or (title and title.strip())):
                 rejected.add(doc_id, "generate", "empty-passage")
                 continue
-            content = start + tables.part(doc_id)
-            seed = tables.seeded(content)
+            content = start + tables.encode_id_part(doc_id)
+            seed = tables.seed_for(content)
             asked.ids.append(doc_id)
             asked.contents.append(content)
             asked.seeds.append(seed)
@@ -180,14 +182,14 @@ class Generate(Stage):
         each, together = range(self.per_passage()), self.per_request()
         for answer in answers:
             assert len(answer) == together, f"{self.engine.type} gave {len(answer)} of {together}"
-        numbers = [tables.part(i) for i in each]
+        numbers = [tables.encode_id_part(i) for i in each]
         shas = [_sha256(prompt.text.encode("utf-8", "surrogatepass")).hexdigest()[:16] for prompt in asked.prompts]
         made = [completion for answer in answers for completion in answer]
         clean = tables.clean
         return tables.columns(
             "generations",
             len(made),
-            gen_id=[tables.minted(content + number) for content in asked.contents for number in numbers],
+            gen_id=[tables.hash_id(content + number) for content in asked.contents for number in numbers],
             source_id=[doc_id for doc_id in asked.ids for _ in each],
             sample=[i for _ in asked.ids for i in each],
             seed=[seed + i for seed in asked.seeds for i in each],

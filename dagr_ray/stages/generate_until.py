@@ -77,7 +77,7 @@ class Reach(Stage):
             folder = build(step)
             steps[f"steps.{len(steps)}"] = folder
             done += ask
-            seen |= set(tables.folded(folder.read("queries", ["text"])["text"]).to_pylist())
+            seen |= set(tables.fold_texts(folder.read("queries", ["text"])["text"]).to_pylist())
             spent += sum((each.folder(folder.runs).manifest or {}).get("price", 0.0) for each in _own(step))
             log.info("%s: %d of %d accepted after %d passages", self.folder_name(), len(seen), self.accepted, done)
             if len(seen) >= self.accepted:
@@ -102,7 +102,10 @@ class Reach(Stage):
             steps = sorted((name for name in inputs if name.startswith("steps.")), key=lambda n: int(n.split(".")[1]))
             parts = {t: [inputs[s].read(t) for s in steps] for t in ("queries", "qrels", "lineage")}
             whole = {t: pa.concat_tables([tables.empty(t), *found]) for t, found in parts.items()}
-            ids, texts = whole["queries"]["query_id"].to_pylist(), tables.folded(whole["queries"]["text"]).to_pylist()
+            ids, texts = (
+                whole["queries"]["query_id"].to_pylist(),
+                tables.fold_texts(whole["queries"]["text"]).to_pylist(),
+            )
             reasons: dict[str, str] = {}
             seen: set[str] = set()
             for query_id, text in zip(ids, texts, strict=True):

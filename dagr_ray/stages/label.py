@@ -83,7 +83,7 @@ class Label(Stage):
         for pair in pairs:
             rejected.add(pair.query_id, self.type, reason, f"{pair.doc_id}: {tables.clean(detail)}")
         made = {"scores": tables.empty("scores"), "rejected": rejected.table()}
-        counts = {"in": len(pairs), "out": 0, "errors": 0, "queries": 1, "rejected": rejected.counted()}
+        counts = {"in": len(pairs), "out": 0, "errors": 0, "queries": 1, "rejected": rejected.counts_by_reason()}
         return Output(made, counts=counts)
 
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
@@ -120,7 +120,7 @@ class Label(Stage):
                 "out": len(kept),
                 "errors": len(pairs) - len(kept),
                 "queries": stop - start,
-                "rejected": rejected.counted(),
+                "rejected": rejected.counts_by_reason(),
             }
             spent = {"label_s": time.time() - before, "teacher_start_s": start_s.pop() if start_s else 0.0}
             return Output({"scores": made, "rejected": rejected.table()}, counts=counts, cost=cost | spent)
@@ -206,7 +206,7 @@ class _Pairs:
         """The table of the judgements. Raises ConfigError where there is none of that split."""
         there = self.queries.table_names()
         if self.stage.split:
-            return tables.judgements(there, self.stage.split, "label", self.queries.name)
+            return tables.qrels_table(there, self.stage.split, "label", self.queries.name)
         if "qrels" not in there:
             splits = ", ".join(table.removeprefix("qrels.") for table in there if table.startswith("qrels."))
             raise ConfigError(f"label: no table 'qrels' in {self.queries.name}; name a split: {splits or None}")

@@ -195,7 +195,7 @@ class _Set:
 
     def __init__(self, data: Artifact, split: str, encoded: Any) -> None:
         self.name = data.name
-        qrels = data.read(tables.judgements(data.table_names(), split, "leak-scan", data.name))
+        qrels = data.read(tables.qrels_table(data.table_names(), split, "leak-scan", data.name))
         pairs = qrels.filter(pc.greater(qrels["relevance"], 0))
         relevant = pairs["doc_id"].unique()
         queries = data.read("queries")
@@ -352,7 +352,7 @@ class LeakGate(Stage):
             }
             made |= {"rejected": rejected.table(), "leaks": leaks}
             counts: dict[str, Any] = {"in": queries.num_rows, "out": made["queries"].num_rows}
-            counts |= {"rejected": rejected.counted(), "leaks": _by_mechanism(leaks)}
+            counts |= {"rejected": rejected.counts_by_reason(), "leaks": _by_mechanism(leaks)}
             return Output(made, counts=counts)
 
         return run

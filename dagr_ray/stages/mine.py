@@ -17,7 +17,7 @@ from pydantic import Field
 
 from dagr_ray.core import tables
 from dagr_ray.core.artifact import Artifact
-from dagr_ray.core.config import Later
+from dagr_ray.core.config import OmitWhenDefault
 from dagr_ray.core.joins import Candidates, Positives, Twins, rows_beside
 from dagr_ray.core.placement import Pool
 from dagr_ray.core.stage import Inputs, Output, Run, Stage
@@ -48,8 +48,8 @@ class Mine(Stage):
     searches: tuple[Stage, ...] = ()
     negatives: Annotated[int, Field(ge=0)] = 1
     margin: Annotated[float, Field(gt=0)] | None = 0.95
-    difference: Annotated[Annotated[float, Field(ge=0)] | None, Later()] = None
-    threshold: Annotated[float | None, Later()] = None
+    difference: Annotated[Annotated[float, Field(ge=0)] | None, OmitWhenDefault()] = None
+    threshold: Annotated[float | None, OmitWhenDefault()] = None
     depth: Annotated[int, Field(ge=1)] = 100
 
     def label(self) -> str:

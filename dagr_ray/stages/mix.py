@@ -38,7 +38,7 @@ class Human(Stage):
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
         def run(start: int, stop: int) -> Output:
             data = inputs["data"]
-            judged = tables.relevant(data.read(tables.judgements(data.table_names(), self.split, "human", data.name)))
+            judged = tables.relevant(data.read(tables.qrels_table(data.table_names(), self.split, "human", data.name)))
             order = _drawn(judged["query_id"].to_pylist(), judged["doc_id"].to_pylist(), self.seed)[: self.n]
             qrels = judged.take(pa.array(sorted(order), pa.int64()))
             queries = data.read("queries")

@@ -40,7 +40,7 @@ class Pairs(Stage):
         def run(start: int, stop: int) -> Output:
             source, name = inputs["queries"], "qrels"
             if self.split is not None:
-                name = tables.judgements(source.table_names(), self.split, "pairs", source.name)
+                name = tables.qrels_table(source.table_names(), self.split, "pairs", source.name)
             judged = tables.relevant(source.read(name))
             query_ids, passage_ids = judged["query_id"].to_pylist(), judged["doc_id"].to_pylist()
             order = list(range(len(query_ids)))
@@ -122,7 +122,7 @@ class Linked(Stage):
                     continue
                 other = tables.passage_text(text_of[linked]["title"], text_of[linked]["text"])
                 rows.append({"query": "", "passage_id": doc_id, "other_id": linked, "other": other})
-            counts = {"in": len(ids), "out": len(rows), "rejected": rejected.counted()}
+            counts = {"in": len(ids), "out": len(rows), "rejected": rejected.counts_by_reason()}
             return Output(
                 {"pairs": _with_passages(rows, inputs["corpus"]), "rejected": rejected.table()}, counts=counts
             )
@@ -152,7 +152,7 @@ def _with_passages(rows: list[dict[str, Any]], corpus: Artifact) -> pa.Table:
     made = []
     for row in rows:
         passage = text_of[row["passage_id"]]
-        doc_id = tables.mint("pair", row.get("query_id"), row["passage_id"], row.get("other_id"))
+        doc_id = tables.id_of("pair", row.get("query_id"), row["passage_id"], row.get("other_id"))
         made.append({"doc_id": doc_id, "title": passage["title"], "text": passage["text"], **row})
     return tables.table("pairs", made)
 
@@ -197,7 +197,7 @@ class Topics(Stage):
             ids, texts = [], []
             for i in range(self.n):
                 text = every[i % len(every)]
-                ids.append(tables.mint("topic", text, i // len(every)))
+                ids.append(tables.id_of("topic", text, i // len(every)))
                 texts.append(text)
             made = tables.columns("corpus", self.n, doc_id=ids, title="", text=texts)
             return Output({"corpus": made}, counts={"in": self.n, "out": self.n})

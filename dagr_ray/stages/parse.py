@@ -110,7 +110,7 @@ class Parse(Stage):
                     if controls and (miss := missed(controls, text)):
                         rejected.add(gen_id, "control", miss[0], tables.clean(f"{miss[1]}: {text}"[:200]))
                         continue
-                    query_ids.append(tables.mint(gen_id, i))
+                    query_ids.append(tables.id_of(gen_id, i))
                     queries.append(tables.clean(text))
                     gen_ids.append(gen_id)
                     source_ids.append(source_id)
@@ -126,6 +126,6 @@ class Parse(Stage):
                 ),
                 "rejected": rejected.table(),
             }
-            return Output(made, counts={"in": rows.num_rows, "out": size, "rejected": rejected.counted()})
+            return Output(made, counts={"in": rows.num_rows, "out": size, "rejected": rejected.counts_by_reason()})
 
         return run

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from dagr_ray.core import tables
 from dagr_ray.core.artifact import Artifact
-from dagr_ray.core.config import ConfigError, Later
+from dagr_ray.core.config import ConfigError, OmitWhenDefault
 from dagr_ray.core.placement import Pool
 from dagr_ray.core.stage import Inputs, Output, Run, Stage
 from dagr_ray.core.words import first_words, folded
@@ -123,7 +123,7 @@ class Criticised(Stage):
                     reason = "accepted" if said.kept else said.rejected[0][0]
                     rejected.add(pair["doc_id"], "critique", reason, answer["error"])
             made = {"pairs": tables.table("pairs", pairs), "rejected": rejected.table()}
-            return Output(made, counts={"in": len(pair_of), "out": len(pairs), "rejected": rejected.counted()})
+            return Output(made, counts={"in": len(pair_of), "out": len(pairs), "rejected": rejected.counts_by_reason()})
 
         return run
 
@@ -139,7 +139,7 @@ class Left(Stage):
     outputs: ClassVar[tuple[str, ...]] = ("corpus",)
     corpus: Stage
     accepted: tuple[Stage, ...]
-    verdicts: Annotated[tuple[Criticised, ...], Later()] = ()
+    verdicts: Annotated[tuple[Criticised, ...], OmitWhenDefault()] = ()
 
     def inputs(self) -> dict[str, Stage]:
         """The pairs that were judged are read again."""

@@ -98,7 +98,7 @@ class Relabel(Stage):
                     )
             made = {"examples": tables.table("examples", examples), "rejected": rejected.table()}
             counts |= {"in": len(rows), "out": len(examples)}
-            return Output(made, counts={**counts, "rejected": rejected.counted()})
+            return Output(made, counts={**counts, "rejected": rejected.counts_by_reason()})
 
         return run
 

@@ -207,7 +207,7 @@ class _Questions:
     def __init__(self, inputs: Inputs, split: str | None) -> None:
         self.queries, self.judged = inputs["queries"], None
         if split is not None:
-            name = tables.judgements(self.queries.table_names(), split, "search", self.queries.name)
+            name = tables.qrels_table(self.queries.table_names(), split, "search", self.queries.name)
             judged, rows = self.queries.read(name, ["query_id"])["query_id"].unique(), self.queries.read("queries")
             self.judged = rows.filter(pc.is_in(rows["query_id"], value_set=judged))
 

@@ -78,7 +78,8 @@ class Rewrite(Stage):
             rows = inputs["asked"].slice(strategy.reads, *inputs["generations"].source_rows("generations", start, stop))
             pair_of = dict(zip(rows["doc_id"].to_pylist(), rows.to_pylist(), strict=True))
             passage_of = {
-                row[0]: Passage(*row) for row in zip(*map(tables.texts, tables.asked_about(rows).columns), strict=True)
+                row[0]: Passage(*row)
+                for row in zip(*map(tables.texts, tables.prompt_source(rows).columns), strict=True)
             }
             written, rejected = _Written(strategy), tables.Rejected()
             for answer in answers.to_pylist():
@@ -95,7 +96,7 @@ class Rewrite(Stage):
                 if parsed.kept:
                     written.add(answer["gen_id"], pair_of[answer["source_id"]], parsed)
             made = written.tables(made_by) | {"rejected": rejected.table()}
-            counts = {"in": answers.num_rows, "out": made["lineage"].num_rows, "rejected": rejected.counted()}
+            counts = {"in": answers.num_rows, "out": made["lineage"].num_rows, "rejected": rejected.counts_by_reason()}
             return Output(made, counts=counts)
 
         return run
@@ -130,13 +131,13 @@ class _Written:
                 self.rows["changes"].append({"doc_id": doc_id, "before": before, "after": after})
 
     def _query(self, gen_id: str, i: int, text: str, pair: dict[str, Any]) -> str:
-        query_id = tables.mint(gen_id, i)
+        query_id = tables.id_of(gen_id, i)
         self.queries[query_id] = text
         self.rows["lineage"].append({"id": query_id, "gen_id": gen_id, "source_id": pair["doc_id"]})
         return query_id
 
     def _passage(self, gen_id: str, i: int, text: str, pair: dict[str, Any], query_id: str, relevance: int) -> str:
-        doc_id = tables.mint(gen_id, i)
+        doc_id = tables.id_of(gen_id, i)
         self.rows["corpus"].append({"doc_id": doc_id, "title": "", "text": text})
         self.rows["qrels"].append({"query_id": query_id, "doc_id": doc_id, "relevance": relevance})
         self.rows["lineage"].append({"id": doc_id, "gen_id": gen_id, "source_id": pair["doc_id"]})
@@ -229,7 +230,7 @@ class WithNegatives(Stage):
                 examples.append(row | {"negative_ids": ids, "negative_scores": scores})
             counts = {"in": len(examples) + len(rejected.ids), "out": len(examples), "short": short}
             made = {"examples": tables.table("examples", examples), "rejected": rejected.table()}
-            return Output(made, counts=counts | {"rejected": rejected.counted()})
+            return Output(made, counts=counts | {"rejected": rejected.counts_by_reason()})
 
         return run
 

@@ -14,7 +14,7 @@ from pydantic import model_validator
 
 from dagr_ray.core import tables
 from dagr_ray.core.artifact import Artifact
-from dagr_ray.core.config import ConfigError, Later
+from dagr_ray.core.config import ConfigError, OmitWhenDefault
 from dagr_ray.core.joins import Candidates, Twins, rows_beside
 from dagr_ray.core.placement import Pool
 from dagr_ray.core.stage import Inputs, Output, Run, Stage
@@ -40,7 +40,7 @@ class Score(Stage):
     corpus: Stage
     filter: Filter
     search: Stage | None = None
-    labels: Annotated[Stage | None, Later()] = None
+    labels: Annotated[Stage | None, OmitWhenDefault()] = None
 
     @model_validator(mode="after")
     def _given_what_it_reads(self) -> Score:

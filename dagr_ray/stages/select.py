@@ -86,7 +86,7 @@ class Select(Stage):
             }
             if any(_mends(score.filter) for score in self.scores):
                 made["queries"], made["masked"] = decisions.mended(queries, part)
-            counts = {"in": len(part.ids), "out": kept.num_rows, "rejected": rejected.counted()}
+            counts = {"in": len(part.ids), "out": kept.num_rows, "rejected": rejected.counts_by_reason()}
             if "masked" in made:
                 counts["masked"] = made["masked"].num_rows
             return Output(made, counts=counts)

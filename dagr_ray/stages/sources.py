@@ -18,7 +18,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from dagr_ray.core import tables
 from dagr_ray.core.artifact import Artifact, Json
-from dagr_ray.core.config import ConfigError, content_hash, content_held
+from dagr_ray.core.config import ConfigError, cached_content, content_hash
 from dagr_ray.core.language import PASSAGES, SPOKEN, language_of_all
 from dagr_ray.core.paths import FileOrFolder, last_name, word_of
 from dagr_ray.core.placement import Pool
@@ -34,7 +34,7 @@ Spoken = Annotated[str, AfterValidator(known)]
 
 
 def _content(kind: ModuleType, path: str) -> str:
-    return content_held(kind.__name__, path, lambda: kind.content(path))
+    return cached_content(kind.__name__, path, lambda: kind.content(path))
 
 
 class PyDocs(Stage):
@@ -131,7 +131,7 @@ class Beir(Stage):
                 rejected.add(f"qrels.{split}", "beir", UNUSABLE, why)
             counts = {"in": sum(data.lines.values()), "out": sum(t.num_rows for t in data.tables.values())}
             made = {**data.tables, "rejected": rejected.table()}
-            return Output(made, counts={**counts, "rejected": rejected.counted()})
+            return Output(made, counts={**counts, "rejected": rejected.counts_by_reason()})
 
         return run
 
@@ -175,7 +175,11 @@ class ParquetCheck(Stage):
             for problem in found.problems:
                 rejected.add(f"{problem.file}:{problem.line}", "parquet", problem.reason, problem.detail)
             folder.write_json("files.json", found.layout)
-            counts = {"in": found.rows, "out": found.rows - len(found.problems), "rejected": rejected.counted()}
+            counts = {
+                "in": found.rows,
+                "out": found.rows - len(found.problems),
+                "rejected": rejected.counts_by_reason(),
+            }
             return Output({"rejected": rejected.table()}, ["files.json"], counts)
 
         return run

@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection
 from typing import Annotated, ClassVar
 
-from dagr_ray.core.config import Later
+from dagr_ray.core.config import OmitWhenDefault
 from dagr_ray.prompts import Parsed
 from dagr_ray.strategies import Strategy
 from dagr_ray.strategies._controls import Controls
@@ -31,7 +31,7 @@ class Written(Strategy):
     """Base of the strategies whose answer is one query on one line. ``controls`` says what it is to be like besides."""
 
     abstract: ClassVar[bool] = True
-    controls: Annotated[Controls, Later()] = Controls()
+    controls: Annotated[Controls, OmitWhenDefault()] = Controls()
 
     def checked(self) -> Controls:
         """What every answer is measured for: the controls, unless the task itself asks for more."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from typing import Annotated, ClassVar, Literal
 
-from dagr_ray.core.config import Later
+from dagr_ray.core.config import OmitWhenDefault
 from dagr_ray.core.words import pieces, word_count
 from dagr_ray.prompts import Exemplar, Parsed, Passage, Prompt
 from dagr_ray.strategies import Strategy
@@ -39,7 +39,7 @@ class Crop(Strategy):
     abstract: ClassVar[bool] = False
     version: ClassVar[int] = 2  # words of any script
     parse_version: ClassVar[int] = 2  # words of any script
-    mode: Annotated[Literal["sentence", "span", "inverse-cloze"], Later()] = "sentence"
+    mode: Annotated[Literal["sentence", "span", "inverse-cloze"], OmitWhenDefault()] = "sentence"
 
     def name(self) -> str:
         return self.type if self.mode == "sentence" else f"{self.type}/{self.mode}"

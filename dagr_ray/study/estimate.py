@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from dagr_ray.core import tables
 from dagr_ray.core.artifact import Artifact, Json, folders_of
-from dagr_ray.core.config import fingerprints_held
+from dagr_ray.core.config import fingerprint_cache
 from dagr_ray.core.cost import KINDS, Rates
 from dagr_ray.core.placement import Placement, Pool
 from dagr_ray.core.stage import Stage
@@ -354,7 +354,7 @@ def estimate(stages: Sequence[Stage], runs: str, placement: Placement) -> dict[s
     """By fingerprint, for stages that are to be done: ``rows`` to work on, ``tokens`` (and each kind), ``seconds`` on the
     clock, ``bytes`` to store, ``price`` in dollars, and ``basis``, what the guess rests on. None for what is not known.
     """
-    with fingerprints_held():
+    with fingerprint_cache():
         estimator = _Estimator(runs, placement)
         return {stage.fingerprint(): estimator.of(stage) for stage in stages}
 

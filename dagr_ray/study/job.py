@@ -19,7 +19,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from dagr_ray.core import job_imports
 from dagr_ray.core.artifact import Json
 from dagr_ray.core.config import ConfigError, explain
-from dagr_ray.core.paths import absolute, several
+from dagr_ray.core.paths import absolute, split_values
 from dagr_ray.core.stage import Stage
 from dagr_ray.packages import is_known, pip_install
 
@@ -179,7 +179,7 @@ def parse_axes(job: Job, words: Sequence[str], sweep: bool) -> dict[str, list[An
 def _split(name: str, text: str, hint: Any) -> Sequence[str]:
     kinds = _kinds(hint)
     if str in kinds or hint is Any:
-        return several(text, ",")
+        return split_values(text, ",")
     values = text.split(",")
     if len(values) > 1 and any(re.fullmatch(r"0\d+", value) for value in values[1:]):
         _check_digits(name, text, hint)  # 1,000 are not the two values 1 and 0

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from dagr_ray.core.artifact import Artifact, Json
-from dagr_ray.core.config import ConfigError, digest, fingerprints_held
+from dagr_ray.core.config import ConfigError, digest, fingerprint_cache
 from dagr_ray.core.stage import Stage, walk
 from dagr_ray.miners.bm25 import BM25
 from dagr_ray.stages.evaluate import Scorecard
@@ -32,13 +32,13 @@ class Trial:
 
     @cached_property
     def _stages(self) -> list[tuple[Stage, str]]:
-        with fingerprints_held():
+        with fingerprint_cache():
             return [(stage, stage.fingerprint()) for stage in walk(self.card)]
 
     @cached_property
     def _judged(self) -> list[Json]:
         """What each evaluation is of, by content: a path may change, and lead to another folder later."""
-        with fingerprints_held():
+        with fingerprint_cache():
             return [
                 {
                     "name": each.name,
@@ -97,7 +97,7 @@ def plan_study(job: Job, axes: Mapping[str, Sequence[Any]]) -> Study:
             trials[key] = Trial(f"t{len(trials):03d}-{key[:8]}", params, kind, card)
 
     arms = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
-    with fingerprints_held():
+    with fingerprint_cache():
         cards = [(arm, job.stage(**arm)) for arm in arms]
         for arm, card in cards:
             for kind, params, baseline in _baselines(arm, card):

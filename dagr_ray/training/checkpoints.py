@@ -50,7 +50,7 @@ class Checkpoints:
             pafs.copy_files(str(path), target, destination_filesystem=self.folder.fs)
         written = {"workers": self.workers, "files": listed}
         if self.folder.local:
-            disk.settle(f"{self.root}/{name}/{relative}" for relative in listed)
+            disk.flush(f"{self.root}/{name}/{relative}" for relative in listed)
         self.folder.write_json(f"{FOLDER}/{name}/rank-{self.rank}.json", written)
         if self.rank == 0:
             for old in set(self._names()) - {name, self._before}:

@@ -26,7 +26,7 @@ class Dev:
     """Queries with judgements, searched in ``corpus``, which is read anew each time and never held."""
 
     def __init__(self, data: Artifact, split: str, corpus: Artifact) -> None:
-        name = tables.judgements(data.table_names(), split, "train: dev", data.name)
+        name = tables.qrels_table(data.table_names(), split, "train: dev", data.name)
         self.data, self.corpus = data, corpus
         self.qrels: dict[str, dict[str, int]] = defaultdict(dict)
         for row in tables.relevant(data.read(name)).to_pylist():

@@ -11,7 +11,7 @@ from dagr_ray.core.config import (
     Config,
     ConfigError,
     JsonObject,
-    Later,
+    OmitWhenDefault,
     Threshold,
     content_hash,
     digest,
@@ -35,8 +35,8 @@ class Outer(Config):
     inner: Inner = Inner()
     several: tuple[Inner, ...] = ()
     name: str = "x"
-    since: Annotated[Inner | None, Later()] = None
-    options: Annotated[JsonObject, Later()] = {}
+    since: Annotated[Inner | None, OmitWhenDefault()] = None
+    options: Annotated[JsonObject, OmitWhenDefault()] = {}
 
 
 class Special(Inner):

@@ -39,7 +39,7 @@ class Numbers(Stage):
     def open(self, inputs, folder, pool):
         def run(start, stop):
             self.calls.append((start, stop))
-            rows = [{"query_id": tables.mint("n", i), "text": f"row {i}"} for i in range(start, stop)]
+            rows = [{"query_id": tables.id_of("n", i), "text": f"row {i}"} for i in range(start, stop)]
             errors = sum(i < self.bad for i in range(start, stop))
             return Output({"queries": tables.table("queries", rows)}, counts={"in": stop - start, "errors": errors})
 

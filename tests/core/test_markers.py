@@ -12,7 +12,7 @@ from tokenizers.normalizers import NFKC
 from dagr_ray.core.build import materialize
 from dagr_ray.core.config import ConfigError
 from dagr_ray.core.placement import Placement, Pool
-from dagr_ray.core.special_tokens import special_tokens, unmarked
+from dagr_ray.core.special_tokens import escape_special_tokens, special_tokens
 from dagr_ray.engines.openai import OpenAIServer
 from dagr_ray.stages.generate import Generate
 from dagr_ray.stages.sources import Beir
@@ -100,22 +100,22 @@ def test_the_special_tokens_of_a_family_are_broken_and_can_still_be_read(family)
             f"\u3000{marker}\n",
             f"1{marker}{{",
         ):
-            broken = unmarked(text)
+            broken = escape_special_tokens(text)
             assert marker not in broken and not held(marker, broken), (marker, text, broken)
-            assert "".join(broken.split()) == "".join(text.split()) and unmarked(broken) == broken
+            assert "".join(broken.split()) == "".join(text.split()) and escape_special_tokens(broken) == broken
         assert held(marker, f"a {marker} b"), "the tokenizer of this test would find it"
 
 
 @pytest.mark.parametrize("marker", VARIANTS)
 def test_variants_that_some_tokenizers_read_as_the_same(marker):
-    broken = unmarked(f"a{marker}b")
+    broken = escape_special_tokens(f"a{marker}b")
     assert marker not in broken and broken.replace(" ", "") == f"a{marker}b"
 
 
 @pytest.mark.parametrize("text", WORDS)
 def test_words_of_templates_are_parted_from_their_colon(text):
-    broken = unmarked(text)
-    assert broken.replace(" :", ":").replace("< /", "</") == text != broken and unmarked(broken) == broken
+    broken = escape_special_tokens(text)
+    assert broken.replace(" :", ":").replace("< /", "</") == text != broken and escape_special_tokens(broken) == broken
 
 
 LEFT = {
@@ -139,13 +139,13 @@ LEFT = {
 
 @pytest.mark.parametrize("kind", LEFT)
 def test_other_text_is_left_alone(kind):
-    assert unmarked(LEFT[kind]) == LEFT[kind]
+    assert escape_special_tokens(LEFT[kind]) == LEFT[kind]
 
 
 def test_breaking_takes_linear_time():
     began = time.perf_counter()
     for text in ("<|", "<", "[", "<a_", "]~", "|", ">>", "###", "USER"):
-        unmarked(text * 100_000)
+        escape_special_tokens(text * 100_000)
     assert time.perf_counter() - began < 10
 
 
@@ -172,7 +172,7 @@ def test_the_special_tokens_of_a_tokenizer_s_files(tmp_path):
     own = special_tokens(tmp_path)
     assert own == {"⟦turn⟧", "@@end", "[[go]]", "~pad~", "@@", "@@tool", "{{sys}}"}
     text = "a ⟦turn⟧ @@end [[go]] ~pad~ @@tool {{sys}} @@@ <h1> <s>"
-    broken = unmarked(text, own)
+    broken = escape_special_tokens(text, own)
     assert broken == "a ⟦ turn⟧ @ @end [ [go]] ~ pad~ @ @tool { {sys}} @ @ @ <h1> < s>" and not any(
         t in broken for t in own
     )

@@ -134,7 +134,7 @@ def test_no_bit_of_a_file_of_ours_turns_unseen(built, file) -> None:
         if place.startswith("attempts"):
             found, bad = shapes.lines(home.name, place, data)
             if bad:
-                raise shapes.Misshapen(str(bad))
+                raise shapes.Malformed(str(bad))
             return found
         return shapes.read(home.name, place, data)
 
@@ -144,14 +144,14 @@ def test_no_bit_of_a_file_of_ours_turns_unseen(built, file) -> None:
         turned = data[:at] + bytes([data[at] ^ (1 << rng.randrange(8))]) + data[at + 1 :]
         try:
             found = read(turned)
-        except shapes.Misshapen:
+        except shapes.Malformed:
             seen += 1
             continue
         # a bit of the seal's own mark: the file is then read as one of before there were seals
         rest = {k: v for k, v in found.items() if k in sound_one} if isinstance(found, dict) else found
         assert rest == sound_one or place.startswith("attempts"), (at, turned[at - 20 : at + 20])
     assert seen > 300
-    with pytest.raises(shapes.Misshapen):
+    with pytest.raises(shapes.Malformed):
         shapes.read("numbers-000000000000", place, data.splitlines()[0] if place.startswith("attempts") else data)
 
 
@@ -343,17 +343,17 @@ def test_copies_of_a_store_are_checked_and_fetched_again(tmp_path, monkeypatch) 
     source.mkdir(parents=True)
     (source / "w.bin").write_bytes(np.arange(1000).tobytes())
     entry = {"file": "model/w.bin", **checksums.checksum(store, "bucket/model/w.bin")}
-    place = Path(checksums.fetched(store, "bucket/model", {"w.bin": entry}))
+    place = Path(checksums.local_copy(store, "bucket/model", {"w.bin": entry}))
     flip(place / "w.bin")
     assert (
-        Path(checksums.fetched(store, "bucket/model", {"w.bin": entry}), "w.bin").read_bytes()
+        Path(checksums.local_copy(store, "bucket/model", {"w.bin": entry}), "w.bin").read_bytes()
         == (source / "w.bin").read_bytes()
     )
     (source / "w.bin").write_bytes(b"rebuilt")
     newer = {"file": "model/w.bin", **checksums.checksum(store, "bucket/model/w.bin")}
-    assert Path(checksums.fetched(store, "bucket/model", {"w.bin": newer}), "w.bin").read_bytes() == b"rebuilt"
+    assert Path(checksums.local_copy(store, "bucket/model", {"w.bin": newer}), "w.bin").read_bytes() == b"rebuilt"
     with pytest.raises(Damaged, match="not as it was written"):
-        checksums.fetched(store, "bucket/model", {"w.bin": entry})
+        checksums.local_copy(store, "bucket/model", {"w.bin": entry})
 
 
 @pytest.mark.parametrize("content", CONTENTS)

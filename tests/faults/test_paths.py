@@ -183,7 +183,7 @@ def test_numbers_may_have_underscores_and_a_comma_may_be_part_of_a_path(tmp_path
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path)
     assert parse_axes(job, ["data=a,b,c"], sweep=True)["data"] == [f"{tmp_path}/a,b", f"{tmp_path}/c"]
-    assert paths.several("a,b+c", "+") == ("a,b", "c")
+    assert paths.split_values("a,b+c", "+") == ("a,b", "c")
 
 
 def test_a_job_imports_what_lies_beside_it(tmp_path) -> None:

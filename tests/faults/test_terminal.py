@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from dagr_ray.cli import main, results, run
+from dagr_ray.cli import inspect, main, results, run
 from dagr_ray.cli.progress import Reporter
 from dagr_ray.core.attempt import Progress
 from dagr_ray.core.build import materialize
 from dagr_ray.core.placement import Placement, Pool
-from dagr_ray.core.terminal import Parser, Shown, print_json, print_table, say, shown
+from dagr_ray.core.terminal import EscapingFormatter, Parser, print_json, print_table, say, shown
 from dagr_ray.engines.crop import CropEngine
 from dagr_ray.stages.generate import Generate
 from dagr_ray.stages.parse import Parse
@@ -165,7 +165,7 @@ def test_a_terminal_of_few_letters_is_shown_numbers():
 
 def test_log_records_errors_and_progress_lines(capsys, tmp_path):
     record = logging.LogRecord("dagr", logging.ERROR, "", 1, "%s: bad", ("\x1b[2J\u202e",), None)
-    assert Shown("%(message)s").format(record) == r"\u001b[2J\u202e: bad"
+    assert EscapingFormatter("%(message)s").format(record) == r"\u001b[2J\u202e: bad"
     with pytest.raises(SystemExit):
         Parser(prog="dagr").parse_args(["--\x1b]52;c;QQ==\x07"])
     assert r"\u001b]52" in capsys.readouterr().err
@@ -214,7 +214,7 @@ def writers(tree):
 
 def test_nothing_of_this_package_prints_but_the_one_function():
     # pydocs answers its own parent process in JSON; the command line gives its handler the formatter of this module
-    allowed = {("pydocs.py", "sys.stdout.write"), ("cli.py", "logging.StreamHandler")}
+    allowed = {("pydocs.py", "sys.stdout.write"), ("main.py", "logging.StreamHandler")}
     found = []
     for path in sorted((ROOT / "dagr_ray").rglob("*.py")):
         for each in writers(ast.parse(path.read_text())):
@@ -277,7 +277,7 @@ def test_no_verb_sends_what_a_corpus_or_a_name_spells(tmp_path, capsys):
     for wanted, words, seen in tried:
         args = main.parser().parse_args([*map(str, words)])
         try:
-            code = getattr(run, args.verb, None) or getattr(results, args.verb)
+            code = next(getattr(m, args.verb) for m in (run, results, inspect) if hasattr(m, args.verb))
             code = code(args) or 0
         except Exception as error:
             code = main._explain(error)

@@ -110,9 +110,9 @@ def test_a_run_and_its_judgements_come_back_from_trecs_formats(tmp_path_factory,
 @FEW
 @given(word=ODD | ANY)
 def test_a_word_of_others_is_read_as_it_stands(word):
-    assert tables.unspaced(tables.spaced(word)) == word
+    assert tables.unescape_spaces(tables.escape_spaces(word)) == word
     for other in ("http://x/a%20b", "C:\\users\\new", "caf\\u00e9", "a_b", "d\\udead"):
-        assert tables.unspaced(other) == other
+        assert tables.unescape_spaces(other) == other
 
 
 @FEW

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dagr_ray.core.config import fingerprints_held
+from dagr_ray.core.config import fingerprint_cache
 from dagr_ray.study.job import load_job, parse_axes
 from dagr_ray.study.plan import plan_study
 from tests.conftest import tiny_beir
@@ -28,7 +28,7 @@ def test_every_job_has_the_fingerprints_that_are_written_down(data, name):
     """A change on purpose: delete the job's entry, run this twice, and tell it in the changelog under *Fingerprints*."""
     known = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
     job = load_job(str(ROOT / "jobs" / f"{name}.py"))
-    with fingerprints_held():
+    with fingerprint_cache():
         stages = plan_study(job, parse_axes(job, [f"data={data}"], sweep=True)).stages()
         folders = sorted(stage.folder_name() for stage in stages)
     if name not in known:

@@ -11,7 +11,7 @@ import pytest
 from dagr_ray.core.build import materialize
 from dagr_ray.core.config import ConfigError, from_json
 from dagr_ray.core.placement import Placement, Pool
-from dagr_ray.core.special_tokens import unmarked
+from dagr_ray.core.special_tokens import escape_special_tokens
 from dagr_ray.engines import Engine, Sampling, openai as module, token_usage
 from dagr_ray.engines.openai import OpenAIServer, retry_after_s
 from dagr_ray.prompts import Prompt
@@ -342,12 +342,12 @@ def test_nothing_is_imported_before_it_is_needed_and_nothing_is_left_behind():
 )
 def test_a_special_token_that_a_text_spells_out_is_broken_and_the_text_can_still_be_read(marker):
     for text in (marker, f"a{marker}b", f"{marker}{marker}", f"<{marker}>", f"<|a{marker}|>"):
-        broken = unmarked(text)
+        broken = escape_special_tokens(text)
         assert marker not in broken and "".join(broken.split()) == "".join(text.split())
-        assert unmarked(broken) == broken
+        assert escape_special_tokens(broken) == broken
 
 
 def test_other_brackets_are_left_alone():
     text = "if a < b > c: x[0], List<int>, <b>bold</b> <a href='x'>, [1], [RFC 2119], a |> f <| g, <- ->, [A], std::map<K, V>"
-    assert unmarked(text) == text
-    assert len(unmarked("<|" * 200_000)) == 400_000  # in linear time
+    assert escape_special_tokens(text) == text
+    assert len(escape_special_tokens("<|" * 200_000)) == 400_000  # in linear time

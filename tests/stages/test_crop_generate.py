@@ -100,7 +100,7 @@ def test_ids_seeds_counts_and_lineage(data, tmp_path):
     rows = folder.read("generations").to_pylist()
     assert len(rows) == 120 and len({row["gen_id"] for row in rows}) == 120
     first = rows[0]
-    assert first["gen_id"] == tables.mint(stage.fingerprint(), "d0", 0)
+    assert first["gen_id"] == tables.id_of(stage.fingerprint(), "d0", 0)
     assert [row["seed"] for row in rows[:2]] == [tables.seed_of(stage.fingerprint(), "d0") + i for i in range(2)]
     counts = folder.manifest["counts"]
     assert (counts["in"], counts["out"], counts["errors"], counts["truncated"]) == (60, 120, 0, 0)
@@ -113,7 +113,7 @@ def test_ids_seeds_counts_and_lineage(data, tmp_path):
     assert len(queries) == len(qrels) == len(lineage) == 120
     gen = {row["gen_id"]: row for row in rows}
     for query, judged, origin in zip(queries, qrels, lineage, strict=True):
-        assert query["query_id"] == judged["query_id"] == origin["id"] == tables.mint(origin["gen_id"], 0)
+        assert query["query_id"] == judged["query_id"] == origin["id"] == tables.id_of(origin["gen_id"], 0)
         assert judged["doc_id"] == origin["source_id"] == gen[origin["gen_id"]]["source_id"]
         assert query["text"] == gen[origin["gen_id"]]["raw"] and judged["relevance"] == 1
 
