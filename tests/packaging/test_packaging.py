@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 REQUIREMENTS = ROOT / "requirements"
 PROFILES = ("cpu", "gpu")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-RAY = ("rayjob.yaml", "raycluster.yaml")
+RAY = ("raycluster.yaml",)
 
 
 def lines(name: str) -> list[Requirement]:
@@ -324,20 +324,6 @@ def test_manifests_are_closed(name: str) -> None:
             assert context["allowPrivilegeEscalation"] is False
             assert context["capabilities"]["drop"] == ["ALL"]
             assert container["resources"]["requests"] == container["resources"]["limits"]
-
-
-def test_a_retried_job_finds_its_state() -> None:
-    spec = manifest("rayjob.yaml")["spec"]
-    words = spec["entrypoint"].split()
-    assert words[:3] == ["dagr", "study", "jobs/beir.py"]
-    assert (ROOT / words[2]).is_file()
-    assert words[words.index("--runs") + 1].startswith("s3://")
-    assert (ROOT / words[words.index("--placement") + 1]).is_file()
-    assert spec["backoffLimit"] > 0
-    assert spec["shutdownAfterJobFinishes"] is True
-    # KubeRay refuses this mode where the head may be restarted in place
-    assert spec["submissionMode"] == "SidecarMode"
-    assert pods("rayjob.yaml")[0]["spec"]["restartPolicy"] == "Never"
 
 
 def test_the_image_copies_what_exists() -> None:
