@@ -48,10 +48,10 @@ def ladder(
         asked = Sample(corpus=corpus, n=passages, exclude=exemplars)
         written = Generate(
             corpus=asked, strategy=strategy, engine=engine, sampling=Sampling(max_tokens=32), samples=samples,
-            exemplars=None if generator == "crop" else exemplars,
+            exemplars=None if strategy.copies_its_passage else exemplars,
         )  # fmt: skip
         parsed = Parse(generations=written, corpus=asked)
-        kept = filtered(parsed, asked, corpus, max_rank=max_rank, copies=generator == "crop")
+        kept = filtered(parsed, asked, corpus, max_rank=max_rank, copies=strategy.copies_its_passage)
         sources.append(Source(1 - human, kept if rung == "filters" else parsed, asked))
     examples, queries, losses = climb(
         rung, sources, corpus, frozen, n=volume, negatives=negatives, held_out=tuple(sets.values()), split=split,

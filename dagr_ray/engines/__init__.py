@@ -83,9 +83,15 @@ class Session(Protocol):
 
 
 class Engine(PricedEngine):
-    """Base of the engines. What changes the text (model, dtype, quantisation) is a field."""
+    """Base of the engines. What changes the text (model, dtype, quantisation) is a field.
+
+    ``has_model`` is false if no language model answers: such an engine takes no time to start and has no tokens.
+    ``tells_probabilities`` says that its session gives the probabilities of given next tokens.
+    """
 
     abstract: ClassVar[bool] = True
+    has_model: ClassVar[bool] = True
+    tells_probabilities: ClassVar[bool] = False
     # Prompts are tokenised elsewhere, where a special token that a passage spells out may become one.
     reads_markers: ClassVar[bool] = False
 

@@ -60,6 +60,7 @@ class CropEngine(Engine):
     abstract: ClassVar[bool] = False
     version: ClassVar[int] = 2  # sentences and words of any script
     type: ClassVar[str] = "crop-engine"
+    has_model: ClassVar[bool] = False
     min_words: Annotated[int, Field(ge=1)] = 4
     max_words: Annotated[int, Field(ge=2)] = 32
 

@@ -76,6 +76,7 @@ class KeyboardEngine(Engine):
     abstract: ClassVar[bool] = False
     version: ClassVar[int] = 2  # a letter keeps its marks
     type: ClassVar[str] = "keyboard-engine"
+    has_model: ClassVar[bool] = False
     rate: Annotated[float, Field(ge=0, le=1)] = 0.03
 
     def open(self, pool: Pool) -> _Session:

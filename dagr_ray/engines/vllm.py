@@ -59,6 +59,7 @@ class VLLM(Engine):
 
     abstract: ClassVar[bool] = False
     type: ClassVar[str] = "vllm"
+    tells_probabilities: ClassVar[bool] = True
     model: ModelName
     revision: str | None = None
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"

@@ -36,6 +36,7 @@ class Filter(Config):
     reads: ClassVar[Table] = ""
     rowwise: ClassVar[bool] = False
     needs_passage: ClassVar[bool] = True
+    finds_copies: ClassVar[bool] = False  # rejects queries that are copies of their passages
     streams: ClassVar[bool] = False  # has `score_stream`: compares all queries, and holds none of them
     best: ClassVar[Literal["high", "low"]] = "high"  # the scores that ``room`` is for
 

@@ -65,6 +65,7 @@ class Copied(Filter):
     abstract: ClassVar[bool] = False
     version: ClassVar[int] = 2  # words of any script, with their marks
     rowwise: ClassVar[bool] = True
+    finds_copies: ClassVar[bool] = True
     measure: Literal["ngram", "lcs"] = "ngram"
     n: Annotated[int, Field(ge=1)] = 4
     max_share: Annotated[Annotated[float, Field(ge=0, le=1)] | None, Threshold()] = None

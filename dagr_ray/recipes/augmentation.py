@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dagr_ray.core.config import ConfigError
 from dagr_ray.core.stage import Stage
@@ -34,9 +34,6 @@ from dagr_ray.stages.select import Select
 from dagr_ray.strategies import Strategy
 from dagr_ray.strategies.crop import Crop
 from dagr_ray.strategies.promptagator import Promptagator
-
-if TYPE_CHECKING:
-    pass
 
 
 def generator_named(name: str, model: str | None = None) -> tuple[Strategy, Engine]:
@@ -82,7 +79,7 @@ def augment(
     design, so the filter against copies is left out for it.
     """
     sampling = Sampling(max_tokens=max_tokens)
-    shown = None if strategy.type == "crop" else exemplars
+    shown = None if strategy.copies_its_passage else exemplars
     raw = Generate(
         corpus=passages, strategy=strategy, engine=engine, sampling=sampling, samples=samples, exemplars=shown
     )
@@ -92,7 +89,7 @@ def augment(
         passages,
         corpus,
         max_rank=max_rank,
-        copies=strategy.type == "crop",
+        copies=strategy.copies_its_passage,
         extra=extra_filters,
         without=without,
     )

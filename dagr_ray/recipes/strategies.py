@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dagr_ray.core.config import ConfigError, plugins
+from dagr_ray.core.config import ConfigError, lookup, plugins
 from dagr_ray.core.stage import Stage
 from dagr_ray.engines import Engine, Sampling
-from dagr_ray.engines.crop import CropEngine
-from dagr_ray.engines.keyboard import KeyboardEngine
 from dagr_ray.filters.round_trip import RoundTrip
 from dagr_ray.miners.bm25 import BM25
 from dagr_ray.miners.dense import Dense
@@ -27,9 +25,7 @@ from dagr_ray.stages.retrieve import Index, Search
 from dagr_ray.stages.rewrite import Rewrite, Together, WithNegatives
 from dagr_ray.stages.score import Score
 from dagr_ray.strategies import Strategy
-from dagr_ray.strategies.paraphrase import Paraphrase
 from dagr_ray.strategies.promptagator import Promptagator
-from dagr_ray.strategies.translate import Translate
 
 MOST = 10_000_000  # queries: more than a budget is for
 # How many tokens an answer may have, by what is written.
@@ -66,8 +62,8 @@ def strategy_named(name: str) -> Strategy:
 
 
 def _engine_of(strategy: Strategy, engine: Engine) -> Engine:
-    """The engine that answers a strategy: some need no language model."""
-    return {"crop": CropEngine(), "noisy": KeyboardEngine()}.get(strategy.type, engine)
+    """The engine that answers a strategy: some have one of their own, without a language model."""
+    return lookup(strategy.own_engine, Engine)() if strategy.own_engine else engine
 
 
 def arm(
@@ -99,11 +95,9 @@ def arm(
     used = _engine_of(strategy, engine)
     sampling = Sampling(max_tokens=TOKENS[strategy.writes])
     if (strategy.reads, strategy.writes) == ("corpus", "queries"):
-        shown = None if used.type != engine.type else exemplars
-        # a prefix is no whole query
-        without = ("format", "length") if strategy.type == "prefix" else ()
+        without = () if strategy.writes_whole_queries else ("format", "length")
         selected, mined = augment(
-            passages, corpus, strategy, used, exemplars=shown, samples=samples, max_rank=max_rank, negatives=negatives,
+            passages, corpus, strategy, used, exemplars=exemplars, samples=samples, max_rank=max_rank, negatives=negatives,
             max_tokens=sampling.max_tokens, held_out=held_out, base=encoder, without=without, max_cost=max_cost,
             accepted=None if max_cost is None else MOST, split=split,
         )  # fmt: skip
@@ -121,7 +115,7 @@ def arm(
         mined = Mine(selected=queries, corpus=made, negatives=0)
         examples: Stage = WithNegatives(mined=mined, written=(made,), total=1)
         return Arm(made.made, made, queries, made, examples)
-    if strategy.type == "multi-hop":
+    if strategy.reads_links:
         near = Search(
             index=Index(corpus=corpus, miner=Dense(encoder=encoder)), queries=AsQueries(corpus=passages), depth=10
         )
@@ -135,10 +129,10 @@ def arm(
     made = _rewritten(strategy, used, asked, sampling, samples)
     if strategy.writes == "queries":
         # words of another language are in no index of words
-        miner = Dense(encoder=encoder) if isinstance(strategy, Translate) else BM25()
+        miner = Dense(encoder=encoder) if strategy.changes_language else BM25()
         search = Search(index=Index(corpus=corpus, miner=miner), queries=made, depth=100)
         found = filtered(made, corpus, corpus, max_rank=max_rank, search=search)
-        if isinstance(strategy, Paraphrase):  # by retrieval, and by embedding
+        if strategy.keeps_meaning:  # by retrieval, and by embedding
             near = Search(index=Index(corpus=corpus, miner=Dense(encoder=encoder)), queries=made, depth=100)
             same = Score(parsed=made, corpus=corpus, filter=RoundTrip(max_rank=max_rank), search=near)
             found = found.model_copy(update={"scores": (*found.scores, same)})

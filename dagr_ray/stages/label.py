@@ -56,7 +56,7 @@ class Label(Stage):
                 f"label: {len(self.searches)} searches, and the teacher {self.teacher.type!r} fuses at least "
                 f"{self.teacher.needs_searches}; give it searches"
             )
-        if self.heads is not None and not isinstance(self.teacher, AttentionRerank):
+        if self.heads is not None and not self.teacher.reads_heads:
             raise ConfigError(f"label: heads mean nothing to the teacher {self.teacher.type!r}; leave them out")
         if self.examples is not None and self.split is not None:
             raise ConfigError(f"label: split = {self.split!r} means nothing for examples; leave one of them out")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -237,6 +237,10 @@ class Mix(Stage):
 
     def label(self) -> str:
         return f"{len(self.arms)}arms-{self.n or 'all'}"
+
+    def identity(self) -> dict[str, Any]:
+        """A mixture of all queries has no shares: it is what version 1 made."""
+        return super().identity() | ({"version": 1} if self.n is None and self.weights is None else {})
 
     def wanted(self, there: Sequence[int]) -> list[int]:
         """Queries to take of each arm, of which there are so many.

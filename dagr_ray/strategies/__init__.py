@@ -16,6 +16,12 @@ class Strategy(Config):
     ``reads`` is the table that holds what is asked about: passages (``corpus``), or ``pairs`` of a passage with a query or
     another passage. ``writes`` says what the texts of ``parse`` are: ``queries`` that the passage answers, ``passages``
     that answer the query, ``negatives`` that do not, or ``triples`` (query, positive, negative in turn).
+
+    The other class variables tell a recipe what else a strategy needs: ``own_engine`` is the type of the engine that
+    answers it if no language model does; ``copies_its_passage`` says that a query is a part of its passage by design, so
+    that no filter may look for copies and no exemplars are shown; ``writes_whole_queries`` is false if a query may be cut
+    anywhere, so that no filter may ask for a whole one; ``keeps_meaning`` asks for a round trip by meaning besides the one
+    by words; ``changes_language`` for one by meaning instead; ``reads_links`` for pairs of passages that are linked.
     """
 
     abstract: ClassVar[bool] = True
@@ -23,6 +29,12 @@ class Strategy(Config):
     by_logprob: ClassVar[bool] = False  # its completions are chosen by their log-probability, so that is kept
     reads: ClassVar[str] = "corpus"
     writes: ClassVar[str] = "queries"
+    own_engine: ClassVar[str] = ""
+    copies_its_passage: ClassVar[bool] = False
+    writes_whole_queries: ClassVar[bool] = True
+    keeps_meaning: ClassVar[bool] = False
+    changes_language: ClassVar[bool] = False
+    reads_links: ClassVar[bool] = False
 
     def name(self) -> str:
         """What ``lineage`` calls it: the type, and after a slash the form where it has several."""

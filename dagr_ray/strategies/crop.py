@@ -39,6 +39,8 @@ class Crop(Strategy):
     abstract: ClassVar[bool] = False
     version: ClassVar[int] = 2  # words of any script
     parse_version: ClassVar[int] = 2  # words of any script
+    own_engine: ClassVar[str] = "crop-engine"
+    copies_its_passage: ClassVar[bool] = True
     mode: Annotated[Literal["sentence", "span", "inverse-cloze"], OmitWhenDefault()] = "sentence"
 
     def name(self) -> str:

@@ -49,6 +49,7 @@ class MultiHop(Rewriting):
     """
 
     abstract: ClassVar[bool] = False
+    reads_links: ClassVar[bool] = True
     task: str = "Each pair of passages is followed by a search query that can only be answered with both of them."
 
     def form(self) -> Form:

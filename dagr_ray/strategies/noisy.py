@@ -22,6 +22,7 @@ class Noisy(Strategy):
 
     abstract: ClassVar[bool] = False
     reads: ClassVar[str] = "pairs"
+    own_engine: ClassVar[str] = "keyboard-engine"
 
     def prompt(self, row: Passage, exemplars: tuple[Exemplar, ...], rng: random.Random) -> Prompt:
         return Prompt("", one_line(row.query), "")

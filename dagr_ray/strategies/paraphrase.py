@@ -46,6 +46,7 @@ class Paraphrase(Rewriting):
     """
 
     abstract: ClassVar[bool] = False
+    keeps_meaning: ClassVar[bool] = True
     task: str = "Each search query is followed by another one that means the same and uses other words."
 
     def form(self) -> Form:

@@ -44,6 +44,7 @@ class Prefix(Strategy):
     abstract: ClassVar[bool] = False
     version: ClassVar[int] = 2  # characters as people see them
     parse_version: ClassVar[int] = 2
+    writes_whole_queries: ClassVar[bool] = False
     of: Strategy | None = Promptagator()
     log: FileOrFolder | None = None
     lengths: tuple[Weight, ...] = ()

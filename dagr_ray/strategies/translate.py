@@ -78,6 +78,7 @@ class Translate(_Translation):
     """
 
     abstract: ClassVar[bool] = False
+    changes_language: ClassVar[bool] = True
 
     def form(self) -> Form:
         return self._form(_QUERIES)

@@ -228,7 +228,7 @@ def _look(canary: Canary, runs: str, guards: Guards) -> list[Finding]:
     refused = {row["id"]: row for row in parsed.read("rejected").to_pylist() if row["by"] in ("parse", "control")}
     unparsed = [row for row in rows if row["gen_id"] in refused]
     queries = {row["query_id"]: row["text"] for row in parsed.read("queries").to_pylist()}
-    copied = [row for score in canary.selected.scores for row in _refused(score, runs) if score.filter.type == "copied"]
+    copied = [row for score in canary.selected.scores for row in _refused(score, runs) if score.filter.finds_copies]
     return [
         Finding(
             "truncated",

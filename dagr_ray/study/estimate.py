@@ -27,7 +27,6 @@ from dagr_ray.core.cost import KINDS, Rates
 from dagr_ray.core.placement import Placement, Pool
 from dagr_ray.core.stage import Stage
 from dagr_ray.core.storage import filesystem
-from dagr_ray.engines.crop import CropEngine
 from dagr_ray.miners.dense import Dense
 from dagr_ray.stages.generate import Generate
 from dagr_ray.stages.retrieve import Index
@@ -266,7 +265,7 @@ class _Estimator:
         else:
             busy_s, start_s = _default_seconds(stage, to_do * left)
             seconds, stored = start_s + busy_s / workers, _default_bytes(stage, to_do)
-            if isinstance(stage, Generate) and not isinstance(stage.engine, CropEngine):
+            if isinstance(stage, Generate) and stage.engine.has_model:
                 prompts = stage.per_passage() // stage.per_request()
                 per_row = [PROMPT_TOKENS * prompts, 0, stage.per_passage() * stage.sampling.max_tokens]
         tokens = {kind: round(to_do * left * each) for kind, each in zip(KINDS, per_row, strict=True)}
@@ -292,7 +291,7 @@ class _Estimator:
 
 def _default_seconds(stage: Stage, rows: float) -> tuple[float, float]:
     """(busy, start) seconds of a worker."""
-    free = isinstance(stage, Generate) and isinstance(stage.engine, CropEngine)
+    free = isinstance(stage, Generate) and not stage.engine.has_model
     per_row = 0.0005 if free else DEFAULT_ROW_S.get(stage.type, 0.0)
     start = DEFAULT_FIXED_S if free else DEFAULT_START_S.get(stage.type, DEFAULT_FIXED_S)
     return rows * per_row, start

@@ -62,12 +62,13 @@ class Scorer(Protocol):
 class Teacher(Config):
     """Base of the teachers. ``needs_searches`` is the least number of searches whose hits it wants to see.
 
-    ``pool`` names the placement's pool that it runs on.
+    ``pool`` names the placement's pool that it runs on; ``reads_heads`` says that it scores with chosen attention heads.
     """
 
     abstract: ClassVar[bool] = True
     pool: ClassVar[str] = "light"
     needs_searches: ClassVar[int] = 0
+    reads_heads: ClassVar[bool] = False
 
     def open(self, pool: Pool) -> Scorer:
         """Loads what is heavy. Raises ConfigError naming cause and remedy."""

@@ -48,6 +48,7 @@ class AttentionRerank(Pinned, Teacher):
     """
 
     abstract: ClassVar[bool] = False
+    reads_heads: ClassVar[bool] = True
     version: ClassVar[int] = 2  # texts are cut by words of any script
     pool: ClassVar[str] = "retrieve"
     model: ModelName = "HuggingFaceTB/SmolLM2-135M-Instruct"

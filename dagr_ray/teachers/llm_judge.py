@@ -99,7 +99,7 @@ class LLMJudge(Teacher):
 
     @model_validator(mode="after")
     def _engine_tells_probabilities(self) -> LLMJudge:
-        if not isinstance(self.engine, VLLM):
+        if not self.engine.tells_probabilities:
             raise ConfigError(
                 f"llm-judge: engine {self.engine.type!r} does not tell the probabilities of given tokens; give vllm"
             )

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from dagr_ray.core.config import from_json, plugins
+from dagr_ray.core.config import from_json, lookup, plugins
+from dagr_ray.core.placement import Pool
+from dagr_ray.engines import Engine, Sampling
 from dagr_ray.prompts import Exemplar, Passage
 from dagr_ray.strategies import Strategy
 from dagr_ray.strategies.crop import Crop
@@ -41,6 +43,21 @@ def test_default_config_survives_json_and_pickle(cls):
     made = cls()
     assert from_json(made.to_json(), Strategy) == made == pickle.loads(pickle.dumps(made))
     assert from_json(made.to_json(), Strategy).fingerprint() == made.fingerprint()
+
+
+def test_an_engine_without_a_model_answers_what_needs_none():
+    own = {name: lookup(cls.own_engine, Engine) for name, cls in FOUND if cls.own_engine}
+    assert own.keys() == {"crop", "noisy"}
+    for name, engine in own.items():
+        sessions = engine().open(Pool(workers=0))
+        passage = ROW._replace(query="how long do bees live")
+        prompt = lookup(name, Strategy)().prompt(passage, (), random.Random(0))
+        [[answer]] = sessions.generate([prompt], [0], Sampling(), 1)
+        assert answer.raw and answer.completion_tokens == 0 and not engine.has_model
+    assert {name for name, engine in plugins(Engine).items() if not engine.has_model} == {
+        "crop-engine",
+        "keyboard-engine",
+    }
 
 
 @every
