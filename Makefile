@@ -34,14 +34,14 @@ test: setup
 
 # Each of the scripts, whatever became of those before it; fails in the end where one of them missed a bound.
 EVERY = missed=; for each in $(1); do set -- $$each; name=$$1; shift; \
-	$(BIN)/python benchmarks/$$name.py "$$@" || missed="$$missed $$name"; done; \
+	$(BIN)/python -m benchmarks.$$name "$$@" || missed="$$missed $$name"; done; \
 	if [ -n "$$missed" ]; then echo "missed:$$missed"; exit 1; fi
 
 bench-scale: setup
-	@$(call EVERY,generation prefix orchestration tail chaos scaling readme)
+	@$(call EVERY,speed.generation speed.prefix speed.orchestration scale.tail faults.chaos scale.scaling publish.readme)
 
 bench-train: setup
-	@$(call EVERY,training training_stream search bm25_ray $(if $(DATA),"encoding $(DATA)"))
+	@$(call EVERY,speed.training scale.training_stream speed.search faults.bm25_ray $(if $(DATA),"speed.encoding $(DATA)"))
 
 lint: setup
 	$(BIN)/ruff check .

@@ -286,7 +286,7 @@ class LeakGate(Stage):
     (``paraphrase``: of SciFact's training claims it finds those that say a test claim in other words, or deny it), and
     seldom where it does not: "What type of pans are these?" is asked about many products. At these, 0.49 % of the real
     training queries of four collections were refused for nothing, nearly all of them in one whose questions do not
-    stand alone (benchmarks/leak.py).
+    stand alone (benchmarks/quality/leak.py).
     """
 
     abstract: ClassVar[bool] = False

@@ -5,8 +5,6 @@ import json
 import os
 import random
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import ClassVar
 
@@ -394,18 +392,3 @@ def test_a_file_is_on_the_disk_before_its_name_is(tmp_path, monkeypatch) -> None
     rows = tables.table("queries", [{"query_id": "a", "text": "b"}])
     folder.commit(0, {"queries": rows}, {"counts": {}, "cost": {}})
     assert order == ["replace", "fsync", "fsync", "fsync", "link", "fsync"], "the part, its folder, then the receipt"
-
-
-def test_damage_and_kills_at_random_change_nothing(tmp_path) -> None:
-    """Sixty rounds; more with DAGR_DAMAGE_ROUNDS, or by benchmarks/damage.py."""
-    rounds = int(os.environ.get("DAGR_DAMAGE_ROUNDS", "60"))
-    done = subprocess.run(
-        [sys.executable, "benchmarks/damage.py", f"--rounds={rounds}", "--seed=7", f"--json={tmp_path / 'found.json'}"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert (tmp_path / "found.json").exists(), done.stderr[-3000:]
-    found = json.loads((tmp_path / "found.json").read_text())
-    print(found)
-    assert found["told"] == [] and done.returncode == 0, found["told"]
-    assert set(found["ends"]) == {"same", "mended"} and sum(found["ends"].values()) == rounds
-    assert found["ends"]["mended"] > rounds / 4 and len(found["damages"]) > 10

@@ -1,8 +1,6 @@
 """The leak gate: what it finds of planted leaks among PyDocs' own queries, what it leaves, and what comes of it."""
 
-import json
 import random
-from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -27,7 +25,6 @@ from dagr_ray.stages.evaluate import Evaluate, Scorecard
 from dagr_ray.stages.leakage import LeakGate, LeakScan
 from tests.support.studies import EVIL, made_study
 
-TRANSLATED = Path(__file__).parents[2] / "benchmarks" / "leak_translated.jsonl"
 LEAST = {name: LeakGate.model_fields[name].default for name in FLOORS}
 
 
@@ -147,24 +144,6 @@ def test_one_word_replaced_in_another_order_has_to_leave_more():
     assert found("anthem of Malta who wrote the the") == [("rearranged", 1.0)], "one added"
     assert found("anthem of Malta who wrote") == [("rearranged", 1.0)], "one left out"
     assert found("of Malta who wrote the anthem") == [("reordered", 1.0)]
-
-
-def test_a_translation_is_found_by_its_meaning_alone():
-    rng = np.random.default_rng(3)
-    rows = [json.loads(line) for line in TRANSLATED.read_text().splitlines()]
-    german = {row["query_id"]: row["text"] for row in rows if row["language"] == "de"}
-    english = {q: t for q, t in pydocs.judgements("stdlib", _Every()).queries.items() if q in german}
-    meant = rng.normal(size=(len(english), 384)).astype(np.float32)
-    meant /= np.linalg.norm(meant, axis=1, keepdims=True)
-    said = meant + rng.normal(size=meant.shape).astype(np.float32) * 0.003  # as an encoder of both languages has it
-    said /= np.linalg.norm(said, axis=1, keepdims=True)
-    held = HeldOut(texts(*english.values()), vectors=meant)
-    asked = texts(*(german[q] for q in english))
-    assert len(english) > 20 and len(held.resembling(asked).over(LEAST)) == 0
-    found = held.resembling(asked, said).over(LEAST)
-    pairs = sorted(zip(found.rows.tolist(), found.held_out.tolist(), strict=True))
-    assert pairs == [(i, i) for i in range(len(english))]
-    assert {MECHANISMS[how] for how in found.how} == {"embedding"}
 
 
 def test_matching_gives_all_pairs():

@@ -4,7 +4,6 @@ import re
 
 import pytest
 
-from benchmarks.catalogue import with_section
 from dagr_ray.core.build import materialize
 from dagr_ray.core.config import ConfigError, from_json, plugins
 from dagr_ray.core.placement import Placement, Pool
@@ -111,12 +110,3 @@ def test_arms_of_all_kinds_make_one_mixture(docs, tmp_path):
 def test_none_is_a_strategy_and_no_value_where_one_may_be_left_out():
     job = load_job("jobs/catalogue.py")
     assert job.value("strategy", "none") == "none" and job.value("data", "none") is None
-
-
-def test_a_collections_section_is_replaced_and_those_of_others_stay():
-    head = "# Title\n\nWhat it is.\n"
-    page = with_section("", head, "one", "## one\n\nfirst\n")
-    page = with_section(page, head, "two", "## two\n\nsecond\n")
-    page = with_section(page, head, "one", "## one\n\nthird\n")
-    assert page == head + "\n## one\n\nthird\n\n## two\n\nsecond\n"
-    assert with_section(page, "# Other\n", "one", "## one\n") == "# Other\n\n## one\n"

@@ -1,0 +1,1 @@
+"""What is left after faults: killed processes, cut networks, damaged files."""

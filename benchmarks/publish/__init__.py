@@ -1,0 +1,1 @@
+"""Studies and tables as pages of docs/."""

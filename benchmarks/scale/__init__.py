@@ -1,0 +1,1 @@
+"""What grows with the data: memory, idle workers, and what a billion passages would take."""

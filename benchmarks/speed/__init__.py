@@ -1,0 +1,1 @@
+"""How fast: beside the peer that does the same work, in turns, on one machine."""
