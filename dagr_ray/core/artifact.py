@@ -282,6 +282,7 @@ class Artifact(Folder):
         return known.manifest if known else None
 
     def _known(self) -> _Known | None:
+        self._demand_readable()
         stamp, key = checksums.stamp(self.fs, f"{self.path}/manifest.json"), (self.runs, self.path)
         known = _folders.get(key)
         if known is None or known.stamp != stamp:

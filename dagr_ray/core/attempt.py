@@ -16,6 +16,7 @@ from dagr_ray import __version__
 from dagr_ray.core import blame, ray_pool, tables
 from dagr_ray.core.artifact import Artifact, Attempt, Json, add_up
 from dagr_ray.core.cost import Rates, resources_held, stage_bill
+from dagr_ray.core.folder import reads_only
 from dagr_ray.core.placement import Placement, Pool
 from dagr_ray.core.stage import Inputs, StageFailed
 from dagr_ray.core.worker import GIVEN_UP, Opener
@@ -150,8 +151,9 @@ class Builder:
         return self.pool.in_flight if self.stage.concurrent else 1
 
     def _write_plan(self) -> Json:
-        rows = self.stage.size(self.inputs)
-        ranges = self._ranges_done(rows) or self.stage.ranges(self.inputs, self.pool.shard_rows)
+        with reads_only(self.stage.type, (self.folder, *self.inputs.values())):
+            rows = self.stage.size(self.inputs)
+            ranges = self._ranges_done(rows) or self.stage.ranges(self.inputs, self.pool.shard_rows)
         plan = {
             "stage": self.stage.to_json(),
             "fingerprint": self.stage.fingerprint(),

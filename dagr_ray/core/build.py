@@ -18,6 +18,7 @@ from dagr_ray.core import blame
 from dagr_ray.core.artifact import Artifact, Damaged
 from dagr_ray.core.attempt import Builder, Observer, Progress
 from dagr_ray.core.config import ConfigError
+from dagr_ray.core.folder import reads_all, reads_only
 from dagr_ray.core.placement import Placement, Pool
 from dagr_ray.core.stage import Inputs, OutOfReach, Stage, StageFailed, walk
 from dagr_ray.core.worker import out_of_memory, out_of_reach
@@ -45,7 +46,7 @@ def materialize(
             for each in walk(stage):
                 inputs = _inputs(each, made)
                 if each.grows and not _is_sound(each.folder(runs)):
-                    inputs |= each.grow(inputs, lambda step: materialize(step, runs, placement, observe))
+                    inputs |= _grown(each, inputs, runs, placement, observe)
                 made[each.fingerprint()] = _build(each, inputs, runs, placement, observe)
             folder = made[stage.fingerprint()]
             inputs = {stage.type: folder}
@@ -70,6 +71,19 @@ def _inputs(stage: Stage, made: dict[str, Artifact]) -> Inputs:
             f"{stage.type}: what {changed!r} reads was changed during the run; run again, with the new content"
         )
     return cast(Inputs, found)
+
+
+def _grown(stage: Stage, inputs: Inputs, runs: str, placement: Placement, observe: Observer) -> Inputs:
+    """The inputs that a stage finds by building them. It can read those, and what they are made from."""
+    with reads_only(stage.type, inputs.values()) as readable:
+
+        def build(step: Stage) -> Artifact:
+            with reads_all():
+                folder = materialize(step, runs, placement, observe)
+                readable.update(each.folder(runs).path for each in walk(step))
+            return folder
+
+        return stage.grow(inputs, build)
 
 
 def _small(folder: Artifact) -> bool:

@@ -6,14 +6,16 @@ import contextlib
 import json
 import logging
 import os
-from typing import Any
+from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 
 from dagr_ray.core import disk, shapes
 from dagr_ray.core.checksums import remember
-from dagr_ray.core.config import packed
+from dagr_ray.core.config import ConfigError, packed
 from dagr_ray.core.paths import absolute
 from dagr_ray.core.shapes import Json
 from dagr_ray.core.storage import filesystem
@@ -34,6 +36,41 @@ def folders_of(runs: str) -> list[tuple[str, pafs.FileInfo]]:
     )
 
 
+class _Bounds(NamedTuple):
+    """Who reads, and the paths of the folders that it may read."""
+
+    reader: str
+    paths: set[str]
+
+
+# Of the thread that works for a stage; None where nothing is bounded.
+_bounds: ContextVar[_Bounds | None] = ContextVar("_bounds", default=None)
+
+
+@contextlib.contextmanager
+def reads_only(reader: str, folders: Iterable[Folder]) -> Iterator[set[str]]:
+    """Inside, this thread can open ``folders`` and no other folder of a runs folder: ``Folder`` raises ConfigError.
+
+    Yields the paths of those folders, to which more can be added. ``reader`` names the stage in the error.
+    """
+    paths = {folder.path for folder in folders}
+    token = _bounds.set(_Bounds(reader, paths))
+    try:
+        yield paths
+    finally:
+        _bounds.reset(token)
+
+
+@contextlib.contextmanager
+def reads_all() -> Iterator[None]:
+    """Inside, ``reads_only`` does not hold: for the builder of another stage."""
+    token = _bounds.set(None)
+    try:
+        yield
+    finally:
+        _bounds.reset(token)
+
+
 class Folder:
     """One folder. Cheap to make and to pickle: it holds two strings until it is used."""
 
@@ -41,9 +78,25 @@ class Folder:
         self.runs, self.name = absolute(runs), name  # absolute: a worker has another working directory
         self.fs, root = filesystem(self.runs)
         self.path = f"{root}/{name}"
+        self._demand_readable()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.runs, self.name)
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and (other.runs, other.name) == (self.runs, self.name)
+
+    def __hash__(self) -> int:
+        return hash((self.runs, self.name))
+
+    def _demand_readable(self) -> None:
+        """Raises ConfigError if a stage opens a folder that is none of its inputs: see ``reads_only``."""
+        bounds = _bounds.get()
+        if bounds is not None and self.path not in bounds.paths:
+            raise ConfigError(
+                f"{bounds.reader}: opens {self.name!r}, which is none of its inputs; make it a field of the stage, "
+                "or declare it with `derived`"
+            )
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.path})"
@@ -67,6 +120,7 @@ class Folder:
 
     def read_bytes(self, relative: str) -> bytes | None:
         """A file's content, or None if there is no file."""
+        self._demand_readable()
         for more_tries in (True, True, False):
             try:
                 with self.fs.open_input_stream(f"{self.path}/{relative}") as stream:

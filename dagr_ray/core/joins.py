@@ -50,20 +50,15 @@ class Rows:
 
 
 class Candidates:
-    """The candidates of a search for some of the queries that it was asked; ``queries`` are those or a part of them."""
+    """The candidates of a search for some of its queries; ``queries`` are those, or a part of them.
 
-    def __init__(self, search: Artifact, queries: Artifact) -> None:
-        self.search, self.queries, plan = search, queries, search.plan
-        self.starts = [shard["start"] for shard in plan["shards"]]
-        # whose rows the shards are ranges of, where one can tell
-        self.asked: Artifact | None = None
-        if plan["stage"]["type"] == "search" and plan["stage"]["split"] is None:
-            self.asked = Artifact(search.runs, plan["inputs"]["queries"])
+    ``asked`` is the folder of whose rows the shards of the search are ranges (``Stage.shards_of``). Without it, all
+    candidates are read to find those of some queries.
+    """
 
-    @property
-    def follows(self) -> bool:
-        """Whether some queries are found without reading all candidates."""
-        return self.asked is not None
+    def __init__(self, search: Artifact, asked: Artifact | None, queries: Artifact) -> None:
+        self.search, self.asked, self.queries = search, asked, queries
+        self.starts = [shard["start"] for shard in search.plan["shards"]]
 
     @cached_property
     def _rows(self) -> Rows:
@@ -78,7 +73,7 @@ class Candidates:
                 part.filter(pc.is_in(part["query_id"], value_set=wanted)) for part in self.search.scan("candidates")
             )
             return pa.concat_tables([tables.empty("candidates"), *parts])
-        rows = np.arange(start, stop) if self.asked.name == self.queries.name else self._rows.of(query_ids)
+        rows = np.arange(start, stop) if self.asked == self.queries else self._rows.of(query_ids)
         made = (self.search.manifest or {})["tables"]["candidates"]["parts"]
         edges = list(accumulate((part["rows"] for part in made), initial=0))
         found = [tables.empty("candidates")]

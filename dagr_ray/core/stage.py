@@ -1,6 +1,6 @@
 """What a stage is: a frozen config that describes one folder.
 
-Its fields decide the result; fields that are stages are its inputs.
+Its fields decide the result. Its fields that are stages, and the stages that its class declares (``derived``), are its inputs.
 """
 
 from __future__ import annotations
@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from functools import lru_cache
+from typing import Any, ClassVar, TypeVar
 
 import pyarrow as pa
 
@@ -17,12 +18,25 @@ from dagr_ray.core.config import Config, ConfigError, fingerprint_cache, from_js
 from dagr_ray.core.placement import Pool, PricedEngine
 from dagr_ray.core.storage import one_name
 
-if TYPE_CHECKING:
-    pass
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def derived(name: str) -> Callable[[Method], Method]:
+    """Declares an input that is no field: the marked method of a stage gives it, from the stage's fields alone.
+
+    The method returns a stage, or None for no input. If ``name`` contains ``{}``, the method returns a sequence of them, and
+    ``{}`` becomes the place in it. A derived input does not change a fingerprint: the fields that it follows from do.
+    """
+
+    def mark(method: Method) -> Method:
+        method.derived_input = name  # type: ignore[attr-defined]
+        return method
+
+    return mark
 
 
 class Stage(Config):
-    """A step of a recipe. Its fields decide the result; fields that are stages are its inputs.
+    """A step of a recipe. Its fields decide the result; its fields that are stages, and what it declares, are its inputs.
 
     A kind of stage says ``outputs`` (the tables it writes), ``size`` (how many rows it is sharded over) and ``open``
     (on the worker: load what is heavy, return the function that does rows ``start`` to ``stop``).
@@ -34,19 +48,31 @@ class Stage(Config):
     concurrent: ClassVar[bool] = False  # one worker runs several shards at once, in threads
     grows: ClassVar[bool] = False  # has `grow`: finds some of its inputs by building them
     rescues: ClassVar[bool] = False  # has `refuse`: a row that ends its worker is given up, the others are kept
+    templates: ClassVar[tuple[str, ...]] = ()  # fields whose stages are patterns for others, and no inputs
     outputs: ClassVar[tuple[str, ...]] = ()
     judged: ClassVar[dict[str, str]] = {}  # inputs whose judgements it reads, and the field that names their split
     max_error_rate: ClassVar[float] = 0.01
 
     def inputs(self) -> dict[str, Stage]:
-        """The stages this one reads, by name; ``name.0``, ``name.1`` for a field that holds several."""
+        """The stages that this one reads, by name; ``name.0``, ``name.1`` for a field that holds several.
+
+        Not to be overridden: a further input is declared with ``derived``.
+        """
         found: dict[str, Stage] = {}
-        for name in self.__class__.model_fields:
+        for name in (each for each in self.__class__.model_fields if each not in self.templates):
             value = getattr(self, name)
             several = value if isinstance(value, tuple) else (value,)
             stages = [item for item in several if isinstance(item, Stage)]
             found |= {f"{name}.{i}" if isinstance(value, tuple) else name: item for i, item in enumerate(stages)}
+        for name, method in derived_inputs(type(self)).items():
+            given = getattr(self, method)()
+            places: list[tuple[Any, Stage | None]] = list(enumerate(given)) if "{}" in name else [("", given)]
+            found |= {name.replace("{}", str(i)): stage for i, stage in places if stage is not None}
         return found
+
+    def shards_of(self) -> Stage | None:
+        """The input of whose rows each shard is a range; None if that is not known before the stage is built."""
+        return None
 
     def check(self) -> None:
         """Raises ConfigError where the fields cannot be done together, as far as is known before anything is built."""
@@ -102,6 +128,14 @@ class Stage(Config):
             same = _names(folder.runs).get(f"{self.type} {self.fingerprint()}")
             return folder if same is None else Artifact(folder.runs, same)
         return folder
+
+
+@lru_cache(maxsize=1024)
+def derived_inputs(kind: type[Stage]) -> dict[str, str]:
+    """Name of the input -> name of the method that gives it, for all that a class of stages declares."""
+    methods = dict.fromkeys(name for each in reversed(kind.__mro__) for name in vars(each))
+    names = {method: getattr(getattr(kind, method, None), "derived_input", None) for method in methods}
+    return {name: method for method, name in names.items() if name is not None}
 
 
 def _names(runs: str) -> dict[str, str]:

@@ -23,6 +23,7 @@ import pyarrow as pa
 from dagr_ray.core import blame, job_imports, ray_pool
 from dagr_ray.core.artifact import Artifact, Damaged, Json, add_up
 from dagr_ray.core.config import ConfigError
+from dagr_ray.core.folder import reads_only
 from dagr_ray.core.placement import Pool
 from dagr_ray.core.poison_rows import (
     DIED,
@@ -182,7 +183,18 @@ class _Worker:
         return run
 
     def _open(self) -> Run:
-        return self.stage.open(self.inputs, self.folder, self.pool)
+        with self._reads_only():
+            run = self.stage.open(self.inputs, self.folder, self.pool)
+
+        def bounded(start: int, stop: int) -> Output:
+            with self._reads_only():
+                return run(start, stop)
+
+        return bounded
+
+    def _reads_only(self) -> contextlib.AbstractContextManager[object]:
+        """What a stage reads is among its inputs: another folder could change without its being built again."""
+        return reads_only(self.stage.type, (self.folder, *self.inputs.values()))
 
     def __call__(self, shard: ray_pool.Shard) -> Json:
         try:
@@ -277,7 +289,8 @@ class _Worker:
             done[pending[0]] = output
             self.tries.ended(mark, ENDED if pending[1:] else DONE, "")
         for row, why in given_up.items():
-            done[row, row + 1] = self.stage.refuse(self.inputs, row, why.reason, why.detail)
+            with self._reads_only():
+                done[row, row + 1] = self.stage.refuse(self.inputs, row, why.reason, why.detail)
         return joined([done[each] for each in sorted(done)]), marks, failed
 
     def _range(self, number: int, start: int, stop: int) -> tuple[Mark, Output | None]:

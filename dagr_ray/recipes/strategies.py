@@ -24,6 +24,7 @@ from dagr_ray.stages.parse import Parse
 from dagr_ray.stages.retrieve import Index, Search
 from dagr_ray.stages.rewrite import Rewrite, Together, WithNegatives
 from dagr_ray.stages.score import Score
+from dagr_ray.stages.select import Select
 from dagr_ray.strategies import Strategy
 from dagr_ray.strategies.promptagator import Promptagator
 
@@ -104,8 +105,8 @@ def arm(
         kept: Stage = selected
         while isinstance(kept, LeakGate | Reach):
             kept = kept.selected
-        parsed = kept.inputs()["parsed"]
-        assert isinstance(parsed, Parse)
+        assert isinstance(kept, Select) and isinstance(kept.parsed, Parse)
+        parsed = kept.parsed
         read = Cloze(corpus=corpus, selected=selected) if strategy.name() == CLOZE else corpus
         return Arm(parsed.generations, parsed, selected, read, mined)
     if strategy.writes == "triples":

@@ -10,7 +10,7 @@ from dagr_ray.core import tables
 from dagr_ray.core.artifact import Artifact
 from dagr_ray.core.config import ConfigError
 from dagr_ray.core.placement import Pool
-from dagr_ray.core.stage import Inputs, Output, Run, Stage
+from dagr_ray.core.stage import Inputs, Output, Run, Stage, derived
 from dagr_ray.retrieval import fusion
 
 
@@ -71,13 +71,13 @@ class Fuse(Stage):
         tuned = "tuned" if self.dev is not None else self.method
         return "-".join([tuned, *(search.label() for search in self.searches)])[:60]
 
-    def inputs(self) -> dict[str, Stage]:
-        """And the same searches of the queries that weights are tuned on."""
-        found = super().inputs()
-        if self.dev is not None:
-            change = {"queries": self.dev, "split": self.dev_split}
-            found |= {f"tuning.{i}": search.model_copy(update=change) for i, search in enumerate(self.searches)}
-        return found
+    @derived("tuning.{}")
+    def _tuning(self) -> list[Stage]:
+        """The same searches of the queries that weights are tuned on."""
+        if self.dev is None:
+            return []
+        change = {"queries": self.dev, "split": self.dev_split}
+        return [search.model_copy(update=change) for search in self.searches]
 
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
         def run(start: int, stop: int) -> Output:

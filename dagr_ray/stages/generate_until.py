@@ -14,7 +14,7 @@ from dagr_ray.core import tables
 from dagr_ray.core.artifact import Artifact
 from dagr_ray.core.config import Config
 from dagr_ray.core.placement import Pool
-from dagr_ray.core.stage import Inputs, Output, Run, Stage, walk
+from dagr_ray.core.stage import Inputs, Output, Run, Stage, derived, walk
 from dagr_ray.stages.generate import Generate
 from dagr_ray.stages.parse import Parse
 from dagr_ray.stages.select import Select
@@ -37,6 +37,7 @@ class Reach(Stage):
 
     abstract: ClassVar[bool] = False
     grows: ClassVar[bool] = True
+    templates: ClassVar[tuple[str, ...]] = ("selected",)  # the steps are made by it
     outputs: ClassVar[tuple[str, ...]] = ("queries", "qrels", "lineage", "rejected")
     selected: Select
     accepted: Annotated[int, Field(ge=1)]
@@ -47,21 +48,25 @@ class Reach(Stage):
     def label(self) -> str:
         return f"{self.accepted}"
 
-    def inputs(self) -> dict[str, Stage]:
-        """Only the corpus: how many steps there are is known when they have been made."""
-        return {"corpus": self._generate().corpus}
+    @derived("corpus")
+    def _corpus(self) -> Stage:
+        """The only input before the steps are built: their number is not known then."""
+        return self._generate().corpus
+
+    def _parse(self) -> Parse:
+        parsed = self.selected.parsed
+        assert isinstance(parsed, Parse)
+        return parsed
 
     def _generate(self) -> Generate:
-        parsed = self.selected.inputs()["parsed"]
-        assert isinstance(parsed, Parse)
-        return parsed.generations
+        return self._parse().generations
 
     def step(self, start: int, stop: int) -> Select:
         """``selected`` over the passages ``start`` to ``stop`` of the corpus in the order of the hash."""
         template = self._generate()
         part = Sample(corpus=template.corpus, n=stop - start, skip=start)
         parsed = Parse(generations=template.model_copy(update={"corpus": part}), corpus=part)
-        made = _with(self.selected, self.selected.inputs()["parsed"].fingerprint(), parsed)
+        made = _with(self.selected, self._parse().fingerprint(), parsed)
         assert isinstance(made, Select)
         return made
 

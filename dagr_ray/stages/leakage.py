@@ -74,8 +74,7 @@ class LeakScan(Stage):
 
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
         encoded = _Encoded(self.encoder)
-        held_out = [inputs[f"held_out.{i}"] for i in range(len(self.held_out))]
-        sets = [_held(each.runs, each.name, self.split, self.encoder) for each in held_out]
+        sets = [_held(inputs[f"held_out.{i}"], self.split, self.encoder) for i in range(len(self.held_out))]
 
         def run(start: int, stop: int) -> Output:
             found = _Found()
@@ -124,9 +123,9 @@ class _Encoded:
 
 
 @lru_cache(maxsize=4)
-def _held(runs: str, name: str, split: str, encoder: Encoder | None) -> _Set:
+def _held(data: Artifact, split: str, encoder: Encoder | None) -> _Set:
     """An evaluation set, kept for the next scan in this process: each arm of a study has one."""
-    return _Set(Artifact(runs, name), split, _Encoded(encoder))
+    return _Set(data, split, _Encoded(encoder))
 
 
 class _Positives:

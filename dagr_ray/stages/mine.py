@@ -20,7 +20,7 @@ from dagr_ray.core.artifact import Artifact
 from dagr_ray.core.config import OmitWhenDefault
 from dagr_ray.core.joins import Candidates, Positives, Twins, rows_beside
 from dagr_ray.core.placement import Pool
-from dagr_ray.core.stage import Inputs, Output, Run, Stage
+from dagr_ray.core.stage import Inputs, Output, Run, Stage, derived
 from dagr_ray.stages.relabel import _share_of
 
 
@@ -58,13 +58,19 @@ class Mine(Stage):
     def size(self, inputs: Inputs) -> int:
         return inputs["selected"].count("qrels")
 
+    @derived("searches.{}.queries")
+    def _searched(self) -> list[Stage | None]:
+        """The order of these queries tells where in a search those of a shard are."""
+        return [search.shards_of() for search in self.searches]
+
     def _candidates(self, inputs: Inputs) -> list[Candidates]:
-        return [Candidates(inputs[f"searches.{i}"], inputs["selected"]) for i in range(len(self.searches))]
+        names = [f"searches.{i}" for i in range(len(self.searches))]
+        return [Candidates(inputs[name], inputs.get(f"{name}.queries"), inputs["selected"]) for name in names]
 
     def ranges(self, inputs: Inputs, step: int) -> list[tuple[int, int]]:
         """Whole shards of the queries, several where they are small; all as one where a search is not in shards of queries."""
         selected = inputs["selected"]
-        cut = all(each.follows for each in self._candidates(inputs))
+        cut = all(f"searches.{i}.queries" in inputs for i in range(len(self.searches)))
         return (selected.ranges("qrels", step) if cut else []) or [(0, selected.count("qrels"))]
 
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:

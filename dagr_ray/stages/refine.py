@@ -12,7 +12,7 @@ from dagr_ray.core import tables
 from dagr_ray.core.artifact import Artifact
 from dagr_ray.core.config import ConfigError, OmitWhenDefault
 from dagr_ray.core.placement import Pool
-from dagr_ray.core.stage import Inputs, Output, Run, Stage
+from dagr_ray.core.stage import Inputs, Output, Run, Stage, derived
 from dagr_ray.core.words import first_words, folded
 from dagr_ray.prompts import Passage
 from dagr_ray.strategies.critique import FINE
@@ -102,9 +102,10 @@ class Criticised(Stage):
             )
         return self
 
-    def inputs(self) -> dict[str, Stage]:
+    @derived("pairs")
+    def _pairs(self) -> Stage:
         """The pairs that were judged are read again."""
-        return super().inputs() | {"pairs": self.made.corpus}
+        return self.made.corpus
 
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
         def run(start: int, stop: int) -> Output:
@@ -141,9 +142,10 @@ class Left(Stage):
     accepted: tuple[Stage, ...]
     verdicts: Annotated[tuple[Criticised, ...], OmitWhenDefault()] = ()
 
-    def inputs(self) -> dict[str, Stage]:
+    @derived("pairs.{}")
+    def _pairs(self) -> list[Stage]:
         """The pairs that were judged are read again."""
-        return super().inputs() | {f"pairs.{i}": verdict.made.corpus for i, verdict in enumerate(self.verdicts)}
+        return [verdict.made.corpus for verdict in self.verdicts]
 
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
         def run(start: int, stop: int) -> Output:

@@ -24,7 +24,7 @@ from dagr_ray.core import tables
 from dagr_ray.core.artifact import Artifact, Json
 from dagr_ray.core.language import PASSAGES, SPOKEN, language_of_all
 from dagr_ray.core.placement import Pool
-from dagr_ray.core.stage import Inputs, Output, Run, Stage
+from dagr_ray.core.stage import Inputs, Output, Run, Stage, derived
 from dagr_ray.miners import Miner, Searcher
 from dagr_ray.miners.dense import Dense, DenseIndex
 from dagr_ray.retrieval import approximate
@@ -244,15 +244,16 @@ class Asking(Stage):
         shared = miner.built().fingerprint() != miner.fingerprint()
         return super().identity() | ({"miner": miner.fingerprint()} if shared else {})
 
-    def inputs(self) -> dict[str, Stage]:
-        """The index's trained encoder encodes the queries; an approximate search has a structure of its own."""
-        found = super().inputs()
-        if self.index.trained is not None:
-            found["index.trained"] = self.index.trained
+    @derived("index.trained")
+    def _trained(self) -> Stage | None:
+        """The index's trained encoder encodes the queries too."""
+        return self.index.trained
+
+    @derived("index.approximate")
+    def _approximate(self) -> Stage | None:
+        """The structure of an approximate search."""
         method = _method(self.index)
-        if method is not None:
-            found["index.approximate"] = Approximate(index=self.index, method=method.built())
-        return found
+        return None if method is None else Approximate(index=self.index, method=method.built())
 
     def _asked(self) -> dict[str, Any]:
         return {"index": self.index, "queries": self.queries, "split": self.split, "depth": self.depth}
@@ -368,9 +369,14 @@ class Search(Asking):
     grows: ClassVar[bool] = True
     outputs: ClassVar[tuple[str, ...]] = ("candidates",)
 
-    def inputs(self) -> dict[str, Stage]:
-        """And the probe of an approximate search."""
-        return super().inputs() | ({"probe": Probe(**self._asked())} if _method(self.index) else {})
+    @derived("probe")
+    def _probe(self) -> Stage | None:
+        """The probe of an approximate search."""
+        return Probe(**self._asked()) if _method(self.index) else None
+
+    def shards_of(self) -> Stage | None:
+        """The queries, unless those of a split are picked from them."""
+        return self.queries if self.split is None else None
 
     def grow(self, inputs: Inputs, build: Callable[[Stage], Artifact]) -> Inputs:
         """A large index is searched slab by slab first."""

@@ -13,7 +13,7 @@ from dagr_ray.core import tables
 from dagr_ray.core.artifact import Artifact
 from dagr_ray.core.config import ConfigError
 from dagr_ray.core.placement import Pool
-from dagr_ray.core.stage import Inputs, Output, Run, Stage
+from dagr_ray.core.stage import Inputs, Output, Run, Stage, derived
 from dagr_ray.prompts import Parsed, Passage
 from dagr_ray.strategies import Strategy
 from dagr_ray.strategies._control_checks import controlled, missed
@@ -57,9 +57,10 @@ class Rewrite(Stage):
         found = super().identity() | {"parse_version": self.made.strategy.parse_version}
         return found | ({"check_version": Controls.check_version} if controlled(self.made.strategy) else {})
 
-    def inputs(self) -> dict[str, Stage]:
+    @derived("asked")
+    def _asked(self) -> Stage:
         """The pairs or topics that were asked about are read again."""
-        return super().inputs() | {"asked": self.made.corpus}
+        return self.made.corpus
 
     def size(self, inputs: Inputs) -> int:
         return inputs["generations"].count("generations")

@@ -17,7 +17,7 @@ from dagr_ray.core.artifact import Artifact
 from dagr_ray.core.config import ConfigError, OmitWhenDefault
 from dagr_ray.core.joins import Candidates, Twins, rows_beside
 from dagr_ray.core.placement import Pool
-from dagr_ray.core.stage import Inputs, Output, Run, Stage
+from dagr_ray.core.stage import Inputs, Output, Run, Stage, derived
 from dagr_ray.filters import Candidate, Filter
 
 WINDOW = 8192  # rows of a table that are looked at together: a row group
@@ -77,14 +77,19 @@ class Score(Stage):
         """The filter by what decides its scores."""
         return super().identity() | {"filter": self.filter.scoring_identity()}
 
-    def inputs(self) -> dict[str, Stage]:
+    @derived("whole")
+    def _whole(self) -> Stage | None:
         """A filter that compares all queries does so in a stage of its own, whose scores are cut into shards here."""
-        given = super().inputs()
-        if self.filter.streams:
-            given["whole"] = Whole(queries=self.parsed, filter=self.filter)
-        if self.filter.reads == "generations" and (completions := self._completions()) is not None:
-            given["generations"] = completions
-        return given
+        return Whole(queries=self.parsed, filter=self.filter) if self.filter.streams else None
+
+    @derived("generations")
+    def _read_completions(self) -> Stage | None:
+        return self._completions() if self.filter.reads == "generations" else None
+
+    @derived("search.queries")
+    def _searched(self) -> Stage | None:
+        """The order of these queries tells where in the search those of a shard are."""
+        return None if self.search is None else self.search.shards_of()
 
     @property
     def _sharded(self) -> bool:
@@ -96,14 +101,14 @@ class Score(Stage):
     def ranges(self, inputs: Inputs, step: int) -> list[tuple[int, int]]:
         """Whole shards of the queries, several where they are small; all rows as one for a filter that compares them."""
         parsed = inputs["parsed"]
-        cut = self._sharded and ("search" not in inputs or Candidates(inputs["search"], parsed).follows)
+        cut = self._sharded and ("search" not in inputs or "search.queries" in inputs)
         return (parsed.ranges("qrels", step) if cut else []) or [(0, parsed.count("qrels"))]
 
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
         parsed, total = inputs["parsed"], max(inputs["parsed"].count("qrels"), 1)
         passages = _Lookup(inputs["corpus"], "corpus", "doc_id") if self.filter.needs_passage else None
         made_by = _Lookup(inputs["generations"], "generations", "gen_id") if "generations" in inputs else None
-        found = Candidates(inputs["search"], parsed) if "search" in inputs else None
+        found = Candidates(inputs["search"], inputs.get("search.queries"), parsed) if "search" in inputs else None
         twins = lru_cache(maxsize=1)(lambda: Twins(inputs["corpus"]))
 
         def run(start: int, stop: int) -> Output:

@@ -16,7 +16,7 @@ from dagr_ray.core import tables
 from dagr_ray.core.artifact import Artifact
 from dagr_ray.core.config import ConfigError
 from dagr_ray.core.placement import Pool
-from dagr_ray.core.stage import Inputs, Output, Run, Stage
+from dagr_ray.core.stage import Inputs, Output, Run, Stage, derived
 from dagr_ray.filters import Filter
 from dagr_ray.stages.score import Score, _beside
 
@@ -53,10 +53,10 @@ class Select(Stage):
         """Scores by what they measure, and the filters with their thresholds."""
         return super().identity() | {"filters": [score.filter.identity() for score in self.scores]}
 
-    def inputs(self) -> dict[str, Stage]:
-        """A corpus is an input where a filter is stricter on a large one."""
-        sized = {f"scores.{i}.corpus": s.corpus for i, s in enumerate(self.scores) if s.filter.by_size}
-        return super().inputs() | sized
+    @derived("scores.{}.corpus")
+    def _sized(self) -> list[Stage | None]:
+        """The corpus of each filter that is stricter on a large one."""
+        return [score.corpus if score.filter.by_size else None for score in self.scores]
 
     def size(self, inputs: Inputs) -> int:
         return inputs["parsed"].count("qrels")

@@ -22,7 +22,7 @@ from dagr_ray.core.config import ConfigError, cached_content, content_hash
 from dagr_ray.core.language import PASSAGES, SPOKEN, language_of_all
 from dagr_ray.core.paths import FileOrFolder, last_name, word_of
 from dagr_ray.core.placement import Pool
-from dagr_ray.core.stage import Inputs, Output, Run, Stage
+from dagr_ray.core.stage import Inputs, Output, Run, Stage, derived
 from dagr_ray.core.words import word_count
 from dagr_ray.formats import beir, parquet
 from dagr_ray.miners._analyzers import AUTO, analyzer, known
@@ -219,9 +219,10 @@ class Parquet(Stage):
         """That the passages look like another language than was named."""
         return _doubt(self.language, self._heard())
 
-    def inputs(self) -> dict[str, Stage]:
+    @derived("check")
+    def _check(self) -> Stage:
         """What is wrong with the source is found in one pass before it is read."""
-        return {"check": ParquetCheck(path=self.path)}
+        return ParquetCheck(path=self.path)
 
     def size(self, inputs: Inputs) -> int:
         return sum(sum(each["groups"]) for each in inputs["check"].json_of("files.json"))

@@ -22,6 +22,7 @@ from pydantic import Field, model_validator
 from dagr_ray.core import tables
 from dagr_ray.core.artifact import Artifact
 from dagr_ray.core.config import ConfigError
+from dagr_ray.core.folder import reads_only
 from dagr_ray.core.placement import Pool
 from dagr_ray.core.ray_start import is_alone
 from dagr_ray.core.stage import Inputs, Output, Run, Stage
@@ -311,9 +312,11 @@ def _work(config: dict[str, Any]) -> dict[str, Any] | None:
         rank, workers = context.get_world_rank(), context.get_world_size()
         device = str(ray.train.torch.get_device())
         torch.set_num_threads(config["threads"])  # Ray rounds down: 1.8 CPUs were one thread
-    checkpoints = Checkpoints(config["folder"], config["attempt"], rank, workers)
+    folder, inputs = config["folder"], config["inputs"]
+    checkpoints = Checkpoints(folder, config["attempt"], rank, workers)
     try:
-        return _trained(config["job"], config["inputs"], config["folder"], checkpoints, device)
+        with reads_only("train", (folder, *inputs.values())):
+            return _trained(config["job"], inputs, folder, checkpoints, device)
     except ConfigError as error:
         return {"refusal": str(error)}
 
