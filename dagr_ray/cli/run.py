@@ -23,7 +23,7 @@ from dagr_ray.core.storage import check_can_be_written
 from dagr_ray.core.terminal import print_json, print_table, say
 from dagr_ray.study.job import Job, load_job, parse_axes
 from dagr_ray.study.plan import Study, plan_study
-from dagr_ray.study.preflight import look
+from dagr_ray.study.preflight import check_data
 from dagr_ray.study.run import run_study
 
 log = logging.getLogger("dagr")
@@ -84,7 +84,7 @@ def check(args: Args) -> int | None:
     with fingerprint_cache():
         stages = walk(_one(args)[1]) if args.one else _study(args).stages()
         _validate(stages, placement)
-        seen = look(stages, args.runs, whole=True)
+        seen = check_data(stages, args.runs, whole=True)
         _check_budget(stages, args.runs)
     if args.canary:
         _canary(args, stages, placement, Reporter(quiet=args.quiet))
@@ -156,7 +156,7 @@ def _to_do(guesses: Iterable[dict[str, Any]]) -> str:
 
 def preview(args: Args) -> int | None:
     """``dagr preview``: in a temporary runs folder, on this process alone."""
-    from dagr_ray.study.preview import generation_of, shown
+    from dagr_ray.study.preview import generation_of, preview_lines
 
     if args.rows < 1:
         raise ConfigError(f"--rows {args.rows} is not a number of passages; give 1 or more")
@@ -168,8 +168,8 @@ def preview(args: Args) -> int | None:
     here = Placement(generate=Pool(workers=0))
     _validate([generate], here)
     with tempfile.TemporaryDirectory(prefix="dagr-preview-") as runs:
-        look([generate], runs, whole=False)
-        for line in shown(generate, args.rows, runs, here):
+        check_data([generate], runs, whole=False)
+        for line in preview_lines(generate, args.rows, runs, here):
             say(line)
     return None
 
@@ -181,7 +181,7 @@ def run(args: Args) -> int | None:
     _, stage = _one(args)
     todo = [line.stage for line in plan([stage], args.runs) if line.state != "cached"]
     _validate(todo, placement)
-    look(todo, args.runs, whole=False)
+    check_data(todo, args.runs, whole=False)
     _check_budget(walk(stage), args.runs)
     ray_start.connect(args.address)
     reporter = Reporter(quiet=args.quiet)
@@ -207,7 +207,7 @@ def study(args: Args) -> int | None:
         planned = _study(args)
         todo = [s.stage for s in plan(planned.stages(), args.runs) if s.state != "cached"]
         _validate(todo, placement)
-        look(todo, args.runs, whole=False)
+        check_data(todo, args.runs, whole=False)
         _check_budget(todo, args.runs)
     reporter = Reporter(quiet=args.quiet)
     if todo:

@@ -1,8 +1,8 @@
-"""A trial of at most 64 passages before a run: are the prompts and the answers sound, and what will the rest take?
+"""Runs a job on at most 64 passages first, to check its prompts and answers and to measure what the rest will cost.
 
-A canary is made of ordinary stages, a sample of the passages drawn by hash, their completions, the parser and the
-filters that need no search; so it is cached, resumed and billed like any other, and costs nothing twice. ``estimate``
-reads its rates as it reads those of any finished folder.
+A canary consists of ordinary stages: a sample of the passages drawn by hash, their completions, the parser, and the
+filters that need no search. It is therefore cached, resumed and billed like any stage, and a second canary costs nothing.
+``estimate`` reads the rates of a canary's folders as it reads the rates of any finished folder.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from dagr_ray.stages.score import Score
 from dagr_ray.stages.select import Select
 from dagr_ray.stages.sources import Sample
 
-ROWS = 64
-SHOWN = 3
+CANARY_ROWS = 64
+EXAMPLE_ROWS = 3
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Guards(Config):
-    """The largest shares with which a run goes on. A prompt with two start tokens, or without one, never passes.
+    """The largest shares of bad rows with which a run continues. A prompt with two start tokens, or with a missing start
+    token, always stops the run.
 
-    ``truncated`` of the passages, which were cut to fit; ``cut_off`` of the completions, which ended at ``max_tokens``;
-    ``unparsed`` of the completions, in which the strategy found no query; ``copied`` of the queries, refused as copies
-    of their passage.
+    ``truncated``: passages that were cut to fit. ``cut_off``: completions that ended at ``max_tokens``. ``unparsed``:
+    completions in which the strategy found no query. ``copied``: queries rejected as copies of their passage.
     """
 
     truncated: Share = 0.25
@@ -47,7 +47,7 @@ class Guards(Config):
 
     @classmethod
     def of(cls, words: Iterable[str]) -> Guards:
-        """From the command line's ``NAME=SHARE``. Raises ConfigError naming what is allowed."""
+        """Reads the command line's ``NAME=SHARE``. Raises ConfigError that names the allowed values."""
         values: dict[str, str] = {}
         for word in words:
             name, sign, text = word.partition("=")
@@ -60,7 +60,7 @@ class Guards(Config):
 
 
 class GuardFailed(StageFailed):
-    """A canary that does not pass: one line, and ``rows`` to look at."""
+    """A canary failed: a message of one line, and ``rows`` to look at."""
 
     def __init__(self, message: str, rows: Sequence[str]) -> None:
         super().__init__(message)
@@ -69,52 +69,52 @@ class GuardFailed(StageFailed):
 
 @dataclass(frozen=True)
 class Finding:
-    """What one guard saw: how many of how many rows, the limit, and the first of those rows for people."""
+    """The result of one guard: how many rows are bad, of how many, the limit, and the first bad rows as examples."""
 
     guard: str
-    found: int
-    of: int
+    bad: int
+    total: int
     limit: float
     rows: list[str] = field(default_factory=list)
 
     @property
     def share(self) -> float:
-        return self.found / self.of if self.of else 0.0
+        return self.bad / self.total if self.total else 0.0
 
     @property
     def passes(self) -> bool:
         return self.share <= self.limit
 
     def to_json(self) -> Json:
-        return {"guard": self.guard, "found": self.found, "of": self.of, "limit": self.limit, "passes": self.passes}
+        return {"guard": self.guard, "bad": self.bad, "total": self.total, "limit": self.limit, "passes": self.passes}
 
 
 @dataclass(frozen=True)
 class Canary:
-    """The small twin of a Generate stage of a job, and what reads it."""
+    """A small copy of one of the job's Generate stages, with the stages that parse and filter its completions."""
 
     generate: Generate
     parsed: Parse
     selected: Select
 
 
-def canaries(stages: Sequence[Stage], rows: int = ROWS) -> list[Canary]:
-    """One for each Generate among the stages, with the filters that the job has for it and that need no search."""
-    made = []
+def canaries(stages: Sequence[Stage], rows: int = CANARY_ROWS) -> list[Canary]:
+    """One canary for each Generate among the stages, with the job's filters for it that need no search."""
+    result = []
     for stage in stages:
         if not isinstance(stage, Generate):
             continue
-        few = Sample(corpus=stage.corpus, n=rows)
-        small = stage.model_copy(update={"corpus": few})
-        parsed = Parse(generations=small, corpus=few)
+        sample = Sample(corpus=stage.corpus, n=rows)
+        generate = stage.model_copy(update={"corpus": sample})
+        parsed = Parse(generations=generate, corpus=sample)
         filters = {
             score.filter.fingerprint(): score.filter
             for score in stages
             if isinstance(score, Score) and not score.filter.reads and _reads(score.parsed, stage)
         }
-        scores = tuple(Score(parsed=parsed, corpus=few, filter=each) for each in filters.values())
-        made.append(Canary(small, parsed, Select(parsed=parsed, scores=scores)))
-    return made
+        scores = tuple(Score(parsed=parsed, corpus=sample, filter=filter) for filter in filters.values())
+        result.append(Canary(generate, parsed, Select(parsed=parsed, scores=scores)))
+    return result
 
 
 def _reads(parsed: Stage, generate: Generate) -> bool:
@@ -124,53 +124,53 @@ def _reads(parsed: Stage, generate: Generate) -> bool:
 def run_canaries(
     stages: Sequence[Stage], runs: str, placement: Placement, guards: Guards, observe: Observer | None = None
 ) -> list[tuple[Canary, list[Finding]]]:
-    """Builds the canaries of the stages below ``runs`` and returns what the guards saw. Raises GuardFailed.
+    """Builds the canaries of the stages in ``runs`` and returns the findings of each. Raises GuardFailed.
 
-    Prompts are looked at before an engine starts.
+    Prompts are checked before an engine starts.
     """
-    made = []
+    results = []
     for canary in canaries(stages):
         for stage in canary.generate.inputs().values():
             materialize(stage, runs, placement, observe)
-        found = _starts(canary, runs)
-        _stop_at(found, canary)
+        findings = _check_start_tokens(canary, runs)
+        _stop_if_bad(findings, canary)
         try:
             materialize(canary.selected, runs, placement, observe)
         except StageFailed as error:
-            raise GuardFailed(str(error), _errors(canary.generate.folder(runs))) from error
-        found += _look(canary, runs, guards)
-        _stop_at(found, canary)
-        made.append((canary, found))
-    return made
+            raise GuardFailed(str(error), _failed_rows(canary.generate.folder(runs))) from error
+        findings += _check_completions(canary, runs, guards)
+        _stop_if_bad(findings, canary)
+        results.append((canary, findings))
+    return results
 
 
-def _stop_at(found: list[Finding], canary: Canary) -> None:
-    bad = next((finding for finding in found if not finding.passes), None)
-    if bad is None:
+def _stop_if_bad(findings: list[Finding], canary: Canary) -> None:
+    failed = next((finding for finding in findings if not finding.passes), None)
+    if failed is None:
         return
-    what = {
-        "start": "prompts begin with more than one start token; take it out of the strategy's prompt or of the tokenizer",
+    problem = {
+        "start": "prompts begin with more than one start token; remove it from the strategy's prompt or from the tokenizer",
         "no_start": "prompts begin without the start token that add_bos_token in tokenizer_config.json promises; add it to "
         "the post_processor of tokenizer.json, or correct add_bos_token",
-        "truncated": "passages were cut to fit; raise max_model_len, split the passages",
-        "cut_off": "completions were cut off at max_tokens; raise it, or give a prompt that stops",
-        "unparsed": "completions hold no query; look at the prompt with `dagr preview`",
+        "truncated": "passages were cut to fit; raise max_model_len or split the passages",
+        "cut_off": "completions were cut off at max_tokens; raise it, or use a prompt after which the model stops",
+        "unparsed": "completions contain no query; look at the prompt with `dagr preview`",
         "copied": "queries are copies of their passage; change the prompt or the temperature",
-    }[bad.guard]
-    never = bad.guard in ("start", "no_start")
-    over = "" if never else f", or go on with --guard {bad.guard}={min(bad.share + 0.05, 1):.2f}"
-    limit = "none may" if never else f"the limit is {bad.limit:.0%}"
+    }[failed.guard]
+    fixed = failed.guard in ("start", "no_start")
+    override = "" if fixed else f", or continue with --guard {failed.guard}={min(failed.share + 0.05, 1):.2f}"
+    limit = "the limit is 0" if fixed else f"the limit is {failed.limit:.0%}"
     name = canary.generate.label()
-    raise GuardFailed(f"canary {name}: {bad.found} of {bad.of} {what}{over} ({limit})", bad.rows)
+    raise GuardFailed(f"canary {name}: {failed.bad} of {failed.total} {problem}{override} ({limit})", failed.rows)
 
 
 # -- prompts ------------------------------------------------------------------------------------------------------------
 
 
 def leading_starts(tokenizer: Any, text: str) -> int:
-    """How many start tokens a text begins with once it is tokenised as engines do that add their own.
+    """The number of start tokens at the beginning of a text, tokenised as by an engine that adds its own start token.
 
-    Special tokens that are spelled out in the text count: a prompt that begins with ``<s>`` gets a second one.
+    Special tokens spelled out in the text count too: a prompt that begins with ``<s>`` gets a second start token.
     """
     if tokenizer.bos_token_id is None:
         return 0
@@ -179,18 +179,19 @@ def leading_starts(tokenizer: Any, text: str) -> int:
 
 
 def promised_starts(tokenizer: Any, settings: Json) -> int:
-    """How many start tokens a text should begin with: one where the tokenizer adds it to an empty text, or where its
-    ``tokenizer_config.json`` (``settings``) says ``add_bos_token``, which transformers 5 does not heed beside a
-    ``tokenizer.json``.
+    """The number of start tokens that a text should begin with, 0 or 1.
+
+    It is 1 if the tokenizer adds a start token to an empty text, or if its ``tokenizer_config.json`` (``settings``) sets
+    ``add_bos_token``, which transformers 5 ignores if there is a ``tokenizer.json``.
     """
     start = tokenizer.bos_token_id
     return int(start is not None and (bool(settings.get("add_bos_token")) or start in tokenizer("").input_ids[:1]))
 
 
-def _starts(canary: Canary, runs: str) -> list[Finding]:
-    """Prompts that begin with more than one start token, or without the one that they should begin with.
+def _check_start_tokens(canary: Canary, runs: str) -> list[Finding]:
+    """Finds prompts that begin with more than one start token, or without the start token that they should begin with.
 
-    Only a model whose tokenizer is at hand can be looked at.
+    Only a model whose tokenizer is available here can be checked.
     """
     engine = canary.generate.engine
     if not isinstance(engine, VLLM):
@@ -200,77 +201,79 @@ def _starts(canary: Canary, runs: str) -> list[Finding]:
 
     source = str(engine.folder) if engine.folder.is_dir() else engine.model
     tokenizer = AutoTokenizer.from_pretrained(source, revision=engine.revision)
-    least = promised_starts(tokenizer, get_tokenizer_config(source, revision=engine.revision))
+    expected = promised_starts(tokenizer, get_tokenizer_config(source, revision=engine.revision))
     inputs = {name: stage.folder(runs) for name, stage in canary.generate.inputs().items()}
     ids = inputs["corpus"].read("corpus", ["doc_id"])["doc_id"].to_pylist()
     prompts = canary.generate.prompts(inputs, ids)
-    # what a prompt begins with, not all of it: a chat's turns may each begin with the same token
+    # only the beginning: each turn of a chat may begin with the same token
     counts = {doc_id: leading_starts(tokenizer, text[:500]) for doc_id, text in prompts.items()}
-    found = []
-    for guard, bad in (
+    findings = []
+    for guard, bad_ids in (
         ("start", [doc_id for doc_id, n in counts.items() if n > 1]),
-        ("no_start", [doc_id for doc_id, n in counts.items() if n < least]),
+        ("no_start", [doc_id for doc_id, n in counts.items() if n < expected]),
     ):
-        rows = [f"{i}: {counts[i]} x {tokenizer.bos_token!r}, {prompts[i][:120]!r}" for i in bad[:SHOWN]]
-        found.append(Finding(guard, len(bad), len(prompts), 0.0, rows))
-    return found
+        rows = [f"{i}: {counts[i]} x {tokenizer.bos_token!r}, {prompts[i][:120]!r}" for i in bad_ids[:EXAMPLE_ROWS]]
+        findings.append(Finding(guard, len(bad_ids), len(prompts), 0.0, rows))
+    return findings
 
 
 # -- completions --------------------------------------------------------------------------------------------------------
 
 
-def _look(canary: Canary, runs: str, guards: Guards) -> list[Finding]:
+def _check_completions(canary: Canary, runs: str, guards: Guards) -> list[Finding]:
     rows = canary.generate.folder(runs).read("generations").to_pylist()
     parsed = canary.parsed.folder(runs)
     passages = {row["source_id"]: row for row in rows}
     truncated = [row for row in passages.values() if row["truncated"]]
     cut_off = [row for row in rows if row["finish_reason"] == "length"]
-    refused = {row["id"]: row for row in parsed.read("rejected").to_pylist() if row["by"] in ("parse", "control")}
-    unparsed = [row for row in rows if row["gen_id"] in refused]
+    rejected = {row["id"]: row for row in parsed.read("rejected").to_pylist() if row["by"] in ("parse", "control")}
+    unparsed = [row for row in rows if row["gen_id"] in rejected]
     queries = {row["query_id"]: row["text"] for row in parsed.read("queries").to_pylist()}
-    copied = [row for score in canary.selected.scores for row in _refused(score, runs) if score.filter.finds_copies]
+    copied = [row for score in canary.selected.scores for row in _rejected_by(score, runs) if score.filter.finds_copies]
     return [
         Finding(
             "truncated",
             len(truncated),
             len(passages),
             guards.truncated,
-            [f"{row['source_id']}: prompt of {row['prompt_tokens']} tokens" for row in truncated[:SHOWN]],
+            [f"{row['source_id']}: prompt of {row['prompt_tokens']} tokens" for row in truncated[:EXAMPLE_ROWS]],
         ),
-        Finding("cut_off", len(cut_off), len(rows), guards.cut_off, [_said(row) for row in cut_off[:SHOWN]]),
+        Finding(
+            "cut_off", len(cut_off), len(rows), guards.cut_off, [_described(row) for row in cut_off[:EXAMPLE_ROWS]]
+        ),
         Finding(
             "unparsed",
             len(unparsed),
             len(rows),
             guards.unparsed,
-            [f"{_said(row)} ({refused[row['gen_id']]['reason']})" for row in unparsed[:SHOWN]],
+            [f"{_described(row)} ({rejected[row['gen_id']]['reason']})" for row in unparsed[:EXAMPLE_ROWS]],
         ),
         Finding(
             "copied",
             len(copied),
             len(queries),
             guards.copied,
-            [f"{row['doc_id']}: {queries[row['query_id']][:200]!r}" for row in copied[:SHOWN]],
+            [f"{row['doc_id']}: {queries[row['query_id']][:200]!r}" for row in copied[:EXAMPLE_ROWS]],
         ),
     ]
 
 
-def _refused(score: Score, runs: str) -> list[Json]:
-    """Queries that one filter refuses, whatever others say."""
+def _rejected_by(score: Score, runs: str) -> list[Json]:
+    """The queries that one filter rejects, whatever the other filters decide."""
     return [row for row in score.folder(runs).read("scores").to_pylist() if score.filter.keep(row["score"])]
 
 
-def _said(row: Json) -> str:
+def _described(row: Json) -> str:
     return f"{row['source_id']}: {(row['raw'] or '')[:200]!r}"
 
 
-def _errors(folder: Artifact) -> list[str]:
-    """The first rows with errors of a stage that failed because of them."""
-    found: list[str] = []
+def _failed_rows(folder: Artifact) -> list[str]:
+    """The first failed rows of a generation that stopped because of them."""
+    lines: list[str] = []
     for receipt in folder.receipts().values():
         part = receipt["tables"].get("generations")
         if part and receipt["counts"].get("errors"):
             rows = folder.read_part(part, ["source_id", "error"])
-            bad = rows.filter(pc.is_valid(rows["error"])).to_pylist()
-            found += [f"{row['source_id']}: {row['error']}" for row in bad]
-    return found[:SHOWN]
+            failed = rows.filter(pc.is_valid(rows["error"])).to_pylist()
+            lines += [f"{row['source_id']}: {row['error']}" for row in failed]
+    return lines[:EXAMPLE_ROWS]

@@ -1,8 +1,8 @@
-"""What a stage will take, before it is run: from finished folders of its kind (a canary is one), else from constants.
+"""Estimates the time, tokens, storage and cost of a stage from finished folders of its type, or else from constants.
 
-A folder is the better a guide the more it has in common with the stage: the same corpus, the same request to the same
-engine, the same type. Time is what its workers needed for a row, and what came before the first; bytes are those of a
-row, and those of a part whatever its rows.
+A canary's folders count as finished folders. The more a folder has in common with the stage, the better the estimate: the
+same corpus, the same request to the same engine, or only the same type. Time is a start-up time plus a time for each row;
+storage is a size for each part plus a size for each row.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
@@ -36,13 +36,13 @@ from dagr_ray.stages.train import Train
 
 PYDOCS_ROWS = {"stdlib": 3400, "numeric": 2100}
 PROMPT_TOKENS = 600  # six exemplars of up to 60 words, a passage of about 120 words, both at 1.4 tokens a word
-# Seconds per row, and before the first, on two CPU cores with the quick start's models: used until a runs folder has
-# its own. Rows of a completion are few tokens; of an index, passages to encode.
+# Seconds for each row, and before the first row, on two CPU cores with the quick start's models. Used until a runs folder has
+# its own measurements. A row is a short completion for a generation, and a passage to encode for an index.
 DEFAULT_ROW_S = {"generate": 0.07, "train": 0.08, "index": 0.007, "search": 0.0003}
 DEFAULT_START_S = {"generate": 15.0, "train": 15.0, "search": 0.5}
 DEFAULT_FIXED_S = 0.3
-# Bytes a row of tables takes that are compressed: a query and its ids; longer ones by type. Of a Lucene index of passages
-# of a hundred words (145 to 220 on Cranfield, SQuADShifts and SciFact); of a number in a vector.
+# Bytes of a row in a compressed table (a query and its ids; types with longer rows are listed below), of a passage of a
+# hundred words in a Lucene index (145 to 220 on Cranfield, SQuADShifts and SciFact), and of a number in a vector.
 ROW_BYTES, POSTINGS_BYTES, VECTOR_BYTES = 60.0, 180.0, 4.0
 DEFAULT_ROW_BYTES = {
     "beir": 400.0,
@@ -52,36 +52,36 @@ DEFAULT_ROW_BYTES = {
     "fuse": 1200.0,
     "evaluate": 3000.0,
 }
-# How much a finished folder has in common with a stage: what the estimate says it is based on, best first.
+# What an estimate is based on, the best basis first.
 BASES = ("this corpus", "another corpus", "its type")
 
 
 @dataclass(frozen=True)
 class Record:
-    """What a finished folder tells about others of its kind. Times are those of one worker."""
+    """The rates of a finished folder, to estimate other stages of its type. Times are for one worker."""
 
     manifest: Json
     rows: int
-    fixed_s: float  # before and after the work, whatever its size
+    fixed_s: float  # before and after the work, for any number of rows
     start_s: float  # to open the stage, for each worker
     row_s: float
-    tokens: dict[str, float]  # for a row, by kind
+    tokens: dict[str, float]  # for each row, by kind
     row_bytes: float
-    fixed_bytes: float  # whatever its rows: the model of a training
-    kept: float  # rows that come out for each that goes in
+    fixed_bytes: float  # for any number of rows: the model of a training
+    yielded: float  # output rows for each input row
 
     @classmethod
     def of(cls, manifest: Json, pool: str) -> Record | None:
-        """None where the folder had no rows, or was made before bills were written."""
+        """None if the folder had no rows, or was built before bills were written."""
         bill, rows = manifest.get("bill"), manifest["counts"].get("in", 0)
         if not bill or not rows:
             return None
         seconds, tries = bill["seconds"], max(bill["attempts"], 1)
         shards = max((len(entry["parts"]) for entry in manifest["tables"].values()), default=1)
         workers = max(manifest["placement"][pool]["workers"], 1)
-        at_work = max(min(workers, shards), 1)
-        start_s, busy_s = seconds["start"] / at_work / tries, seconds["busy"] / at_work
-        wasted_s = bill["waste"]["seconds"] / at_work
+        parallel = max(min(workers, shards), 1)
+        start_s, busy_s = seconds["start"] / parallel / tries, seconds["busy"] / parallel
+        wasted_s = bill["waste"]["seconds"] / parallel
         stored = sum(
             entry["bytes"] - len(entry["parts"]) * _part_bytes(name) for name, entry in manifest["tables"].items()
         )
@@ -103,69 +103,80 @@ class Record:
 
 @lru_cache
 def _part_bytes(table: str) -> int:
-    """What a part takes whatever its rows: its size with one short row, as pages without any rows have no headers."""
-    fields = {field.name: _short(field.type) for field in tables.schema(table)}
+    """The size of a part apart from its rows: its size with one short row, because an empty part lacks page headers."""
+    fields = {field.name: _short_value(field.type) for field in tables.schema(table)}
     sink = io.BytesIO()
     pq.write_table(tables.table(table, [fields]), sink, compression="zstd")
     return sink.tell()
 
 
-def _short(kind: pa.DataType) -> object:
+def _short_value(kind: pa.DataType) -> object:
     if pa.types.is_large_string(kind):
         return "0"
     return [] if pa.types.is_list(kind) else pa.scalar(0).cast(kind).as_py()
 
 
-def _records(runs: str) -> list[Json]:
-    """The manifests of a runs folder."""
-    manifests = (Artifact(runs, name).manifest for name, _ in folders_of(runs))
-    return [manifest for manifest in manifests if manifest and manifest.get("stage", {}).get("type")]
+def _manifests(runs: str) -> dict[str, Json]:
+    """The manifests of a runs folder, by the name of the folder."""
+    manifests = {name: Artifact(runs, name).manifest for name, _ in folders_of(runs)}
+    return {
+        name: manifest for name, manifest in manifests.items() if manifest and manifest.get("stage", {}).get("type")
+    }
 
 
-def _origin(value: Json) -> object:
-    """The corpus that a stage's passages come from, samples taken off, in any of its inputs (as JSON)."""
-    if value.get("type") == "sample":
-        return _origin(value["corpus"])
-    if "corpus" in value:
-        return _origin(value["corpus"])
-    for name in ("generations", "parsed", "selected", "queries", "mined", "examples", "data", "index"):
-        if isinstance(value.get(name), dict):
-            return _origin(value[name])
-    return value
+# Inputs through which a stage's passages come, the first that a stage has.
+_SOURCES = ("corpus", "generations", "parsed", "selected", "queries", "mined", "examples", "data", "index")
 
 
-# What decides the work on a row; the rest of a stage's fields are its inputs.
-_ASKED = ("engine", "strategy", "sampling", "samples", "filter", "miner", "base")
+def _corpus_of(stage: Stage) -> str:
+    """The fingerprint of the corpus that a stage's passages come from: equal for a copy of the corpus elsewhere."""
+    inputs = stage.inputs()
+    source = next((inputs[name] for name in _SOURCES if name in inputs), None)
+    return stage.fingerprint() if source is None else _corpus_of(source)
 
 
-def _likeness(stage: Json, other: Json) -> int | None:
-    """The place in BASES that ``other`` has for ``stage``; None where they have not even their type in common."""
+def _corpus_of_folder(name: str, manifests: Mapping[str, Json]) -> str:
+    """The same fingerprint for a finished folder, out of the manifests of its runs folder."""
+    inputs = manifests[name]["inputs"] if name in manifests else {}
+    source = next((inputs[name] for name in _SOURCES if name in inputs), None)
+    return name.rpartition("-")[2] if source is None else _corpus_of_folder(source, manifests)
+
+
+# The fields that decide the work on a row; most other fields of a stage are its inputs.
+_WORK_FIELDS = ("engine", "strategy", "sampling", "samples", "filter", "miner", "base")
+
+
+def _similarity(stage: Json, other: Json) -> int | None:
+    """The place in BASES of ``other`` as a basis for ``stage``, if both read one corpus; None for different kinds of work."""
     if stage["type"] != other["type"]:
         return None
-    same = all(stage.get(name) == other.get(name) for name in _ASKED)
     kinds = [
         [(value.get(name) or {}).get("type") for name in ("engine", "filter", "miner")] for value in (stage, other)
     ]
     if kinds[0] != kinds[1]:
         return None
+    same_work = all(stage.get(name) == other.get(name) for name in _WORK_FIELDS)
     filters = [[score["filter"]["type"] for score in value.get("scores", ())] for value in (stage, other)]
-    if same and filters[0] == filters[1]:
-        return 0 if _origin(stage) == _origin(other) else 1
-    return 2
+    return 0 if same_work and filters[0] == filters[1] else 2
 
 
-class _Guess:
-    """Rates of a stage from the records that are most like it: by row over all of them, the rest by their median."""
+class _StageRates:
+    """Rates for a stage from the most similar records: means weighted by rows, and medians for the fixed parts."""
 
-    def __init__(self, stage: Stage, manifests: Sequence[Json]) -> None:
-        same = [manifest for manifest in manifests if manifest["stage"]["type"] == stage.type]
-        mine = stage.to_json() if same else {}
-        likeness = [(place, m) for m in same if (place := _likeness(mine, m["stage"])) is not None]
+    def __init__(self, stage: Stage, manifests: Mapping[str, Json]) -> None:
+        candidates = {name: manifest for name, manifest in manifests.items() if manifest["stage"]["type"] == stage.type}
+        own, corpus = (stage.to_json(), _corpus_of(stage)) if candidates else ({}, "")
+        places: list[tuple[int, Json]] = []
+        for name, manifest in candidates.items():
+            place = _similarity(own, manifest["stage"])
+            if place == 0 and _corpus_of_folder(name, manifests) != corpus:
+                place = 1
+            places += [(place, manifest)] if place is not None else []
         self.records: list[Record] = []
         self.basis = "constants"
-        for place, basis in enumerate(BASES):
-            found = [Record.of(m, stage.pool) for at, m in likeness if at == place]
-            self.records = [record for record in found if record is not None]
+        for best, basis in enumerate(BASES):
+            records = [Record.of(manifest, stage.pool) for place, manifest in places if place == best]
+            self.records = [record for record in records if record is not None]
             if self.records:
                 self.basis = basis
                 break
@@ -174,7 +185,7 @@ class _Guess:
     def mean(self, value: str) -> float:
         return sum(getattr(record, value) * record.rows for record in self.records) / self.rows
 
-    def middle(self, value: str) -> float:
+    def median(self, value: str) -> float:
         return median(getattr(record, value) for record in self.records)
 
     def tokens(self, kind: str) -> float:
@@ -185,32 +196,32 @@ class _Estimator:
     """Estimates for the stages of one job, each once."""
 
     def __init__(self, runs: str, placement: Placement) -> None:
-        self.runs, self.placement, self.manifests = runs, placement, _records(runs)
-        self._guesses: dict[str, _Guess] = {}
-        self._made: dict[str, int | None] = {}
+        self.runs, self.placement, self.manifests = runs, placement, _manifests(runs)
+        self._rates: dict[str, _StageRates] = {}
+        self._output_rows: dict[str, int | None] = {}
 
-    def guess(self, stage: Stage) -> _Guess:
+    def rates(self, stage: Stage) -> _StageRates:
         key = stage.fingerprint()
-        if key not in self._guesses:
-            self._guesses[key] = _Guess(stage, self.manifests)
-        return self._guesses[key]
+        if key not in self._rates:
+            self._rates[key] = _StageRates(stage, self.manifests)
+        return self._rates[key]
 
-    def made(self, stage: Stage) -> int | None:
-        """Rows that a stage gives to those that read it; None where nothing tells."""
+    def output_rows(self, stage: Stage) -> int | None:
+        """Rows that a stage writes for the stages that read it; None if unknown."""
         key = stage.fingerprint()
-        if key not in self._made:
-            self._made[key] = self._rows_made(stage)
-        return self._made[key]
+        if key not in self._output_rows:
+            self._output_rows[key] = self._count_output_rows(stage)
+        return self._output_rows[key]
 
-    def _rows_made(self, stage: Stage) -> int | None:
+    def _count_output_rows(self, stage: Stage) -> int | None:
         manifest = stage.folder(self.runs).manifest
         if manifest is not None and stage.outputs and stage.type not in ("search", "fuse", "evaluate"):
             return manifest["tables"][stage.outputs[0]]["rows"]
         if isinstance(stage, PyDocs):
             return PYDOCS_ROWS[stage.part]
         if isinstance(stage, Beir):
-            return _lines(stage.path, "corpus.jsonl")
-        rows = self.read(stage)
+            return _count_lines(stage.path, "corpus.jsonl")
+        rows = self.input_rows(stage)
         if isinstance(stage, Sample):
             if stage.n is not None:
                 return min(stage.n, rows) if rows is not None else stage.n
@@ -219,13 +230,13 @@ class _Estimator:
             return stage.n if isinstance(stage, Take) else None
         if isinstance(stage, Generate):
             return rows * stage.samples * len(stage.strategy.asked())
-        guess = self.guess(stage)
-        if stage.type in ("parse", "select", "mine") and guess.records and guess.basis != BASES[2]:
-            rows = round(rows * guess.mean("kept"))
+        rates = self.rates(stage)
+        if stage.type in ("parse", "select", "mine") and rates.records and rates.basis != BASES[2]:
+            rows = round(rows * rates.mean("yielded"))
         return min(rows, stage.n) if isinstance(stage, Take) and stage.n else rows
 
-    def read(self, stage: Stage) -> int | None:
-        """Rows that a stage works on: those of its first input that has any."""
+    def input_rows(self, stage: Stage) -> int | None:
+        """Rows that a stage processes: the rows of its main input; None if unknown."""
         names = (
             "generations",
             "parsed",
@@ -242,43 +253,43 @@ class _Estimator:
         name = next((name for name in names if name in inputs), next(iter(inputs), None))
         if name is None:
             return None
-        found = inputs[name]
-        if name == "queries" and found.outputs[0] == "corpus":  # human queries, which lie beside a corpus
-            manifest = found.folder(self.runs).manifest
+        source = inputs[name]
+        if name == "queries" and source.outputs[0] == "corpus":  # human queries, stored with their corpus
+            manifest = source.folder(self.runs).manifest
             if manifest is not None:
                 return manifest["tables"]["queries"]["rows"]
-            return _lines(found.path, "queries.jsonl") if isinstance(found, Beir) else None
-        return self.made(found)
+            return _count_lines(source.path, "queries.jsonl") if isinstance(source, Beir) else None
+        return self.output_rows(source)
 
     def of(self, stage: Stage) -> Json:
-        rows = self.made(stage) if not stage.inputs() else self.read(stage)
-        guess, pool = self.guess(stage), getattr(self.placement, stage.pool)
-        left, to_do = _left(stage, self.runs), rows or 0
-        shards = max(ceil(to_do / pool.shard_rows), 1)
+        rows = self.output_rows(stage) if not stage.inputs() else self.input_rows(stage)
+        rates, pool = self.rates(stage), getattr(self.placement, stage.pool)
+        unfinished, count = _unfinished_share(stage, self.runs), rows or 0
+        shards = max(ceil(count / pool.shard_rows), 1)
         workers = max(min(pool.workers, shards), 1)
         per_row = [0.0] * len(KINDS)
-        if guess.records:
-            busy_s = to_do * left * guess.mean("row_s")
-            seconds = guess.middle("fixed_s") + guess.middle("start_s") + busy_s / workers
-            per_row = [guess.tokens(kind) for kind in KINDS]
-            stored = to_do * guess.mean("row_bytes") + guess.middle("fixed_bytes")
+        if rates.records:
+            busy_s = count * unfinished * rates.mean("row_s")
+            seconds = rates.median("fixed_s") + rates.median("start_s") + busy_s / workers
+            per_row = [rates.tokens(kind) for kind in KINDS]
+            stored = count * rates.mean("row_bytes") + rates.median("fixed_bytes")
         else:
-            busy_s, start_s = _default_seconds(stage, to_do * left)
-            seconds, stored = start_s + busy_s / workers, _default_bytes(stage, to_do)
+            busy_s, start_s = _default_seconds(stage, count * unfinished)
+            seconds, stored = start_s + busy_s / workers, _default_bytes(stage, count)
             if isinstance(stage, Generate) and stage.engine.has_model:
                 prompts = stage.per_passage() // stage.per_request()
                 per_row = [PROMPT_TOKENS * prompts, 0, stage.per_passage() * stage.sampling.max_tokens]
-        tokens = {kind: round(to_do * left * each) for kind, each in zip(KINDS, per_row, strict=True)}
+        tokens = {kind: round(count * unfinished * number) for kind, number in zip(KINDS, per_row, strict=True)}
         return {
             "rows": rows,
             "tokens": tokens["prompt"] + tokens["completion"] or None,
             **{f"{kind}_tokens": number for kind, number in tokens.items()},
             "seconds": seconds,
             "busy_seconds": busy_s,
-            "bytes": round(left * (stored + shards * sum(map(_part_bytes, stage.outputs)))),
+            "bytes": round(unfinished * (stored + shards * sum(map(_part_bytes, stage.outputs)))),
             "price": self._price(stage, busy_s, tokens, pool),
             "rates": str(Rates.of(self.placement.prices, stage.engine_asked())),
-            "basis": guess.basis,
+            "basis": rates.basis,
         }
 
     def _price(self, stage: Stage, busy_s: float, tokens: dict[str, int], pool: Pool) -> float:
@@ -290,7 +301,7 @@ class _Estimator:
 
 
 def _default_seconds(stage: Stage, rows: float) -> tuple[float, float]:
-    """(busy, start) seconds of a worker."""
+    """Seconds of a worker: (busy, start)."""
     free = isinstance(stage, Generate) and not stage.engine.has_model
     per_row = 0.0005 if free else DEFAULT_ROW_S.get(stage.type, 0.0)
     start = DEFAULT_FIXED_S if free else DEFAULT_START_S.get(stage.type, DEFAULT_FIXED_S)
@@ -298,7 +309,7 @@ def _default_seconds(stage: Stage, rows: float) -> tuple[float, float]:
 
 
 def _default_bytes(stage: Stage, rows: int) -> float:
-    """What a stage stores besides its parts: a training a model as large as its base, an index its vectors or postings."""
+    """Bytes stored besides the parts. A training stores a model as large as its base, an index its vectors or postings."""
     if isinstance(stage, Train):
         return _folder_bytes(stage.base.model)
     if isinstance(stage, Index):
@@ -310,7 +321,7 @@ def _default_bytes(stage: Stage, rows: int) -> float:
 
 @lru_cache(maxsize=64)
 def _folder_bytes(folder: str) -> int:
-    """The size of a model's files that a training writes again; 0 for a model that is not on this machine yet."""
+    """The size of the model files that a training writes; 0 for a model that is not on this machine yet."""
     path = Path(folder).expanduser()
     kinds = (".safetensors", ".json", ".txt", ".model")
     return sum(file.stat().st_size for file in path.rglob("*") if file.suffix in kinds) if path.is_dir() else 0
@@ -318,24 +329,24 @@ def _folder_bytes(folder: str) -> int:
 
 @lru_cache(maxsize=64)
 def _dimensions(folder: str) -> int:
-    """Numbers of a model's vector, from its configuration; 768, as most have, if that does not tell."""
+    """Dimensions of a model's vectors, from its configuration; 768, the most common number, if it is unknown."""
     try:
-        found = json.loads((Path(folder).expanduser() / "config.json").read_text()).get("hidden_size")
+        size = json.loads((Path(folder).expanduser() / "config.json").read_text()).get("hidden_size")
     except (OSError, ValueError, AttributeError):
-        found = None
-    return found if isinstance(found, int) and 0 < found < 1 << 20 else 768
+        size = None
+    return size if isinstance(size, int) and 0 < size < 1 << 20 else 768
 
 
-def _left(stage: Stage, runs: str) -> float:
-    """The share of a stage's shards that is not done."""
+def _unfinished_share(stage: Stage, runs: str) -> float:
+    """The share of a stage's shards that are not finished."""
     folder = stage.folder(runs)
     plan = folder.read_json("plan.json")
     return 1 - len(folder.listing("receipts")) / max(len(plan["shards"]), 1) if plan else 1.0
 
 
 @lru_cache(maxsize=64)
-def _lines(path: str, name: str) -> int | None:
-    """Lines of a file of a BEIR folder that has not been read yet."""
+def _count_lines(path: str, name: str) -> int | None:
+    """The number of lines in a file of a BEIR folder; None if there is no such file."""
     fs, root = filesystem(path)
     for file in (f"{root}/{name}", f"{root}/{name}.gz"):
         try:
@@ -350,8 +361,9 @@ def _lines(path: str, name: str) -> int | None:
 
 
 def estimate(stages: Sequence[Stage], runs: str, placement: Placement) -> dict[str, Json]:
-    """By fingerprint, for stages that are to be done: ``rows`` to work on, ``tokens`` (and each kind), ``seconds`` on the
-    clock, ``bytes`` to store, ``price`` in dollars, and ``basis``, what the guess rests on. None for what is not known.
+    """Estimates for stages that are to be built, by fingerprint: ``rows`` to process, ``tokens`` (and each kind),
+    wall-clock ``seconds``, ``bytes`` to store, ``price`` in dollars, and the ``basis`` of the estimate. Unknown values are
+    None.
     """
     with fingerprint_cache():
         estimator = _Estimator(runs, placement)
@@ -359,30 +371,30 @@ def estimate(stages: Sequence[Stage], runs: str, placement: Placement) -> dict[s
 
 
 def remaining_seconds(trials: Sequence[Sequence[Stage]], runs: str, placement: Placement) -> float | None:
-    """Seconds on the clock until all trials have ended, each given as the stages that it builds one after the other.
+    """Wall-clock seconds until all trials have ended. Each trial is the list of stages that it builds one after the other.
 
-    ``placement.trials`` of them run side by side, so it takes at least as long as the longest one. What finished folders
-    of the same kind took decides, and the guess gets better as a study goes on. None as long as most of it would rest on
-    constants of another machine.
+    ``placement.trials`` trials run at the same time, so the result is at least the time of the longest trial. It is
+    estimated from finished folders of the same types and gets better as a study proceeds. None while most of it would be
+    based on constants measured on another machine.
     """
     estimator = _Estimator(runs, placement)
-    known = guessed = longest = 0.0
+    measured = assumed = longest = 0.0
     for stages in trials:
-        whole = 0.0
-        for stage in (each for each in stages if each.folder(runs).manifest is None):
+        trial_s = 0.0
+        for stage in (stage for stage in stages if stage.folder(runs).manifest is None):
             seconds = estimator.of(stage)["seconds"]
-            seconds = max(seconds - _under_way_s(stage, runs), seconds * 0.05)
-            whole += seconds
-            if estimator.guess(stage).records:
-                known += seconds
+            seconds = max(seconds - _elapsed_s(stage, runs), seconds * 0.05)
+            trial_s += seconds
+            if estimator.rates(stage).records:
+                measured += seconds
             else:
-                guessed += seconds
-        longest = max(longest, whole)
-    return max((known + guessed) / placement.trials, longest) if known >= guessed else None
+                assumed += seconds
+        longest = max(longest, trial_s)
+    return max((measured + assumed) / placement.trials, longest) if measured >= assumed else None
 
 
-def _under_way_s(stage: Stage, runs: str) -> float:
-    """How long the last attempt at a stage of one shard has lasted; of several, their receipts tell what is done."""
+def _elapsed_s(stage: Stage, runs: str) -> float:
+    """Seconds since the last attempt at a stage of one shard began; 0 for several shards, whose receipts show the progress."""
     folder = stage.folder(runs)
     plan = folder.read_json("plan.json")
     names = sorted(folder.listing("attempts")) if plan and len(plan["shards"]) == 1 else []

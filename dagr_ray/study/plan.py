@@ -1,4 +1,4 @@
-"""The trials of a study: one scorecard for each combination of the axes, with the baselines that belong to them."""
+"""Plans the trials of a study: one scorecard for each combination of the axes, and the baselines to compare with."""
 
 from __future__ import annotations
 
@@ -37,24 +37,30 @@ class Trial:
 
     @cached_property
     def _judged(self) -> list[Json]:
-        """What each evaluation is of, by content: a path may change, and lead to another folder later."""
+        """The data of each evaluation, by content: a path may change, or point to another folder later."""
         with fingerprint_cache():
             return [
                 {
-                    "name": each.name,
-                    "split": each.split,
-                    "data": each.data.fingerprint(),
-                    "leaks": each.leaks.fingerprint() if each.leaks else None,
-                    "miners": [search.index.miner.fingerprint() for search in _searches(each.search)],
+                    "name": evaluation.name,
+                    "split": evaluation.split,
+                    "data": evaluation.data.fingerprint(),
+                    "leaks": evaluation.leaks.fingerprint() if evaluation.leaks else None,
+                    "miners": [search.index.miner.fingerprint() for search in _searches(evaluation.search)],
                 }
-                for each in self.card.evaluations
+                for evaluation in self.card.evaluations
             ]
 
     def to_json(self, runs: str) -> Json:
         stages = {stage.folder(runs).name: fingerprint for stage, fingerprint in self._stages}
-        shown = {"trial": self.name, "params": self.params, "kind": self.kind, "state": self.state, "error": self.error}
-        made = {"folder": self.card.folder(runs).name, "stages": stages, "judged": self._judged}
-        return {**shown, **made, "seconds": self.seconds}
+        described = {
+            "trial": self.name,
+            "params": self.params,
+            "kind": self.kind,
+            "state": self.state,
+            "error": self.error,
+        }
+        contents = {"folder": self.card.folder(runs).name, "stages": stages, "judged": self._judged}
+        return {**described, **contents, "seconds": self.seconds}
 
 
 @dataclass
@@ -73,20 +79,20 @@ class Study:
         return walk(*(trial.card for trial in self.trials))
 
     def shared(self) -> list[Stage]:
-        """What is built before the trials: all that two trials need, and all that a baseline needs."""
+        """The stages that are built before the trials: those that two trials need, and those that a baseline needs."""
         used = Counter(stage.fingerprint() for trial in self.trials for stage in walk(trial.card))
         simple = {s.fingerprint() for t in self.trials if t.kind != "augmented" for s in walk(t.card)}
         return [s for s in self.stages() if used[s.fingerprint()] > 1 or s.fingerprint() in simple]
 
     def unshared(self) -> list[list[Stage]]:
-        """What each trial builds itself: all that is not ``shared``. Only trials that build something."""
+        """The stages that each trial builds itself, which are not ``shared``; trials without such stages are left out."""
         shared = {stage.fingerprint() for stage in self.shared()}
         own = [[stage for stage in walk(trial.card) if stage.fingerprint() not in shared] for trial in self.trials]
         return [stages for stages in own if stages]
 
 
 def plan_study(job: Job, axes: Mapping[str, Sequence[Any]]) -> Study:
-    """Every combination of the axes, without repeats, and the baselines that each of them is compared with."""
+    """Every combination of the axes, without duplicates, and the baselines that each combination is compared with."""
     trials: dict[str, Trial] = {}
 
     def add(params: Json, kind: str, card: Stage) -> None:
@@ -96,47 +102,49 @@ def plan_study(job: Job, axes: Mapping[str, Sequence[Any]]) -> Study:
         if key not in trials:
             trials[key] = Trial(f"t{len(trials):03d}-{key[:8]}", params, kind, card)
 
-    arms = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+    combinations = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
     with fingerprint_cache():
-        cards = [(arm, job.stage(**arm)) for arm in arms]
-        for arm, card in cards:
-            for kind, params, baseline in _baselines(arm, card):
-                add(params, kind, baseline)
-        for arm, card in cards:
-            add(arm, "augmented", card)
+        cards = [(params, job.stage(**params)) for params in combinations]
+        for params, card in cards:
+            for kind, baseline_params, baseline in _baselines(params, card):
+                add(baseline_params, kind, baseline)
+        for params, card in cards:
+            add(params, "augmented", card)
     return Study(job, {k: list(v) for k, v in axes.items()}, list(trials.values()))
 
 
-def _baselines(arm: Json, card: Stage) -> Iterable[tuple[str, Json, Stage]]:
-    """BM25 and the frozen base, judged exactly as ``card`` judges its own retriever; none for runs of other systems."""
+def _baselines(params: Json, card: Stage) -> Iterable[tuple[str, Json, Stage]]:
+    """BM25 and the frozen base, evaluated exactly as ``card`` evaluates its own retriever. None if ``card`` evaluates runs of
+    other systems.
+    """
     if not isinstance(card, Scorecard) or not all(_searches(e.search) for e in card.evaluations):
         return
 
     def with_search(change: Callable[[Stage], Stage]) -> Scorecard:
-        swapped = (e.model_copy(update={"search": change(e.search)}) for e in card.evaluations)
-        return card.model_copy(update={"evaluations": tuple(swapped)})
+        evaluations = (e.model_copy(update={"search": change(e.search)}) for e in card.evaluations)
+        return card.model_copy(update={"evaluations": tuple(evaluations)})
 
     yield "bm25", {}, with_search(lambda search: _indexed(_searches(search)[0], miner=BM25(), trained=None))
-    frozen = {name: value for name, value in arm.items() if name == "base"}
+    frozen = {name: value for name, value in params.items() if name == "base"}
     yield "frozen", frozen, with_search(lambda search: _indexed(search, trained=None))
 
 
 def _searches(stage: Stage) -> list[Search]:
-    """The searches of an index that a search is, or that it puts together."""
+    """The index searches in ``stage``: itself, or the searches that it fuses."""
     if isinstance(stage, Search):
         return [stage]
-    return [found for value in _several(stage).values() for inner in value for found in _searches(inner)]
+    return [search for value in _tuple_fields(stage).values() for inner in value for search in _searches(inner)]
 
 
 def _indexed(stage: Stage, **change: Any) -> Stage:
-    """A search, or what puts several together, with other fields of each ``Index``."""
+    """A copy of a search, or of a fusion of searches, with these fields of each ``Index`` replaced."""
     if isinstance(stage, Search):
         return stage.model_copy(update={"index": stage.index.model_copy(update=change)})
-    found = {name: tuple(_indexed(inner, **change) for inner in value) for name, value in _several(stage).items()}
-    return stage.model_copy(update=found)
+    fields = {name: tuple(_indexed(inner, **change) for inner in value) for name, value in _tuple_fields(stage).items()}
+    return stage.model_copy(update=fields)
 
 
-def _several(stage: Stage) -> dict[str, tuple[Stage, ...]]:
-    """The fields of a stage that hold several stages."""
-    held = {name: getattr(stage, name) for name in stage.__class__.model_fields}
-    return {n: v for n, v in held.items() if isinstance(v, tuple) and v and all(isinstance(x, Stage) for x in v)}
+def _tuple_fields(stage: Stage) -> dict[str, tuple[Stage, ...]]:
+    """The fields of a stage that are tuples of stages."""
+    fields = {name: getattr(stage, name) for name in stage.__class__.model_fields}
+    return {n: v for n, v in fields.items() if isinstance(v, tuple) and v and all(isinstance(x, Stage) for x in v)}

@@ -1,7 +1,7 @@
-"""Runs a study: shared stages first, then Ray Tune trials for what differs.
+"""Runs a study: first the shared stages, then one Ray Tune trial for each scorecard.
 
-Trials with equal fingerprints are one trial. Everything that a trial makes is a stage's folder, so a stopped study goes
-on, and a finished one costs nothing to run again.
+Trials with equal fingerprints are one trial. All results of a trial are folders of stages, so a stopped study can be
+resumed, and running a finished study again costs nothing.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def run_study(
     observe: Observer,
     on_trial: Callable[[Artifact], None] = lambda folder: None,
 ) -> Artifact:
-    """Runs what is not finished; returns the study's folder. A failed trial is recorded and does not stop the others."""
+    """Runs all unfinished trials; returns the study's folder. A failed trial is recorded and does not stop the others."""
     folder = study.folder(runs)
     if folder.local:
         disk.remove_abandoned(folder.path)
@@ -49,26 +49,25 @@ def run_study(
     missing = {line.stage.fingerprint() for line in plan(study.stages(), runs) if line.state != "cached"}
     for trial in study.trials:
         trial.seconds = spent.get(trial.name, 0.0)
-        # the scorecard alone does not say it: a folder behind it may have been damaged or deleted since
+        # a finished scorecard is not enough: one of its inputs may have been damaged or deleted since
         if missing.isdisjoint(stage.fingerprint() for stage in walk(trial.card)):
             trial.state = "done"
-    worked = any(trial.state != "done" for trial in study.trials)
+    has_work = any(trial.state != "done" for trial in study.trials)
 
     def save(state: str = "running") -> None:
-        wall = earlier.get("wall_s", 0.0) + (time.time() - begun if worked else 0.0)
-        for trial in (
-            study.trials if state != "running" else ()
-        ):  # a baseline may be complete before the work ends early
+        wall = earlier.get("wall_s", 0.0) + (time.time() - begun if has_work else 0.0)
+        # a baseline may be complete although the study ended early
+        for trial in study.trials if state != "running" else ():
             if trial.state == "pending" and trial.card.folder(runs).manifest is not None:
                 trial.state = "done"
         _set_seconds(study, runs)
         ended = "ended" if all(trial.state in ("done", "failed") for trial in study.trials) else state
-        described = _described(study, runs, earlier, wall, worked) | {"state": ended, "driver": _driver()}
-        folder.write_json("study.json", described | {"created": earlier.get("created", begun)})
+        values = _study_values(study, runs, earlier, wall, has_work) | {"state": ended, "driver": _driver()}
+        folder.write_json("study.json", values | {"created": earlier.get("created", begun)})
         on_trial(folder)
 
     save()
-    if not worked:
+    if not has_work:
         return folder
     try:
         for stage in study.shared():
@@ -90,32 +89,34 @@ def run_study(
 
 
 def _set_seconds(study: Study, runs: str) -> None:
-    """Gives each finished trial that has no time of its own yet (a baseline, one that another study has built) what the
-    folders took that not all trials need."""
-    without = [trial for trial in study.trials if trial.state == "done" and not trial.seconds]
-    if not without:
+    """Sets the time of finished trials that were not timed: baselines, and trials that another study has built.
+
+    It is the time of the folders that not every trial needs.
+    """
+    untimed = [trial for trial in study.trials if trial.state == "done" and not trial.seconds]
+    if not untimed:
         return
     used = Counter(stage.fingerprint() for trial in study.trials for stage in walk(trial.card))
-    for trial in without:
+    for trial in untimed:
         stages = walk(trial.card)
         own = [stage for stage in stages if used[stage.fingerprint()] < len(study.trials)] or stages
         manifests = [stage.folder(runs).manifest for stage in own]
-        trial.seconds = sum(found["cost"].get("wall_s", 0.0) for found in manifests if found)
+        trial.seconds = sum(manifest["cost"].get("wall_s", 0.0) for manifest in manifests if manifest)
 
 
 def _driver() -> Json:
-    """The process that runs a study: whether it is still alive can be seen on its own machine."""
+    """The process that runs the study, so that a program on its machine can check whether it is still alive."""
     return {"host": platform.node(), "pid": os.getpid()}
 
 
-def _described(study: Study, runs: str, earlier: Json, wall: float, worked: bool) -> Json:
+def _study_values(study: Study, runs: str, earlier: Json, wall: float, has_work: bool) -> Json:
     return {
         "name": study.job.name,
         "job": study.job.path,
         "axes": study.axes,
         "defaults": study.job.values_by_default(),
-        # of a finished study that is only looked at again: where it was made
-        "machine": _machine() if worked else earlier.get("machine") or _machine(),
+        # a finished study that is only read again keeps the machine that ran it
+        "machine": _machine() if has_work else earlier.get("machine") or _machine(),
         "wall_s": wall,
         "trials": [trial.to_json(runs) for trial in study.trials],
     }
@@ -128,15 +129,15 @@ def _machine() -> Json:
 
 
 def _device() -> str:
-    """``4 x H200``: the GPUs of the cluster where Ray runs, else of this machine; ``no GPU`` where there is none."""
+    """The GPUs of the Ray cluster, or of this machine if Ray is not running, such as ``4 x H200``; ``no GPU`` if there is none."""
     ray = sys.modules.get("ray")
     if ray is not None and ray.is_initialized():
-        there = ray.cluster_resources()
-        kinds = [name.partition(":")[2] for name in there if name.startswith("accelerator_type:")]
-        gpus = int(there.get("GPU", 0))
+        resources = ray.cluster_resources()
+        kinds = [name.partition(":")[2] for name in resources if name.startswith("accelerator_type:")]
+        gpus = int(resources.get("GPU", 0))
     elif shutil.which("nvidia-smi"):
-        said = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
-        kinds = re.findall(r"^GPU \d+: (.+?) \(", said, re.MULTILINE)
+        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
+        kinds = re.findall(r"^GPU \d+: (.+?) \(", listing, re.MULTILINE)
         gpus = len(kinds)
     else:
         gpus, kinds = 0, []
@@ -151,13 +152,13 @@ def _tune(
     if not environment.debug():
         logging.getLogger("ray.tune").setLevel(
             logging.CRITICAL
-        )  # its pages about a trial that failed: the reason is told below
+        )  # its long tracebacks of failed trials: the reason is logged below
     job_imports.send_whole()
-    # as they are, not as JSON: a class of the job's own file is known to nobody else
+    # as objects, not as JSON: workers cannot import a class that is defined in the job's file
     cards = {trial.name: trial.card for trial in trials}
     by_name = {trial.name: trial for trial in trials}
     root = str(Path(folder.path).parent) if folder.local else folder.runs
-    # Almost nothing: a trial mostly waits for its Ray Train workers, and Tune refuses a request of nothing.
+    # A trial mostly waits for its Ray Train workers, so it needs almost no CPU; Tune does not accept a request for none.
     trainable = tune.with_resources(_Trainable(cards, root, placement, len(trials)), {"cpu": 0.01})
     scratch = tempfile.mkdtemp(prefix="dagr-tune-")
     tuner = tune.Tuner(
@@ -165,7 +166,7 @@ def _tune(
         param_space={"trial": tune.grid_search(list(cards))},
         tune_config=tune.TuneConfig(max_concurrent_trials=placement.trials, reuse_actors=True),
         run_config=tune.RunConfig(
-            name=folder.name, storage_path=scratch, verbose=0, callbacks=[_watcher(by_name, observe, save)]
+            name=folder.name, storage_path=scratch, verbose=0, callbacks=[_callback(by_name, observe, save)]
         ),
     )
     try:
@@ -184,19 +185,19 @@ def _tune(
 
 
 class _Trainable:
-    """A trial: builds its scorecard, then reports the means. Only what the trial does not share is left to build."""
+    """A trial: builds its scorecard, then reports the means. The stages that trials share are built before."""
 
     __name__ = "dagr_trial"
 
     def __init__(self, cards: dict[str, Scorecard], runs: str, placement: Placement, trials: int) -> None:
         self.cards, self.runs, self.placement = cards, runs, placement
         self.beside = job_imports.beside()
-        self.at_once = min(trials, placement.trials)
+        self.concurrent = min(trials, placement.trials)
 
     def __call__(self, config: Json) -> None:
         from ray import tune
 
-        _use_share_of_cores(self.at_once)
+        _use_share_of_cores(self.concurrent)
         started = time.time()
         job_imports.import_beside(self.beside)
         folder = materialize(self.cards[config["trial"]], self.runs, self.placement)
@@ -208,14 +209,14 @@ class _Trainable:
         tune.report({**means, "seconds": time.time() - started})
 
 
-def _use_share_of_cores(at_once: int) -> None:
-    if "torch" in sys.modules or at_once > 1:
+def _use_share_of_cores(concurrent: int) -> None:
+    if "torch" in sys.modules or concurrent > 1:
         import torch
 
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // at_once))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // concurrent))
 
 
-def _watcher(by_name: dict[str, Trial], observe: Observer, save: Callable[[], None]) -> Any:
+def _callback(by_name: dict[str, Trial], observe: Observer, save: Callable[[], None]) -> Any:
     from ray.tune import Callback
 
     class Watcher(Callback):
@@ -231,18 +232,18 @@ def _watcher(by_name: dict[str, Trial], observe: Observer, save: Callable[[], No
                 observe(Progress(card, "trials", self.ended, len(by_name), seconds=time.time() - self.began))
 
         def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Json, **info: Any) -> None:
-            mine = by_name[trial.config["trial"]]
+            planned = by_name[trial.config["trial"]]
             if "seconds" in result:
-                mine.seconds, mine.state = result["seconds"], "done"
+                planned.seconds, planned.state = result["seconds"], "done"
 
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             self.ended += 1
-            mine = by_name[trial.config["trial"]]
-            observe(Progress(mine.card, "trial", self.ended, len(by_name), seconds=mine.seconds))
+            planned = by_name[trial.config["trial"]]
+            observe(Progress(planned.card, "trial", self.ended, len(by_name), seconds=planned.seconds))
             save()
 
         def __reduce__(self) -> tuple[Any, ...]:
-            # Tune saves its callbacks, for a resume that is not used here; what this one calls holds locks
+            # Tune pickles its callbacks for a resume, which is not used here; the functions of this one hold locks
             return Callback, ()
 
         def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:

@@ -17,7 +17,7 @@ from dagr_ray.core.storage import below, fetch, filesystem, local_folder, one_na
 from dagr_ray.miners.bm25 import BM25
 from dagr_ray.stages.retrieve import Index, Search
 from dagr_ray.stages.sources import Beir
-from dagr_ray.study.mlflow_mirror import _place
+from dagr_ray.study.mlflow_mirror import _artifact_folder
 from dagr_ray.training.checkpoints import Checkpoints
 from tests.conftest import tiny_beir
 from tests.support.object_store import BUCKET, ObjectStore
@@ -301,7 +301,7 @@ def test_names_of_data_sets_are_places_of_their_own_in_mlflow():
         " a",
         "a ",
     ]
-    placed = [_place(name) for name in names]
+    placed = [_artifact_folder(name) for name in names]
     assert len(set(placed)) == len(names)
     for place in placed:
         assert place.strip(". ") and "/" not in place and "\\" not in place and place.isprintable() and len(place) < 90

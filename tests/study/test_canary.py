@@ -1,4 +1,4 @@
-"""Canaries on real parts: what they cost, what stops them, and estimates beside what then happened."""
+"""Canaries on real parts: their cost, the guards that stop a run, and the accuracy of estimates."""
 
 import json
 import random
@@ -62,9 +62,9 @@ def asked(path: Path, engine, n=None, samples=1, **fields) -> list[Stage]:
 def answers(text="how is number one", reason="stop"):
     def answer(handler, body):
         size = len(body["prompt"].encode())
-        said = text(body) if callable(text) else text
-        usage = {"prompt_tokens": size // 4, "completion_tokens": len(said.split())}
-        reply(handler, 200, {"choices": [{"text": said, "finish_reason": reason}], "usage": usage})
+        completion = text(body) if callable(text) else text
+        usage = {"prompt_tokens": size // 4, "completion_tokens": len(completion.split())}
+        reply(handler, 200, {"choices": [{"text": completion, "finish_reason": reason}], "usage": usage})
 
     return lambda body, nth: answer
 
@@ -78,7 +78,7 @@ def endpoint(server, **fields) -> OpenAIServer:
     return OpenAIServer(**{"model": "m", "base_url": server.url, "max_attempts": 2} | prices | fields)
 
 
-def test_a_canary_is_64_passages_of_the_job_and_costs_nothing_twice(collection, tmp_path):
+def test_a_canary_reads_64_passages_and_a_second_one_is_free(collection, tmp_path):
     with served(answers()) as server:
         stages = asked(collection, endpoint(server), n=200, samples=2)
         [(canary, findings)] = run_canaries(stages, str(tmp_path), HERE, Guards())
@@ -96,7 +96,7 @@ def test_a_canary_is_64_passages_of_the_job_and_costs_nothing_twice(collection, 
 
 
 @pytest.mark.parametrize("samples", [1, 3])
-def test_tokens_bytes_rows_and_money_are_within_a_quarter_of_what_happens(collection, tmp_path, samples):
+def test_estimates_are_within_a_quarter_of_the_real_values(collection, tmp_path, samples):
     runs = str(tmp_path)
     with served(answers(first_words)) as server:
         stages = asked(collection, endpoint(server), samples=samples)
@@ -121,7 +121,7 @@ def test_tokens_bytes_rows_and_money_are_within_a_quarter_of_what_happens(collec
     assert checked == 1
 
 
-def test_what_is_done_is_not_estimated_again(collection, tmp_path):
+def test_finished_shards_are_not_estimated_again(collection, tmp_path):
     runs, few = str(tmp_path), {"after": 4}
 
     def stop(progress):
@@ -134,22 +134,24 @@ def test_what_is_done_is_not_estimated_again(collection, tmp_path):
     whole = estimate([generate], runs, HERE)[generate.fingerprint()]
     with pytest.raises(KeyboardInterrupt):
         materialize(generate, runs, HERE, stop)
-    left = estimate([generate], runs, HERE)[generate.fingerprint()]
-    assert left["bytes"] < 0.8 * whole["bytes"] and left["seconds"] < whole["seconds"]
+    rest = estimate([generate], runs, HERE)[generate.fingerprint()]
+    assert rest["bytes"] < 0.8 * whole["bytes"] and rest["seconds"] < whole["seconds"]
 
 
-def test_rates_of_another_corpus_serve_where_there_are_none_of_this_one(collection, tmp_path):
+def test_rates_of_another_corpus_are_the_second_choice(collection, tmp_path):
     with served(answers()) as server:
         small = asked(collection, endpoint(server), n=40)
         materialize(small[-1], str(tmp_path), HERE)
         other = tmp_path / "other"
         shutil.copytree(collection, other)
+        copied = estimate(asked(other, endpoint(server), n=50), str(tmp_path), HERE)
         with open(other / "corpus.jsonl", "a") as corpus:
             corpus.write(json.dumps({"_id": "more", "text": "One more passage."}) + "\n")
         guesses = estimate(asked(other, endpoint(server)), str(tmp_path), HERE)
         larger = estimate(asked(collection, endpoint(server), n=80), str(tmp_path), HERE)
-    found = {key: guess for key, guess in guesses.items() if guess["tokens"]}
-    assert [(guess["basis"], guess["rows"]) for guess in found.values()] == [("another corpus", 301)]
+    others = {key: guess for key, guess in guesses.items() if guess["tokens"]}
+    assert [(guess["basis"], guess["rows"]) for guess in others.values()] == [("another corpus", 301)]
+    assert {g["basis"] for g in copied.values() if g["tokens"]} == {"this corpus"}, "a copy in another folder"
     assert {(g["basis"], g["rows"]) for g in larger.values() if g["tokens"]} == {("this corpus", 80)}
 
 
@@ -162,7 +164,7 @@ GUARDED = {
 
 
 @pytest.mark.parametrize("guard", GUARDED)
-def test_a_guard_stops_with_one_line_and_three_rows_and_can_be_moved(collection, tmp_path, guard):
+def test_a_guard_stops_with_three_rows_and_can_be_changed(collection, tmp_path, guard):
     engine, react, shown = GUARDED[guard]
     with served(react) as server:
         stages = asked(collection, engine(server), strategy=Crop())
@@ -178,7 +180,7 @@ def test_a_guard_stops_with_one_line_and_three_rows_and_can_be_moved(collection,
     assert share[guard] > 0.25 and all(value <= 0.25 for name, value in share.items() if name != guard)
 
 
-def test_a_canary_whose_rows_fail_shows_three_of_them(collection, tmp_path):
+def test_a_canary_with_failed_rows_shows_three_of_them(collection, tmp_path):
     no = status(400, "the prompt is no good")
     with served(lambda body, nth: no) as server, pytest.raises(GuardFailed, match="64 of 64 rows failed") as caught:
         run_canaries(asked(collection, endpoint(server)), str(tmp_path), HERE, Guards())
@@ -197,11 +199,11 @@ def test_guards_from_the_command_line():
 
 @pytest.fixture(scope="module")
 def starting(tmp_path_factory):
-    """Folders of SmolLM2 whose tokenizer adds no, one and two start tokens."""
+    """Folders of SmolLM2 whose tokenizer adds zero, one or two start tokens."""
     from tokenizers.processors import TemplateProcessing
     from transformers import AutoTokenizer
 
-    found = {}
+    folders = {}
     for times in range(3):
         tokenizer = AutoTokenizer.from_pretrained(smollm2())
         start = tokenizer.bos_token
@@ -212,16 +214,16 @@ def starting(tmp_path_factory):
         folder = tmp_path_factory.mktemp(f"start{times}")
         tokenizer.save_pretrained(folder)
         shutil.copy(Path(smollm2()) / "config.json", folder)
-        found[times] = folder
-    # what converted tokenizers look like whose own code added it
-    found["promised"] = tmp_path_factory.mktemp("promised") / "model"
-    shutil.copytree(found[0], found["promised"])
-    settings = json.loads((found[0] / "tokenizer_config.json").read_text())
-    (found["promised"] / "tokenizer_config.json").write_text(json.dumps(settings | {"add_bos_token": True}))
-    return found
+        folders[times] = folder
+    # converted tokenizers, whose own code added the start token, look like this
+    folders["promised"] = tmp_path_factory.mktemp("promised") / "model"
+    shutil.copytree(folders[0], folders["promised"])
+    settings = json.loads((folders[0] / "tokenizer_config.json").read_text())
+    (folders["promised"] / "tokenizer_config.json").write_text(json.dumps(settings | {"add_bos_token": True}))
+    return folders
 
 
-def test_leading_start_tokens_are_counted_as_an_engine_adds_them(starting):
+def test_start_tokens_are_counted_as_an_engine_adds_them(starting):
     from transformers import AutoTokenizer
 
     for times, folder in list(starting.items())[:3]:
@@ -237,9 +239,7 @@ def test_leading_start_tokens_are_counted_as_an_engine_adds_them(starting):
     ("times", "task", "passes"),
     [(1, "Ask.", True), (2, "Ask.", False), (1, "<|im_start|>", False), ("promised", "Ask.", False), (0, "Ask.", True)],
 )
-def test_two_start_tokens_or_a_missing_one_stop_a_run_before_an_engine_starts(
-    collection, tmp_path, starting, times, task, passes
-):
+def test_wrong_start_tokens_stop_a_run_before_the_engine_starts(collection, tmp_path, starting, times, task, passes):
     stages = asked(collection, VLLM(model=str(starting[times])), strategy=Promptagator(task=task))
     with pytest.raises(Exception) as caught:
         run_canaries(stages, str(tmp_path), HERE, Guards())
@@ -249,8 +249,8 @@ def test_two_start_tokens_or_a_missing_one_stop_a_run_before_an_engine_starts(
         assert "weights" in str(caught.value) and began
     else:
         assert isinstance(caught.value, GuardFailed) and not began
-        said = "without the start token" if times == "promised" else "with more than one start token"
-        assert f"64 of 64 prompts begin {said}" in str(caught.value) and "(none may)" in str(caught.value)
+        message = "without the start token" if times == "promised" else "with more than one start token"
+        assert f"64 of 64 prompts begin {message}" in str(caught.value) and "(the limit is 0)" in str(caught.value)
         shown = "0 x '<|im_start|>'" if times == "promised" else "2 x '<|im_start|>'"
         assert len(caught.value.rows) == 3 and shown in caught.value.rows[0]
 
@@ -274,7 +274,7 @@ def small(data: str, max_tokens: int = 2) -> Stage:
 """
 
 
-def test_the_real_model_stops_where_its_answers_are_cut_off(collection, tmp_path):
+def test_the_real_model_stops_if_its_answers_are_cut_off(collection, tmp_path):
     (tmp_path / "small.py").write_text(JOB)
     (tmp_path / "here.toml").write_text("[generate]\nworkers = 0\n")
     words = ["run", str(tmp_path / "small.py"), f"data={collection}", "--canary", "--quiet"]

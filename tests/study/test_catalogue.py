@@ -15,7 +15,7 @@ from dagr_ray.retrieval.encoder import Encoder
 from dagr_ray.stages.sources import Beir, Sample
 from dagr_ray.strategies import Strategy
 from dagr_ray.study.job import load_job
-from dagr_ray.study.preview import generation_of, shown
+from dagr_ray.study.preview import generation_of, preview_lines
 from tests.conftest import tiny_beir
 from tests.study.test_canary import answers
 from tests.support.endpoint import served
@@ -79,7 +79,7 @@ def test_a_preview_shows_what_the_strategy_itself_asks(docs, tmp_path, name):
         engine, few = OpenAIServer(model="m", base_url=server.url), Encoder(model=str(minilm()), layers=1)
         made = arm(strategy_named(name), engine, Sample(corpus=docs, n=20), docs, few, exemplars=None)
         generate = generation_of(made.examples)
-        lines = list(shown(generate, 2, str(tmp_path), HERE))
+        lines = list(preview_lines(generate, 2, str(tmp_path), HERE))
     assert generate.strategy.type == name
     assert sum(line.startswith("--- sample") for line in lines) == 2 * generate.per_passage()
     assert sum(line.startswith("=== ") for line in lines) >= 2

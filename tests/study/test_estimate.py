@@ -1,4 +1,4 @@
-"""What `dagr check` says before anything is made, and how long a study says that it still takes."""
+"""Estimates of `dagr check` before anything is built, and the remaining time that a study shows."""
 
 import io
 import json
@@ -25,23 +25,23 @@ from tests.conftest import tiny_beir
 HERE = Placement(retrieve=Pool(workers=0), light=Pool(workers=0))
 
 
-def test_models_and_indexes_are_counted_before_any_was_made(tmp_path) -> None:
+def test_bytes_of_models_and_indexes_are_estimated(tmp_path) -> None:
     corpus = Beir(path=str(tiny_beir(tmp_path / "set", docs=400)))
     encoder = Encoder(model=str(minilm()))
     dense, lexical = Index(corpus=corpus, miner=Dense(encoder=encoder)), Index(corpus=corpus, miner=BM25())
     train = Train(examples=corpus, queries=corpus, corpus=corpus, base=encoder)
-    guessed = estimate([dense, lexical, train], str(tmp_path / "runs"), HERE)
+    estimates = estimate([dense, lexical, train], str(tmp_path / "runs"), HERE)
     weights = (Path(minilm()) / "model.safetensors").stat().st_size
-    assert weights < guessed[train.fingerprint()]["bytes"] < 1.2 * weights
-    assert guessed[dense.fingerprint()]["bytes"] == pytest.approx(400 * 384 * 4, rel=0.05)
+    assert weights < estimates[train.fingerprint()]["bytes"] < 1.2 * weights
+    assert estimates[dense.fingerprint()]["bytes"] == pytest.approx(400 * 384 * 4, rel=0.05)
     for index in (dense, lexical):
         files = materialize(index, str(tmp_path / "runs"), HERE).manifest["files"].values()
         stored = sum(entry["bytes"] for entry in files)
-        assert stored / 2 < guessed[index.fingerprint()]["bytes"] < 6 * stored  # these passages are short
+        assert stored / 2 < estimates[index.fingerprint()]["bytes"] < 6 * stored  # these passages are short
 
 
 def _trained(runs: str, name: str, rows: int, seconds: float, size: int) -> None:
-    """A finished training, as its manifest tells of it."""
+    """A finished training, by its manifest."""
     spent = {"start": 4.0, "busy": seconds, "idle": 0.0, "wall": seconds + 5.0, "held": seconds + 5.0}
     bill = {
         "seconds": spent,
@@ -61,15 +61,15 @@ def _trained(runs: str, name: str, rows: int, seconds: float, size: int) -> None
     Artifact(runs, name).write_json("manifest.json", manifest)
 
 
-def test_a_model_is_as_large_however_many_rows_it_was_trained_on(tmp_path) -> None:
+def test_the_size_of_a_model_does_not_depend_on_its_rows(tmp_path) -> None:
     corpus, runs = Beir(path=str(tiny_beir(tmp_path / "set"))), str(tmp_path / "runs")
     _trained(runs, "train-0123456789ab", rows=4000, seconds=100.0, size=90_000_000)
     train = Train(examples=corpus, queries=corpus, corpus=corpus, base=Encoder(model=str(minilm())))
-    [guess] = estimate([train], runs, HERE).values()
-    assert guess["basis"] == "its type" and guess["bytes"] == pytest.approx(90_000_000, rel=0.01)
+    [estimated] = estimate([train], runs, HERE).values()
+    assert estimated["basis"] == "its type" and estimated["bytes"] == pytest.approx(90_000_000, rel=0.01)
 
 
-def test_the_time_that_a_study_still_takes_follows_the_size_of_its_trials(tmp_path) -> None:
+def test_remaining_time_depends_on_the_size_of_the_trials(tmp_path) -> None:
     runs = str(tmp_path / "runs")
     corpora = {docs: Beir(path=str(tiny_beir(tmp_path / f"set{docs}", docs=docs))) for docs in (100, 1000)}
     large, small = (
@@ -77,11 +77,11 @@ def test_the_time_that_a_study_still_takes_follows_the_size_of_its_trials(tmp_pa
         for docs in (1000, 100)
     )
     alone, beside = HERE.model_copy(update={"trials": 1}), HERE.model_copy(update={"trials": 2})
-    assert remaining_seconds([[small], [large]], runs, alone) is None  # nothing is known of this machine
+    assert remaining_seconds([[small], [large]], runs, alone) is None  # nothing was measured on this machine
     _trained(runs, "train-0123456789ab", rows=50, seconds=5.0, size=1)
     expected = {small: 5 + 100 * 0.1, large: 5 + 1000 * 0.1}
     assert remaining_seconds([[small], [large]], runs, alone) == pytest.approx(sum(expected.values()))
-    assert remaining_seconds([[small], [large]], runs, beside) == pytest.approx(expected[large])  # the longest one
+    assert remaining_seconds([[small], [large]], runs, beside) == pytest.approx(expected[large])  # the longest trial
     assert remaining_seconds([[small]] * 4, runs, beside) == pytest.approx(2 * expected[small])
     folder = large.folder(runs)
     plan = {"stage": large.to_json(), "fingerprint": large.fingerprint(), "inputs": {}, "rows": 1000}
@@ -90,7 +90,7 @@ def test_the_time_that_a_study_still_takes_follows_the_size_of_its_trials(tmp_pa
     assert remaining_seconds([[large]], runs, alone) == pytest.approx(expected[large] - 60, abs=1)
 
 
-def test_trials_are_not_counted_to_tell_the_time(monkeypatch) -> None:
+def test_progress_shows_the_estimated_time_left(monkeypatch) -> None:
     now = 1000.0
     monkeypatch.setattr(progress.time, "time", lambda: now)
     stream = io.StringIO()

@@ -1,4 +1,4 @@
-"""What check sees of a job's data before anything starts: splits that are not there, files that cannot be read."""
+"""Checks of a job's data before anything starts: missing splits, unreadable files."""
 
 import subprocess
 import sys
@@ -17,7 +17,7 @@ from dagr_ray.stages.mix import Human
 from dagr_ray.stages.sources import Beir, Parquet
 from dagr_ray.stages.trec import TrecQrels, TrecRun
 from dagr_ray.study.job import load_job
-from dagr_ray.study.preflight import look
+from dagr_ray.study.preflight import check_data
 from tests.conftest import tiny_beir
 
 
@@ -33,60 +33,60 @@ def run(tmp_path):
 
 @pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("built", [True, False])
-def test_a_split_is_seen_to_be_there_or_not(tmp_path, run, whole, built):
+def test_missing_and_unusable_splits_are_refused(tmp_path, run, whole, built):
     path, runs = tiny_beir(tmp_path / "set"), str(tmp_path / "runs")
     (path / "qrels" / "train.tsv").write_text("query-id\tcorpus-id\tscore\nq1\td1\t0.5\n")
     (path / "qrels" / "none.tsv").write_text("query-id\tcorpus-id\tscore\n")
     if built:
         materialize(Beir(path=str(path)), runs)
-    assert look(walk(judged(path, run)), runs, whole) == ["set (test): 48 judged queries, 48 judgements"]
-    assert look(walk(judged(path, run, "validation")), runs, whole) == [
+    assert check_data(walk(judged(path, run)), runs, whole) == ["set (test): 48 judged queries, 48 judgements"]
+    assert check_data(walk(judged(path, run, "validation")), runs, whole) == [
         "set (validation): 12 judged queries, 12 judgements"
     ]
-    for split, said in {
-        "best": "split 'best' is not in .*set'; allowed: dev, none, test(, train)?; name one with split=dev",
+    for split, message in {
+        "best": "split 'best' is not in .*set'; allowed: dev, none, test(, train)?; choose one with split=dev",
         "train": r"train.tsv: 1 of 1 lines are bad.*line 2: broken-line .score 0.5 is not a whole number",
-        "none": "split 'none' of .* has no judgement",
+        "none": "split 'none' of .* has no judgements",
     }.items():
-        with pytest.raises(ConfigError, match=said):
-            look(walk(judged(path, run, split)), runs, whole)
+        with pytest.raises(ConfigError, match=message):
+            check_data(walk(judged(path, run, split)), runs, whole)
     data = Beir(path=str(path))
     for stage in (Human(data=data), LeakScan(selected=data, corpus=data, held_out=(data,), split="train")):
         with pytest.raises(ConfigError, match="0.5 is not a whole number"):
-            look(walk(stage), runs, whole)
-    assert look(walk(data), runs, whole) == [], "a split that nobody reads was looked at"
+            check_data(walk(stage), runs, whole)
+    assert check_data(walk(data), runs, whole) == [], "a split that no stage reads was checked"
 
 
-def test_what_every_retriever_scores_0_for_is_said(tmp_path, run, caplog):
+def test_queries_without_relevant_passages_are_warned_about(tmp_path, run, caplog):
     path = tiny_beir(tmp_path / "set")
     qrels = path / "qrels" / "test.tsv"
     qrels.write_text(qrels.read_text().replace("d20\t1", "d20\t0"))
-    look(walk(judged(path, run)), str(tmp_path), True)
+    check_data(walk(judged(path, run)), str(tmp_path), True)
     assert "of 48 judged queries, 1 have no relevant passage: every retriever scores 0" in caplog.text
     qrels.write_text("query-id\tcorpus-id\tscore\nq1\td1\t0\n")
-    look(walk(judged(path, run)), str(tmp_path), True)
+    check_data(walk(judged(path, run)), str(tmp_path), True)
     assert "of 1 judged queries, none has a relevant passage" in caplog.text
 
 
-def test_other_sources_are_read_too(tmp_path, run):
+def test_other_sources_are_checked_too(tmp_path, run):
     (tmp_path / "qrels").write_text("q13 0 d13 1.5\n")
     pq.write_table(pa.table({"doc_id": ["a", "a"], "text": ["x", "y"]}), tmp_path / "set.parquet")
     (tmp_path / "who.jsonl").write_text('{"query_id": "q", "doc_id": "d", "grade": 9}\n')
-    for stage, said in {
+    for stage, message in {
         Evaluate(
             search=TrecRun(path=str(run)), data=TrecQrels(path=str(tmp_path / "qrels"))
         ): "score 1.5 is not a whole",
         Parquet(path=str(tmp_path / "set.parquet")): "duplicate-id",
         People(files=(str(tmp_path / "who.jsonl"),)): "grade = 9",
     }.items():
-        with pytest.raises(ConfigError, match=said):
-            look(walk(stage), str(tmp_path / "runs"), True)
+        with pytest.raises(ConfigError, match=message):
+            check_data(walk(stage), str(tmp_path / "runs"), True)
     run.write_text("q13 d13 1 2.5\n")
     with pytest.raises(ConfigError, match="4 columns, not 6"):
-        look(walk(judged(tiny_beir(tmp_path / "set"), run)), str(tmp_path / "runs"), True)
+        check_data(walk(judged(tiny_beir(tmp_path / "set"), run)), str(tmp_path / "runs"), True)
 
 
-def test_check_reads_what_the_run_will_read(tmp_path):
+def test_check_reads_the_files_that_a_run_reads(tmp_path):
     path = tiny_beir(tmp_path / "set")
     (path / "qrels" / "test.tsv").unlink()
 
@@ -114,12 +114,12 @@ def test_check_reads_what_the_run_will_read(tmp_path):
 
 
 @pytest.mark.parametrize("job", ["beir", "catalogue", "filters", "ladder", "mixture", "negatives", "refine"])
-def test_a_job_names_the_split_it_is_judged_on(tmp_path, job):
+def test_a_job_evaluates_on_the_split_that_is_asked_for(tmp_path, job):
     made = load_job(f"jobs/{job}.py")
     given = {"data": str(tiny_beir(tmp_path / "set"))} | ({"generator": "crop"} if job in ("beir", "ladder") else {})
     card = made.stage(**given, split="dev")
     assert {each.split for each in card.evaluations} == {"dev"}
-    asked = {(type(s).__name__, s.split) for s in walk(card) if hasattr(s, "split")}
-    assert ("LeakScan", "dev") in asked and not any(split == "test" for _, split in asked)
-    assert ("Exemplars", "dev") not in asked, "what is judged was shown in prompts"
+    splits = {(type(s).__name__, s.split) for s in walk(card) if hasattr(s, "split")}
+    assert ("LeakScan", "dev") in splits and not any(split == "test" for _, split in splits)
+    assert ("Exemplars", "dev") not in splits, "test queries were shown in prompts"
     assert made.stage(**given).fingerprint() == made.stage(**given, split="test").fingerprint()

@@ -1,4 +1,4 @@
-"""The mirror on a real MLflow store: complete, repeatable, interrupted, two at once, and a server that does not answer."""
+"""The mirror on a real MLflow store: complete, repeatable, interrupted, twice at once, and with a dead server."""
 
 import os
 import platform
@@ -68,7 +68,7 @@ def test_a_second_pass_adds_nothing(made) -> None:
     assert [r.info.run_id for r in logged(runs)] == before
 
 
-def test_a_run_that_was_cut_off_is_logged_anew(made) -> None:
+def test_an_interrupted_run_is_completed(made) -> None:
     runs, study = made
     client = MlflowClient(f"sqlite:///{runs}/mlflow.db")
     client.delete_tag(logged(runs)[2].info.run_id, mlflow_mirror.COMPLETE)
@@ -77,7 +77,7 @@ def test_a_run_that_was_cut_off_is_logged_anew(made) -> None:
     assert len(logged(runs)) == 5
 
 
-def test_p_values_of_a_child_follow_the_arms_that_end_after_it(tmp_path) -> None:
+def test_p_values_are_updated_when_more_arms_end(tmp_path) -> None:
     noise = np.random.default_rng(5).normal(0, 0.1, 40)
     arms = {n: {"in": (SCORES + noise + 0.03).tolist()} for n in (8, 16, 24)}
     runs, study = made_study(tmp_path, {"in": SCORES.tolist()}, arms)
@@ -100,7 +100,7 @@ def test_p_values_of_a_child_follow_the_arms_that_end_after_it(tmp_path) -> None
     assert early.data.metrics["in/nDCG_10.p_holm"] < on_page[8]["p_holm"], "the correction was to grow with the arms"
 
 
-def test_children_that_two_machines_doubled_are_one_each_after_the_next_pass(tmp_path) -> None:
+def test_the_next_pass_deletes_duplicate_children(tmp_path) -> None:
     runs, study = made_study(tmp_path, {"in": SCORES.tolist()}, {8: {"in": SCORES.tolist()}})
     mlflow_mirror.mirror(runs, study)
     client = MlflowClient(f"sqlite:///{runs}/mlflow.db")
@@ -114,7 +114,7 @@ def test_children_that_two_machines_doubled_are_one_each_after_the_next_pass(tmp
     assert [r.data.tags.get("dagr.trial") for r in after] == [r.data.tags.get("dagr.trial") for r in before]
 
 
-def test_runs_that_two_passes_create_at_the_same_moment_are_one(tmp_path, monkeypatch) -> None:
+def test_two_passes_at_the_same_moment_leave_one_run_each(tmp_path, monkeypatch) -> None:
     """The other pass creates its run between this one's look and its own creation, as no lock of a server prevents."""
     runs, study = made_study(tmp_path, {"in": SCORES.tolist()}, {8: {"in": SCORES.tolist()}})
     create = MlflowClient.create_run
@@ -155,6 +155,14 @@ def test_a_study_that_stopped_does_not_stay_running(tmp_path, written, status) -
     assert logged(runs)[0].info.status == "FINISHED"
 
 
+def test_a_folder_with_signs_of_a_uri_gets_no_stray_folder(made, tmp_path) -> None:
+    home = tmp_path / "a#1?x%20"
+    shutil.copytree(made[0], home / "runs", ignore=shutil.ignore_patterns("mlflow*"))
+    result = mlflow_mirror.mirror(str(home / "runs"), made[1])
+    assert result.problem is None and result.children == 4
+    assert os.listdir(tmp_path) == [home.name] and (home / "runs" / "mlflow.db").is_file()
+
+
 def test_two_processes_at_once_log_one_set(made) -> None:
     runs, study = made
     for path in Path(runs).glob("mlflow*"):
@@ -166,7 +174,7 @@ def test_two_processes_at_once_log_one_set(made) -> None:
     assert len(logged(runs)) == 5
 
 
-def test_a_server_that_never_answers_costs_little_time_and_no_exception(made, monkeypatch) -> None:
+def test_a_silent_server_costs_little_time_and_raises_nothing(made, monkeypatch) -> None:
     for name in ("MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_HTTP_REQUEST_MAX_RETRIES"):
         monkeypatch.setenv(name, "1")
     with socket.socket() as server:
@@ -186,7 +194,7 @@ def test_runs_on_an_object_store_need_a_server(monkeypatch) -> None:
     assert "set MLFLOW_TRACKING_URI" in (mlflow_mirror.mirror("/nowhere/runs", "study-x").problem or "")
 
 
-def test_a_study_beside_a_dead_server_ends_well_and_is_logged_later(tmp_path) -> None:
+def test_a_study_with_a_dead_server_ends_and_is_logged_later(tmp_path) -> None:
     data, runs = tiny_beir(tmp_path / "set"), str(tmp_path / "runs")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
