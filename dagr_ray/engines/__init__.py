@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, ClassVar, Protocol
 
 from pydantic import Field
 
-from dagr_ray.core.config import Config, OmitWhenDefault
+from dagr_ray.core.config import Config, ConfigError, OmitWhenDefault
 from dagr_ray.core.placement import Pool, PricedEngine
 from dagr_ray.prompts import Prompt
 
@@ -98,6 +99,16 @@ class Engine(PricedEngine):
     def special_tokens(self) -> frozenset[str]:
         """Those of the model's own tokenizer, for an engine that ``reads_markers``; none where it is not known."""
         return frozenset()
+
+    def tunable_folder(self) -> Path:
+        """The folder of the model, for a stage that tunes it. Raises ConfigError if the engine has none."""
+        raise ConfigError(
+            f"engine {self.type!r} has no model here that could be tuned; give vllm with a model's folder"
+        )
+
+    def with_model(self, folder: Path) -> Engine:
+        """This engine with the model of another folder."""
+        raise ConfigError(f"engine {self.type!r} takes no other model; give vllm")
 
     def open(self, pool: Pool) -> Session:
         """Loads the model in this process (or in processes of its own). Raises ConfigError naming cause and remedy."""

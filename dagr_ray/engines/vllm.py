@@ -99,6 +99,16 @@ class VLLM(Engine):
             )
         return found
 
+    def tunable_folder(self) -> Path:
+        if not self.folder.is_dir():
+            raise ConfigError(f"vllm: model = {self.model!r} is no folder here and cannot be tuned; give its folder")
+        if self.quantization or self.lora:
+            raise ConfigError("vllm: quantization and lora mean nothing to a model that is tuned; leave them out")
+        return self.folder
+
+    def with_model(self, folder: Path) -> VLLM:
+        return self.model_copy(update={"model": str(folder), "revision": None})
+
     def model_name(self) -> str:
         name = f"{self.model}@{self.revision}" if self.revision else self.folder.name
         return f"{name}+{Path(self.lora).name}" if self.lora else name

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha256 as _sha256
+from pathlib import Path
 from typing import Annotated, ClassVar
 
 import pyarrow as pa
@@ -16,7 +17,7 @@ from pydantic import Field, model_validator
 
 from dagr_ray.core import cost, special_tokens, tables
 from dagr_ray.core.artifact import Artifact
-from dagr_ray.core.config import ConfigError
+from dagr_ray.core.config import ConfigError, OmitWhenDefault
 from dagr_ray.core.placement import Pool
 from dagr_ray.core.stage import Inputs, Output, Run, Stage
 from dagr_ray.engines import Completion, Engine, Sampling, token_usage
@@ -30,7 +31,8 @@ class Generate(Stage):
     """``samples`` completions for each passage of ``corpus`` and strategy asked. Passages shown as exemplars are left out.
 
     A completion's id and seed come from this stage's fingerprint, its passage and its number, so they are the same on
-    any number of workers and after any number of restarts. ``errors`` and ``truncated`` count passages. The cost counts
+    any number of workers and after any number of restarts. With ``tuned`` (a ``TuneGenerator`` of the same engine) its model
+    answers. ``errors`` and ``truncated`` count passages. The cost counts
     a prompt's tokens once for all samples that one request drew.
     """
 
@@ -45,6 +47,7 @@ class Generate(Stage):
     sampling: Sampling = Sampling()
     samples: Annotated[int, Field(ge=1)] = 1
     exemplars: Stage | None = None
+    tuned: Annotated[Stage | None, OmitWhenDefault()] = None
     seed: int = 0
 
     @model_validator(mode="after")
@@ -62,7 +65,12 @@ class Generate(Stage):
         return self
 
     def label(self) -> str:
-        return f"{self.strategy.type}-{self.engine.type}"
+        return f"{self.strategy.type}-{self.engine.type}{'-tuned' if self.tuned else ''}"
+
+    def model_name(self) -> str:
+        """The model that answers, as ``lineage`` calls it."""
+        name = self.engine.model_name()
+        return name if self.tuned is None else f"{name}+{self.tuned.folder_name()}"
 
     def engine_asked(self) -> Engine:
         return self.engine
@@ -106,7 +114,10 @@ class Generate(Stage):
         plan = folder.read_json("plan.json") or {"fingerprint": self.fingerprint()}
         ids, (shown, held_out) = tables.encode_id_part(plan["fingerprint"]), _exemplars(inputs)
         began = time.time()
-        session = cost.within_budget(self.engine, folder, pool.workers).open(pool)
+        engine = self.engine
+        if "tuned" in inputs:
+            engine = engine.with_model(Path(inputs["tuned"].local_path("model")))
+        session = cost.within_budget(engine, folder, pool.workers).open(pool)
         atexit.register(session.close)
         start_s = [time.time() - began]
         sampling = self.sampling.model_copy(update={"logprob": self.keeps_logprob})

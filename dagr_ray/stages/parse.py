@@ -79,7 +79,7 @@ class Parse(Stage):
         strategies, engine = self.generations.strategy.asked(), self.generations.engine
         samples, columns = self.generations.samples, ["gen_id", "source_id", "raw", "error", "sample", "seed"]
         apart = any(strategy.draws() for strategy in strategies)
-        made_by = {"engine": engine.type, "model": engine.model_name()}
+        made_by = {"engine": engine.type, "model": self.generations.model_name()}
 
         def run(start: int, stop: int) -> Output:
             rows = inputs["generations"].slice("generations", start, stop, columns)

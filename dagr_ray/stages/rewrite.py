@@ -72,7 +72,7 @@ class Rewrite(Stage):
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
         strategy, engine = self.made.strategy, self.made.engine
         controls = controlled(strategy)
-        made_by = {"strategy": strategy.type, "engine": engine.type, "model": engine.model_name()}
+        made_by = {"strategy": strategy.type, "engine": engine.type, "model": self.made.model_name()}
 
         def run(start: int, stop: int) -> Output:
             answers = inputs["generations"].slice("generations", start, stop, ["gen_id", "source_id", "raw", "error"])

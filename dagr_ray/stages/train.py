@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import shutil
-import signal
-import tempfile
-import threading
 import time
-import uuid
-from collections.abc import Iterator
 from dataclasses import fields
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import pyarrow.compute as pc
-import pyarrow.fs as pafs
 from pydantic import Field, model_validator
 
 from dagr_ray.core import tables
 from dagr_ray.core.artifact import Artifact
 from dagr_ray.core.config import ConfigError
-from dagr_ray.core.folder import reads_only
 from dagr_ray.core.placement import Pool
-from dagr_ray.core.ray_start import is_alone
+from dagr_ray.core.ray_train import TrainWorker, fit, model_files, model_folder
 from dagr_ray.core.stage import Inputs, Output, Run, Stage
 from dagr_ray.losses import Loss
 from dagr_ray.losses.info_nce import InfoNCE
-from dagr_ray.retrieval import encoder, model_folder
+from dagr_ray.retrieval import encoder, model_folder as model_folders
 from dagr_ray.retrieval.encoder import Encoder
 from dagr_ray.training import texts
 from dagr_ray.training.checkpoints import Checkpoints
@@ -37,12 +27,7 @@ from dagr_ray.training.lora import LoRA
 from dagr_ray.training.model_card import model_card
 from dagr_ray.training.settings import Settings
 
-if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
-
 log = logging.getLogger("dagr")
-# How often a training goes on from its last checkpoint after a worker has died, besides any number of pre-emptions.
-RESTARTS = 3
 
 
 class Train(Stage):
@@ -139,8 +124,8 @@ class Train(Stage):
         """Raises ConfigError where the base cannot be trained in the way that the fields say."""
         if not self.base.local:
             return
-        kinds = model_folder.kinds(self.base.folder, "train")
-        if not model_folder.learns(self.base.folder, "train"):
+        kinds = model_folders.kinds(self.base.folder, "train")
+        if not model_folders.learns(self.base.folder, "train"):
             raise ConfigError(
                 f"train: base = {self.base.model!r} has no weights that can be trained; give another base"
             )
@@ -169,9 +154,7 @@ class Train(Stage):
         def run(start: int, stop: int) -> Output:
             self._check(inputs["examples"])
             started = time.time()
-            result = _fit(self, inputs, folder, pool)
-            if "refusal" in result:
-                raise ConfigError(result["refusal"])
+            result = fit(_work, {"job": self.job(pool)}, inputs, folder, pool)
             curve = [{"measure": f"loss@{step}", "value": loss} for step, loss in result["losses"]]
             dev = [{"measure": f"{MEASURE}@{step}", "value": v, "split": "dev"} for step, v in result["dev"]]
             counts = {
@@ -221,74 +204,6 @@ class Train(Stage):
                 )
 
 
-def _fit(stage: Train, inputs: Inputs, folder: Artifact, pool: Pool) -> dict[str, Any]:
-    """Runs the training on the pool's workers (0: here, by Ray Train's local mode); returns rank 0's summary."""
-    import ray.train
-
-    logging.getLogger("ray.train").setLevel(logging.WARNING)
-    storage = f"{folder.path}/ray"
-    trainer = _trainer_class()(
-        _work,
-        train_loop_config={
-            "job": stage.job(pool),
-            "inputs": inputs,
-            "folder": folder,
-            "attempt": uuid.uuid4().hex[:8],
-            "workers": pool.workers,
-            "threads": max(round(pool.cpus), 1),
-        },
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=pool.workers,
-            use_gpu=pool.gpus > 0,
-            resources_per_worker={"CPU": pool.cpus, **({"GPU": pool.gpus} if pool.gpus else {})},
-        ),
-        # every worker must reach the storage, as it does the folder; nothing is kept there
-        run_config=ray.train.RunConfig(
-            name="train",
-            storage_path=storage,
-            storage_filesystem=folder.fs,
-            failure_config=ray.train.FailureConfig(max_failures=RESTARTS),
-        ),
-    )
-    try:
-        with _sigint_kept():
-            return trainer.fit().return_value
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            folder.fs.delete_dir(storage)
-
-
-def _trainer_class() -> Any:
-    """TorchTrainer without helper processes that have no work here; each of them costs seconds of a core.
-
-    One hands out Ray data sets, of which there are none. Another frees the places of a controller that died, and asks the
-    dashboard for it: on a Ray without one that ends with its driver, it held every training up for 12 s at its end.
-    """
-    from ray.train.torch import TorchTrainer
-    from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
-    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-
-    idle = (DatasetsCallback, PlacementGroupCleanerCallback) if is_alone() else (DatasetsCallback,)
-
-    class Trainer(TorchTrainer):
-        def _create_default_callbacks(self) -> list[Any]:
-            return [each for each in super()._create_default_callbacks() if not isinstance(each, idle)]
-
-    return Trainer
-
-
-@contextlib.contextmanager
-def _sigint_kept() -> Iterator[None]:
-    """Ray Train puts its own handler of Ctrl-C in place and leaves it there."""
-    main = threading.current_thread() is threading.main_thread()
-    handler = signal.getsignal(signal.SIGINT) if main else None
-    try:
-        yield
-    finally:
-        if main:
-            signal.signal(signal.SIGINT, handler)
-
-
 # -- on the workers --------------------------------------------------------------------------------------------------
 
 
@@ -301,32 +216,13 @@ class Job(NamedTuple):
     card: dict[str, Any]
 
 
-def _work(config: dict[str, Any]) -> dict[str, Any] | None:
-    """One worker of a training. A mistake of the user's is returned: Ray Train would try again what is raised."""
-    import ray.train.torch
-    import torch
-
-    rank, workers, device = 0, 1, None
-    if config["workers"]:  # the local mode has no context inside a Tune trial
-        context = ray.train.get_context()
-        rank, workers = context.get_world_rank(), context.get_world_size()
-        device = str(ray.train.torch.get_device())
-        torch.set_num_threads(config["threads"])  # Ray rounds down: 1.8 CPUs were one thread
-    folder, inputs = config["folder"], config["inputs"]
-    checkpoints = Checkpoints(folder, config["attempt"], rank, workers)
-    try:
-        with reads_only("train", (folder, *inputs.values())):
-            return _trained(config["job"], inputs, folder, checkpoints, device)
-    except ConfigError as error:
-        return {"refusal": str(error)}
-
-
-def _trained(
-    job: Job, inputs: Inputs, folder: Artifact, checkpoints: Checkpoints, device: str | None
-) -> dict[str, Any] | None:
+def _work(config: dict[str, Any], worker: TrainWorker) -> dict[str, Any] | None:
+    """One worker of a training."""
     from dagr_ray.training import loop, lora
 
-    rank, workers, settings = checkpoints.rank, checkpoints.workers, job.settings
+    job, inputs, folder = config["job"], worker.inputs, worker.folder
+    rank, workers, settings = worker.rank, worker.workers, job.settings
+    checkpoints = Checkpoints(folder, worker.attempt, rank, workers)
     data = texts.fetch(inputs["examples"], inputs["queries"], inputs["corpus"])
     dev = None
     if "dev" in inputs:
@@ -334,7 +230,7 @@ def _trained(
         dev = Dev(inputs["dev"], job.dev_split, inputs.get("dev_corpus", own))
         dev.check(data)
     before = inputs["start"].local_path("model") if "start" in inputs else None
-    model = encoder.load(job.base, device=device, model=before)
+    model = encoder.load(job.base, device=worker.device, model=before)
     fitted = loop.fit(model, job.base, data, settings, rank=rank, workers=workers, dev=dev, checkpoints=checkpoints)
     data.remove()
     if rank:
@@ -354,18 +250,8 @@ def _trained(
         "reads": [module.max_seq_length for module in encoder.transformers(model)],
     }
     model.similarity_fn_name = "cosine"  # what it was trained by, and is searched by
-    summary["files"] = _save(model, model_card(job.card, summary), folder)
-    return summary
-
-
-def _save(model: SentenceTransformer, card: str, folder: Artifact) -> list[str]:
-    """Writes the model and its card below ``model/`` of the folder; returns the files' names there."""
-    with tempfile.TemporaryDirectory(prefix="dagr-model-") as scratch:
-        target = Path(folder.path if folder.local else scratch) / "model"
-        shutil.rmtree(target, ignore_errors=True)  # what an earlier try left
-        target.mkdir(parents=True)
+    with model_folder(folder) as target:
         encoder.save(model, target)
-        (target / "README.md").write_text(card, encoding="utf-8")
-        if not folder.local:
-            pafs.copy_files(str(target), f"{folder.path}/model", destination_filesystem=folder.fs)
-        return sorted(path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file())
+        (target / "README.md").write_text(model_card(job.card, summary), encoding="utf-8")
+        summary["files"] = model_files(target)
+    return summary

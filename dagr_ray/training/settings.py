@@ -32,3 +32,18 @@ class Settings:
     patience: int | None = None
     checkpoint_every: int | None = None
     fsdp: bool = False
+
+
+@dataclass(frozen=True)
+class GeneratorSettings:
+    """What tuning a generator does. ``batch_size`` pairs are one step of all workers; lengths are in tokens."""
+
+    epochs: int
+    batch_size: int
+    lr: float
+    warmup: float
+    max_length: int
+    max_answer: int
+    seed: int
+    lora: LoRA | None
+    checkpoint_every: int
