@@ -14,6 +14,7 @@ from dagr_ray.stages.human_labels import People
 from dagr_ray.stages.sources import Beir, Sample
 from dagr_ray.stages.take import Take
 from dagr_ray.stages.train import Train
+from dagr_ray.stages.tune_generator import TuneGenerator
 
 STUDY = {"volume": (0, 256, 1024), "generator": ("smollm2", "crop")}
 
@@ -22,7 +23,7 @@ def beir(
     data: FileOrFolder,
     ood: FileOrFolder | None = None,
     volume: int = 1024,
-    generator: Literal["smollm2", "crop", "llm"] = "smollm2",
+    generator: Literal["smollm2", "crop", "llm", "smollm2-tuned", "llm-tuned"] = "smollm2",
     model: str | None = None,
     base: str = "minilm",
     density: int | None = None,
@@ -37,12 +38,15 @@ def beir(
     seed: int = 0,
     language: str = "auto",
     split: str = "test",
+    tuned_on: FileOrFolder | None = None,
+    pairs: int | None = None,
 ) -> Scorecard:
     """A retriever trained on ``volume`` queries generated for the passages of ``data``, judged on people's queries.
 
     ``data`` is a folder in BEIR's or another layout, judged on ``split``; ``ood`` a second one for the out-of-distribution
     row; ``base`` is ``minilm`` or the folder of an encoder;
-    ``people`` are files of their ratings, joined by ``+``, which win over the filters.
+    ``people`` are files of their ratings, joined by ``+``, which win over the filters. A generator with ``-tuned`` has learnt
+    how people ask from at most ``pairs`` of their queries: those of the collection ``tuned_on``, or the other split of ``data``.
     """
     corpus = Beir(path=data, language=language)
     sets = named_sets(corpus, ood)
@@ -51,12 +55,17 @@ def beir(
     if volume == 0:
         return judge(sets, Dense(encoder=encoder), exclude=exemplars, split=split)
 
-    strategy, engine = generator_named(generator, model)
+    strategy, engine = generator_named(generator.removesuffix("-tuned"), model)
+    tuned = None
+    if generator.endswith("-tuned"):
+        source = Beir(path=tuned_on) if tuned_on else corpus
+        tuned = TuneGenerator(data=source, engine=engine, split=shown_split(split), n=pairs)
+        strategy = tuned.strategy
     asked = Sample(corpus=corpus, n=passages, exclude=exemplars)
     selected, mined = augment(
         asked, corpus, strategy, engine, exemplars=exemplars, samples=samples, max_rank=max_rank, negatives=negatives,
         held_out=tuple(sets.values()), split=split, base=encoder,
-        people=People(files=split_values(people, "+")) if people else None,
+        people=People(files=split_values(people, "+")) if people else None, tuned=tuned,
     )  # fmt: skip
     examples = Take(mined=mined, n=volume, density=density, coverage=coverage)
     trained = Train(

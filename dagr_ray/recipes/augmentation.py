@@ -69,6 +69,7 @@ def augment(
     base: Encoder | None = None,
     without: Collection[str] = (),
     people: Stage | None = None,
+    tuned: Stage | None = None,
 ) -> tuple[Select | Reach | Labelled | LeakGate, Mine]:
     """Queries for ``passages``, filtered and with BM25 negatives from ``corpus``: the selected queries and the examples.
 
@@ -76,12 +77,19 @@ def augment(
     Queries that resemble those of ``split`` in ``held_out`` (evaluation sets) are left out: see ``LeakGate``; with the
     encoder ``base`` also those that only mean the same. ``without`` names filters, by type, that are left out. What
     ``people`` said (``People``) wins over the filters, in both directions. A cropped query is a copy of its passage by
-    design, so the filter against copies is left out for it.
+    design, so the filter against copies is left out for it. The model of ``tuned`` (a ``TuneGenerator``) answers in place of
+    the engine's own, and needs no exemplars.
     """
     sampling = Sampling(max_tokens=max_tokens)
-    shown = None if strategy.copies_its_passage else exemplars
+    shown = None if strategy.copies_its_passage or tuned else exemplars
     raw = Generate(
-        corpus=passages, strategy=strategy, engine=engine, sampling=sampling, samples=samples, exemplars=shown
+        corpus=passages,
+        strategy=strategy,
+        engine=engine,
+        sampling=sampling,
+        samples=samples,
+        exemplars=shown,
+        tuned=tuned,
     )
     parsed = Parse(generations=raw, corpus=passages)
     every = filtered(

@@ -32,7 +32,19 @@ PAIRS = [(f"Passage:\nThe word is w{i}\nQuery:", f"which w{i}") for i in range(1
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     """A Llama of two layers over words and a handful of signs."""
-    words = ["<unk>", "</s>", "Passage", ":", "\n", "Query", "The", "word", "is", "which", *(f"w{i}" for i in range(10))]
+    words = [
+        "<unk>",
+        "</s>",
+        "Passage",
+        ":",
+        "\n",
+        "Query",
+        "The",
+        "word",
+        "is",
+        "which",
+        *(f"w{i}" for i in range(10)),
+    ]
     plain = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     plain.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Split(" ", "removed"), pre_tokenizers.Punctuation()]
