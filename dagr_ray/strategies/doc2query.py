@@ -21,7 +21,7 @@ class Doc2Query(Written):
 
     >>> row = Passage("d1", "shutil.copytree", "Recursively copy a directory tree and return its destination.")
     >>> Doc2Query(max_words=4).prompt(row, (), random.Random(0)).text
-    'Passage:\\nshutil.copytree Recursively\\nQuery:'
+    'Passage:\\nshutil.copytree Recursively copy a\\nQuery:'
     >>> Doc2Query().parse(row, " how do I copy a folder").kept
     ['how do I copy a folder']
     """
