@@ -17,6 +17,7 @@ import pyarrow.fs as pafs
 
 from dagr_ray.core.artifact import Artifact
 from dagr_ray.core.config import ConfigError
+from dagr_ray.core.folder import reads_only
 from dagr_ray.core.placement import Pool
 from dagr_ray.core.ray_start import is_alone
 
@@ -31,13 +32,19 @@ class TrainWorker(NamedTuple):
     workers: int
     device: str | None
     attempt: str
+    inputs: dict[str, Artifact]
+    folder: Artifact
 
 
 Work = Callable[[dict[str, Any], TrainWorker], dict[str, Any] | None]
 
 
-def fit(work: Work, config: dict[str, Any], folder: Artifact, pool: Pool) -> dict[str, Any]:
+def fit(
+    work: Work, config: dict[str, Any], inputs: dict[str, Artifact], folder: Artifact, pool: Pool
+) -> dict[str, Any]:
     """What ``work`` returns on the first of the pool's workers (0: here, by Ray Train's local mode).
+
+    ``work`` reads no other folders than ``inputs`` and the stage's own ``folder``.
 
     Raises ConfigError if ``work`` does: a mistake of the user's is not tried again.
     """
@@ -50,6 +57,8 @@ def fit(work: Work, config: dict[str, Any], folder: Artifact, pool: Pool) -> dic
         train_loop_config={
             "work": work,
             "config": config,
+            "inputs": inputs,
+            "folder": folder,
             "attempt": uuid.uuid4().hex[:8],
             "workers": pool.workers,
             "threads": max(round(pool.cpus), 1),
@@ -120,8 +129,10 @@ def _run(loop: dict[str, Any]) -> dict[str, Any] | None:
         rank, workers = context.get_world_rank(), context.get_world_size()
         device = str(ray.train.torch.get_device())
         torch.set_num_threads(loop["threads"])  # Ray rounds down: 1.8 CPUs were one thread
+    inputs, folder = loop["inputs"], loop["folder"]
     try:
-        return loop["work"](loop["config"], TrainWorker(rank, workers, device, loop["attempt"]))
+        with reads_only(folder.name, (folder, *inputs.values())):
+            return loop["work"](loop["config"], TrainWorker(rank, workers, device, loop["attempt"], inputs, folder))
     except ConfigError as error:
         return {"refusal": str(error)}
 

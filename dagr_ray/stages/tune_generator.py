@@ -81,8 +81,8 @@ class TuneGenerator(Stage):
                     f"tune-generator: {inputs['data'].name} has no relevant pair in split {self.split!r}; give another split"
                 )
             started = time.time()
-            job = {"engine": self.engine, "settings": self._settings(pool), "folder": folder}
-            result = fit(_work, job | {"pairs": [self._pair(row) for row in pairs]}, folder, pool)
+            job = {"engine": self.engine, "settings": self._settings(pool), "pairs": [self._pair(row) for row in pairs]}
+            result = fit(_work, job, {}, folder, pool)
             metrics = [{"measure": f"loss@{step}", "value": loss} for step, loss in result["losses"]]
             shown = [{name: row[name] for name in ("query_id", "doc_id", "query", "passage")} for row in pairs]
             Checkpoints(folder, "").clear()
@@ -127,8 +127,8 @@ def _work(config: dict[str, Any], worker: TrainWorker) -> dict[str, Any] | None:
     """One worker of a tuning."""
     from dagr_ray.training.generator import tune
 
-    checkpoints = Checkpoints(config["folder"], worker.attempt, worker.rank, worker.workers)
-    with model_folder(config["folder"]) if worker.rank == 0 else tempfile.TemporaryDirectory() as target:
+    checkpoints = Checkpoints(worker.folder, worker.attempt, worker.rank, worker.workers)
+    with model_folder(worker.folder) if worker.rank == 0 else tempfile.TemporaryDirectory() as target:
         tuned = tune(
             config["engine"].tunable_folder(), config["pairs"], config["settings"], Path(target),
             rank=worker.rank, workers=worker.workers, device=worker.device, checkpoints=checkpoints,
