@@ -19,7 +19,7 @@ from dagr_ray.core.build import Status, materialize, plan
 from dagr_ray.core.config import ConfigError, fingerprint_cache, plugins as registered
 from dagr_ray.core.placement import Placement, Pool, load_placement
 from dagr_ray.core.stage import Stage, parts, walk
-from dagr_ray.core.storage import check_can_be_written
+from dagr_ray.core.storage import check_writable
 from dagr_ray.core.terminal import print_json, print_table, say
 from dagr_ray.study.job import Job, load_job, parse_axes
 from dagr_ray.study.plan import Study, plan_study
@@ -65,12 +65,12 @@ def _validate(stages: Iterable[Stage], placement: Placement) -> None:
 
 def _check_budget(stages: Iterable[Stage], runs: str) -> None:
     """Raises ConfigError where what a stage has spent so far leaves nothing of its engine's budget."""
-    from dagr_ray.core.cost import within_budget
+    from dagr_ray.core.cost import with_remaining_budget
 
     for stage in stages:
         engine = stage.engine_asked()
         if engine is not None and stage.folder(runs).manifest is None:
-            within_budget(engine, stage.folder(runs), 1, at_work=False)
+            with_remaining_budget(engine, stage.folder(runs), 1, at_work=False)
 
 
 # -- before and during a run --------------------------------------------------------------------------------------------
@@ -177,7 +177,7 @@ def preview(args: Args) -> int | None:
 def run(args: Args) -> int | None:
     """``dagr run``."""
     placement = load_placement(args.placement)
-    check_can_be_written(args.runs)
+    check_writable(args.runs)
     _, stage = _one(args)
     todo = [line.stage for line in plan([stage], args.runs) if line.state != "cached"]
     _validate(todo, placement)
@@ -202,7 +202,7 @@ def study(args: Args) -> int | None:
 
     started = time.time()
     placement = load_placement(args.placement)
-    check_can_be_written(args.runs)
+    check_writable(args.runs)
     with fingerprint_cache():
         planned = _study(args)
         todo = [s.stage for s in plan(planned.stages(), args.runs) if s.state != "cached"]

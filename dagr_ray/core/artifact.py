@@ -39,7 +39,7 @@ from dagr_ray.core.config import digest
 from dagr_ray.core.folder import Folder, folders_of
 from dagr_ray.core.shapes import Json
 
-__all__ = ["Artifact", "Attempt", "Damaged", "Json", "add_up", "folders_of"]
+__all__ = ["Artifact", "AttemptLog", "Damaged", "Json", "add_up", "folders_of"]
 log = logging.getLogger("dagr")
 READERS = 32  # small files read at once from an object store, which takes about 30 ms for each
 ROW_GROUP = 8192  # so that a few rows of a large part are read without the others
@@ -441,7 +441,7 @@ class Artifact(Folder):
             yield
 
 
-class Attempt:
+class AttemptLog:
     """The event log of one try at a folder: ``attempts/001-9c1f.jsonl``, whole lines, never overwritten by a later try."""
 
     def __init__(self, folder: Artifact) -> None:

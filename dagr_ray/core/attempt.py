@@ -1,4 +1,4 @@
-"""One attempt at one folder: its plan, the shards that are left, and the manifest when all have their receipts."""
+"""One attempt at one folder: plan, pending shards, and the manifest when all shards have receipts."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 
 from dagr_ray import __version__
 from dagr_ray.core import blame, ray_pool, tables
-from dagr_ray.core.artifact import Artifact, Attempt, Json, add_up
+from dagr_ray.core.artifact import Artifact, AttemptLog, Json, add_up
 from dagr_ray.core.cost import Rates, resources_held, stage_bill
 from dagr_ray.core.folder import reads_only
 from dagr_ray.core.placement import Placement, Pool
 from dagr_ray.core.stage import Inputs, StageFailed
-from dagr_ray.core.worker import GIVEN_UP, Opener
+from dagr_ray.core.worker import SKIP_REASONS, Opener
 
 if TYPE_CHECKING:
     from dagr_ray.core.stage import Stage
@@ -41,9 +41,9 @@ PACKAGES = (
 
 @dataclass
 class Progress:
-    """How far a stage is: sent to the observer of ``materialize`` at the start, after every shard and at the end.
+    """Progress of a stage, sent to the observer of ``materialize`` at the start, after every shard and at the end.
 
-    ``state`` is cached, start, running, done or failed; a study's own are trials (some under way) and trial (one ended).
+    ``state`` is cached, start, running, done or failed; a study also sends trials (some are running) and trial (one ended).
     """
 
     stage: Stage
@@ -54,10 +54,10 @@ class Progress:
     counts: Json = field(default_factory=dict)
     cost: Json = field(default_factory=dict)
     seconds: float = 0.0
-    resumed: int = 0  # shards, and rows read, that were there at the start: no part of the speed
+    resumed: int = 0  # shards and rows that were finished before the start; they do not count for the speed
     resumed_rows: int = 0
     setup_s: float = 0.0  # until the first worker was ready
-    at_once: int = 1  # shards that are under way at one time
+    at_once: int = 1  # shards that run at the same time
     ends: tuple[float, ...] = ()  # when the last ``at_once`` shards ended, in seconds since the start
 
 
@@ -75,8 +75,8 @@ class Builder:
     def run(self) -> None:
         started = time.time()
         plan = self.folder.read_json("plan.json") or self._write_plan()
-        attempt = Attempt(self.folder)
-        done = self._without_errors(plan, self._receipts(plan))
+        attempt = AttemptLog(self.folder)
+        done = self._revoke_failed(plan, self._own_receipts(plan))
         pending = [shard for shard in plan["shards"] if shard["shard"] not in done]
         attempt.note(
             "start",
@@ -104,47 +104,48 @@ class Builder:
                 progress.ends = (*progress.ends, progress.seconds)[-progress.at_once :]
                 self.observe(progress)
         except BaseException as error:
-            with contextlib.suppress(OSError):  # of a disk that is full or away
+            with contextlib.suppress(OSError):  # the disk may be full or unreachable
                 attempt.note("failed", error=blame.reason(error), done=len(done))
             raise
         wall = time.time() - started
         attempt.note("done", wall_s=wall)
-        receipts = self._receipts(plan)
-        # an object store has no locks: another driver may have put its plan over this one, or have ended before
+        receipts = self._own_receipts(plan)
+        # an object store has no locks: another driver may have replaced this plan, or finished before
         if self.folder.manifest is None:
-            stands = self.folder.read_json("plan.json") or {}
+            current_plan = self.folder.read_json("plan.json") or {}
             if (
                 len(receipts) < len(plan["shards"])
-                or stands.get("shards") != plan["shards"]
-                or stands.get("made_from") != plan.get("made_from")
+                or current_plan.get("shards") != plan["shards"]
+                or current_plan.get("made_from") != plan.get("made_from")
             ):
                 return self.run()
             self._finish(plan, receipts, wall, attempt.number)
         progress.state, progress.seconds = "done", wall
         self.observe(progress)
 
-    def _receipts(self, plan: Json) -> dict[int, Json]:
-        """The receipts of this plan: a driver with another plan may have left some, for other rows."""
+    def _own_receipts(self, plan: Json) -> dict[int, Json]:
+        """Receipts of this plan: a driver with another plan may have written some for other rows."""
         rows = {shard["shard"]: [shard["start"], shard["stop"]] for shard in plan["shards"]}
-        return {n: r for n, r in self.folder.receipts().items() if n in rows and r.get("rows", rows[n]) == rows[n]}
+        receipts = self.folder.receipts().items()
+        return {n: receipt for n, receipt in receipts if n in rows and receipt.get("rows", rows[n]) == rows[n]}
 
-    def _without_errors(self, plan: Json, done: dict[int, Json]) -> dict[int, Json]:
-        """The receipts that stand. A stage that ended without a result does the shards again that have errors."""
-        if len(done) < len(plan["shards"]) or not self._fault(done):
+    def _revoke_failed(self, plan: Json, done: dict[int, Json]) -> dict[int, Json]:
+        """The valid receipts. If a stage ended without a result, its shards with errors are revoked and run again."""
+        if len(done) < len(plan["shards"]) or not self._failure(done):
             return done
-        again = [shard for shard, receipt in done.items() if _errors({0: receipt}) or _given_up({0: receipt})]
-        log.warning("%s: doing %d shard(s) again that had errors", self.folder.name, len(again))
-        self.folder.revoke(again)
-        return {shard: receipt for shard, receipt in done.items() if shard not in set(again)}
+        failed = [shard for shard, receipt in done.items() if _errors({0: receipt}) or _skipped({0: receipt})]
+        log.warning("%s: running %d shard(s) again that had errors", self.folder.name, len(failed))
+        self.folder.revoke(failed)
+        return {shard: receipt for shard, receipt in done.items() if shard not in set(failed)}
 
-    def _fault(self, receipts: dict[int, Json]) -> str | None:
-        """Why all shards together are no result: too many rows with errors, or no answer and rows that were given up."""
+    def _failure(self, receipts: dict[int, Json]) -> str | None:
+        """Why the finished shards are no result: too many errors, or skipped rows and not a single answer."""
         total, out = (sum(receipt["counts"].get(key, 0) for receipt in receipts.values()) for key in ("in", "out"))
-        errors, given_up = _errors(receipts), _given_up(receipts)
+        errors, skipped = _errors(receipts), _skipped(receipts)
         if errors / max(total, 1) > self.stage.max_error_rate:
             return f"{errors} of {total} rows failed, over the limit of {self.stage.max_error_rate:.0%}"
-        if given_up and not out:
-            return f"none of {total} rows has an answer, {given_up} were given up: the fault is not in the rows"
+        if skipped and not out:
+            return f"none of {total} rows has an answer, {skipped} were skipped: the rows are not at fault"
         return None
 
     def _threads(self) -> int:
@@ -153,7 +154,7 @@ class Builder:
     def _write_plan(self) -> Json:
         with reads_only(self.stage.type, (self.folder, *self.inputs.values())):
             rows = self.stage.size(self.inputs)
-            ranges = self._ranges_done(rows) or self.stage.ranges(self.inputs, self.pool.shard_rows)
+            ranges = self._ranges_of_receipts(rows) or self.stage.ranges(self.inputs, self.pool.shard_rows)
         plan = {
             "stage": self.stage.to_json(),
             "fingerprint": self.stage.fingerprint(),
@@ -167,17 +168,19 @@ class Builder:
         self.folder.write_json("plan.json", plan)
         return plan
 
-    def _ranges_done(self, rows: int | None) -> list[tuple[int, int]]:
-        """The rows of each shard as receipts tell them, of a folder whose plan was lost; none where they do not tell all."""
-        found = [receipt.get("rows", [0, -1]) for _, receipt in sorted(self.folder.receipts().items())]
-        ends = [0, *(stop for _, stop in found)]
-        whole = found and rows is not None and [start for start, _ in found] == ends[:-1] and ends[-1] == rows
-        return [(start, stop) for start, stop in found] if whole else []
+    def _ranges_of_receipts(self, rows: int | None) -> list[tuple[int, int]]:
+        """The row ranges in the receipts of a folder without a plan; empty unless they cover all rows."""
+        row_ranges = [receipt.get("rows", [0, -1]) for _, receipt in sorted(self.folder.receipts().items())]
+        ends = [0, *(stop for _, stop in row_ranges)]
+        complete = (
+            row_ranges and rows is not None and [start for start, _ in row_ranges] == ends[:-1] and ends[-1] == rows
+        )
+        return [(start, stop) for start, stop in row_ranges] if complete else []
 
     def _finish(self, plan: Json, receipts: dict[int, Json], wall: float, attempts: int) -> None:
         counts: Json = {}
         cost: Json = {}
-        made: dict[str, Json] = {name: {"rows": 0, "bytes": 0, "parts": []} for name in self.stage.outputs}
+        table_entries: dict[str, Json] = {name: {"rows": 0, "bytes": 0, "parts": []} for name in self.stage.outputs}
         files: Json = {}
         for shard in plan["shards"]:
             receipt = receipts[shard["shard"]]
@@ -185,17 +188,17 @@ class Builder:
             add_up(cost, receipt["cost"])
             files |= {name: {**entry, "shard": receipt["shard"]} for name, entry in receipt["files"].items()}
             for name, part in receipt["tables"].items():
-                entry = made.setdefault(name, {"rows": 0, "bytes": 0, "parts": []})
+                entry = table_entries.setdefault(name, {"rows": 0, "bytes": 0, "parts": []})
                 entry["parts"].append(part)
                 entry["rows"] += part["rows"]
                 entry["bytes"] += part["bytes"]
-        if fault := self._fault(receipts):
-            raise StageFailed(f"{self.folder.name}: {fault}; run again to do the shards with errors again")
+        if failure := self._failure(receipts):
+            raise StageFailed(f"{self.folder.name}: {failure}; run again to repeat the shards with errors")
         waste: Json = {}
         for receipt in self.folder.revoked():
             add_up(waste, receipt["cost"])
-        spent = _bill(self.stage, self.folder, receipts, self.placement)
-        for name, entry in made.items():
+        bill = _bill(self.stage, self.folder, receipts, self.placement)
+        for name, entry in table_entries.items():
             entry["schema"] = tables.schema(name).to_string()
         if (remark := self.stage.remark(counts)) is not None:
             log.warning("%s: %s", self.folder.name, remark)
@@ -206,13 +209,13 @@ class Builder:
                 "fingerprint": plan["fingerprint"],
                 "inputs": plan["inputs"],
                 **{key: plan[key] for key in ("made_from", "remade") if key in plan},
-                "tables": made,
+                "tables": table_entries,
                 "files": files,
                 "counts": counts,
-                "cost": {"wall_s": spent["seconds"]["wall"], **cost},
+                "cost": {"wall_s": bill["seconds"]["wall"], **cost},
                 "waste": waste,
-                "bill": spent,
-                "price": spent["usd"]["total"],
+                "bill": bill,
+                "price": bill["usd"]["total"],
                 "placement": self.placement.to_json(),
                 "attempts": attempts,
                 "finished": time.time(),
@@ -227,23 +230,25 @@ def _errors(receipts: dict[int, Json]) -> int:
     return sum(receipt["counts"].get("errors", 0) for receipt in receipts.values())
 
 
-def _given_up(receipts: dict[int, Json]) -> int:
-    """Rows that ended or hung their worker, or raised."""
-    found = (receipt["counts"].get("rejected", {}).items() for receipt in receipts.values())
-    return sum(rows for each in found for why, rows in each if why.rpartition("/")[2] in GIVEN_UP)
+def _skipped(receipts: dict[int, Json]) -> int:
+    """Rows that crashed or hung their worker, or raised."""
+    rejections = (receipt["counts"].get("rejected", {}).items() for receipt in receipts.values())
+    return sum(
+        rows for by_reason in rejections for reason, rows in by_reason if reason.rpartition("/")[2] in SKIP_REASONS
+    )
 
 
 def _bill(stage: Stage, folder: Artifact, receipts: dict[int, Json], placement: Placement) -> Json:
-    return stage_bill(folder, receipts.values(), Rates.of(placement.prices, stage.engine_asked()))
+    return stage_bill(folder, receipts.values(), Rates.from_prices(placement.prices, stage.engine_asked()))
 
 
 @lru_cache(maxsize=1)
 def package_versions() -> dict[str, str]:
     """Installed versions of the packages that can change a result."""
-    found = {}
+    versions = {}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return versions

@@ -21,7 +21,7 @@ from dagr_ray.core.config import ConfigError
 from dagr_ray.core.folder import reads_all, reads_only
 from dagr_ray.core.placement import Placement, Pool
 from dagr_ray.core.stage import Inputs, OutOfReach, Stage, StageFailed, walk
-from dagr_ray.core.worker import out_of_memory, out_of_reach
+from dagr_ray.core.worker import out_of_memory_message, out_of_reach_message
 
 log = logging.getLogger("dagr")
 # A folder of so many files and bytes is read through before it is handed out: a third of a second.
@@ -45,8 +45,8 @@ def materialize(
         try:
             for each in walk(stage):
                 inputs = _inputs(each, made)
-                if each.grows and not _is_sound(each.folder(runs)):
-                    inputs |= _grown(each, inputs, runs, placement, observe)
+                if each.has_dynamic_inputs and not _is_sound(each.folder(runs)):
+                    inputs |= _dynamic_inputs(each, inputs, runs, placement, observe)
                 made[each.fingerprint()] = _build(each, inputs, runs, placement, observe)
             folder = made[stage.fingerprint()]
             inputs = {stage.type: folder}
@@ -73,7 +73,7 @@ def _inputs(stage: Stage, made: dict[str, Artifact]) -> Inputs:
     return cast(Inputs, found)
 
 
-def _grown(stage: Stage, inputs: Inputs, runs: str, placement: Placement, observe: Observer) -> Inputs:
+def _dynamic_inputs(stage: Stage, inputs: Inputs, runs: str, placement: Placement, observe: Observer) -> Inputs:
     """The inputs that a stage finds by building them. It can read those, and what they are made from."""
     with reads_only(stage.type, inputs.values()) as readable:
 
@@ -83,7 +83,7 @@ def _grown(stage: Stage, inputs: Inputs, runs: str, placement: Placement, observ
                 readable.update(each.folder(runs).path for each in walk(step))
             return folder
 
-        return stage.grow(inputs, build)
+        return stage.dynamic_inputs(inputs, build)
 
 
 def _small(folder: Artifact) -> bool:
@@ -128,9 +128,9 @@ def _tell(stage: Stage, folder: Artifact, pool: Pool, error: Exception) -> None:
     if reason.startswith(("StageFailed: ", "OutOfReach: ")):  # in a worker, which has told its line
         raise StageFailed(reason.partition(": ")[2]) from error
     if blame.is_of_memory(error) or blame.is_of_a_death(error):
-        raise StageFailed(out_of_memory(folder, stage, pool, error)) from error
+        raise StageFailed(out_of_memory_message(folder, stage, pool, error)) from error
     if blame.is_of_the_machine(error):
-        raise OutOfReach(out_of_reach(folder, error)) from error
+        raise OutOfReach(out_of_reach_message(folder, error)) from error
     if type(error).__module__.startswith("ray.") and "ConfigError: " not in reason:
         raise StageFailed(f"{folder.path}: {reason}; finished shards are kept") from error
 

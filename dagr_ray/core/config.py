@@ -1,6 +1,6 @@
-"""Frozen configs: a registry of types found by scanning, JSON round trip, and content fingerprints.
+"""Frozen configs: a registry of types, JSON round trip, and content fingerprints.
 
-A config describes *what* is computed. Two configs with the same fingerprint describe the same result, on any machine.
+A config describes *what* is computed. Configs with equal fingerprints describe the same result, on any machine.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ Self = TypeVar("Self", bound="Config")
 
 
 class ConfigError(ValueError):
-    """A mistake of the user's, found before anything starts. One line: what, the bad value, what is allowed, what to do."""
+    """A user's mistake, found before anything starts. One line: what, the bad value, what is allowed, what to do."""
 
 
 class Threshold:
-    """Marks a field (``Annotated[float, Threshold()]``) that decides on stored scores and so costs no new scoring."""
+    """Marks a field (``Annotated[float, Threshold()]``) that only filters stored scores: changing it needs no new scoring."""
 
 
 class OmitWhenDefault:
-    """Marks a field that came later: at its default it is no part of the fingerprint, so older results stay found."""
+    """Marks a field added after a release. Left at its default, it is omitted from the fingerprint, so old folders stay valid."""
 
 
 def _kebab(name: str) -> str:
@@ -45,7 +45,7 @@ def _kebab(name: str) -> str:
 class Config(BaseModel):
     """A frozen value with a ``type`` name (the class name in kebab case unless ``type`` is set) and a ``version``.
 
-    Fields may hold other configs. A subclass raises its ``version`` when the same fields come to mean another result.
+    Fields may hold other configs. A subclass raises its ``version`` when equal fields come to mean another result.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False, validate_default=True, allow_inf_nan=False)
@@ -65,65 +65,67 @@ class Config(BaseModel):
     @model_validator(mode="wrap")
     @classmethod
     def _resolve_type(cls, value: Any, handler: Any) -> Any:
-        """Lets a field annotated with a base class take ``{"type": ..., **fields}`` or a bare type name."""
+        """Lets a field annotated with a base class accept ``{"type": ..., **fields}`` or a bare type name."""
         if isinstance(value, str):
             value = {"type": value}
         if isinstance(value, dict) and "type" in value:
-            return _resolved(value, cls, handler)
+            return _resolve(value, cls, handler)
         return handler(value)
 
     def to_json(self) -> dict[str, Any]:
-        """The config as plain JSON values, ``type`` first; ``from_json`` gives an equal config back.
+        """The config as plain JSON values, ``type`` first; ``from_json`` restores an equal config.
 
-        A config that is held in several places is the same dict in all of them: ``packed`` writes it once.
+        A config that occurs in several places is the same dict in all of them: ``packed`` writes it once.
         """
-        with _once(_said) as said:
-            if id(self) not in said:
+        with _memory(_json_values) as memo:
+            if id(self) not in memo:
                 fields = {
                     name: _walk(getattr(self, name), lambda c: c.to_json()) for name in self.__class__.model_fields
                 }
-                said[id(self)] = (self, {"type": self.type, **fields})
-            return said[id(self)][1]
+                memo[id(self)] = (self, {"type": self.type, **fields})
+            return memo[id(self)][1]
 
     def identity(self) -> dict[str, Any]:
-        """What is hashed into the fingerprint. Override where a field stands for content (a folder, a model's files)."""
-        of = self.__class__.model_fields.items()
-        kept = [
-            name for name, field in of if not (_is(OmitWhenDefault, field) and getattr(self, name) == field.default)
+        """What the fingerprint hashes. Override it if a field stands for content (a folder, a model's files)."""
+        model_fields = self.__class__.model_fields.items()
+        names = [
+            name
+            for name, field in model_fields
+            if not (_is(OmitWhenDefault, field) and getattr(self, name) == field.default)
         ]
-        fields = {name: _walk(getattr(self, name), lambda c: c.fingerprint()) for name in kept}
+        fields = {name: _walk(getattr(self, name), lambda config: config.fingerprint()) for name in names}
         return {"type": self.type, "version": self.version, **fields}
 
     def scoring_identity(self) -> dict[str, Any]:
-        """The identity without the fields marked as ``Threshold``: what decides which scores are computed."""
+        """The identity without the fields marked ``Threshold``: everything that decides which scores are computed."""
         marked = {name for name, field in self.__class__.model_fields.items() if _is(Threshold, field)}
         return {key: value for key, value in self.identity().items() if key not in marked}
 
     def fingerprint(self) -> str:
-        """12 hex digits of the SHA-256 of the identity, in which each inner config stands by its own fingerprint."""
-        with fingerprint_cache() as held:
-            if id(self) not in held:
-                held[id(self)] = (self, digest(self.identity()))
-            return held[id(self)][1]
+        """12 hex digits of the SHA-256 of the identity, in which each inner config is replaced by its fingerprint."""
+        with fingerprint_cache() as memo:
+            if id(self) not in memo:
+                memo[id(self)] = (self, digest(self.identity()))
+            return memo[id(self)][1]
 
     def label(self) -> str:
-        """A short word for people, used in folder names; never part of the fingerprint."""
+        """A short word for folder names; never part of the fingerprint."""
         return ""
 
 
-# id of a config -> the config, which keeps the id from being used again, and what was found for it; or a path's content
-_Held = dict[Any, tuple["Config | None", Any]]
-_held: ContextVar[_Held | None] = ContextVar("held", default=None)
-_said: ContextVar[_Held | None] = ContextVar("said", default=None)
-# id of a JSON object and the type that was wanted of it -> the object and the config that it gave
-_Read = dict[tuple[int, type], tuple[Any, "Config"]]
-_read: ContextVar[_Read | None] = ContextVar("read", default=None)
-_Memo = TypeVar("_Memo", bound=dict[Any, Any])
+# id of a config -> the config, which keeps the id from being reused, and its memoised value; or a path's content hash
+_Memo = dict[Any, tuple["Config | None", Any]]
+_fingerprints: ContextVar[_Memo | None] = ContextVar("fingerprints", default=None)
+_json_values: ContextVar[_Memo | None] = ContextVar("json_values", default=None)
+# id of a JSON object and the type requested for it -> the object and the resulting config
+_Parsed = dict[tuple[int, type], tuple[Any, "Config"]]
+_parsed: ContextVar[_Parsed | None] = ContextVar("parsed", default=None)
+_AnyMemo = TypeVar("_AnyMemo", bound=dict[Any, Any])
 
 
 @contextlib.contextmanager
-def _once(var: ContextVar[_Memo | None]) -> Iterator[_Memo]:
-    """One memory for everything inside. Without it a graph of stages is walked as a tree, which may never end."""
+def _memory(var: ContextVar[_AnyMemo | None]) -> Iterator[_AnyMemo]:
+    """A memo shared by everything inside. Without it, a graph of stages is walked as a tree, which may never end."""
     outer = var.get()
     if outer is not None:
         yield outer
@@ -136,36 +138,36 @@ def _once(var: ContextVar[_Memo | None]) -> Iterator[_Memo]:
         var.reset(token)
 
 
-def fingerprint_cache() -> contextlib.AbstractContextManager[_Held]:
-    """Inside, a config is fingerprinted once. Outside, each time anew: files that it stands for may have changed."""
-    return _once(_held)
+def fingerprint_cache() -> contextlib.AbstractContextManager[_Memo]:
+    """Inside, each config is fingerprinted once. Outside, it is computed anew: files that it stands for may have changed."""
+    return _memory(_fingerprints)
 
 
-def cached_content(kind: str, path: str, hashed: Callable[[], str]) -> str:
-    """The hash of what lies at a path: inside ``fingerprint_cache`` taken once, however many configs hold the path."""
-    held = _held.get()
-    if held is None:
-        return hashed()
-    if (kind, path) not in held:
-        held[kind, path] = None, hashed()
-    return held[kind, path][1]
+def cached_content(kind: str, path: str, compute_hash: Callable[[], str]) -> str:
+    """The hash of a path's content; inside ``fingerprint_cache`` it is computed once, however many configs hold the path."""
+    memo = _fingerprints.get()
+    if memo is None:
+        return compute_hash()
+    if (kind, path) not in memo:
+        memo[kind, path] = None, compute_hash()
+    return memo[kind, path][1]
 
 
-def _resolved(value: dict[str, Any], cls: type[Config], handler: Any) -> Any:
-    """Apart from the validator, which is pickled by value with a class of a job's file: a ContextVar cannot be."""
-    with _once(_read) as known:
-        if (id(value), cls) not in known:
-            wanted = lookup(value["type"], cls)
-            rest = {k: v for k, v in value.items() if k != "type"}
-            known[id(value), cls] = value, handler(rest) if wanted is cls else wanted.model_validate(rest)
-        return known[id(value), cls][1]
+def _resolve(value: dict[str, Any], cls: type[Config], handler: Any) -> Any:
+    """Not part of the validator, which is pickled by value with a class of a job's file: a ContextVar cannot be pickled."""
+    with _memory(_parsed) as memo:
+        if (id(value), cls) not in memo:
+            config_type = lookup(value["type"], cls)
+            fields = {k: v for k, v in value.items() if k != "type"}
+            memo[id(value), cls] = value, handler(fields) if config_type is cls else config_type.model_validate(fields)
+        return memo[id(value), cls][1]
 
 
 class Frozen(dict[str, Any]):
-    """A JSON object that is a value: it cannot be changed, and equal ones have equal hashes."""
+    """An immutable JSON object; equal ones have equal hashes."""
 
     def _refuse(self, *_: object, **__: object) -> NoReturn:
-        raise TypeError("a config's values cannot be changed; make another config")
+        raise TypeError("a config cannot be changed; make another config")
 
     __setitem__ = __delitem__ = __ior__ = _refuse
     clear = pop = popitem = setdefault = update = _refuse
@@ -184,12 +186,12 @@ def _frozen(value: dict[str, Any]) -> Frozen:
         raise ConfigError(f"{error}; give strings, numbers, true, false, null, lists and objects of these") from None
 
 
-# A field of a config that holds free JSON, such as another program's options.
+# A config field that holds free JSON, such as another program's options.
 JsonObject = Annotated[dict[str, Any], AfterValidator(_frozen)]
 
 
 def _is(mark: type, field: FieldInfo) -> bool:
-    return any(isinstance(each, mark) for each in field.metadata)
+    return any(isinstance(item, mark) for item in field.metadata)
 
 
 def digest(value: Any, length: int = 12) -> str:
@@ -214,7 +216,7 @@ _SAME = "$same"
 
 
 def _rebuilt(value: Any, change: Callable[[dict[str, Any], str, Callable[[], Any]], Any], place: str = "") -> Any:
-    """A JSON value with what ``change(object, its JSON pointer, the object with its items rebuilt)`` makes of each object."""
+    """A JSON value in which ``change(object, JSON pointer, function that rebuilds its items)`` replaces each object."""
     if isinstance(value, list):
         return [_rebuilt(item, change, f"{place}/{number}") for number, item in enumerate(value)]
     if isinstance(value, dict):
@@ -224,33 +226,33 @@ def _rebuilt(value: Any, change: Callable[[dict[str, Any], str, Callable[[], Any
 
 
 def packed(value: Any) -> Any:
-    """A JSON value with each config that holds others written once; elsewhere ``{"$same": its JSON pointer}``."""
+    """A JSON value with each nested config written once; further occurrences are ``{"$same": JSON pointer}``."""
     places: dict[int, str] = {}
 
-    def change(each: dict[str, Any], place: str, rebuilt: Callable[[], Any]) -> Any:
-        if "type" in each and any(isinstance(item, (dict, list)) for item in each.values()):
-            if id(each) in places:
-                return {_SAME: places[id(each)]}
-            places[id(each)] = place
+    def change(config: dict[str, Any], place: str, rebuilt: Callable[[], Any]) -> Any:
+        if "type" in config and any(isinstance(item, (dict, list)) for item in config.values()):
+            if id(config) in places:
+                return {_SAME: places[id(config)]}
+            places[id(config)] = place
         return rebuilt()
 
     return _rebuilt(value, change)
 
 
 def unpacked(text: bytes) -> Any:
-    """The value that was ``packed`` and written, with each config one dict in all its places."""
+    """Reads a ``packed`` value; each config is one dict in all its places."""
     places: dict[str, Any] = {}
 
-    def change(each: dict[str, Any], place: str, rebuilt: Callable[[], Any]) -> Any:
-        if list(each) == [_SAME] and isinstance(each[_SAME], str) and each[_SAME] in places:
-            return places[each[_SAME]]
-        made = rebuilt()
-        if "type" in made:
-            places[place] = made
-        return made
+    def change(item: dict[str, Any], place: str, rebuilt: Callable[[], Any]) -> Any:
+        if list(item) == [_SAME] and isinstance(item[_SAME], str) and item[_SAME] in places:
+            return places[item[_SAME]]
+        config = rebuilt()
+        if "type" in config:
+            places[place] = config
+        return config
 
     value = json.loads(text)
-    # a receipt has none, and is read by the hundred thousand
+    # receipts are read by the hundred thousand and hold no such reference
     return _rebuilt(value, change) if f'"{_SAME}"'.encode() in text else value
 
 
@@ -268,20 +270,20 @@ def discover() -> dict[str, type[Config]]:
 
 def plugins(base: type[Self]) -> dict[str, type[Self]]:
     """The concrete registered types below ``base``, by name."""
-    found = discover().items()
-    return {n: c for n, c in sorted(found) if issubclass(c, base) and c is not base and not c.__dict__.get("abstract")}
+    types = sorted(discover().items())
+    return {n: c for n, c in types if issubclass(c, base) and c is not base and not c.__dict__.get("abstract")}
 
 
 def lookup(name: Any, base: type[Self]) -> type[Self]:
     """The registered type called ``name``, which must be ``base`` or below it."""
-    found = Config._registry.get(name) or discover().get(name)
-    if found is None or not issubclass(found, base):
+    config_type = Config._registry.get(name) or discover().get(name)
+    if config_type is None or not issubclass(config_type, base):
         raise ConfigError(f"type {name!r} is not a {_kebab(base.__name__)}; allowed: {', '.join(plugins(base))}")
-    return found
+    return config_type
 
 
 def from_json(value: dict[str, Any], base: type[Self]) -> Self:
-    """A config from ``to_json``'s form. Raises ConfigError naming the field, the value and what is allowed."""
+    """A config from its ``to_json`` form. Raises ConfigError with the field, the value and what is allowed."""
     try:
         return base.model_validate(value)
     except ValidationError as error:
@@ -293,7 +295,7 @@ def explain(error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, ConfigError) and not first["loc"]:
-        return str(cause)  # raised about the whole config: it says all itself
+        return str(cause)  # about the whole config: the message is complete
     field = ".".join(str(part) for part in first["loc"]) or "value"
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
@@ -315,7 +317,7 @@ def _files(folder: Path) -> Iterator[tuple[str, Path]]:
 
 
 def content_hash(path: str | Path) -> str:
-    """Hash of a local file or folder by names and bytes; hidden files do not count. Cached by size and modification time."""
+    """Hash of a local file or folder, by names and bytes, without hidden files. Cached by size and modification time."""
     return cached_content("files", str(path), lambda: _content_hash(Path(path)))
 
 

@@ -1,4 +1,4 @@
-"""Modules beside a job's file: importable in the driver and in every worker."""
+"""Makes modules in a job's folder importable, in the driver and in every worker."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
-# Folders of the jobs that were loaded, the last one first: what lies there is importable. Those that were not before:
-_beside: list[str] = []
+# Folders of the loaded jobs, the last one first; and those of them that this module added to sys.path.
+_job_folders: list[str] = []
 _added: set[str] = set()
 
 
-def beside() -> list[str]:
+def job_folders() -> list[str]:
     """The folders of the jobs that this process has loaded."""
-    return list(_beside)
+    return list(_job_folders)
 
 
-def import_beside(folders: Sequence[str]) -> None:
-    """Makes what lies in the folders importable, after all that is installed, so that nothing of that is covered."""
+def add_job_folders(folders: Sequence[str]) -> None:
+    """Makes modules in the folders importable, at the end of sys.path, so that they hide no installed package."""
     for folder in reversed(folders):
         if folder in _added:
             sys.path.remove(folder)
@@ -28,34 +28,34 @@ def import_beside(folders: Sequence[str]) -> None:
         if folder not in sys.path:
             sys.path.insert(len(sys.path) - len(_added), folder)
             _added.add(folder)
-        _beside[:] = [folder, *(each for each in _beside if each != folder)]
+        _job_folders[:] = [folder, *(other for other in _job_folders if other != folder)]
 
 
 @contextlib.contextmanager
-def importing_beside(folder: str) -> Iterator[None]:
-    """A job of the folder is loaded inside. What it and earlier jobs have imported from beside them is read anew."""
+def loading_job(folder: str) -> Iterator[None]:
+    """Context in which a job of the folder is loaded. Modules that earlier loads imported from job folders are re-read."""
     for name, module in list(sys.modules.items()):
-        if _home(module) in _added:
+        if _import_root(module) in _added:
             del sys.modules[name]
     importlib.invalidate_caches()
-    import_beside([folder])
+    add_job_folders([folder])
     yield
 
 
-def _home(module: ModuleType) -> str | None:
-    """The folder that a module, or the package around it, lies in."""
+def _import_root(module: ModuleType) -> str | None:
+    """The folder from which a module, or the package around it, is imported."""
     file, name = getattr(module, "__file__", None), getattr(module, "__name__", "")
     if not file or name.startswith("dagr_ray"):
         return None
-    above = Path(file).parents
-    up = name.count(".") + (Path(file).name == "__init__.py")
-    return str(above[up]) if up < len(above) else None
+    parents = Path(file).parents
+    depth = name.count(".") + (Path(file).name == "__init__.py")
+    return str(parents[depth]) if depth < len(parents) else None
 
 
-def send_whole() -> None:
-    """Classes and functions from beside a job are sent to workers whole: these may have no such folder."""
+def pickle_job_modules_by_value() -> None:
+    """Sends classes and functions of job folders to workers by value: a worker may not have the folder."""
     from ray import cloudpickle
 
     for name, module in list(sys.modules.items()):
-        if "." not in name and _beside and _home(module) in _beside:
+        if "." not in name and _job_folders and _import_root(module) in _job_folders:
             cloudpickle.register_pickle_by_value(module)

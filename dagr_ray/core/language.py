@@ -1,7 +1,7 @@
-"""Which language a text is in, by a small model that comes with its package and is fast enough for every row.
+"""Detects the language of a text, by a small model that comes with its package and is fast enough for every row.
 
 Compared on 4,318 English queries (SciFact, SQuADShifts, MedQuAD, Cranfield, NPL) and 4,126 lines of 3 to 12 words from
-Django's translations into 28 other languages, one core, the likeliest of all languages that each knows:
+Django's translations into 28 other languages, on one core; the answer is the likeliest of all languages that each knows:
 
 | package | size | texts/s | right, other languages | English taken for another |
 |---|---:|---:|---:|---:|
@@ -17,10 +17,10 @@ from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
 
-PASSAGES, SPOKEN = 256, 1000  # passages of a collection, and characters of each, that tell its language
-UNDETERMINED = "und"  # ISO 639's code for it
-_UNTOLD = (UNDETERMINED, "zxx")  # and for what is no language
-# Codes that stand for one written language, as far as its words go.
+PASSAGES, PASSAGE_CHARACTERS = 256, 1000  # passages of a collection, and characters of each, from which it is detected
+UNDETERMINED = "und"  # ISO 639's code for an unknown language
+_NO_LANGUAGE = (UNDETERMINED, "zxx")  # zxx: no linguistic content
+# Codes that share one written language.
 _SAME = {
     **dict.fromkeys(("nb", "nn"), "no"),
     **dict.fromkeys(("ary", "arz", "arb"), "ar"),
@@ -39,9 +39,9 @@ def _identifier() -> Any:
 def language_of(text: str) -> tuple[str, float]:
     """The ISO 639 code of a text's language and its probability in [0, 1]; ("und", 0.0) for a text without letters.
 
-    A naive Bayes over byte n-grams of 139 languages (langid.py: Lui and Baldwin 2012, ACL P12-3005). A code of two
-    letters where there is one ("en"), else of three ("nds"). Of texts under three words, one in ten is taken for another
-    language: ask ``likeness`` where one language is expected.
+    A naive Bayes classifier over byte n-grams of 139 languages (langid.py: Lui and Baldwin 2012, ACL P12-3005). The code
+    has two letters if there is one ("en"), else three ("nds"). Of texts under three words, one in ten is assigned to
+    another language: use ``likeness`` if one language is expected.
 
     >>> language_of("Wie kopiere ich einen Ordner mit allem, was darin ist?")[0]
     'de'
@@ -54,10 +54,10 @@ def language_of(text: str) -> tuple[str, float]:
     return str(code), float(probability)
 
 
-def written(code: str) -> str:
-    """The code of a written language for that of a region or a dialect.
+def base_language(code: str) -> str:
+    """The code of the written language for a region's or dialect's code.
 
-    >>> written("pt-BR"), written("zh_Hant"), written("nb")
+    >>> base_language("pt-BR"), base_language("zh_Hant"), base_language("nb")
     ('pt', 'zh', 'no')
     """
     code = code.replace("_", "-").split("-")[0].lower()
@@ -65,10 +65,10 @@ def written(code: str) -> str:
 
 
 def language_of_all(texts: Iterable[str]) -> str:
-    """The ISO 639 code of a collection, by some of its texts: that of at least half of those with letters.
+    """The ISO 639 code of a collection, from some of its texts: the language of at least half of the texts with letters.
 
-    English where nothing has letters, or where none has half and nearly all letters are ASCII (code, names, numbers);
-    "und" for what else is mixed.
+    English if no text has letters, or if no language has half and nearly all letters are ASCII (code, names, numbers);
+    "und" for other mixtures.
 
     >>> language_of_all(["Wie kopiere ich einen Ordner?", "Der Zug fährt heute nicht.", "print(x)"])
     'de'
@@ -77,11 +77,11 @@ def language_of_all(texts: Iterable[str]) -> str:
     """
     counts, letters, plain = Counter[str](), 0, 0
     for text in texts:
-        code = written(language_of(text)[0])
-        if code not in _UNTOLD:
+        code = base_language(language_of(text)[0])
+        if code not in _NO_LANGUAGE:
             counts[code] += 1
-            mine = [c for c in text if c.isalpha()]
-            letters, plain = letters + len(mine), plain + sum(map(str.isascii, mine))
+            own_letters = [c for c in text if c.isalpha()]
+            letters, plain = letters + len(own_letters), plain + sum(map(str.isascii, own_letters))
     if not counts:
         return "en"
     code, most = counts.most_common(1)[0]
@@ -91,14 +91,14 @@ def language_of_all(texts: Iterable[str]) -> str:
 
 
 def languages() -> tuple[str, ...]:
-    """The codes that ``language_of`` can give, in order."""
+    """The codes that ``language_of`` can return, in order."""
     return tuple(sorted(_identifier().labels))
 
 
 def likeness(text: str, language: str) -> float:
-    """How far a text may be in ``language``: its probability by that of the likeliest language, 1 where it is that one.
+    """The probability of ``language`` for a text, divided by the likeliest language's; 1 if it is the likeliest.
 
-    1 also for a text without letters, which tells nothing. Kinder to names and terms than the likeliest language alone:
+    Also 1 for a text without letters, which is no evidence. Fairer to names and terms than the likeliest language alone:
 
     >>> language_of("DMS3 protein enables Pol V transcription in vivo.")[0]
     'la'

@@ -12,7 +12,7 @@ from typing import Any
 
 from dagr_ray.core import environment
 from dagr_ray.core.config import ConfigError
-from dagr_ray.core.job_imports import send_whole
+from dagr_ray.core.job_imports import pickle_job_modules_by_value
 from dagr_ray.core.placement import Pool
 from dagr_ray.core.ray_start import connect
 
@@ -23,8 +23,8 @@ Worker = Callable[[Shard], dict[str, Any]]
 def _actor(factory: Callable[[], Worker], name: str) -> type:
     """An actor class that opens its worker once and feeds it shards.
 
-    The factory travels inside the class: as a constructor argument it would live in the object store, where a restarted
-    actor may not find it again (ray#53727).
+    The factory is part of the class: as a constructor argument it would live in the object store, where a restarted
+    actor may not find it (ray#53727).
     """
 
     class ShardActor:
@@ -34,14 +34,14 @@ def _actor(factory: Callable[[], Worker], name: str) -> type:
             self.in_flight = Gauge("dagr_shards_in_flight", "Shards at work in a worker", ("stage", "pid"))
             self.in_flight.set_default_tags({"stage": name, "pid": str(os.getpid())})
             self.busy, self.lock = 0, threading.Lock()
-            # told with the first shard: an error raised here arrives as a page of text
-            self.refusal: dict[str, str | None] = {}
+            # returned with the first shard: an error raised here would reach the driver as a page of text
+            self.open_error: dict[str, str | None] = {}
             try:
                 self.worker = factory()
             except ConfigError as error:
-                self.refusal = {"refusal": str(error)}
+                self.open_error = {"refusal": str(error)}
             except ModuleNotFoundError as error:
-                self.refusal = {"refusal": str(error), "missing": error.name}
+                self.open_error = {"refusal": str(error), "missing": error.name}
 
         def _count(self, more: int) -> None:
             with self.lock:
@@ -49,8 +49,8 @@ def _actor(factory: Callable[[], Worker], name: str) -> type:
                 self.in_flight.set(self.busy)
 
         def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-            if self.refusal:
-                return {"result": [json.dumps(self.refusal)]}
+            if self.open_error:
+                return {"result": [json.dumps(self.open_error)]}
             self._count(1)
             try:
                 return {"result": [json.dumps(self.worker(json.loads(text))) for text in batch["shard"]]}
@@ -61,48 +61,48 @@ def _actor(factory: Callable[[], Worker], name: str) -> type:
 
 
 class _Meter:
-    """What the receipts of a run say, in Ray's metrics: a cluster's Prometheus sees them on every node's metrics port."""
+    """Ray metrics of a run, from its receipts. A cluster's Prometheus reads them on every node's metrics port."""
 
     def __init__(self, name: str, shards: int) -> None:
         from ray.util.metrics import Counter, Gauge
 
-        self.tags, self.left = {"stage": name}, shards
+        self.tags, self.shards_left = {"stage": name}, shards
         self.rows = Counter("dagr_rows", "Rows read by finished shards", ("stage",))
         self.accepted = Counter("dagr_rows_accepted", "Rows that finished shards wrote", ("stage",))
-        self.rejected = Counter("dagr_rows_rejected", "Rows refused by finished shards", ("stage", "reason"))
+        self.rejected = Counter("dagr_rows_rejected", "Rows rejected by finished shards", ("stage", "reason"))
         self.tokens = Counter("dagr_tokens", "Tokens of finished shards", ("stage", "kind"))
         self.queued = Gauge("dagr_shards_queued", "Shards that have no receipt yet", ("stage",))
-        self.share = Gauge("dagr_busy_share", "Share of their time that workers were at work on shards", ("stage",))
+        self.share = Gauge("dagr_busy_share", "Share of worker time spent on shards", ("stage",))
         self.seconds = {"busy_s": 0.0, "idle_s": 0.0}
-        self.queued.set(self.left, self.tags)
+        self.queued.set(self.shards_left, self.tags)
 
     def add(self, receipt: dict[str, Any]) -> None:
         """Counts a finished shard."""
         counts, cost = receipt.get("counts", {}), receipt.get("cost", {})
-        self.left -= 1
-        self.queued.set(self.left, self.tags)
-        found: list[tuple[Any, int, dict[str, str]]] = [(self.rows, counts.get("in", 0), {})]
-        found += [(self.accepted, counts.get("out", 0), {})]
-        found += [(self.rejected, n, {"reason": reason}) for reason, n in counts.get("rejected", {}).items()]
+        self.shards_left -= 1
+        self.queued.set(self.shards_left, self.tags)
+        increments: list[tuple[Any, int, dict[str, str]]] = [(self.rows, counts.get("in", 0), {})]
+        increments += [(self.accepted, counts.get("out", 0), {})]
+        increments += [(self.rejected, n, {"reason": reason}) for reason, n in counts.get("rejected", {}).items()]
         kinds = {"prompt": "prompt_tokens", "cached": "cached_tokens", "completion": "completion_tokens"}
-        found += [(self.tokens, cost.get(key, 0), {"kind": kind}) for kind, key in kinds.items()]
-        for counter, more, tags in found:
-            if more > 0:  # Ray's counters refuse to grow by nothing
+        increments += [(self.tokens, cost.get(key, 0), {"kind": kind}) for kind, key in kinds.items()]
+        for counter, more, tags in increments:
+            if more > 0:  # Ray's counters refuse an increment of 0
                 counter.inc(more, self.tags | tags)
         self.seconds = {key: spent + cost.get(key, 0.0) for key, spent in self.seconds.items()}
         self.share.set(self.seconds["busy_s"] / max(sum(self.seconds.values()), 1e-9), self.tags)
 
 
-def where() -> str:
-    """The node that this process works on: Ray's id of it inside a worker, else the machine's name."""
+def node_id() -> str:
+    """The node of this process: Ray's node id inside a worker, else the machine's name."""
     ray = sys.modules.get("ray")
     if ray is not None and ray.is_initialized():
         return ray.get_runtime_context().get_node_id()
     return platform.node()
 
 
-def memory_is_short() -> bool:
-    """Whether this machine, or its container, uses nearly as much memory as has Ray end a worker."""
+def is_memory_short() -> bool:
+    """Whether this machine or container is within 5 % of the memory use at which Ray kills a worker."""
     from ray._common.utils import get_system_memory
     from ray._private.utils import get_used_memory
 
@@ -113,33 +113,33 @@ def memory_is_short() -> bool:
 def map_shards(
     factory: Callable[[], Worker], shards: Sequence[Shard], pool: Pool, threads: int = 1, name: str = ""
 ) -> Iterator[dict[str, Any]]:
-    """Runs every shard on the pool; yields each worker's statistics as shards end, in any order.
+    """Runs every shard on the pool and yields each worker's receipts as shards finish, in any order.
 
-    ``factory`` is called once in each worker and returns the callable that does a shard, in ``threads`` threads at
-    once. An exception of the user's code ends the run; a dead worker is replaced by Ray and its shards done again.
-    ``name`` is the tag ``stage`` in Ray's metrics, which tell of this process's own work too, where Ray runs.
+    ``factory`` is called once in each worker and returns the function that runs a shard, in ``threads`` threads at once.
+    An exception of the user's code ends the run; Ray replaces a dead worker and runs its shards again. ``name`` is the
+    tag ``stage`` in Ray's metrics; if Ray is running, they also cover work in this process.
     """
     if not shards:
         return
     if pool.workers == 0:
-        loaded = sys.modules.get("ray")
-        here = _Meter(name, len(shards)) if loaded is not None and loaded.is_initialized() else None
+        ray_module = sys.modules.get("ray")
+        meter = _Meter(name, len(shards)) if ray_module is not None and ray_module.is_initialized() else None
         worker = factory()
         for shard in shards:
             receipt = worker(shard)
-            if here is not None:
-                here.add(receipt)
+            if meter is not None:
+                meter.add(receipt)
             yield receipt
         return
     import ray
 
-    send_whole()
+    pickle_job_modules_by_value()
     if not ray.is_initialized():
-        connect()  # Ray's own start would wait for a cluster that was killed and left its address behind
+        connect()  # Ray's own start would wait for a killed cluster that left its address behind
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    # It warns every 30 s that an engine holds memory, which it does by design.
+    # Ray warns every 30 s that an engine holds memory, which is intended.
     context.issue_detectors_config.detectors = []
     rows = [{"shard": json.dumps(shard)} for shard in shards]
     mapped = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
@@ -147,7 +147,7 @@ def map_shards(
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(
             size=pool.workers,
-            max_tasks_in_flight_per_actor=max(threads, 2),  # one waits where one is at work
+            max_tasks_in_flight_per_actor=max(threads, 2),  # one shard waits while one runs
             enable_true_multi_threading=threads > 1,
             max_concurrent_calls_per_actor=threads if threads > 1 else None,
         ),
@@ -155,7 +155,7 @@ def map_shards(
         num_gpus=pool.gpus,
     )
     meter = _Meter(name, len(shards))
-    # without prefetching, so that a shard's statistics arrive when it ends
+    # no prefetching, so that a shard's receipt arrives when the shard ends
     for batch in mapped.iter_batches(batch_size=None, prefetch_batches=0, batch_format="pyarrow"):
         for text in batch["result"].to_pylist():
             receipt = json.loads(text)

@@ -1,7 +1,7 @@
-"""Special tokens that a text spells out: found, and broken so that no tokenizer takes them for its own.
+"""Finds special tokens that a text spells out, and breaks them so that no tokenizer reads them as its own.
 
-A server tokenises prompts itself, and may take ``<|im_start|>`` in a passage for the beginning of a turn. The tokens come
-from the model's own tokenizer if there is one (``special_tokens``); else from what the tokenizers of known families have:
+A server tokenises prompts itself, and may read ``<|im_start|>`` in a passage as the start of a turn. The tokens come
+from the model's own tokenizer if there is one (``special_tokens``); otherwise from the tokenizers of known families:
 
 * bars: ChatML (Qwen, Yi, SmolLM, Phi-4), Llama 3 and 4, Phi-3, Zephyr, OLMo and Tülu, Granite, gpt-oss, GLM, Kimi, Jamba,
   Command R, Falcon 3, InternLM; with full-width bars DeepSeek and Hunyuan; in square brackets EXAONE
@@ -9,7 +9,7 @@ from the model's own tokenizer if there is one (``special_tokens``); else from w
 * names in angle brackets: Llama, Gemma, BART, XLNet, ChatGLM, MOSS, CodeLlama, SantaCoder, Seed, ERNIE, Ling
 * square brackets: Mistral (also ``[control_8]``), BERT, Kimi, GLM, Gemma
 * ``>>TITLE<<`` Falcon; ``|||IP_ADDRESS|||`` OLMo, GPT-NeoX; ``]~b]`` MiniMax; ``/nothink`` GLM
-* words of templates, at the beginning of a line or behind a space: Vicuna's ``USER:``, Alpaca's ``### Response:``
+* words of chat templates, at the start of a line or after a space: Vicuna's ``USER:``, Alpaca's ``### Response:``
 
 Sources: ``added_tokens`` of the published ``tokenizer.json`` and ``tekken.json``, and the published chat templates.
 """
@@ -25,7 +25,7 @@ from typing import Any
 
 from dagr_ray.core.config import ConfigError
 
-# Brackets and bars as tokenizers that normalise by NFKC read them, too.
+# Brackets and bars, also in the forms that NFKC normalises to them.
 _OPEN, _CLOSE, _BAR = "<\uff1c\ufe64", ">\uff1e\ufe65", "|\uff5c"
 _INSIDE = f"[^\\s{_OPEN}{_CLOSE}]{{1,64}}"
 _NAMES = (
@@ -38,7 +38,7 @@ _SQUARE = (
 )
 _FALCON = "TITLE|ABSTRACT|INTRODUCTION|SUMMARY|COMMENT|ANSWER|QUESTION|DOMAIN|PREFIX|SUFFIX|MIDDLE"
 _MARKER = re.compile(
-    # what a space follows, and what has to come behind it
+    # the character that a space will follow, and a lookahead for the rest of the token
     f"[{_OPEN}](?=[{_BAR}]{_INSIDE}[{_CLOSE}]|/?{_INSIDE}[{_BAR}][{_CLOSE}]|/?\\w{{1,64}}_\\w{{1,64}}[{_CLOSE}]"
     f"|[{_OPEN}]/?(?i:SYS)[{_CLOSE}]{{2}}|/?(?:{_NAMES})[{_CLOSE}])"
     f"|\\[(?=[{_BAR}][^\\s\\[\\]]{{1,64}}[{_BAR}]\\]|/?(?:{_SQUARE})\\])"
@@ -53,43 +53,43 @@ _WORDS = re.compile(
 
 
 def escape_special_tokens(text: str, own: frozenset[str] = frozenset()) -> str:
-    """Text in which nothing spells a special token of a known family, or one of ``own``: a space follows its beginning.
+    """A text without special tokens of known families, or of ``own``: a space is inserted after a token's first sign.
 
-    Everything else stays as it is, and the text can still be read.
+    The rest of the text is unchanged, and the text stays readable.
 
     >>> escape_special_tokens("<|im_start|>user [INST] a < b, x[0] </s> <b>bold</b> <start_of_turn>")
     '< |im_start|>user [ INST] a < b, x[0] < /s> <b>bold</b> < start_of_turn>'
     """
     if own:
-        text = _of(own).sub(r"\g<0> ", text)
+        text = _pattern(own).sub(r"\g<0> ", text)
     text = _MARKER.sub(r"\g<0> ", text)
     return _WORDS.sub(r"\g<0> ", text) if "USER:" in text or "ASSISTANT:" in text or "###" in text else text
 
 
 @lru_cache(maxsize=8)
-def _of(tokens: frozenset[str]) -> re.Pattern[str]:
+def _pattern(tokens: frozenset[str]) -> re.Pattern[str]:
     longest_first = sorted(tokens, key=lambda token: (-len(token), token))
     return re.compile("|".join(f"{re.escape(token[0])}(?={re.escape(token[1:])})" for token in longest_first))
 
 
 def special_tokens(folder: Path) -> frozenset[str]:
-    """The special tokens of a tokenizer's folder: the files of Hugging Face and of Mistral, read as data. Raises ConfigError."""
-    found: set[str] = set()
-    seen = False
-    for name, tokens in _FILES.items():
+    """The special tokens in a tokenizer's folder, from the files of Hugging Face and Mistral, read as data. Raises ConfigError."""
+    tokens: set[str] = set()
+    has_file = False
+    for name, listed in _FILES.items():
         path = folder / name
         if path.is_file():
             try:
-                found |= {token for token in tokens(json.loads(path.read_bytes())) if isinstance(token, str)}
+                tokens |= {token for token in listed(json.loads(path.read_bytes())) if isinstance(token, str)}
             except (ValueError, RecursionError, TypeError, AttributeError, LookupError) as error:
                 raise ConfigError(
-                    f"{path}: no tokenizer's file ({type(error).__name__}: {error}); fetch it again"
+                    f"{path}: not a tokenizer file ({type(error).__name__}: {error}); fetch it again"
                 ) from None
-            seen = True
-    if not seen:
+            has_file = True
+    if not has_file:
         raise ConfigError(f"no tokenizer in {str(folder)!r}; give a folder with one of {', '.join(_FILES)}")
-    # one letter, or spaces alone, would break every text
-    return frozenset(token for token in found if len(token) > 1 and not token.isspace())
+    # a token of one letter, or of spaces, would break every text
+    return frozenset(token for token in tokens if len(token) > 1 and not token.isspace())
 
 
 def _contents(tokens: Iterable[Any]) -> Iterable[Any]:
@@ -97,8 +97,8 @@ def _contents(tokens: Iterable[Any]) -> Iterable[Any]:
 
 
 def _mapped(value: dict[str, Any]) -> Iterable[Any]:
-    each = [item for entry in value.values() for item in (entry if isinstance(entry, list) else [entry])]
-    return [item["content"] if isinstance(item, dict) else item for item in each]
+    items = [item for entry in value.values() for item in (entry if isinstance(entry, list) else [entry])]
+    return [item["content"] if isinstance(item, dict) else item for item in items]
 
 
 _FILES = {

@@ -16,7 +16,7 @@ import pyarrow as pa
 from dagr_ray.core.artifact import Artifact, Json
 from dagr_ray.core.config import Config, ConfigError, fingerprint_cache, from_json
 from dagr_ray.core.placement import Pool, PricedEngine
-from dagr_ray.core.storage import one_name
+from dagr_ray.core.storage import plain_name
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -46,8 +46,6 @@ class Stage(Config):
     pool: ClassVar[str] = "light"
     starts_workers: ClassVar[bool] = False  # opened in the calling process; the stage itself starts the pool's workers
     concurrent: ClassVar[bool] = False  # one worker runs several shards at once, in threads
-    grows: ClassVar[bool] = False  # has `grow`: finds some of its inputs by building them
-    rescues: ClassVar[bool] = False  # has `refuse`: a row that ends its worker is given up, the others are kept
     templates: ClassVar[tuple[str, ...]] = ()  # fields whose stages are patterns for others, and no inputs
     outputs: ClassVar[tuple[str, ...]] = ()
     judged: ClassVar[dict[str, str]] = {}  # inputs whose judgements it reads, and the field that names their split
@@ -90,13 +88,24 @@ class Stage(Config):
         """Loads what is heavy and returns the function for one shard. Called in the worker's process."""
         raise NotImplementedError(f"{type(self).__name__} does not say how it is built")
 
-    def grow(self, inputs: Inputs, build: Callable[[Stage], Artifact]) -> Inputs:
-        """Builds stages with ``build``, one after the other, and returns the folders that are inputs too, by name."""
-        raise NotImplementedError(f"{type(self).__name__} knows all its inputs beforehand")
+    def dynamic_inputs(self, inputs: Inputs, build: Callable[[Stage], Artifact]) -> Inputs:
+        """Inputs that the stage finds by building other stages, one after the other, with ``build``; by name."""
+        return {}
 
-    def refuse(self, inputs: Inputs, row: int, reason: str, detail: str) -> Output:
-        """What rows ``row`` to ``row + 1`` make where that row is given up: it ended or hung its worker, or raised."""
-        raise NotImplementedError(f"{type(self).__name__} cannot give up a row")
+    def skip_row(self, inputs: Inputs, row: int, reason: str, detail: str) -> Output:
+        """The output for rows ``row`` to ``row + 1`` if that row crashes or hangs its worker, or raises.
+
+        A stage that overrides this loses only such rows; any other stage fails.
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot skip a row")
+
+    @property
+    def has_dynamic_inputs(self) -> bool:
+        return type(self).dynamic_inputs is not Stage.dynamic_inputs
+
+    @property
+    def can_skip_rows(self) -> bool:
+        return type(self).skip_row is not Stage.skip_row
 
     def engine_asked(self) -> PricedEngine | None:
         """The engine that the stage's workers ask, itself or through a teacher; None if they ask none."""
@@ -123,7 +132,7 @@ class Stage(Config):
 
         A label may hold the name of a data set's or a model's folder, and these are moved and renamed.
         """
-        folder = Artifact(runs, one_name(self.folder_name(), of="the stage's folder"))
+        folder = Artifact(runs, plain_name(self.folder_name(), owner="the stage's folder"))
         if folder.local and not os.path.isdir(folder.path):
             same = _names(folder.runs).get(f"{self.type} {self.fingerprint()}")
             return folder if same is None else Artifact(folder.runs, same)

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dagr_ray.core.config import ConfigError
-from dagr_ray.core.storage import one_name
+from dagr_ray.core.storage import plain_name
 
 TEXT = pa.large_string()
 # Names that collections use for the development split.
@@ -166,7 +166,7 @@ def check(name: str, value: pa.Table) -> pa.Table:
 
     Raises ConfigError if the name cannot be a folder's name: a split may be called anything.
     """
-    one_name(name, of="a table")
+    plain_name(name, owner="a table")
     expected = schema(name)
     assert value.schema.equals(expected), f"table {name!r} has schema {value.schema}, expected {expected}"
     for field in expected:

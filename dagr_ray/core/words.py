@@ -1,8 +1,8 @@
-"""Words and sentences of any script: what all that counts, compares or cuts text goes by.
+"""Words and sentences in any script, for everything that counts, compares or cuts text.
 
-A word is a run of letters, digits and underscores with the marks that belong to them (UAX 29, rule WB4): vowel signs,
-points, harakat, accents. Scripts that are written without spaces have no such runs. Their words are found by ICU's
-dictionaries (Thai, Lao, Khmer, Burmese, Chinese, Japanese), which need no model and 0.1 µs a letter.
+A word is a run of letters, digits and underscores with their marks (UAX 29, rule WB4): vowel signs, points, harakat,
+accents. Scripts written without spaces have no such runs; there, ICU's dictionaries find the words (Thai, Lao, Khmer,
+Burmese, Chinese, Japanese). They need no model and take 0.1 µs a letter.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
-# Thai, Lao, Tibetan, Burmese, Tai scripts, Khmer, kana, Han: written without spaces. U+1361 stands between Ethiopic words.
+# Thai, Lao, Tibetan, Burmese, Tai scripts, Khmer, kana, Han: written without spaces. U+1361 separates Ethiopic words.
 UNSPACED = (
     "\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1361\u1780-\u17ff\u1950-\u19ff\u1a20-\u1aaf\ua9e0-\ua9ff\uaa60-\uaadf"
     "\u3005-\u3007\u3040-\u312f\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U0001b000-\U0001b16f"
@@ -22,21 +22,21 @@ UNSPACED = (
 _UNSPACED = re.compile(f"[{UNSPACED}]")
 _RUN = re.compile(f"(?:[{UNSPACED}][\u0300-\u036f\u3099\u309a]*)+")
 _SYLLABIC = re.compile(f"[{UNSPACED}\u1200-\u137f\uac00-\ud7a3]")
-# Format characters belong to the word around them (UAX 29, WB4). So do the Armenian signs that stand inside of a word
-# where others put a sign behind the sentence. U+200B is a space without a width and no part of a word.
+# Format characters belong to the word around them (UAX 29, WB4), and so do the Armenian signs that stand inside a word
+# instead of after the sentence. U+200B is a space without width and no part of a word.
 _FORMAT = "\u00ad\u061c\u200c-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff"
 _ARMENIAN = "\u055a-\u055f"
-# What Unicode's NFKC_Casefold leaves out, as far as it occurs in words: no reader sees it.
+# Invisible characters that occur in words and that Unicode's NFKC_Casefold removes.
 _UNSEEN = re.compile(f"[{_FORMAT}{_ARMENIAN}\u034f\u115f\u1160\u180b-\u180f\u3164\ufe00-\ufe0f\U000e0100-\U000e01ef]")
 _LETTERS = re.compile(r"\w+")
-# What is neither Latin, Greek, Cyrillic nor a sign: words of these alone need no look at their marks.
+# Neither Latin, Greek, Cyrillic nor a sign: words without these characters need no check for marks.
 _ODD = re.compile(
     "[^\u0000-\u00ac\u00ae-\u02ff\u0370-\u0482\u048a-\u0530\u1e00-\u200a\u2010-\u2027\u202f-\u205f\u2070-\u20cf\u2100-\u2bff]"
 )
 _TOKEN = re.compile(r"\w+(?:[.,]\d+)*|[^\w\s]")
 _PLAIN = re.compile(r"\w+", re.ASCII)
-# One sign that can be typed as two, or as two in another order: sara am and sara ae of Thai, the same of Lao.
-_TYPED = (
+# One sign that can be typed as two, also in another order: sara am and sara ae of Thai, and the same of Lao.
+_VARIANTS = (
     (re.compile("\u0e4d([\u0e48-\u0e4b]?)\u0e32"), "\\1\u0e33"),
     (re.compile("\u0ecd([\u0ec8-\u0ecb]?)\u0eb2"), "\\1\u0eb3"),
     (re.compile("\u0e40\u0e40"), "\u0e41"),
@@ -59,16 +59,16 @@ def words(text: str) -> list[str]:
     if _ODD.search(text) is None:
         return _LETTERS.findall(text)
     text = _composed(text)
-    found: list[str] = _word().findall(text)
+    runs: list[str] = _word().findall(text)
     if _UNSPACED.search(text) is None:
-        return found
-    return [word for run in found for word in _divided(run) if _word().match(word)]
+        return runs
+    return [word for run in runs for word in _segments(run) if _word().match(word)]
 
 
 def folded(text: str) -> list[str]:
-    """The words of a text in the form in which they are compared: case, width and what no reader sees do not count.
+    """The words of a text in the form for comparison: without differences of case, width or invisible characters.
 
-    Unicode's NFKC_Casefold, and a dotted capital I is an i. Marks count: they tell words apart.
+    Unicode's NFKC_Casefold; also, a dotted capital I becomes i. Marks stay: they distinguish words.
 
     >>> folded("Straße CAFE\u0301 ＡＢＣ"), folded("קָמָץ") == folded("קמץ")
     (['strasse', 'café', 'abc'], False)
@@ -82,7 +82,7 @@ def folded(text: str) -> list[str]:
 
 
 def tokens(text: str) -> list[str]:
-    """The words and the signs of a text; a number keeps its points and commas.
+    """The words and signs of a text; a number keeps its points and commas.
 
     >>> tokens("Lake Baikal is 1,642 metres deep.")
     ['Lake', 'Baikal', 'is', '1,642', 'metres', 'deep', '.']
@@ -92,8 +92,8 @@ def tokens(text: str) -> list[str]:
     if text.isascii():
         return _TOKEN.findall(text)
     text = _composed(text)
-    found = [match.group() for match in re.finditer(rf"{_word().pattern}(?:[.,]\d+)*|[^\w\s]", text)]
-    return [token for run in found for token in _divided(run)]
+    runs = [match.group() for match in re.finditer(rf"{_word().pattern}(?:[.,]\d+)*|[^\w\s]", text)]
+    return [token for run in runs for token in _segments(run)]
 
 
 def characters(text: str) -> list[str]:
@@ -106,19 +106,19 @@ def characters(text: str) -> list[str]:
         return list(text)
     from icu4py.breakers import CharacterBreaker
 
-    found: list[str] = []
+    clusters: list[str] = []
     for cluster in CharacterBreaker(text, "en"):
-        if found and unicodedata.category(cluster[0])[0] == "M":  # Burmese vowels, which Unicode leaves by themselves
-            found[-1] += cluster
+        if clusters and unicodedata.category(cluster[0])[0] == "M":  # Burmese vowels, which Unicode separates
+            clusters[-1] += cluster
         else:
-            found.append(cluster)
-    return found
+            clusters.append(cluster)
+    return clusters
 
 
 def pieces(text: str) -> list[str]:
-    """A text as its words with the signs and the space behind them; joined they are the text, white space folded.
+    """A text as words, each with the signs and the space after it; joined, they are the text with white space folded.
 
-    A text with spaces is parted at them: "re-use (of) it" are three pieces. Others are parted at the words.
+    A text with spaces is split at them: "re-use (of) it" has three pieces. Other texts are split at words.
 
     >>> pieces("Copy  a file.")
     ['Copy ', 'a ', 'file.']
@@ -128,14 +128,14 @@ def pieces(text: str) -> list[str]:
     parts = text.split()
     if not unspaced(text):
         return [*(f"{part} " for part in parts[:-1]), *parts[-1:]]
-    found = [list(_with_signs(part)) if _UNSPACED.search(part) else [part] for part in parts]
-    for each in found[:-1]:
-        each[-1] += " "
-    return [piece for each in found for piece in each]
+    pieces_of_parts = [list(_with_signs(part)) if _UNSPACED.search(part) else [part] for part in parts]
+    for part_pieces in pieces_of_parts[:-1]:
+        part_pieces[-1] += " "
+    return [piece for part_pieces in pieces_of_parts for piece in part_pieces]
 
 
 def word_count(text: str) -> int:
-    """How many ``pieces`` a text has.
+    """The number of ``pieces`` of a text.
 
     >>> word_count("Copy  a file."), word_count("今天，天气好。")
     (3, 3)
@@ -144,7 +144,7 @@ def word_count(text: str) -> int:
 
 
 def first_words(text: str, n: int) -> str:
-    """The first ``n`` pieces of a text, white space folded.
+    """The first ``n`` pieces of a text, with white space folded.
 
     >>> first_words("Copy  a file.", 2), first_words("今天，天气好。", 2)
     ('Copy a', '今天，天气')
@@ -153,7 +153,7 @@ def first_words(text: str, n: int) -> str:
 
 
 def searchable(text: str) -> str:
-    """A text in the spelling that equal texts have in common (NFC), without what no reader sees.
+    """A text in normal form (NFC), without invisible characters.
 
     >>> searchable("cafe\u0301") == "café"
     True
@@ -162,7 +162,7 @@ def searchable(text: str) -> str:
 
 
 def wording(text: str) -> str:
-    """What two texts have in common that say the same in the same words and signs: case, spacing and spelling are one.
+    """The form in which two texts with the same words and signs are equal: case, spacing and spelling are normalised.
 
     >>> wording("Cafe\u0301  du Nord") == wording("CAFÉ du nord")
     True
@@ -180,7 +180,7 @@ def spaced(text: str) -> str:
 
 
 def long(word: str) -> bool:
-    """Whether a word is long enough to name something: over three letters, over two outside ASCII, over one of syllables.
+    """Whether a word is long enough to name something: over three ASCII letters, over two others, over one syllable sign.
 
     >>> [word for word in ("copy", "the", "蜂蜜", "和", "서울", "слова") if long(word)]
     ['copy', '蜂蜜', '서울', 'слова']
@@ -195,10 +195,10 @@ def unspaced(text: str) -> bool:
     return not text.isascii() and _UNSPACED.search(text) is not None
 
 
-# A sentence ends at . ! ? with space and no small letter behind it, at the stops of other scripts (Unicode's property
-# Sentence_Terminal, with the Tibetan shad and without the Burmese comma), at a Greek question mark, and at the end of a
-# paragraph; ! and ? end one without a space too. The signs come first, because the search for a set of characters is
-# quick and one for what follows is not.
+# A sentence ends at . ! ? before a space that no lower-case letter follows, at the stops of other scripts (Unicode's
+# property Sentence_Terminal, with the Tibetan shad and without the Burmese comma), at a Greek question mark, and at the
+# end of a paragraph; ! and ? also end one without a space. The signs come first in the patterns, because searching for a
+# set of characters is fast and searching for a lookahead is not.
 _STOPS = (
     "\u0589\u061d-\u061f\u06d4\u0700-\u0702\u07f9\u0837\u0839\u083d\u083e\u0964\u0965\u0f0d\u0f0e\u104b\u1362\u1367\u1368"
     "\u166e\u1735\u1736\u17d4\u17d5\u1803\u1809\u1944\u1945\u1aa8-\u1aab\u1b5a\u1b5b\u1b5e\u1b5f\u1c3b\u1c3c\u1c7e\u1c7f"
@@ -217,44 +217,44 @@ _END = re.compile(
 
 
 def sentences(text: str) -> list[str]:
-    """The sentences of a text in order, as they stand there; white space around them may be left.
+    """The sentences of a text in order, unchanged; white space around them may be missing.
 
     >>> sentences("Copy a file. Links are followed, e.g. on macOS.")
     ['Copy a file.', 'Links are followed, e.g. on macOS.']
     >>> [len(sentences(text)) for text in ("यह है। वह है।", "هل هذا صحيح؟ نعم.", "元気？はい！", "Τι είναι; Ναι.")]
     [2, 2, 2, 2]
     """
-    made, start = [], 0
+    parts, start = [], 0
     for end in (_END if _stops(text) else _ASCII_END).finditer(text):
         at, stop = end.span()
         sign = text[at]
         foreign = sign in ".!?" and at + 1 < stop < len(text) and not text[at - 1].isascii()
         if foreign and text[stop].title() != text[stop] and not text[stop - 2].isspace():
-            # a small letter that is not one of a to z: т. е., but not behind an English sentence. Georgian letters are
-            # small ones that a sentence begins with: they have no titlecase.
+            # a lower-case letter outside a to z continues the sentence (т. е.), but not after an English one. Georgian
+            # letters have no title case: a sentence begins with lower case there.
             continue
-        made.append(text[start:at] if sign == "\n" else text[start : at + 1] if sign in ".!?" else text[start:stop])
+        parts.append(text[start:at] if sign == "\n" else text[start : at + 1] if sign in ".!?" else text[start:stop])
         start = stop
-    made.append(text[start:])
-    return [sentence for sentence in made if sentence and not sentence.isspace()]
+    parts.append(text[start:])
+    return [sentence for sentence in parts if sentence and not sentence.isspace()]
 
 
 def _stops(text: str) -> bool:
-    """Whether a text may have other ends of sentences than . ! and ?"""
+    """Whether a text may contain sentence ends other than . ! and ?"""
     return not text.isascii() and (";" in text or "\u037e" in text or _STOP.search(text) is not None)
 
 
 def _composed(text: str) -> str:
     text = unicodedata.normalize("NFC", text)
     if _THAI_LAO.search(text):
-        for typed, meant in _TYPED:
+        for typed, meant in _VARIANTS:
             text = typed.sub(meant, text)
     return text
 
 
 @lru_cache(maxsize=1)
 def _word() -> re.Pattern[str]:
-    """A run of letters and their marks. Python's \\w has no marks, and its `re` no class for them."""
+    """A run of letters and their marks. Python's \\w excludes marks, and its `re` has no class for them."""
     marks, since = "", None
     for code in range(0x300, 0x1EF00):
         if unicodedata.category(chr(code))[0] == "M":
@@ -271,19 +271,19 @@ def _breaker() -> Any:
     return WordBreaker
 
 
-def _divided(run: str) -> Iterator[str]:
+def _segments(run: str) -> Iterator[str]:
     return iter(_breaker()(run, "en")) if _UNSPACED.search(run) else iter((run,))
 
 
 def _with_signs(part: str) -> Iterator[str]:
-    """The words of a part without spaces, each with the signs behind it, and an opening sign with the word behind that."""
-    held, full = "", False
+    """The words of a part without spaces, each with the signs after it; an opening sign goes to the word after it."""
+    piece, has_word = "", False
     for segment in _breaker()(part, "en"):
         is_word = _word().match(segment) is not None
         opens = not is_word and unicodedata.category(segment[0]) in ("Ps", "Pi")
-        if full and (is_word or opens):
-            yield held
-            held, full = "", False
-        held, full = held + segment, full or is_word
-    if held:
-        yield held
+        if has_word and (is_word or opens):
+            yield piece
+            piece, has_word = "", False
+        piece, has_word = piece + segment, has_word or is_word
+    if piece:
+        yield piece

@@ -1,7 +1,7 @@
-"""A worker of a stage: opens it once, runs its shards, several at once where it can, and accounts for each.
+"""Runs shards of a stage in one process: opens the stage once, runs several shards at once if it can, writes receipts.
 
-A stage that can give a row up (``refuse``) survives rows that end or hang its engine: see ``tries``. Any other has three
-tries for a shard.
+A stage that can skip rows (``skip_row``) survives rows that kill or hang its engine: see ``poison_rows``. Any other stage
+tries a shard three times.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from dagr_ray.core.poison_rows import (
     ENDED,
     MEMORY,
     STOPPED,
-    Given,
     Mark,
     Range,
-    Tries,
-    Turns,
+    RangeMarks,
+    SharedLock,
+    SkipReason,
     Watchdog,
-    narrow,
+    split_ranges,
 )
 from dagr_ray.core.stage import EngineDied, Inputs, OutOfReach, Output, Run, StageFailed
 from dagr_ray.core.terminal import say
@@ -48,65 +48,65 @@ if TYPE_CHECKING:
 
 TRIES_PER_SHARD = 3
 HUNG, RAISED = "engine_hang", "engine_error"
-GIVEN_UP = (DIED, HUNG, RAISED)  # why a row is
+SKIP_REASONS = (DIED, HUNG, RAISED)
 
 
-def out_of_reach(folder: Artifact, error: BaseException) -> str:
-    """The line for a stage that could not read, write or ask."""
+def out_of_reach_message(folder: Artifact, error: BaseException) -> str:
+    """The message for a stage that could not read, write, or reach a server."""
     return (
-        f"{folder.path}: {blame.reason(error)}; no row was given up for it: see that the disk has room and that what the stage "
-        "reads and asks is there, then run again: finished shards are kept"
+        f"{folder.path}: {blame.reason(error)}; no row was skipped for it: check that the disk has room and that the stage's "
+        "inputs and servers are reachable, then run again: finished shards are kept"
     )
 
 
-def out_of_memory(folder: Artifact, stage: Stage, pool: Pool, error: BaseException) -> str:
-    """The line for a stage that ran out of memory, or whose workers died without a word, with what to change."""
-    what = f"memory ran out ({blame.reason(error)})"
+def out_of_memory_message(folder: Artifact, stage: Stage, pool: Pool, error: BaseException) -> str:
+    """The message for a stage that ran out of memory, or whose workers died silently, with what to change."""
+    problem = f"memory ran out ({blame.reason(error)})"
     if blame.is_of_a_death(error):
-        what = "its workers died, most often for want of memory (a worker's log says more)"
-    change = (
+        problem = "its workers died, most often for lack of memory (a worker's log says more)"
+    remedy = (
         f"lower workers (now {pool.workers}), shard_rows (now {pool.shard_rows}) or in_flight (now {pool.in_flight})"
     )
     if stage.starts_workers:
-        change = f"lower workers (now {pool.workers}), take a smaller model, batch or length"
+        remedy = f"lower workers (now {pool.workers}), take a smaller model, batch or length"
     return (
-        f"{folder.path}: {what}; in the placement's [{stage.pool}] {change}, or free some memory, then run again: "
+        f"{folder.path}: {problem}; in the placement's [{stage.pool}] {remedy}, or free some memory, then run again: "
         "finished shards are kept"
     )
 
 
-def joined(outputs: list[Output]) -> Output:
-    """The output of rows that were done in several ranges, in order."""
+def concat_outputs(outputs: list[Output]) -> Output:
+    """The outputs of several ranges, in order, as one output."""
     if len(outputs) == 1:
         return outputs[0]
-    whole = Output()
-    for each in outputs:
-        for name, rows in each.tables.items():
-            whole.tables[name] = pa.concat_tables([whole.tables[name], rows]) if name in whole.tables else rows
-        whole.files += each.files
-        add_up(whole.counts, each.counts)
-        add_up(whole.cost, each.cost)
-    # in one piece, so that the bytes of a part do not tell in how many ranges it was made
-    whole.tables = {name: rows.combine_chunks() for name, rows in whole.tables.items()}
-    return whole
+    total = Output()
+    for output in outputs:
+        for name, rows in output.tables.items():
+            total.tables[name] = pa.concat_tables([total.tables[name], rows]) if name in total.tables else rows
+        total.files += output.files
+        add_up(total.counts, output.counts)
+        add_up(total.cost, output.cost)
+    # in one piece, so that the bytes of a part do not depend on the ranges
+    total.tables = {name: rows.combine_chunks() for name, rows in total.tables.items()}
+    return total
 
 
 class Opener:
-    """Picklable recipe for a worker; called in the worker's process."""
+    """Picklable factory of a worker; called in the worker's process."""
 
     def __init__(self, stage: Stage, inputs: Inputs, folder: Artifact, pool: Pool, attempt: str) -> None:
         self.stage, self.inputs, self.folder, self.pool, self.attempt = stage, inputs, folder, pool, attempt
-        self.beside = job_imports.beside()
+        self.job_folders = job_imports.job_folders()
 
     def __call__(self) -> Callable[[ray_pool.Shard], Json]:
-        job_imports.import_beside(self.beside)
+        job_imports.add_job_folders(self.job_folders)
         return _Worker(self)
 
 
 class _Clock:
-    """Seconds of a worker since the last receipt, so that receipts add up to the whole whatever overlaps.
+    """A worker's seconds since the last receipt. Receipts of overlapping shards add up to the true total.
 
-    ``busy_s`` is the time with at least one shard at work, ``idle_s`` the rest, ``cpu_s`` that of the process.
+    ``busy_s``: at least one shard was running; ``idle_s``: none was; ``cpu_s``: CPU time of the process.
     """
 
     def __init__(self) -> None:
@@ -133,7 +133,7 @@ class _Clock:
                 self._active -= 1
 
     def charge(self) -> Json:
-        """What has been spent since the last call."""
+        """Returns the seconds since the last call."""
         with self._lock:
             self._tick()
             cpu = time.process_time()
@@ -143,33 +143,33 @@ class _Clock:
 
 
 class _Worker:
-    """An opened stage. Called with shards, from several threads where the stage is ``concurrent``."""
+    """An open stage. Called with shards, from several threads if the stage is ``concurrent``."""
 
     def __init__(self, opener: Opener) -> None:
         self.stage, self.inputs, self.folder = opener.stage, opener.inputs, opener.folder
         self.pool, self.attempt = opener.pool, opener.attempt
         self.inline = self.pool.workers == 0 or self.stage.starts_workers
-        self.tries, self.turns = Tries(self.folder, self.attempt, self.inline), Turns()
-        began = time.monotonic()
-        self.run = self._open() if self.inline else self._open_marked()
-        self.started = [{"start_s": time.monotonic() - began}]
+        self.range_marks, self.lock = RangeMarks(self.folder, self.attempt, self.inline), SharedLock()
+        opening = time.monotonic()
+        self.run = self._open() if self.inline else self._open_with_mark()
+        self.started = [{"start_s": time.monotonic() - opening}]
         self.clock = _Clock()
         self.watchdog: Watchdog | None = None
-        # a thread that is not the main one cannot be interrupted
-        if self.stage.rescues and self.inline and threading.current_thread() is threading.main_thread():
-            self.watchdog = Watchdog(self.pool.deadline_s, self._late)
+        # only the main thread can be interrupted
+        if self.stage.can_skip_rows and self.inline and threading.current_thread() is threading.main_thread():
+            self.watchdog = Watchdog(self.pool.deadline_s, self._on_late)
             signal.signal(signal.SIGUSR1, signal.default_int_handler)
         elif not self.inline:
-            deadline_s = self.pool.deadline_s if self.stage.rescues else math.inf
-            self.watchdog = Watchdog(deadline_s, self._late, ray_pool.memory_is_short, self._scarce)
+            deadline_s = self.pool.deadline_s if self.stage.can_skip_rows else math.inf
+            self.watchdog = Watchdog(deadline_s, self._on_late, ray_pool.is_memory_short, self._on_low_memory)
 
-    def _open_marked(self) -> Run:
-        """Opens the stage. Raises StageFailed where workers keep dying of it: Ray would replace them for ever."""
-        began = [name for name in self.folder.listing("starts") if name.startswith(f"{self.attempt}-")]
-        if len(began) > self.pool.workers:  # at most so many more are being opened right now
+    def _open_with_mark(self) -> Run:
+        """Opens the stage. Raises StageFailed if workers keep dying of it: Ray would replace them for ever."""
+        start_marks = [name for name in self.folder.listing("starts") if name.startswith(f"{self.attempt}-")]
+        if len(start_marks) > self.pool.workers:  # up to this many workers may be opening right now
             raise StageFailed(
-                f"{self.folder.name}: {len(began)} workers died while they opened the stage, most often for want of memory; "
-                "free some, give the placement fewer workers or take a smaller model, and look at the worker's log"
+                f"{self.folder.name}: {len(start_marks)} workers died while they opened the stage, most often for lack of "
+                "memory; free some, give the placement fewer workers or take a smaller model, and read the worker's log"
             )
         mark = f"starts/{self.attempt}-{uuid.uuid4().hex[:12]}"
         self.folder.write_bytes(mark, b"")
@@ -178,8 +178,8 @@ class _Worker:
         except BaseException:
             self.folder.remove(mark)
             raise
-        for each in (*(f"starts/{name}" for name in began), mark):
-            self.folder.remove(each)
+        for mark_file in (*(f"starts/{name}" for name in start_marks), mark):
+            self.folder.remove(mark_file)
         return run
 
     def _open(self) -> Run:
@@ -198,87 +198,89 @@ class _Worker:
 
     def __call__(self, shard: ray_pool.Shard) -> Json:
         try:
-            return self._done(shard)
+            return self._run_shard(shard)
         except (ConfigError, StageFailed, Damaged):
             raise
         except Exception as error:
-            if blame.is_of_the_machine(error) or (isinstance(error, AssertionError) and self._lost()):
-                raise OutOfReach(out_of_reach(self.folder, error)) from error
+            if blame.is_of_the_machine(error) or (isinstance(error, AssertionError) and self._inputs_missing()):
+                raise OutOfReach(out_of_reach_message(self.folder, error)) from error
             raise
 
-    def _done(self, shard: ray_pool.Shard) -> Json:
-        left = self.tries.left(shard["shard"])
-        # a worker that dies right after its commit never sends the receipt to the driver, and Ray asks again
+    def _run_shard(self, shard: ray_pool.Shard) -> Json:
+        unfinished = self.range_marks.unfinished(shard["shard"])
+        # if a worker dies right after its commit, the driver never gets the receipt, and Ray runs the shard again
         receipt = self.folder.receipt(shard["shard"])
         if receipt is not None and receipt.get("rows") == [shard["start"], shard["stop"]]:
-            self.tries.forget(left)
+            self.range_marks.forget(unfinished)
             return receipt
-        self._check_commits(shard, left)
-        doubted = self.tries.doubted(left) if self.stage.rescues else []
-        with self.turns.alone() if doubted else self.turns.shared(), self.clock.busy():
-            if not self.stage.rescues:
-                output, done = self._simply(shard, left)
-                return self._commit(shard, output, done, left)
-            output, done, failed = self._rescue(shard, doubted)
-            return self._commit(shard, output, done, left + failed)
+        self._check_commits(shard, unfinished)
+        suspects = self.range_marks.suspects(unfinished) if self.stage.can_skip_rows else []
+        with self.lock.alone() if suspects else self.lock.shared(), self.clock.busy():
+            if not self.stage.can_skip_rows:
+                output, done = self._run_whole(shard, unfinished)
+                return self._commit(shard, output, done, unfinished)
+            output, done, failed = self._run_ranges(shard, suspects)
+            return self._commit(shard, output, done, unfinished + failed)
 
-    def _check_commits(self, shard: ray_pool.Shard, left: list[Mark]) -> None:
-        """Raises StageFailed if workers keep dying of a shard that they have done, or of memory: its rows are not to blame."""
-        if (died := sum(mark.attempt == self.attempt and mark.cause == MEMORY for mark in left)) >= TRIES_PER_SHARD:
+    def _check_commits(self, shard: ray_pool.Shard, unfinished: list[Mark]) -> None:
+        """Raises StageFailed if workers keep dying after they finish a shard, or of memory: no row is at fault."""
+        if (
+            died := sum(mark.attempt == self.attempt and mark.cause == MEMORY for mark in unfinished)
+        ) >= TRIES_PER_SHARD:
             error = MemoryError(
-                f"{died} workers were ended at shard {shard['shard']} while the machine was short of it"
+                f"{died} workers were killed at shard {shard['shard']} while the machine was short of memory"
             )
-            raise StageFailed(out_of_memory(self.folder, self.stage, self.pool, error))
-        if sum(mark.attempt == self.attempt and mark.cause == DONE for mark in left) >= TRIES_PER_SHARD:
+            raise StageFailed(out_of_memory_message(self.folder, self.stage, self.pool, error))
+        if sum(mark.attempt == self.attempt and mark.cause == DONE for mark in unfinished) >= TRIES_PER_SHARD:
             raise StageFailed(
-                f"{self.folder.name}: shard {shard['shard']} was done {TRIES_PER_SHARD} times and its worker died while it "
-                "wrote the result, most often for want of memory; free some, or give the placement a smaller shard_rows"
+                f"{self.folder.name}: shard {shard['shard']} was finished {TRIES_PER_SHARD} times and its worker died while "
+                "it wrote the result, most often for lack of memory; free some, or give the placement a smaller shard_rows"
             )
 
-    def _commit(self, shard: ray_pool.Shard, output: Output, done: list[Mark], lost: list[Mark]) -> Json:
+    def _commit(self, shard: ray_pool.Shard, output: Output, done: list[Mark], lost_marks: list[Mark]) -> Json:
         spent = self.clock.charge() | (self.started.pop() if self.started else {}) | output.cost
-        if lost:
-            share = sum(mark.stop - mark.start for mark in lost) / max(shard["stop"] - shard["start"], 1)
-            spent["lost_tries"] = len(lost)
+        if lost_marks:
+            share = sum(mark.stop - mark.start for mark in lost_marks) / max(shard["stop"] - shard["start"], 1)
+            spent["lost_tries"] = len(lost_marks)
             spent["lost_tokens"] = round((spent.get("prompt_tokens", 0) + spent.get("completion_tokens", 0)) * share)
-        more = {
+        details = {
             "rows": [shard["start"], shard["stop"]],
             "counts": output.counts,
             "cost": spent,
             "attempt": int(self.attempt.split("-")[0]),
             "at": time.time(),
-            "on": ray_pool.where(),
+            "on": ray_pool.node_id(),
             "pid": os.getpid(),
             "cpus": self.stage.cores_held(self.pool),
         }
-        receipt = self.folder.commit(shard["shard"], output.tables, more, output.files)
-        self.tries.forget([*lost, *done])
+        receipt = self.folder.commit(shard["shard"], output.tables, details, output.files)
+        self.range_marks.forget([*lost_marks, *done])
         return receipt
 
-    def _simply(self, shard: ray_pool.Shard, left: list[Mark]) -> tuple[Output, list[Mark]]:
+    def _run_whole(self, shard: ray_pool.Shard, unfinished: list[Mark]) -> tuple[Output, list[Mark]]:
         number = shard["shard"]
-        tries = sum(mark.attempt == self.attempt for mark in left)
+        tries = sum(mark.attempt == self.attempt for mark in unfinished)
         if tries >= TRIES_PER_SHARD:
             raise StageFailed(
-                f"{self.folder.name}: shard {number} ended its worker {tries} times; "
+                f"{self.folder.name}: shard {number} killed its worker {tries} times; "
                 f"look at its rows with `dagr show {self.folder.name}` and at the worker's log, then run again"
             )
-        mark = self.tries.begin(number, shard["start"], shard["stop"])
-        with self.watchdog.over(mark) if self.watchdog else nullcontext():
+        mark = self.range_marks.begin(number, shard["start"], shard["stop"])
+        with self.watchdog.watching(mark) if self.watchdog else nullcontext():
             return self.run(shard["start"], shard["stop"]), [mark]
 
-    def _rescue(self, shard: ray_pool.Shard, doubted: list[Mark]) -> tuple[Output, list[Mark], list[Mark]]:
-        """The shard's output without the rows that had to be given up, and the marks of tries that ended and that
-        failed here: all stay until the receipt is there, because what they cost is lost with a worker that dies before.
+    def _run_ranges(self, shard: ray_pool.Shard, suspects: list[Mark]) -> tuple[Output, list[Mark], list[Mark]]:
+        """The shard's output without the skipped rows, and the marks of ranges that ended and that failed here. All marks
+        stay until the receipt is written: if the worker dies before, their cost is lost with it.
         """
         start, stop = shard["start"], shard["stop"]
         failed: list[Mark] = []
         marks: list[Mark] = []
         done: dict[Range, Output] = {}
         while True:
-            ranges, given_up = narrow(start, stop, [*doubted, *failed])
-            self._check_engine(shard, given_up)
-            pending = [each for each in ranges if each not in done]
+            ranges, skipped = split_ranges(start, stop, [*suspects, *failed])
+            self._check_engine(shard, skipped)
+            pending = [rows_range for rows_range in ranges if rows_range not in done]
             if not pending:
                 break
             mark, output = self._range(shard["shard"], *pending[0])
@@ -287,68 +289,68 @@ class _Worker:
                 continue
             marks.append(mark)
             done[pending[0]] = output
-            self.tries.ended(mark, ENDED if pending[1:] else DONE, "")
-        for row, why in given_up.items():
+            self.range_marks.set_cause(mark, ENDED if pending[1:] else DONE, "")
+        for row, why in skipped.items():
             with self._reads_only():
-                done[row, row + 1] = self.stage.refuse(self.inputs, row, why.reason, why.detail)
-        return joined([done[each] for each in sorted(done)]), marks, failed
+                done[row, row + 1] = self.stage.skip_row(self.inputs, row, why.reason, why.detail)
+        return concat_outputs([done[rows_range] for rows_range in sorted(done)]), marks, failed
 
     def _range(self, number: int, start: int, stop: int) -> tuple[Mark, Output | None]:
-        """A range's mark and its output, which is None where it failed and this process can go on."""
-        mark = self.tries.begin(number, start, stop)
+        """A range's mark and its output; the output is None if the range failed and this process can go on."""
+        mark = self.range_marks.begin(number, start, stop)
         try:
-            with self.watchdog.over(mark) if self.watchdog else nullcontext():
+            with self.watchdog.watching(mark) if self.watchdog else nullcontext():
                 return mark, self.run(start, stop)
         except (ConfigError, StageFailed, Damaged, ModuleNotFoundError, KeyboardInterrupt) as end:
             if not (isinstance(end, KeyboardInterrupt) and mark.cause == HUNG):
-                self._stopped(mark, end)
+                self._mark_stopped(mark, end)
                 raise
         except EngineDied as error:
-            if self.turns.is_alone or self.inline:
-                self.tries.ended(mark, DIED, str(error))
+            if self.lock.is_alone or self.inline:
+                self.range_marks.set_cause(mark, DIED, str(error))
             if not self.inline:
-                os._exit(70)  # all of the engine goes with the process; Ray starts another
+                os._exit(70)  # ends all of the engine with the process; Ray starts another
             self.run = self._open()
         except Exception as error:
-            if blame.is_of_the_machine(error) or self._lost():
-                self._stopped(mark, error)
-                raise OutOfReach(out_of_reach(self.folder, error)) from error
+            if blame.is_of_the_machine(error) or self._inputs_missing():
+                self._mark_stopped(mark, error)
+                raise OutOfReach(out_of_reach_message(self.folder, error)) from error
             if blame.is_of_memory(error) and stop - start == 1:
-                # a smaller range needs less; what is too much for a row alone may be another program's
-                self._stopped(mark, error)
-                raise StageFailed(out_of_memory(self.folder, self.stage, self.pool, error)) from error
-            self.tries.ended(mark, RAISED, f"{type(error).__name__}: {error}")
+                # a smaller range needs less memory; if one row needs too much, another program may hold the memory
+                self._mark_stopped(mark, error)
+                raise StageFailed(out_of_memory_message(self.folder, self.stage, self.pool, error)) from error
+            self.range_marks.set_cause(mark, RAISED, f"{type(error).__name__}: {error}")
         return mark, None
 
-    def _stopped(self, mark: Mark, error: BaseException) -> None:
-        with contextlib.suppress(OSError):  # the disk that is full, or away, is this one
-            self.tries.ended(mark, STOPPED, str(error))
+    def _mark_stopped(self, mark: Mark, error: BaseException) -> None:
+        with contextlib.suppress(OSError):  # the full or unreachable disk may be this one
+            self.range_marks.set_cause(mark, STOPPED, str(error))
 
-    def _lost(self) -> bool:
-        """Whether something that the stage reads, or its own folder, is not there now."""
+    def _inputs_missing(self) -> bool:
+        """Whether an input of the stage, or its own folder, is missing now."""
         try:
-            there = [self.folder.read_bytes("plan.json"), *(folder.manifest for folder in self.inputs.values())]
+            contents = [self.folder.read_bytes("plan.json"), *(folder.manifest for folder in self.inputs.values())]
         except OSError:
             return True
-        return any(each is None for each in there)
+        return any(content is None for content in contents)
 
-    def _check_engine(self, shard: ray_pool.Shard, given_up: dict[int, Given]) -> None:
+    def _check_engine(self, shard: ray_pool.Shard, skipped: dict[int, SkipReason]) -> None:
         limit = max(TRIES_PER_SHARD, (shard["stop"] - shard["start"]) // 20)
-        if len(given_up) > limit:
-            why = next(iter(given_up.values()))
+        if len(skipped) > limit:
+            why = next(iter(skipped.values()))
             raise StageFailed(
-                f"{self.folder.name}: {len(given_up)} rows of shard {shard['shard']} failed alone, the first with "
-                f"{why.reason}: {why.detail}; the fault is not in the rows: mend the engine and run again"
+                f"{self.folder.name}: {len(skipped)} rows of shard {shard['shard']} failed alone, the first with "
+                f"{why.reason}: {why.detail}; the rows are not at fault: fix the engine and run again"
             )
 
-    def _scarce(self, mark: Mark) -> None:
+    def _on_low_memory(self, mark: Mark) -> None:
         if not mark.cause:
             with contextlib.suppress(OSError):
-                self.tries.ended(mark, MEMORY, "the machine was short of memory")
+                self.range_marks.set_cause(mark, MEMORY, "the machine was short of memory")
 
-    def _late(self, mark: Mark) -> None:
-        if self.turns.is_alone or self.inline:
-            self.tries.ended(mark, HUNG, f"no answer within {self.pool.deadline_s:g} s")
+    def _on_late(self, mark: Mark) -> None:
+        if self.lock.is_alone or self.inline:
+            self.range_marks.set_cause(mark, HUNG, f"no answer within {self.pool.deadline_s:g} s")
         if self.inline:
             # unlike _thread.interrupt_main, a real signal also ends a wait inside a system call; Ctrl-C is the user's
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)

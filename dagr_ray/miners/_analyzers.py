@@ -6,7 +6,7 @@ import unicodedata
 from typing import NamedTuple
 
 from dagr_ray.core.config import ConfigError
-from dagr_ray.core.language import UNDETERMINED, languages, written
+from dagr_ray.core.language import UNDETERMINED, base_language, languages
 from dagr_ray.core.words import searchable, spaced
 
 AUTO, ENGLISH = "auto", "en"
@@ -79,7 +79,7 @@ def known(language: str) -> str:
     >>> known("pt-BR"), known("nb"), known("auto")
     ('pt', 'no', 'auto')
     """
-    code = written(language)
+    code = base_language(language)
     if code not in (AUTO, ENGLISH, UNDETERMINED) and code not in _CLASSES and code not in languages():
         raise ConfigError(
             f"language = {language!r} is no ISO 639 code that is known; give {AUTO}, {ENGLISH}, "

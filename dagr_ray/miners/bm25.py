@@ -22,7 +22,7 @@ import pyarrow as pa
 from pydantic import AfterValidator, Field
 
 from dagr_ray.core.config import ConfigError, OmitWhenDefault
-from dagr_ray.core.language import PASSAGES, SPOKEN, language_of_all
+from dagr_ray.core.language import PASSAGE_CHARACTERS, PASSAGES, language_of_all
 from dagr_ray.core.storage import own_folder, own_temporary
 from dagr_ray.core.tables import clean, passage_text
 from dagr_ray.miners import Build, Miner
@@ -129,7 +129,7 @@ def _told(corpus: Iterable[pa.Table]) -> tuple[str, Iterable[pa.Table]]:
     if first is None:
         return ENGLISH, ()
     rows = first.slice(0, PASSAGES).select(["title", "text"]).to_pylist()
-    told = language_of_all(passage_text(row["title"], row["text"])[:SPOKEN] for row in rows)
+    told = language_of_all(passage_text(row["title"], row["text"])[:PASSAGE_CHARACTERS] for row in rows)
     return known(told), chain([first], parts)
 
 

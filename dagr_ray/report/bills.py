@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from dagr_ray.core.artifact import Artifact, Json, add_up, folders_of
 from dagr_ray.core.config import ConfigError, from_json
-from dagr_ray.core.cost import Rates, attempt_of, attempts, lost, shard_bill, stage_bill
+from dagr_ray.core.cost import Rates, attempts, find_attempt, shard_bill, stage_bill, unfinished_ranges
 from dagr_ray.core.placement import Placement
 from dagr_ray.core.stage import load_stage
 from dagr_ray.report.arms import Row
@@ -36,7 +36,7 @@ def stage_line(folder: Artifact, fresh: bool = False) -> Json:
     made = stage_bill(folder, receipts.values(), _rates(folder, manifest))
     if manifest:
         return {**named, "state": "complete", **made}
-    open_rows = lost(folder, receipts.values())
+    open_rows = unfinished_ranges(folder, receipts.values())
     under_way = {key: sum(line[key] for line in open_rows) for key in ("rows", "tokens")}
     of = len(plan["shards"]) if plan else 0
     return {**named, "state": f"{len(receipts)}/{of} shards", **made, "under_way": under_way}
@@ -52,9 +52,9 @@ def _rates(folder: Artifact, manifest: Json | None) -> Rates:
     with contextlib.suppress(ConfigError):  # of another version
         prices = next((from_json(e["placement"], Placement).prices for e in events if "placement" in e), prices)
     try:
-        return Rates.of(prices, load_stage(folder).engine_asked())
+        return Rates.from_prices(prices, load_stage(folder).engine_asked())
     except ConfigError:  # of a plugin that is not installed here
-        return Rates.of(prices)
+        return Rates.from_prices(prices)
 
 
 def total(lines: Iterable[Json]) -> Json:
@@ -71,7 +71,7 @@ def stage(runs: str, name: str) -> Json:
     line = stage_line(folder, fresh=True)
     rates, receipts = Rates.from_json(line["rates"]), folder.receipts()
     tries = attempts(folder, [*receipts.values(), *folder.revoked()])
-    shards = [{"shard": n, **shard_bill(r, attempt_of(r, tries), rates)} for n, r in sorted(receipts.items())]
+    shards = [{"shard": n, **shard_bill(r, find_attempt(r, tries), rates)} for n, r in sorted(receipts.items())]
     made: Json = {**line, "shards": shards}
     if line["state"] == "complete":
         folders = Folders(runs)

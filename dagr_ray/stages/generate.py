@@ -39,7 +39,6 @@ class Generate(Stage):
     abstract: ClassVar[bool] = False
     pool: ClassVar[str] = "generate"
     concurrent: ClassVar[bool] = True
-    rescues: ClassVar[bool] = True
     outputs: ClassVar[tuple[str, ...]] = ("generations", "rejected")
     corpus: Stage
     strategy: Strategy
@@ -91,7 +90,7 @@ class Generate(Stage):
         """Whether the engine is asked for log-probabilities."""
         return self.sampling.logprob or any(strategy.by_logprob for strategy in self.strategy.asked())
 
-    def refuse(self, inputs: Inputs, row: int, reason: str, detail: str) -> Output:
+    def skip_row(self, inputs: Inputs, row: int, reason: str, detail: str) -> Output:
         """A passage that is given up: no completions, and a row in ``rejected``."""
         [doc_id] = inputs["corpus"].slice(self.strategy.reads, row, row + 1)["doc_id"].to_pylist()
         refused = {"id": doc_id, "by": "generate", "reason": reason, "detail": tables.clean(detail)}
@@ -117,7 +116,7 @@ class Generate(Stage):
         engine = self.engine
         if "tuned" in inputs:
             engine = engine.with_model(Path(inputs["tuned"].local_path("model")))
-        session = cost.within_budget(engine, folder, pool.workers).open(pool)
+        session = cost.with_remaining_budget(engine, folder, pool.workers).open(pool)
         atexit.register(session.close)
         start_s = [time.time() - began]
         sampling = self.sampling.model_copy(update={"logprob": self.keeps_logprob})

@@ -36,7 +36,6 @@ class Reach(Stage):
     """
 
     abstract: ClassVar[bool] = False
-    grows: ClassVar[bool] = True
     templates: ClassVar[tuple[str, ...]] = ("selected",)  # the steps are made by it
     outputs: ClassVar[tuple[str, ...]] = ("queries", "qrels", "lineage", "rejected")
     selected: Select
@@ -70,7 +69,7 @@ class Reach(Stage):
         assert isinstance(made, Select)
         return made
 
-    def grow(self, inputs: Inputs, build: Callable[[Stage], Artifact]) -> Inputs:
+    def dynamic_inputs(self, inputs: Inputs, build: Callable[[Stage], Artifact]) -> Inputs:
         """Builds the steps, and returns their folders by name."""
         passages, samples = inputs["corpus"].count("corpus"), self._generate().per_passage()
         limit = passages if self.max_candidates is None else min(passages, self.max_candidates // samples)

@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from dagr_ray.core import tables
 from dagr_ray.core.artifact import Artifact
 from dagr_ray.core.config import ConfigError
-from dagr_ray.core.cost import within_budget
+from dagr_ray.core.cost import with_remaining_budget
 from dagr_ray.core.placement import Pool, PricedEngine
 from dagr_ray.core.stage import Inputs, Output, Run, Stage
 from dagr_ray.teachers import Hit, Pair, Spread, Teacher, by_query
@@ -36,7 +36,6 @@ class Label(Stage):
 
     abstract: ClassVar[bool] = False
     concurrent: ClassVar[bool] = True
-    rescues: ClassVar[bool] = True
     outputs: ClassVar[tuple[str, ...]] = ("scores", "rejected")
     judged: ClassVar[dict[str, str]] = {"queries": "split"}
     teacher: Teacher
@@ -76,7 +75,7 @@ class Label(Stage):
     def size(self, inputs: Inputs) -> int:
         return inputs["queries"].count("queries")
 
-    def refuse(self, inputs: Inputs, row: int, reason: str, detail: str) -> Output:
+    def skip_row(self, inputs: Inputs, row: int, reason: str, detail: str) -> Output:
         """A query that is given up: none of its pairs has a score."""
         pairs = _Pairs(self, inputs).of(row, row + 1)
         rejected = tables.Rejected()
@@ -131,7 +130,7 @@ class Label(Stage):
 def _affordable(teacher: Teacher, folder: Artifact, workers: int) -> Teacher:
     """The teacher, its engine (if any) with what earlier runs left of its budget."""
     engine = teacher.engine_asked()
-    return teacher if engine is None else teacher.with_engine(within_budget(engine, folder, workers))
+    return teacher if engine is None else teacher.with_engine(with_remaining_budget(engine, folder, workers))
 
 
 class Heads(Stage):

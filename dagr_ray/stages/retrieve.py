@@ -22,7 +22,7 @@ from pydantic import Field
 
 from dagr_ray.core import tables
 from dagr_ray.core.artifact import Artifact, Json
-from dagr_ray.core.language import PASSAGES, SPOKEN, language_of_all
+from dagr_ray.core.language import PASSAGE_CHARACTERS, PASSAGES, language_of_all
 from dagr_ray.core.placement import Pool
 from dagr_ray.core.stage import Inputs, Output, Run, Stage, derived
 from dagr_ray.miners import Miner, Searcher
@@ -82,7 +82,9 @@ class Index(Stage):
         language = _spoken(self.corpus)
         if language is None:
             rows = inputs["corpus"].slice("corpus", 0, PASSAGES).select(["title", "text"]).to_pylist()
-            language = language_of_all(tables.passage_text(row["title"], row["text"])[:SPOKEN] for row in rows)
+            language = language_of_all(
+                tables.passage_text(row["title"], row["text"])[:PASSAGE_CHARACTERS] for row in rows
+            )
         return self.miner.settled(language)
 
     def remark(self, counts: Json) -> str | None:
@@ -366,7 +368,6 @@ class Search(Asking):
     """
 
     abstract: ClassVar[bool] = False
-    grows: ClassVar[bool] = True
     outputs: ClassVar[tuple[str, ...]] = ("candidates",)
 
     @derived("probe")
@@ -378,7 +379,7 @@ class Search(Asking):
         """The queries, unless those of a split are picked from them."""
         return self.queries if self.split is None else None
 
-    def grow(self, inputs: Inputs, build: Callable[[Stage], Artifact]) -> Inputs:
+    def dynamic_inputs(self, inputs: Inputs, build: Callable[[Stage], Artifact]) -> Inputs:
         """A large index is searched slab by slab first."""
         method = _method(self.index)
         if method is not None:

@@ -19,7 +19,7 @@ from pydantic import AfterValidator, Field, model_validator
 from dagr_ray.core import tables
 from dagr_ray.core.artifact import Artifact, Json
 from dagr_ray.core.config import ConfigError, cached_content, content_hash
-from dagr_ray.core.language import PASSAGES, SPOKEN, language_of_all
+from dagr_ray.core.language import PASSAGE_CHARACTERS, PASSAGES, language_of_all
 from dagr_ray.core.paths import FileOrFolder, last_name, word_of
 from dagr_ray.core.placement import Pool
 from dagr_ray.core.stage import Inputs, Output, Run, Stage, derived
@@ -138,7 +138,7 @@ class Beir(Stage):
 
 @lru_cache(maxsize=64)
 def _heard(head: Callable[[str, int], list[str]], path: str, content: str) -> str:
-    return language_of_all(text[:SPOKEN] for text in head(path, PASSAGES))
+    return language_of_all(text[:PASSAGE_CHARACTERS] for text in head(path, PASSAGES))
 
 
 def _doubt(named: str, heard: str) -> str | None:

@@ -288,12 +288,12 @@ class _Estimator:
             "busy_seconds": busy_s,
             "bytes": round(unfinished * (stored + shards * sum(map(_part_bytes, stage.outputs)))),
             "price": self._price(stage, busy_s, tokens, pool),
-            "rates": str(Rates.of(self.placement.prices, stage.engine_asked())),
+            "rates": str(Rates.from_prices(self.placement.prices, stage.engine_asked())),
             "basis": rates.basis,
         }
 
     def _price(self, stage: Stage, busy_s: float, tokens: dict[str, int], pool: Pool) -> float:
-        rates = Rates.of(self.placement.prices, stage.engine_asked())
+        rates = Rates.from_prices(self.placement.prices, stage.engine_asked())
         if rates.tokens is not None:
             return rates.tokens.usd(**tokens)
         an_hour = pool.gpus * rates.gpu_hour + stage.cores_held(pool) * rates.cpu_hour

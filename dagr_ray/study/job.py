@@ -123,7 +123,7 @@ def _module(path: str, file: Path) -> ModuleType:
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
     try:
-        with job_imports.importing_beside(str(file.parent)):
+        with job_imports.loading_job(str(file.parent)):
             loader.exec_module(module)
     except ModuleNotFoundError as error:
         raise ConfigError(_missing(path, file, error)) from None

@@ -153,7 +153,7 @@ def _tune(
         logging.getLogger("ray.tune").setLevel(
             logging.CRITICAL
         )  # its long tracebacks of failed trials: the reason is logged below
-    job_imports.send_whole()
+    job_imports.pickle_job_modules_by_value()
     # as objects, not as JSON: workers cannot import a class that is defined in the job's file
     cards = {trial.name: trial.card for trial in trials}
     by_name = {trial.name: trial for trial in trials}
@@ -191,7 +191,7 @@ class _Trainable:
 
     def __init__(self, cards: dict[str, Scorecard], runs: str, placement: Placement, trials: int) -> None:
         self.cards, self.runs, self.placement = cards, runs, placement
-        self.beside = job_imports.beside()
+        self.beside = job_imports.job_folders()
         self.concurrent = min(trials, placement.trials)
 
     def __call__(self, config: Json) -> None:
@@ -199,7 +199,7 @@ class _Trainable:
 
         _use_share_of_cores(self.concurrent)
         started = time.time()
-        job_imports.import_beside(self.beside)
+        job_imports.add_job_folders(self.beside)
         folder = materialize(self.cards[config["trial"]], self.runs, self.placement)
         means = {
             f"{row['data']}/{row['measure']}": row["value"]

@@ -92,7 +92,7 @@ class Checkpoints:
             rank += 1
             for relative, sha in files.items():
                 try:
-                    path = Path(below(target, relative, of=name))
+                    path = Path(below(target, relative, source=name))
                     path.parent.mkdir(parents=True, exist_ok=True)
                     pafs.copy_files(f"{self.root}/{name}/{relative}", str(path), source_filesystem=self.folder.fs)
                 except (ConfigError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError):

@@ -13,7 +13,7 @@ from dagr_ray.core import storage as places, tables
 from dagr_ray.core.artifact import Artifact
 from dagr_ray.core.build import materialize
 from dagr_ray.core.config import ConfigError
-from dagr_ray.core.storage import below, fetch, filesystem, local_folder, one_name
+from dagr_ray.core.storage import below, fetch, filesystem, local_folder, plain_name
 from dagr_ray.miners.bm25 import BM25
 from dagr_ray.stages.retrieve import Index, Search
 from dagr_ray.stages.sources import Beir
@@ -71,10 +71,10 @@ TAKEN = [
 @pytest.mark.parametrize("kind", REFUSED)
 def test_a_name_that_could_lead_elsewhere_is_refused_with_the_name(tmp_path, kind):
     with pytest.raises(ConfigError) as told:
-        below(tmp_path, REFUSED[kind], of="bucket/m")
+        below(tmp_path, REFUSED[kind], source="bucket/m")
     assert "refused" in str(told.value) and "bucket/m" in str(told.value) and len(str(told.value)) < 400
     with pytest.raises(ConfigError, match="refused"):
-        one_name(REFUSED[kind])
+        plain_name(REFUSED[kind])
     assert not os.listdir(tmp_path)
 
 
@@ -183,7 +183,7 @@ def test_a_fetch_that_fails_leaves_nothing_and_the_next_one_brings_all(bucket, s
         local_folder(address)
     assert not everything(tmp_path)
     server.hook = lambda request: 404 if request.method in ("GET", "HEAD") and request.key.endswith("/7.bin") else None
-    with pytest.raises(ConfigError, match=r"7.bin' is in the store's list, but not there"):
+    with pytest.raises(ConfigError, match=r"7.bin' is in the store's listing, but missing"):
         local_folder(address)
     assert not everything(tmp_path)
     server.hook = None

@@ -17,7 +17,7 @@ from dagr_ray import report
 from dagr_ray.core.artifact import Artifact
 from dagr_ray.core.build import materialize
 from dagr_ray.core.config import ConfigError, from_json
-from dagr_ray.core.cost import Attempt, Rates, resources_held, shard_bill, stage_bill, within_budget
+from dagr_ray.core.cost import AttemptCost, Rates, resources_held, shard_bill, stage_bill, with_remaining_budget
 from dagr_ray.core.placement import Placement, Pool, Prices, TokenPrices
 from dagr_ray.core.stage import StageFailed, walk
 from dagr_ray.core.worker import TRIES_PER_SHARD, Opener
@@ -164,7 +164,7 @@ def test_workers_that_die_while_they_write_a_shard_are_not_replaced_for_ever(tmp
             for _ in range(TRIES_PER_SHARD):
                 with pytest.raises(Killed):
                     opened()({"shard": 0, "start": 0, "stop": 10})
-        with pytest.raises(StageFailed, match="shard 0 was done 3 times and its worker died while it wrote"):
+        with pytest.raises(StageFailed, match="shard 0 was finished 3 times and its worker died while it wrote"):
             opened()({"shard": 0, "start": 0, "stop": 10})
         opened.attempt = "2-b"  # who runs it again has perhaps freed some memory
         cost = opened()({"shard": 0, "start": 0, "stop": 10})["cost"]
@@ -204,7 +204,7 @@ def test_prices_of_a_model_come_from_the_placement_where_the_engine_has_none(tmp
     assert engine().token_prices(prices) == TokenPrices(completion=5)
     assert engine(**PRICES).token_prices(prices) == TokenPrices(prompt=2, completion=8)
     assert engine().token_prices(Prices()) is None
-    assert Rates.of(prices, generator_named("crop")[1]).tokens is None
+    assert Rates.from_prices(prices, generator_named("crop")[1]).tokens is None
 
 
 def test_failed_attempts_are_waste(tmp_path):
@@ -271,8 +271,8 @@ def test_a_budget_holds_across_runs(tmp_path):
     assert bills.stage(runs, made.name)["usd"]["work"] == whole
     spent = asked(tmp_path / "set", server, budget_usd=0.9 * whole, **money).engine
     for at_work in (True, False):
-        with pytest.raises(ConfigError, match=r"are spent on generate-.*raise budget_usd and run again") as caught:
-            within_budget(spent, made, 1, at_work)
+        with pytest.raises(ConfigError, match=r"is spent on generate-.*raise budget_usd and run again") as caught:
+            with_remaining_budget(spent, made, 1, at_work)
         assert "\n" not in str(caught.value)
 
 
@@ -293,7 +293,7 @@ def test_an_outage_fails_the_stage_and_the_next_run_asks_again_only_what_failed(
 
     with served(react) as server:
         stage = asked(tmp_path / "set", server, in_flight=1, max_attempts=1)
-        with pytest.raises(StageFailed, match="serves nobody.*no row was given up"):
+        with pytest.raises(StageFailed, match="serves nobody.*no row was skipped"):
             materialize(stage, runs, HERE)
         assert 40 <= len(server.seen) <= 43, "soon: a request may have been begun beside the one that failed"
     first = adds_up(runs, stage.folder_name())
@@ -363,7 +363,7 @@ def test_bills_for_people_say_the_totals(arms):
 
 def test_a_stage_of_one_shard_that_takes_all_workers_is_billed_for_them(tmp_path):
     held = resources_held(Pool(workers=3, cpus=2, gpus=1), together=True)
-    attempt = Attempt("001", 100.0, 110.0, held)
+    attempt = AttemptCost("001", 100.0, 110.0, held)
     rates = Rates(cpu_hour=36.0, gpu_hour=360.0)
     assert attempt.held_s == 30 and attempt.usd(attempt.held_s, rates) == pytest.approx(30 * (2 * 0.01 + 0.1))
     receipt = {"counts": {"in": 1, "out": 1}, "cost": {"start_s": 1.0, "busy_s": 8.0, "idle_s": 0.5, "setup_s": 3.0}}
@@ -461,6 +461,6 @@ def asked(data: str, url: str, budget: float) -> Stage:
                 [sys.executable, "-m", "dagr_ray.cli.main", *verb, str(tmp_path / "asked.py"), *words],
                 cwd=ROOT, capture_output=True, text=True, check=False,
             )  # fmt: skip
-            assert done.returncode == 2 and "are spent on generate-crop-openai" in done.stderr
+            assert done.returncode == 2 and "is spent on generate-crop-openai" in done.stderr
             assert len(done.stderr.strip().splitlines()) == 1
         assert len(server.seen) == 16

@@ -183,7 +183,7 @@ def test_the_special_tokens_of_a_tokenizer_s_files(tmp_path):
 )
 def test_a_tokenizer_s_file_that_is_none_is_named(tmp_path, text):
     (tmp_path / "tokenizer.json").write_text(text)
-    with pytest.raises(ConfigError, match="tokenizer.json: no tokenizer's file"):
+    with pytest.raises(ConfigError, match="tokenizer.json: not a tokenizer file"):
         special_tokens(tmp_path)
     with pytest.raises(ConfigError, match="no tokenizer in"):
         special_tokens(tmp_path / "none")

@@ -117,7 +117,7 @@ def test_only_what_a_row_causes_is_blamed_on_it(tmp_path, data, what):
         with pytest.raises(StageFailed) as ended:
             materialize(stage, runs, HERE)
         line = str(ended.value)
-        assert line.startswith(stage.folder(runs).path) and "no row was given up" in line and "run again" in line
+        assert line.startswith(stage.folder(runs).path) and "no row was skipped" in line and "run again" in line
         assert "\n" not in line and len(line) < 600
         assert len(stage.folder(runs).receipts()) == 1, "what was done before stays"
         (tmp_path / "well").touch()
@@ -146,7 +146,7 @@ def test_an_input_that_is_away_for_a_moment_loses_no_row(tmp_path, data, at):
     if at == "table":  # a damaged input is built again; so is one whose parts have gone
         folder = materialize(stage, runs, HERE)
     else:
-        with pytest.raises(StageFailed, match="no row was given up"):
+        with pytest.raises(StageFailed, match="no row was skipped"):
             materialize(stage, runs, HERE)
         assert not there.exists(), "nothing is put where it was"
         shutil.move(until, there)
@@ -297,15 +297,15 @@ def test_workers_that_are_ended_while_memory_is_short_cost_no_row(tmp_path, data
     runs, shard = str(tmp_path / "runs"), {"shard": 0, "start": 0, "stop": 1}
     inputs = {name: materialize(each, runs) for name, each in stage.inputs().items()}
     monkeypatch.setenv("RAY_memory_usage_threshold", "0")
-    assert ray_pool.memory_is_short(), "and Ray is imported, as it is in a worker"
+    assert ray_pool.is_memory_short(), "and Ray is imported, as it is in a worker"
     for _ in range(3):
         with pytest.raises(Killed):
             Opener(stage, inputs, stage.folder(runs), Pool(workers=1, shard_rows=1), "1-x")()(shard)
     with pytest.raises(
-        StageFailed, match=r"memory ran out.*3 workers were ended.*\[generate\] lower workers \(now 1\)"
+        StageFailed, match=r"memory ran out.*3 workers were killed.*\[generate\] lower workers \(now 1\)"
     ):
         Opener(stage, inputs, stage.folder(runs), Pool(workers=1, shard_rows=1), "1-x")()(shard)
-    assert stage.folder(runs).receipts() == {}, "no row was given up, though it was alone"
+    assert stage.folder(runs).receipts() == {}, "no row was skipped, though it was alone"
 
 
 @pytest.mark.parametrize(

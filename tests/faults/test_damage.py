@@ -19,7 +19,7 @@ from dagr_ray.core.build import materialize, plan
 from dagr_ray.core.config import ConfigError
 from dagr_ray.core.cost import stage_bill
 from dagr_ray.core.placement import Placement, Pool
-from dagr_ray.core.poison_rows import Tries
+from dagr_ray.core.poison_rows import RangeMarks
 from dagr_ray.report import bills, summarise
 from dagr_ray.training.checkpoints import Checkpoints
 from tests.core.test_folders import LIGHT, Numbers, Upper, ids
@@ -72,7 +72,7 @@ def built(tmp_path_factory):
     runs = tmp_path_factory.mktemp("built")
     folder = materialize(END, str(runs), LIGHT)
     source = END.source.folder(str(runs))
-    Tries(source, "001-aaaa", False).begin(1, 10, 20)
+    RangeMarks(source, "001-aaaa", False).begin(1, 10, 20)
     source.write_json("revoked/00002-abcd.json", source.receipt(2))
     return runs, ids(folder)
 

@@ -192,7 +192,7 @@ def test_a_scratch_folder_that_cannot_be_written_is_named(place, monkeypatch):
 def test_rays_sessions_lie_in_a_short_private_place(place, monkeypatch):
     monkeypatch.setenv("RAY_TMPDIR", "/proc/nowhere")
     monkeypatch.setattr("tempfile.tempdir", str(place / ("long" * 30)))
-    made = ray_start._sessions()
+    made = ray_start._session_folder()
     assert is_private(os.path.dirname(made)) and len(made) + 64 <= 107
     assert os.path.dirname(made).startswith(f"/tmp/dagr-{os.geteuid()}")
 
@@ -255,7 +255,7 @@ print(seen[0] == seen[1], len(seen[0][1]))
         ("localhost:{closed}", "refused"),
         ("[::1]:{closed}", "answers there"),
         ("no-such-host.invalid:6379", "answers there"),
-        ("127.0.0.1:{silent}", "does not speak as Ray does"),
+        ("127.0.0.1:{silent}", "does not speak Ray"),
         ("127.0.0.1", "is not host:port"),
         ("127.0.0.1:", "is not host:port"),
         (":6379", "is not host:port"),
@@ -277,5 +277,5 @@ def test_an_address_without_a_cluster_is_named(monkeypatch, address, why, source
         silent.listen()
         given = address.format(silent=silent.getsockname()[1], closed=closed.getsockname()[1])
         with pytest.raises(ConfigError) as refused:
-            ray_start._answering(given, source)
+            ray_start._head_address(given, source)
     assert str(refused.value).startswith(f"{source} = {given!r}") and why in str(refused.value)

@@ -12,7 +12,7 @@ import pytest
 from dagr_ray.core.artifact import Artifact
 from dagr_ray.core.build import materialize
 from dagr_ray.core.placement import Placement, Pool
-from dagr_ray.core.poison_rows import Mark, Turns, narrow
+from dagr_ray.core.poison_rows import Mark, SharedLock, split_ranges
 from dagr_ray.core.ray_start import connect
 from dagr_ray.core.stage import EngineDied, StageFailed
 from dagr_ray.core.worker import Opener
@@ -87,7 +87,7 @@ def test_a_stage_whose_rows_were_all_given_up_is_no_success_and_goes_on_later(tm
     runs, here = str(tmp_path / "runs"), Placement(generate=Pool(workers=0, shard_rows=2))
     for _ in range(2):  # the second run asks again, and ends as the first did
         before = (tmp_path / "log").read_text().count("\n") if (tmp_path / "log").exists() else 0
-        with pytest.raises(StageFailed, match="none of 12 rows has an answer, 12 were given up: .*; run again") as told:
+        with pytest.raises(StageFailed, match="none of 12 rows has an answer, 12 were skipped: .*; run again") as told:
             materialize(asked(tmp_path, **evils), runs, here)
         assert "\n" not in str(told.value)
         assert (tmp_path / "log").read_text().count("\n") > before
@@ -192,7 +192,7 @@ def test_a_row_that_kills_the_driver_is_given_up_after_a_few_runs(tmp_path):
 
 def test_an_engine_that_fails_for_every_row_fails_the_stage_soon(tmp_path):
     stage = asked(tmp_path, **{f"n{i}": "raise" for i in range(60)})
-    with pytest.raises(StageFailed, match="4 rows of shard 0 failed alone.*mend the engine"):
+    with pytest.raises(StageFailed, match="4 rows of shard 0 failed alone.*fix the engine"):
         materialize(stage, str(tmp_path / "runs"), Placement(generate=Pool(workers=0, shard_rows=60)))
 
 
@@ -200,7 +200,7 @@ def test_an_engine_that_fails_for_every_row_fails_the_stage_soon(tmp_path):
 def test_narrowing_finds_every_poison_row_and_no_other(poison):
     marks = []
     while True:
-        ranges, given_up = narrow(0, 128, marks)
+        ranges, given_up = split_ranges(0, 128, marks)
         bad = next((r for r in ranges if poison & set(range(*r))), None)
         if bad is None:
             break
@@ -214,7 +214,7 @@ def test_narrowing_finds_every_poison_row_and_no_other(poison):
 def test_a_doubted_range_runs_while_nothing_else_does():
     import threading
 
-    turns, seen, inside = Turns(), [], []
+    turns, seen, inside = SharedLock(), [], []
 
     def shared():
         with turns.shared():

@@ -30,7 +30,7 @@ RAY = Placement(generate=Pool(workers=1, shard_rows=8))
 
 
 class DiesAtStart(Engine):
-    """Its process is killed while it is opened, as for want of memory."""
+    """Its process is killed while it is opened, as for lack of memory."""
 
     abstract: ClassVar[bool] = True
     log: str = ""
@@ -101,7 +101,7 @@ def test_weights_that_are_cut_off_are_seen_before_an_engine_starts(tmp_path):
 def test_workers_that_die_while_they_start_are_not_replaced_for_ever(tmp_path):
     connect()
     log = tmp_path / "opened"
-    with pytest.raises(Exception, match="2 workers died while they opened the stage, most often for want of memory"):
+    with pytest.raises(Exception, match="2 workers died while they opened the stage, most often for lack of memory"):
         materialize(stage(tmp_path, DiesAtStart(log=str(log))), str(tmp_path / "runs"), RAY)
     assert len(log.read_text().splitlines()) == 2
     assert gone()
