@@ -40,6 +40,7 @@ def beir(
     split: str = "test",
     tuned_on: FileOrFolder | None = None,
     pairs: int | None = None,
+    fused: bool = False,
 ) -> Scorecard:
     """A retriever trained on ``volume`` queries generated for the passages of ``data``, judged on people's queries.
 
@@ -47,13 +48,14 @@ def beir(
     row; ``base`` is ``minilm`` or the folder of an encoder;
     ``people`` are files of their ratings, joined by ``+``, which win over the filters. A generator with ``-tuned`` has learnt
     how people ask from at most ``pairs`` of their queries: those of the collection ``tuned_on``, or the other split of ``data``.
+    ``fused`` judges each retriever together with BM25, too.
     """
     corpus = Beir(path=data, language=language)
     sets = named_sets(corpus, ood)
     encoder = Encoder(model=str(minilm()) if base == "minilm" else base)
     exemplars = Exemplars(corpus=corpus, split=shown_split(split), k=6)
     if volume == 0:
-        return judge(sets, Dense(encoder=encoder), exclude=exemplars, split=split)
+        return judge(sets, Dense(encoder=encoder), exclude=exemplars, split=split, fused=fused)
 
     strategy, engine = generator_named(generator.removesuffix("-tuned"), model)
     tuned = None
@@ -72,4 +74,4 @@ def beir(
         examples=examples, queries=selected, corpus=corpus, base=encoder, batch_size=32, max_length=160, lr=lr,
         epochs=epochs, seed=seed,
     )  # fmt: skip
-    return judge(sets, Dense(encoder=encoder), trained=trained, exclude=exemplars, split=split)
+    return judge(sets, Dense(encoder=encoder), trained=trained, exclude=exemplars, split=split, fused=fused)

@@ -27,13 +27,13 @@ def ladder(
     volume: int = 1000, generator: Literal["smollm2", "crop", "llm"] = "smollm2", model: str | None = None,
     teacher: str | None = None, bm25_share: float | None = None, passages: int = 1500, samples: int = 4,
     negatives: int = 7, max_rank: int = 100, epochs: int | None = None, lr: float | None = None, seed: int = 0,
-    language: str = "auto", split: str = "test",
+    language: str = "auto", split: str = "test", fused: bool = False,
 ) -> Scorecard:  # fmt: skip
     """A retriever trained on ``volume`` pairs at a rung, judged on ``data`` (a BEIR folder, or none: Python's documentation).
 
     ``ood``: more such folders, joined by ``+``; ``base``: ``minilm``, ``scratch`` (two re-initialised layers) or a folder;
     ``human``: the share of pairs out of the train split; ``teacher``: a cross-encoder's folder, or none: BM25 by
-    ``bm25_share`` (0.6) and the base. At this ``max_rank`` 23 % of 400 queries on product reviews pass all filters (20: 15 %).
+    ``bm25_share`` (0.6) and the base; ``fused``: each retriever together with BM25, too. At this ``max_rank`` 23 % of 400 queries on product reviews pass all filters (20: 15 %).
     """
     corpus = Beir(path=data, language=language) if data else PyDocs(part="stdlib")
     sets = named_sets(corpus, ood or (None if data else PyDocs(part="numeric")))
@@ -41,7 +41,7 @@ def ladder(
     encoder = frozen.model_copy(update={"reinitialise": 0, "layers": 2}) if base == "scratch" else frozen
     exemplars = Exemplars(corpus=corpus, split=shown_split(split), otherwise=None if split == "train" else "train", k=4)
     if volume == 0:
-        return judge(sets, Dense(encoder=encoder), exclude=exemplars, split=split)
+        return judge(sets, Dense(encoder=encoder), exclude=exemplars, split=split, fused=fused)
     sources = [Source(human, Human(data=corpus), corpus)] if human > 0 else []
     if human < 1:
         strategy, engine = generator_named(generator, model)
@@ -61,4 +61,4 @@ def ladder(
         examples=examples, queries=queries, corpus=corpus, base=encoder, losses=losses, max_length=160 if data else 48,
         epochs=epochs or (2 if base == "scratch" else 1), lr=lr or (5e-4 if base == "scratch" else 3e-5), seed=seed,
     )  # fmt: skip
-    return judge(sets, Dense(encoder=encoder), trained=trained, exclude=exemplars, split=split)
+    return judge(sets, Dense(encoder=encoder), trained=trained, exclude=exemplars, split=split, fused=fused)

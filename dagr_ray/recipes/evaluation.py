@@ -10,8 +10,10 @@ from dagr_ray.core.config import ConfigError
 from dagr_ray.core.paths import distinct_names, split_values, word_of
 from dagr_ray.core.stage import Stage
 from dagr_ray.miners import Miner
+from dagr_ray.miners.bm25 import BM25
 from dagr_ray.retrieval.encoder import Encoder
 from dagr_ray.stages.evaluate import Evaluate, Scorecard
+from dagr_ray.stages.fuse import Fuse
 from dagr_ray.stages.retrieve import Index, Search
 from dagr_ray.stages.sources import Beir
 
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     pass
 
 JUDGED = 100  # passages of a query that count: R@100 is the deepest measure
+FUSED = (0.6, 0.4)  # weights of BM25 and of the retriever, as of the hybrid teacher
 
 
 def shown_split(split: str) -> str:
@@ -58,6 +61,7 @@ def judge(
     split: str = "test",
     leaks: Stage | None = None,
     prefixes: Mapping[str, tuple[str, str]] | None = None,
+    fused: bool = False,
 ) -> Scorecard:
     """The scorecard of a retriever on several data sets, the in-distribution one first.
 
@@ -65,19 +69,29 @@ def judge(
     want them (``{"arguana": ("query: ", "query: ")}``); BM25 has none.
 
     The best 100 passages of a query count; one more is searched, because a query that is a passage itself is taken out.
+    With ``fused`` each set is there a second time as ``NAME-fused``: the retriever together with BM25, as most teams run
+    search. Both scores are scaled by the query's hits to mean 0 and deviation 1, and weighted 0.6 and 0.4 (``FUSED``); these
+    weights are fixed beforehand and the same for all arms, the frozen base included.
+
     With ``leaks`` (a ``LeakGate``) each set is there twice: as it is, and as ``NAME-untouched`` without the queries that
     the training data resembles.
     """
     unknown = sorted((prefixes or {}).keys() - sets.keys())
     if unknown:
         raise ConfigError(f"judge: prefixes for {unknown[0]!r}, which is no set; allowed: {', '.join(sets)}")
-    evaluations = []
+    evaluations: list[Evaluate] = []
+    together: list[Evaluate] = []
     for position, (name, data) in enumerate(sets.items()):
         own = _prefixed(miner, prefixes[name]) if prefixes and name in prefixes else miner
         index = Index(corpus=data, miner=own, trained=trained)
         search = Search(index=index, queries=data, split=split, depth=JUDGED + 1)
         held_out = exclude if position == 0 else None
         evaluations.append(Evaluate(search=search, data=data, split=split, exclude=held_out, name=name, depth=JUDGED))
+        if fused:
+            bm25 = search.model_copy(update={"index": Index(corpus=data, miner=BM25())})
+            both = Fuse(searches=(bm25, search), method="weights", scale="z-score", weights=FUSED, depth=JUDGED + 1)
+            together.append(evaluations[-1].model_copy(update={"search": both, "name": f"{name}-fused"}))
+    evaluations += together
     if leaks is not None:
         clean = [each.model_copy(update={"name": f"{each.name}-untouched", "leaks": leaks}) for each in evaluations]
         evaluations += clean

@@ -14,9 +14,11 @@ from dagr_ray.core.placement import Placement, Pool
 from dagr_ray.core.stage import Output, Stage
 from dagr_ray.miners.dense import Dense
 from dagr_ray.recipes.evaluation import judge
+from dagr_ray.retrieval.fusion import Lists
 from dagr_ray.retrieval.vectors import best_first
 from dagr_ray.stages.evaluate import MEASURES, Evaluate, Scorecard, measure
 from dagr_ray.stages.sources import Beir
+from dagr_ray.study.plan import _baselines
 from tests.conftest import tiny_beir
 from tests.support.toys import tiny
 
@@ -138,6 +140,26 @@ def test_a_query_that_is_a_passage_has_as_many_hits_as_others(tmp_path):
     judged = card.evaluations[0].folder(str(tmp_path))
     assert judged.manifest["counts"]["itself"] == 1
     assert Counter(judged.read("candidates")["query_id"].to_pylist()) == {"d20": 100, "q22": 100}
+
+
+def test_the_fused_search_is_judged_beside_the_retriever_alone(tmp_path):
+    """With fixed weights, for the frozen base and for BM25 as well: their gains can be compared."""
+    data = Beir(path=str(tiny_beir(tmp_path / "set")))
+    card = judge({"set": data}, Dense(encoder=tiny()), fused=True)
+    assert [evaluation.name for evaluation in card.evaluations] == ["set", "set-fused"]
+    baselines = {kind: baseline for kind, _, baseline in _baselines({}, card)}
+    assert [e.search.type for e in baselines["frozen"].evaluations] == ["search", "fuse"]
+    assert [e.search.label() for e in baselines["bm25"].evaluations] == ["bm25-test", "bm25-test"]
+    made = materialize(card, str(tmp_path), Placement(light=Pool(workers=0), retrieve=Pool(workers=0)))
+    means = {
+        row["data"]: row["value"]
+        for row in made.read("metrics").to_pylist()
+        if row["measure"] == "nDCG@10" and not row["query_id"]
+    }
+    lists = Lists([search.folder(str(tmp_path)).read("candidates") for search in card.evaluations[1].search.searches])
+    ranked = lists.ranked(lists.weighted((0.6, 0.4), "z-score"), 101)
+    by_hand = card.evaluations[1].search.folder(str(tmp_path)).read("candidates")
+    assert ranked.equals(by_hand) and means["set-fused"] != means["set"]
 
 
 def test_exemplars_are_left_out_by_id_and_by_wording(tmp_path):
