@@ -33,7 +33,8 @@ def ladder(
 
     ``ood``: more such folders, joined by ``+``; ``base``: ``minilm``, ``scratch`` (two re-initialised layers) or a folder;
     ``human``: the share of pairs out of the train split; ``teacher``: a cross-encoder's folder, or none: BM25 by
-    ``bm25_share`` (0.6) and the base; ``fused``: each retriever together with BM25, too. At this ``max_rank`` 23 % of 400 queries on product reviews pass all filters (20: 15 %).
+    ``bm25_share`` (0.6) and the base; ``fused``: each retriever together with BM25, too. At this ``max_rank`` 23 % of 400
+    queries on product reviews pass all filters (20: 15 %).
     """
     corpus = Beir(path=data, language=language) if data else PyDocs(part="stdlib")
     sets = named_sets(corpus, ood or (None if data else PyDocs(part="numeric")))
