@@ -8,12 +8,13 @@ export VENV
 export PYTHONDONTWRITEBYTECODE :=
 BIN := $(VENV)/bin
 
-.PHONY: help setup study test bench-scale bench-train lint lock clean
+.PHONY: help setup study check test bench-scale bench-train lint lock clean
 
 help:
 	@echo "make setup    the environment in $(VENV) (PROFILE=cpu or gpu); minutes once, then nothing"
 	@echo "make study    the quick start: does augmentation help, how much is enough, at what cost"
-	@echo "make test     lint and all tests"
+	@echo "make check    lint, types, import contracts, and the tests that start nothing heavy; two minutes"
+	@echo "make test     lint and all tests; tests of pages need Chromium, which is installed where apt-get and root allow it"
 	@echo "make bench-scale   generation at scale, measured on this machine beside its peers; an hour"
 	@echo "make bench-train   training and search, measured on this machine beside their peers; with DATA=BEIR_FOLDER also"
 	@echo "                   encoding; 40 minutes"
@@ -26,6 +27,11 @@ setup:
 
 study: setup
 	$(BIN)/dagr study jobs/quickstart.py
+
+check: setup
+	$(MAKE) lint
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder \
+		-m "not (engine or cluster or browser or slow)"
 
 test: setup
 	-@$(BIN)/python -m tests.support.browser

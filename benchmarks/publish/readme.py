@@ -100,7 +100,7 @@ def draw(rows: list[tuple[str, tuple[float, float, float], bool]], target: Path)
     """A line for each data set: the gain in nDCG@10 and its 95 % interval."""
     import matplotlib
 
-    matplotlib.use("Agg")
+    matplotlib.use("svg")
     import matplotlib.pyplot as plt
 
     rows = sorted(rows, key=lambda row: (not row[2], -row[1][0]))[::-1]
@@ -112,7 +112,9 @@ def draw(rows: list[tuple[str, tuple[float, float, float], bool]], target: Path)
             axes.plot([gain], [place], "o" if inside else "s", color=shown)
         axes.axvline(0, color="black", linewidth=0.8)
         axes.set_yticks(range(len(rows)), [name for name, _, _ in rows])
-        axes.set_xlabel("nDCG@10 over the frozen model, 95 % interval; squares: out of distribution; grey: cannot tell")
+        axes.set_xlabel(
+            "nDCG@10 over the frozen model, 95 % interval\nsquares: out of distribution; grey: the interval holds 0"
+        )
         figure.tight_layout()
         figure.savefig(target, metadata={"Date": None})
         plt.close(figure)

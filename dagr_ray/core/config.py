@@ -262,7 +262,8 @@ def discover() -> dict[str, type[Config]]:
     for package in PLUGIN_PACKAGES:
         folder = importlib.import_module(f"dagr_ray.{package}")
         for info in pkgutil.iter_modules(folder.__path__):
-            importlib.import_module(f"{folder.__name__}.{info.name}")
+            if not info.name.startswith("_"):  # a helper of plugins; one of them imports vLLM
+                importlib.import_module(f"{folder.__name__}.{info.name}")
     for entry in entry_points(group="dagr_ray.plugins"):
         entry.load()
     return Config._registry
