@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import platform
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dagr_ray import __version__
@@ -219,7 +221,7 @@ class Builder:
                 "placement": self.placement.to_json(),
                 "attempts": attempts,
                 "finished": time.time(),
-                "code": __version__,
+                "code": code_version(),
                 "machine": {"python": platform.python_version(), "platform": platform.platform()},
                 "packages": package_versions(),
             },
@@ -240,6 +242,23 @@ def _skipped(receipts: dict[int, Json]) -> int:
 
 def _bill(stage: Stage, folder: Artifact, receipts: dict[int, Json], placement: Placement) -> Json:
     return stage_bill(folder, receipts.values(), Rates.from_prices(placement.prices, stage.engine_asked()))
+
+
+@lru_cache(maxsize=1)
+def code_version(checkout: Path = Path(__file__).parents[2]) -> str:
+    """The package's version and, in a checkout, what ``git describe`` says of its commit: ``0.1.0 (4753863-dirty)``.
+
+    ``-dirty`` marks files that differ from the commit. The version alone where there is no checkout or no git.
+    """
+    if not (checkout / ".git").exists():  # an installed package may lie below another project's checkout
+        return __version__
+    place = [f"--git-dir={checkout / '.git'}", f"--work-tree={checkout}"]
+    command = ["git", "--no-optional-locks", *place, "describe", "--tags", "--always", "--dirty"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return __version__
+    return f"{__version__} ({done.stdout.strip()})"
 
 
 @lru_cache(maxsize=1)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,8 +14,10 @@ from typing import ClassVar
 import pyarrow.parquet as pq
 import pytest
 
+from dagr_ray import __version__
 from dagr_ray.core import tables
 from dagr_ray.core.artifact import Artifact, Damaged, add_up
+from dagr_ray.core.attempt import code_version
 from dagr_ray.core.build import materialize, plan
 from dagr_ray.core.placement import Placement, Pool
 from dagr_ray.core.stage import Output, Stage, StageFailed, load_stage, walk
@@ -44,6 +47,33 @@ class Numbers(Stage):
             return Output({"queries": tables.table("queries", rows)}, counts={"in": stop - start, "errors": errors})
 
         return run
+
+
+def git(folder: Path, *words: str) -> None:
+    who = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+    subprocess.run(["git", "-C", str(folder), *who, *words], check=True, capture_output=True)
+
+
+def test_a_manifest_says_which_commit_made_it(tmp_path):
+    assert code_version(tmp_path) == __version__
+    (tmp_path / "code.py").write_text("1")
+    git(tmp_path, "init")
+    code_version.cache_clear()
+    assert code_version(tmp_path) == __version__, "a checkout without a commit"
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-m", "one")
+    code_version.cache_clear()
+    clean = code_version(tmp_path)
+    assert re.fullmatch(re.escape(__version__) + r" \([0-9a-f]{7,40}\)", clean)
+    (tmp_path / "code.py").write_text("2")
+    assert code_version(tmp_path) == clean, "it is looked up once in a process"
+    code_version.cache_clear()
+    assert code_version(tmp_path) == clean.replace(")", "-dirty)")
+    code_version.cache_clear()
+    made = materialize(Numbers(n=1), str(tmp_path / "runs"), LIGHT)
+    assert made.manifest["code"] == code_version()
+    made.write_json("manifest.json", made.manifest | {"code": __version__})
+    assert Artifact(made.runs, made.name).manifest["code"] == __version__, "as manifests of before say it"
 
 
 class Upper(Stage):
