@@ -3,7 +3,7 @@
 from dagr_ray.core.paths import FileOrFolder
 from dagr_ray.engines.vllm import VLLM
 from dagr_ray.miners.dense import Dense
-from dagr_ray.quickstart.models import minilm, smollm2
+from dagr_ray.quickstart.models import SMOLLM2, minilm
 from dagr_ray.recipes.evaluation import judge, shown_split
 from dagr_ray.recipes.strategies import arm, strategy_named
 from dagr_ray.retrieval.encoder import Encoder
@@ -48,7 +48,7 @@ def catalogue(
         return judge(sets, Dense(encoder=encoder), exclude=exemplars, split=split)
     asked = Sample(corpus=corpus, n=passages or (1400 if data else 800), exclude=exemplars)
     made = arm(
-        strategy_named(strategy), VLLM(model=model or str(smollm2())), asked, corpus, encoder, exemplars=exemplars,
+        strategy_named(strategy), VLLM(model=model or SMOLLM2), asked, corpus, encoder, exemplars=exemplars,
         samples=samples, max_rank=max_rank, negatives=negatives, held_out=(corpus,), split=split,
     )  # fmt: skip
     trained = Train(

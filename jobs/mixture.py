@@ -3,7 +3,7 @@
 from dagr_ray.core.paths import FileOrFolder
 from dagr_ray.engines.vllm import VLLM
 from dagr_ray.miners.dense import Dense
-from dagr_ray.quickstart.models import minilm, smollm2
+from dagr_ray.quickstart.models import SMOLLM2, minilm
 from dagr_ray.recipes.evaluation import judge, shown_split
 from dagr_ray.recipes.strategies import arm, mixed, parts, strategy_named
 from dagr_ray.retrieval.encoder import Encoder
@@ -47,7 +47,7 @@ def mixture(
     asked = Sample(corpus=corpus, n=passages or (1400 if data else 800), exclude=exemplars)
     arms = [
         arm(
-            strategy_named(name), VLLM(model=model or str(smollm2())), asked, corpus, encoder, exemplars=exemplars,
+            strategy_named(name), VLLM(model=model or SMOLLM2), asked, corpus, encoder, exemplars=exemplars,
             max_rank=max_rank, held_out=(corpus,), split=split, max_cost=budget,
         )
         for name in kept

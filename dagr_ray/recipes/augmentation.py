@@ -21,6 +21,7 @@ from dagr_ray.filters.round_trip import RoundTrip
 from dagr_ray.filters.template import Template
 from dagr_ray.miners.bm25 import BM25
 from dagr_ray.miners.dense import Dense
+from dagr_ray.quickstart.models import SMOLLM2
 from dagr_ray.retrieval.encoder import Encoder
 from dagr_ray.stages.generate import Generate
 from dagr_ray.stages.generate_until import Reach
@@ -41,9 +42,7 @@ def generator_named(name: str, model: str | None = None) -> tuple[Strategy, Engi
     if name == "crop":
         return Crop(), CropEngine()
     if name == "smollm2":
-        from dagr_ray.quickstart.models import smollm2
-
-        return Promptagator(), VLLM(model=str(smollm2()))
+        return Promptagator(), VLLM(model=SMOLLM2)
     if name == "llm" and model:
         return Promptagator(), VLLM(model=model)
     raise ConfigError(f"generator = {name!r} (model {model!r}): allowed are crop, smollm2, and llm with model=FOLDER")

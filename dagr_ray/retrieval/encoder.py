@@ -17,7 +17,7 @@ from pydantic import Field
 
 from dagr_ray.core.config import Config, ConfigError, OmitWhenDefault, content_hash
 from dagr_ray.core.paths import ModelName, part_of_name
-from dagr_ray.core.storage import local_folder
+from dagr_ray.quickstart.models import unpacked
 from dagr_ray.retrieval import model_folder, weights
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class Pinned(Config):
     @property
     def folder(self) -> Path:
         """The model's folder on this machine, fetched where ``model`` is a URI; no folder where it is a hub id."""
-        return local_folder(self.model)
+        return unpacked(self.model)
 
     @property
     def local(self) -> bool:

@@ -97,7 +97,7 @@ class Prefix(Strategy):
         if self.of is None:
             found, cut = Parsed(kept=[tables.clean(" ".join(raw.split()))]), False
         else:
-            found, cut = self.of.parse(row, raw), True
+            found, cut = self.of.parse(row, tables.clean(raw)), True
         parsed = Parsed(rejected=found.rejected)
         for query in found.kept:
             rng = random.Random(tables.seed_of("prefix", row.doc_id, query))

@@ -21,6 +21,7 @@ from dagr_ray.core.config import Config, ConfigError, from_json
 from dagr_ray.core.placement import Placement
 from dagr_ray.core.stage import Stage, StageFailed
 from dagr_ray.engines.vllm import VLLM
+from dagr_ray.quickstart.models import unpacked
 from dagr_ray.stages.generate import Generate
 from dagr_ray.stages.parse import Parse
 from dagr_ray.stages.score import Score
@@ -199,7 +200,8 @@ def _check_start_tokens(canary: Canary, runs: str) -> list[Finding]:
     from transformers import AutoTokenizer
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-    source = str(engine.folder) if engine.folder.is_dir() else engine.model
+    folder = unpacked(engine.model)
+    source = str(folder) if folder.is_dir() else engine.model
     tokenizer = AutoTokenizer.from_pretrained(source, revision=engine.revision)
     expected = promised_starts(tokenizer, get_tokenizer_config(source, revision=engine.revision))
     inputs = {name: stage.folder(runs) for name, stage in canary.generate.inputs().items()}
