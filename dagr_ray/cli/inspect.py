@@ -94,7 +94,7 @@ def show(args: Args) -> int | None:
         wrong = [each for file in ("manifest.json", "plan.json", "study.json") if (each := folder.problem(file))]
         raise ConfigError(
             f"{folder.path}: {'; '.join(wrong) or 'no plan.json, manifest.json or study.json in it'}; "
-            "run its job again, which mends it"
+            "run its job again to rebuild it"
         )
     if args.table:
         if folder.manifest is None or args.table not in folder.table_names():

@@ -274,7 +274,7 @@ def _explain(error: Exception) -> int:
             say(f"dagr: error: {_one_line(link)}", to=sys.stderr)
             return 2
         if isinstance(link, damaged):
-            say(f"dagr: failed: {_one_line(link)}; run its job again, which mends it", to=sys.stderr)
+            say(f"dagr: failed: {_one_line(link)}; run its job again to rebuild it", to=sys.stderr)
             return 1
         if isinstance(link, failed):
             say("\n  ".join([f"dagr: failed: {_one_line(link)}", *getattr(link, "rows", ())]), to=sys.stderr)

@@ -40,8 +40,8 @@ def compare(args: Args) -> int | None:
     """``dagr compare``."""
     from dagr_ray.report import compare as comparing
 
-    systems = comparing.named(args.run, lambda name: find(args.runs, name))
-    found = comparing.compare(comparing.judged(args.data, args.split), systems, args.measure)
+    systems = comparing.load_runs(args.run, lambda name: find(args.runs, name))
+    found = comparing.compare(comparing.load_judgements(args.data, args.split), systems, args.measure)
     if args.json:
         print_json(found)
     else:

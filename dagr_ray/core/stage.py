@@ -202,7 +202,7 @@ def load_stage(folder: Artifact) -> Stage:
     if plan is None:
         wrong = folder.problem("plan.json")
         raise ConfigError(
-            f"{folder.path!r}: {wrong}; run its job again, which mends it"
+            f"{folder.path!r}: {wrong}; run its job again to rebuild it"
             if wrong
             else f"no plan.json in {folder.path!r}; give a folder that `dagr ls` shows"
         )

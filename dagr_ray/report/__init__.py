@@ -1,4 +1,4 @@
-"""What a study found: tables, tests of significance, curves, the page, and the trace of a single training row."""
+"""Reports of a study: tables, significance tests, curves, the page, and the trace of a single training row."""
 
 from dagr_ray.report.page import write_page
 from dagr_ray.report.rows import trace

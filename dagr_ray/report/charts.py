@@ -1,4 +1,4 @@
-"""Scaling curves as SVG: one panel for each data set and base, a line with an interval for each generator."""
+"""Draws scaling curves as SVG: a panel for each data set and base, and a line with an interval for each generator."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from dagr_ray.core.artifact import Json
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Told apart by people with any colour vision (Okabe and Ito); markers differ too.
+# Colours that people with any colour vision can distinguish (Okabe and Ito); markers differ too.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
 def curves_svg(summary: Json) -> str:
-    """An ``<svg>`` element without scripts or outside references; empty where no curve has been measured yet.
+    """An ``<svg>`` element without scripts or external references; empty if no curve has been measured yet.
 
-    The same summary gives the same bytes. Labels are text, escaped by the writer.
+    The same summary gives the same bytes. Labels are text, which matplotlib escapes.
     """
     import matplotlib
 
@@ -41,17 +41,17 @@ def curves_svg(summary: Json) -> str:
         panels = figure.subplots(len(sets), len(bases), squeeze=False, sharex=True)
         for i, data in enumerate(sets):
             for j, base in enumerate(bases):
-                mine = [c for c in curves if c["set"] == data["name"] and c["base"] == base]
-                _panel(panels[i][j], summary, data, mine, labels)
-                where = {"in": "in distribution", "out": "out of distribution"}[data["role"]]
-                panels[i][j].set_title(f"{base} on {data['name']}\n{where}, {data['queries']:,} queries", fontsize=9)
+                panel_curves = [c for c in curves if c["set"] == data["name"] and c["base"] == base]
+                _panel(panels[i][j], summary, data, panel_curves, labels)
+                role = {"in": "in distribution", "out": "out of distribution"}[data["role"]]
+                panels[i][j].set_title(f"{base} on {data['name']}\n{role}, {data['queries']:,} queries", fontsize=9)
             panels[i][0].set_ylabel(summary["measure"])
         for panel in panels[-1]:
             panel.set_xlabel("generated queries trained on")
-        drawn: dict[str, Any] = {}
+        handles: dict[str, Any] = {}
         for panel in panels.flat:
-            drawn |= {label: handle for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)}
-        figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=len(drawn), frameon=False)
+            handles |= {label: handle for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)}
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), frameon=False)
         sink = io.StringIO()
         figure.savefig(sink, format="svg", metadata={"Date": None, "Creator": None}, transparent=False)
     text = sink.getvalue()

@@ -1,4 +1,4 @@
-"""Runs beside each other on the same judgements: means, differences with intervals and tests, queries won and lost."""
+"""Compares runs on the same judgements: means, differences with intervals and tests, queries won and lost."""
 
 from __future__ import annotations
 
@@ -18,36 +18,36 @@ from dagr_ray.report import stats
 from dagr_ray.report.verdict import QUERIES, is_gain, is_loss, p_text, signed
 from dagr_ray.stages.evaluate import MEASURES, Qrels, as_qrels, measure, rankings
 
-SHOWN = 10
-# A difference smaller than this is one of rounding.
-SAME = 1e-9
+CHANGED_QUERIES = 10
+# A smaller difference is due to rounding.
+ROUNDING = 1e-9
 
 
-class Judged(NamedTuple):
-    """What runs are judged by: the name of the data, the judgements, and the wording of queries where it is known."""
+class Judgements(NamedTuple):
+    """Judgements to evaluate runs with: the name of the data, the qrels, and the texts of queries if known."""
 
     name: str
     qrels: Qrels
     texts: dict[str, str]
 
 
-def judged(data: str, split: str) -> Judged:
-    """The judgements of a folder's split, or of a file (TREC's or BEIR's). Raises ConfigError where there are none."""
+def load_judgements(data: str, split: str) -> Judgements:
+    """The judgements of a folder's split, or of a file (TREC or BEIR). Raises ConfigError if there are none."""
     fs, path = filesystem(data)
     if fs.get_file_info(path).is_file:
         qrels = beir.judgement_file(data)
         if not qrels.num_rows:
-            raise ConfigError(f"{data!r} has no judgement; give a file of judgements, or the folder of a collection")
-        return Judged(data, as_qrels(qrels), {})
+            raise ConfigError(f"{data!r} has no judgements; give a file of judgements, or the folder of a collection")
+        return Judgements(data, as_qrels(qrels), {})
     qrels, queries = beir.judgements(data, split)
     if not qrels.num_rows:
-        raise ConfigError(f"split {split!r} of {data!r} has no judgement; give another --split")
-    return Judged(f"{data} ({split})", as_qrels(qrels), tables.texts_of(queries))
+        raise ConfigError(f"split {split!r} of {data!r} has no judgements; choose another --split")
+    return Judgements(f"{data} ({split})", as_qrels(qrels), tables.texts_of(queries))
 
 
-def named(words: Sequence[str], find: Callable[[str], Artifact]) -> dict[str, pa.Table]:
-    """``candidates`` by name: of TREC run files, and of folders (which ``find`` gives) that hold some."""
-    found: dict[str, pa.Table] = {}
+def load_runs(words: Sequence[str], find: Callable[[str], Artifact]) -> dict[str, pa.Table]:
+    """The ``candidates`` of TREC run files and of folders (looked up with ``find``), by name."""
+    runs: dict[str, pa.Table] = {}
     for word in words:
         fs, path = filesystem(word)
         if fs.get_file_info(path).is_file:
@@ -60,18 +60,18 @@ def named(words: Sequence[str], find: Callable[[str], Artifact]) -> dict[str, pa
                     f"{folder.name} has no table 'candidates'; give a run file, an evaluate or search folder"
                 )
             table = folder.read("candidates")
-        if any(is_same(name, other) for other in found):
+        if any(is_same(name, other) for other in runs):
             raise ConfigError(f"the run {name!r} is given twice; give each once")
-        found[name] = table
-    return found
+        runs[name] = table
+    return runs
 
 
-def compare(data: Judged, systems: Mapping[str, pa.Table], shown: str = MEASURES[0]) -> Json:
-    """Each system's measures with 95 % intervals and, but for the first, its differences to the first.
+def compare(data: Judgements, systems: Mapping[str, pa.Table], shown: str = MEASURES[0]) -> Json:
+    """Each system's measures with 95 % intervals and, except for the first system, its differences to the first.
 
-    A difference has a paired bootstrap interval, the p of a paired randomisation test, and that p corrected by Holm over
-    all systems (``p_holm``); see ``stats``. Queries are the sample: a query without results scores 0. ``changes`` holds
-    the queries won, lost and tied by the measure ``shown``, and the ten that changed most.
+    A difference has a paired bootstrap interval, the p value of a paired randomisation test, and this p value after Holm's
+    correction over all systems (``p_holm``); see ``stats``. The sample is the queries: a query without results scores 0.
+    ``changes`` lists the queries won, lost and tied by the measure ``shown``, and the ten queries that changed most.
     """
     if shown not in MEASURES:
         raise ConfigError(f"measure = {shown!r}; allowed: {', '.join(MEASURES)}")
@@ -97,7 +97,7 @@ def compare(data: Judged, systems: Mapping[str, pa.Table], shown: str = MEASURES
                 score |= {"p": p[j - 1], "p_holm": stats.holm(p)[j - 1]}
     at = MEASURES.index(shown)
     for j, run in enumerate(runs[1:], 1):
-        run["changes"] = changed(queries, cells[:, at, 0], cells[:, at, j], data.texts)
+        run["changes"] = changed_queries(queries, cells[:, at, 0], cells[:, at, j], data.texts)
     return {
         "data": data.name,
         "queries": len(queries),
@@ -108,14 +108,16 @@ def compare(data: Judged, systems: Mapping[str, pa.Table], shown: str = MEASURES
     }
 
 
-def changed(queries: Sequence[str], before: stats.Floats, after: stats.Floats, texts: Mapping[str, str]) -> Json:
-    """Queries won, lost and tied, and the ten that changed most, with their wording where it is known."""
+def changed_queries(
+    queries: Sequence[str], before: stats.Floats, after: stats.Floats, texts: Mapping[str, str]
+) -> Json:
+    """Queries won, lost and tied, and the ten queries that changed most, with their texts if known."""
     gains = after - before
-    most = [i for i in np.argsort(-np.abs(gains), kind="stable")[:SHOWN] if abs(gains[i]) > SAME]
+    most = [i for i in np.argsort(-np.abs(gains), kind="stable")[:CHANGED_QUERIES] if abs(gains[i]) > ROUNDING]
     return {
-        "won": int((gains > SAME).sum()),
-        "lost": int((gains < -SAME).sum()),
-        "same": int((np.abs(gains) <= SAME).sum()),
+        "won": int((gains > ROUNDING).sum()),
+        "lost": int((gains < -ROUNDING).sum()),
+        "same": int((np.abs(gains) <= ROUNDING).sum()),
         "queries": [
             {
                 "query_id": queries[i],
@@ -128,17 +130,17 @@ def changed(queries: Sequence[str], before: stats.Floats, after: stats.Floats, t
     }
 
 
-def text(found: Json) -> str:
-    """A comparison for a terminal. A star marks gains and losses that stand after correction."""
-    names, shown = found["measures"], found["measure"]
-    wide = max(len(run["run"]) for run in found["runs"])
-    lines = [f"{found['data']}: {found['queries']:,} judged queries", ""]
+def text(comparison: Json) -> str:
+    """A comparison for the terminal. A star marks gains and losses that are significant after correction."""
+    names, shown = comparison["measures"], comparison["measure"]
+    wide = max(len(run["run"]) for run in comparison["runs"])
+    lines = [f"{comparison['data']}: {comparison['queries']:,} judged queries", ""]
     lines.append("  ".join(["run".ljust(wide), *(name.rjust(10) for name in names)]))
-    for run in found["runs"]:
+    for run in comparison["runs"]:
         cells = [f"{run['scores'][name]['mean']:.4f}".rjust(10) for name in names]
         lines.append("  ".join([run["run"].ljust(wide), *cells]))
-    for run in found["runs"][1:]:
-        lines += ["", f"{run['run']} over {found['baseline']}:"]
+    for run in comparison["runs"][1:]:
+        lines += ["", f"{run['run']} over {comparison['baseline']}:"]
         for name in names:
             score = run["scores"][name]
             star = "*" if is_gain(score) or is_loss(score) else ""
@@ -149,13 +151,13 @@ def text(found: Json) -> str:
             f"  by {shown}: {own['won']} queries won, {own['lost']} lost, {own['same']} tied; the most changed:"
         )
         for query in own["queries"]:
-            said = " ".join((query["text"] or query["query_id"]).split())[:90]
-            lines.append(f"    {query['before']:.3f} -> {query['after']:.3f}  {said}")
-    if len(found["runs"]) > 2:
-        lines += ["", f"p by paired randomisation, corrected (Holm) for {len(found['runs']) - 1} runs"]
-    if found["queries"] < QUERIES:
-        lines.append("note: so few judged queries bound nothing: what the intervals leave out may well be there")
-    for run in found["runs"]:
+            words = " ".join((query["text"] or query["query_id"]).split())[:90]
+            lines.append(f"    {query['before']:.3f} -> {query['after']:.3f}  {words}")
+    if len(comparison["runs"]) > 2:
+        lines += ["", f"p by paired randomisation, corrected (Holm) for {len(comparison['runs']) - 1} runs"]
+    if comparison["queries"] < QUERIES:
+        lines.append("note: there are too few judged queries: a difference outside the intervals is still possible")
+    for run in comparison["runs"]:
         if run["no_hits"]:
             lines.append(f"note: {run['run']} has no results for {run['no_hits']:,} judged queries; they score 0")
     return "\n".join(lines)

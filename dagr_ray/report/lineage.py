@@ -1,7 +1,7 @@
-"""What a scorecard was made from, read from manifests: its ancestors, the part each plays, and what each cost.
+"""Reads from manifests what a scorecard was built from: its ancestors, their roles, and their costs.
 
-Parts are told by what a folder reads and writes, not by its class, so stages of plugins are found too. Nothing here
-opens a model or needs the machine that the folders were made on.
+A role is recognised by what a folder reads and writes, not by its class, so stages of plugins are recognised too. Nothing
+here opens a model or needs the machine that built the folders.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from dagr_ray.core.artifact import Artifact, Damaged, Json, add_up
 log = logging.getLogger("dagr")
 T = TypeVar("T")
 
-# Lines of a bill that are no part of the price.
-BESIDE = ("setup", "waiting")
+# Lines of a bill that the price does not include.
+NOT_IN_PRICE = ("setup", "waiting")
 
 
 class Folders:
-    """Complete folders of a runs folder by name; each manifest is read once."""
+    """The finished folders of a runs folder, by name. Each manifest is read once."""
 
     def __init__(self, runs: str) -> None:
         self.runs = runs
@@ -39,41 +39,42 @@ class Folders:
             self._manifests[name] = self.artifact(name).manifest
         return self._manifests[name]
 
-    def found(self, name: str) -> Json:
-        """The manifest of a folder, empty where it is gone (a study outlives what was deleted to save space)."""
+    def manifest_or_empty(self, name: str) -> Json:
+        """The manifest of a folder; an empty manifest if the folder was deleted, for example to save space."""
         return self.manifest(name) or {"inputs": {}, "tables": {}, "counts": {}, "cost": {}, "stage": {}, "price": 0.0}
 
-    def soundly(self, name: str, read: Callable[[Artifact], T], otherwise: T) -> T:
-        """What ``read`` gives of a folder; ``otherwise`` where that is damaged, which is noted in ``damaged``."""
+    def read_or(self, name: str, read: Callable[[Artifact], T], default: T) -> T:
+        """The result of ``read`` for a folder, or ``default`` if the folder is damaged, which is recorded in ``damaged``."""
         try:
             return read(self.artifact(name))
         except Damaged as error:
             if name not in self.damaged:
-                log.warning("left out: %s; run its job again, which mends it", error)
+                log.warning("left out: %s; run its job again to rebuild it", error)
             self.damaged[name] = str(error)
-            return otherwise
+            return default
 
     def ancestors(self, name: str) -> list[str]:
-        """The folder and all it was made from, inputs first, each once."""
-        found: list[str] = []
+        """The folder and all folders that it was built from, inputs first, each once."""
+        names: list[str] = []
         seen: set[str] = set()
 
-        def visit(each: str) -> None:
-            if each not in seen and self.manifest(each) is not None:
-                seen.add(each)  # before its inputs: what was put there by hand may name itself
-                for inner in self.found(each)["inputs"].values():
+        def visit(folder: str) -> None:
+            if folder not in seen and self.manifest(folder) is not None:
+                seen.add(folder)  # before its inputs: a manifest written by hand may name its own folder
+                for inner in self.manifest_or_empty(folder)["inputs"].values():
                     visit(inner)
-                found.append(each)
+                names.append(folder)
 
         visit(name)
-        return found
+        return names
 
     def sums(self, names: Iterable[str]) -> Json:
-        """Seconds, dollars and tokens of some folders together; ``wasted_tokens`` (at most so many) are in no table.
+        """The total seconds, dollars and tokens of some folders.
 
-        ``setup_price`` and ``waiting_price`` are no part of ``price``.
+        ``wasted_tokens`` is an upper bound of the tokens whose texts are in no table. ``price`` does not include
+        ``setup_price`` and ``waiting_price``.
         """
-        manifests = [self.found(name) for name in names]
+        manifests = [self.manifest_or_empty(name) for name in names]
         costs = [m["cost"] for m in manifests]
         spent = {f"{kind}_tokens": sum(c.get(f"{kind}_tokens", 0) for c in costs) for kind in cost.KINDS}
         spent["wasted_tokens"] = sum(m.get("bill", {}).get("waste", {}).get("tokens", 0) for m in manifests)
@@ -82,15 +83,15 @@ class Folders:
             "price": sum(m.get("price") or 0.0 for m in manifests),
             **{
                 f"{line}_price": sum(m.get("bill", {}).get("usd", {}).get(line, 0.0) for m in manifests)
-                for line in BESIDE
+                for line in NOT_IN_PRICE
             },
             **spent,
         }
 
 
 @dataclass(frozen=True)
-class Arm:
-    """The folders behind one trained retriever; names are None where a part is not there."""
+class ArmFolders:
+    """The folders behind one trained retriever. A name is None if the arm has no such folder."""
 
     folders: Folders
     card: str
@@ -102,38 +103,44 @@ class Arm:
     @cached_property
     def train(self) -> str | None:
         """The last ancestor that reads examples."""
-        return next((n for n in reversed(self.names) if "examples" in self.folders.found(n)["inputs"]), None)
+        return next(
+            (n for n in reversed(self.names) if "examples" in self.folders.manifest_or_empty(n)["inputs"]), None
+        )
 
     @cached_property
-    def taken(self) -> str | None:
+    def examples(self) -> str | None:
         """The examples that were trained on."""
-        return self.folders.found(self.train)["inputs"]["examples"] if self.train else None
+        return self.folders.manifest_or_empty(self.train)["inputs"]["examples"] if self.train else None
 
     @cached_property
     def mined(self) -> str | None:
-        """The examples that ``taken`` is drawn from; the same folder where nothing was drawn."""
-        return self.folders.found(self.taken)["inputs"].get("mined", self.taken) if self.taken else None
+        """The examples that ``examples`` were drawn from; the same folder if none were drawn."""
+        return (
+            self.folders.manifest_or_empty(self.examples)["inputs"].get("mined", self.examples)
+            if self.examples
+            else None
+        )
 
     @cached_property
     def generations(self) -> list[str]:
-        """The generations whose texts the rows are made of: not those that only wrote what another one asks about."""
-        every = [n for n in self.names if "generations" in self.folders.found(n)["tables"]]
-        asked_about = {name for each in every for name in self.folders.ancestors(each)[:-1]}
-        return [name for name in every if name not in asked_about]
+        """The generations whose texts are in the rows, without those that only wrote texts for another generation to read."""
+        every = [n for n in self.names if "generations" in self.folders.manifest_or_empty(n)["tables"]]
+        intermediate = {name for last in every for name in self.folders.ancestors(last)[:-1]}
+        return [name for name in every if name not in intermediate]
 
     @cached_property
-    def generated(self) -> str | None:
-        """The first of them; a mixture has several."""
+    def generation(self) -> str | None:
+        """The first of the generations; a mixture has several."""
         return next(iter(self.generations), None)
 
     @cached_property
     def used(self) -> int:
-        """Rows trained on."""
-        return _rows(self.folders, self.taken)
+        """The number of rows that the arm was trained on."""
+        return _rows(self.folders, self.examples)
 
     @cached_property
     def accepted(self) -> int:
-        """Rows that came through every filter and the mining."""
+        """The number of rows that passed every filter and the mining."""
         return _rows(self.folders, self.mined)
 
     @cached_property
@@ -141,9 +148,9 @@ class Arm:
         return self.folders.ancestors(self.mined) if self.mined else []
 
     def cost(self) -> Json:
-        """What the arm's data and training cost. Judging is left out: frozen rows have it too.
+        """The cost of the arm's data and training, without the evaluation, which the frozen base has too.
 
-        Data is made once for all volumes; an arm is charged the share of it that its rows are of the accepted rows.
+        The data is generated once for all volumes. An arm is charged for the share of accepted rows that it used.
         """
         data, training = self.folders.sums(self.data_stages), self.folders.sums([self.train] if self.train else [])
         share = self.used / self.accepted if self.accepted else 0.0
@@ -158,31 +165,34 @@ class Arm:
 
 
 def _rows(folders: Folders, name: str | None) -> int:
-    return folders.found(name)["tables"].get("examples", {}).get("rows", 0) if name else 0
+    return folders.manifest_or_empty(name)["tables"].get("examples", {}).get("rows", 0) if name else 0
 
 
-def funnel(arm: Arm, label: str) -> Json:
-    """How many completions an arm's generators wrote and what became of them, with reasons and the cost of an accepted one."""
-    found, rejected = arm.folders.found, Counter[tuple[str, str]]()
+def funnel(arm: ArmFolders, label: str) -> Json:
+    """The completions of an arm's generators: how many were accepted or rejected, why, and the cost of an accepted one."""
+    manifest, rejected = arm.folders.manifest_or_empty, Counter[tuple[str, str]]()
     for step, name in _steps(arm):
-        # what Generate leaves out are passages, before any completion
+        # Generate rejects passages, before there is any completion
         if step != "generate":
-            rejected.update({(step, reason): n for reason, n in found(name)["counts"].get("rejected", {}).items() if n})
-    made = sum(found(name)["tables"]["generations"]["rows"] for name in arm.generations)
-    asked: Json = {}
+            rejected.update(
+                {(step, reason): n for reason, n in manifest(name)["counts"].get("rejected", {}).items() if n}
+            )
+    completions = sum(manifest(name)["tables"]["generations"]["rows"] for name in arm.generations)
+    counts: Json = {}
     for name in arm.generations:
         add_up(
-            asked, {k: v for k, v in found(name)["counts"].items() if k in ("in", "errors", "truncated", "rejected")}
+            counts,
+            {k: v for k, v in manifest(name)["counts"].items() if k in ("in", "errors", "truncated", "rejected")},
         )
     spent = arm.folders.sums(arm.data_stages)
     return {
         "generator": label,
-        "folder": arm.generated,
-        "passages": asked.get("in", 0),
-        "left_out": sum(asked.get("rejected", {}).values()),
-        "completions": made,
-        "errors": asked.get("errors", 0),
-        "truncated": asked.get("truncated", 0),
+        "folder": arm.generation,
+        "passages": counts.get("in", 0),
+        "left_out": sum(counts.get("rejected", {}).values()),
+        "completions": completions,
+        "errors": counts.get("errors", 0),
+        "truncated": counts.get("truncated", 0),
         "accepted": arm.accepted,
         "parts": _parts(arm),
         "rejected": [{"step": step, "reason": reason, "rows": rows} for (step, reason), rows in rejected.most_common()],
@@ -195,47 +205,47 @@ def funnel(arm: Arm, label: str) -> Json:
     }
 
 
-def _steps(arm: Arm) -> list[tuple[str, str]]:
-    """The folders that completions went through, each once, with the part that it plays."""
-    behind = {name for each in arm.generations for name in arm.folders.ancestors(each)[:-1]}
+def _steps(arm: ArmFolders) -> list[tuple[str, str]]:
+    """The folders that process the completions, each once, with its role."""
+    before = {name for last in arm.generations for name in arm.folders.ancestors(last)[:-1]}
     steps: dict[str, str] = {}
     for name in arm.data_stages:
-        manifest = arm.folders.found(name)
-        inputs, made = manifest["inputs"], manifest["tables"]
-        if name in behind or "rejected" not in made:
+        manifest = arm.folders.manifest_or_empty(name)
+        inputs, tables = manifest["inputs"], manifest["tables"]
+        if name in before or "rejected" not in tables:
             continue
         if name in arm.generations:
             steps[name] = "generate"
-        elif "generations" in inputs and "lineage" in made:
+        elif "generations" in inputs and "lineage" in tables:
             steps[name] = "parse"
-        elif "parsed" in inputs and "lineage" in made:
+        elif "parsed" in inputs and "lineage" in tables:
             steps[name] = "select"
-        elif "scan" in inputs and "leaks" in made:
+        elif "scan" in inputs and "leaks" in tables:
             steps[name] = "leaks"
-        elif name == arm.mined or "examples" in made:
+        elif name == arm.mined or "examples" in tables:
             steps[name] = "mine"
     return [(step, name) for name, step in steps.items()]
 
 
-def _parts(arm: Arm) -> list[Json]:
-    """What each source of a mixture, or each round of a refinement, asked and gave, in their order; none for other arms."""
+def _parts(arm: ArmFolders) -> list[Json]:
+    """The completions and accepted queries of each source of a mixture or round of a refinement; empty for other arms."""
     for name in reversed(arm.data_stages):
-        inputs = arm.folders.found(name)["inputs"]
-        joined = [inner for field, inner in inputs.items() if field.startswith(("arms.", "queries."))]
-        if len(joined) > 1:
-            return [part for inner in joined if (part := _part(arm.folders, inner)) is not None]
+        inputs = arm.folders.manifest_or_empty(name)["inputs"]
+        sources = [inner for field, inner in inputs.items() if field.startswith(("arms.", "queries."))]
+        if len(sources) > 1:
+            return [part for inner in sources if (part := _part(arm.folders, inner)) is not None]
     return []
 
 
 def _part(folders: Folders, name: str) -> Json | None:
     chain = folders.ancestors(name)
-    generated = next((n for n in reversed(chain) if "generations" in folders.found(n)["tables"]), None)
-    if generated is None:
+    generation = next((n for n in reversed(chain) if "generations" in folders.manifest_or_empty(n)["tables"]), None)
+    if generation is None:
         return None
-    manifest = folders.found(generated)
+    manifest = folders.manifest_or_empty(generation)
     return {
         "folder": name,
         "strategy": manifest["stage"].get("strategy", {}).get("type", ""),
         "completions": manifest["tables"]["generations"]["rows"],
-        "accepted": folders.found(name)["tables"].get("queries", {}).get("rows", 0),
+        "accepted": folders.manifest_or_empty(name)["tables"].get("queries", {}).get("rows", 0),
     }

@@ -1,4 +1,4 @@
-"""The page of a study: one file, no network, no scripts. Every text from corpora and models is escaped by the template."""
+"""Writes the page of a study: one file, no network, no scripts. The template escapes all texts of corpora and models."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ def write_page(summary: Json, runs: str, study_folder: str) -> str:
 
 def _samples(folders: Folders, generator: Json) -> list[Json]:
     none: list[Json] = []
-    return folders.soundly(generator["folder"], lambda _: samples(folders, generator), none)
+    return folders.read_or(generator["folder"], lambda _: samples(folders, generator), none)
 
 
 def render(summary: Json, runs: str) -> str:
-    """The page's HTML for a summary and the folders that it was made from."""
+    """The page's HTML, from a summary and its folders."""
     folders = Folders(runs)
-    shown = [(generator, _samples(folders, generator)) for generator in summary["generators"]]
-    # what matplotlib wrote is markup, with its labels escaped; everything else on the page is text
+    rows = [(generator, _samples(folders, generator)) for generator in summary["generators"]]
+    # the chart is markup, in which matplotlib has escaped the labels; everything else on the page is text
     template = _environment().get_template("page.html")
-    return template.render(s=summary, samples=shown, chart=curves_svg(summary), seeds=seed_lines(summary))
+    return template.render(s=summary, samples=rows, chart=curves_svg(summary), seeds=seed_lines(summary))
 
 
 def visible(value: Any) -> Any:
-    """A text as a page may hold it: marks that would turn a line around, and what nobody sees, are spelled out."""
+    """A text that is safe on a page: invisible characters, and marks that reverse a line, are spelled out."""
     return shown(value) if type(value) is str else value  # markup is a string of another type
 
 
@@ -51,7 +51,7 @@ def visible(value: Any) -> Any:
 def _environment() -> Environment:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    made = Environment(
+    environment = Environment(
         loader=PackageLoader("dagr_ray.report", "."),
         autoescape=True,
         undefined=StrictUndefined,
@@ -59,7 +59,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {
+    environment.filters |= {
         "dollars": verdict.dollars,
         "duration": verdict.duration,
         "signed": verdict.signed,
@@ -67,5 +67,5 @@ def _environment() -> Environment:
         "day": lambda seconds: time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds)),
         "pretty": lambda value: json.dumps(value, ensure_ascii=False),
     }
-    made.tests |= {"gain": verdict.is_gain, "loss": verdict.is_loss}
-    return made
+    environment.tests |= {"gain": verdict.is_gain, "loss": verdict.is_loss}
+    return environment

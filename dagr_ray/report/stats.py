@@ -1,7 +1,7 @@
 """Intervals and tests: paired bootstrap over queries, and over seeds too; paired randomisation test; Holm's correction.
 
-The randomisation test takes queries as the sample: it speaks of the very models that were trained. Where an arm was
-trained with several seeds, ``over_seeds`` brings into an interval what other seeds would have changed.
+The randomisation test takes queries as the sample, so its result holds for the models that were trained, not for other
+seeds. If an arm was trained with several seeds, ``over_seeds`` includes the variation between seeds in an interval.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def resampled_means(values: Floats, resamples: int = RESAMPLES, seed: int = SEED
     random = np.random.default_rng(seed)
     means = []
     for size in _pieces(resamples, queries):
-        drawn = random.integers(0, queries, (size, queries)) + np.arange(size)[:, None] * queries
-        weights = np.bincount(drawn.ravel(), minlength=size * queries).reshape(size, queries)
+        draws = random.integers(0, queries, (size, queries)) + np.arange(size)[:, None] * queries
+        weights = np.bincount(draws.ravel(), minlength=size * queries).reshape(size, queries)
         means.append(weights @ values / queries)
     return np.concatenate(means)
 
@@ -35,22 +35,22 @@ def resampled_means(values: Floats, resamples: int = RESAMPLES, seed: int = SEED
 def over_seeds(means: Floats, arms: Sequence[Sequence[int]], seed: int = SEED) -> Floats:
     """Resampled means of arms, each the mean of its seeds: ``[resamples, systems]`` -> ``[resamples, len(arms)]``.
 
-    ``arms`` holds the columns of each arm's seeds. Rows of ``means`` are samples of queries, and here the seeds are
-    resampled too, independently of them: the two-way ("pigeonhole") bootstrap of Owen (2007, arXiv 0712.1111). Of S seeds,
+    ``arms`` has the columns of each arm's seeds. Rows of ``means`` are samples of queries. Here the seeds are resampled
+    too, independently of the queries: the two-way ("pigeonhole") bootstrap of Owen (2007, arXiv 0712.1111). Of S seeds,
     S - 1 are drawn, because a sample of S has only (S - 1) / S of the variance of a mean of S (Rao and Wu 1988,
-    https://doi.org/10.1080/01621459.1988.10478591). Arms with as many seeds see the same draws, as all see the same
-    queries. An arm of one seed is as it was: nothing is known of what another would do.
+    https://doi.org/10.1080/01621459.1988.10478591). Arms with the same number of seeds share the draws, as all arms share
+    the samples of queries. An arm of one seed is unchanged: the variation between its seeds is unknown.
     """
-    found = []
+    columns_of_arms = []
     for columns in arms:
         own = means[:, list(columns)]
         if len(columns) > 1:
             several = len(columns)
             random = np.random.default_rng([seed, several])
-            drawn = random.multinomial(several - 1, np.full(several, 1 / several), len(means))
-            own = own * drawn * (several / (several - 1))
-        found.append(own.mean(axis=1))
-    return np.stack(found, axis=1)
+            draws = random.multinomial(several - 1, np.full(several, 1 / several), len(means))
+            own = own * draws * (several / (several - 1))
+        columns_of_arms.append(own.mean(axis=1))
+    return np.stack(columns_of_arms, axis=1)
 
 
 def interval(samples: Floats, level: float = 0.95) -> tuple[float, float]:
@@ -66,7 +66,7 @@ def randomisation_p(differences: Floats, resamples: int = RESAMPLES, seed: int =
     both counts, so that p is never 0 (Phipson and Smyth 2010, arXiv 1603.05766): the smallest is 1 / (resamples + 1).
     """
     random = np.random.default_rng(seed)
-    # Sums of the same numbers in another order differ in the last bits.
+    # Sums of the same numbers in a different order differ in the last bits.
     observed = np.abs(differences.sum(axis=0)) - 1e-9
     extreme = np.zeros(differences.shape[1])
     for size in _pieces(resamples, len(differences)):
@@ -76,7 +76,7 @@ def randomisation_p(differences: Floats, resamples: int = RESAMPLES, seed: int =
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's (1979) step-down correction: p values that hold for all comparisons together, in the order given.
+    """Holm's (1979) step-down correction: p values that are valid for all comparisons together, in the given order.
 
     >>> [round(p, 3) for p in holm([0.01, 0.04, 0.03, 0.005])]
     [0.03, 0.06, 0.06, 0.02]
@@ -90,7 +90,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def _pieces(total: int, width: int) -> Iterator[int]:
-    """Row counts that add up to ``total``, each of at most about 2 million cells."""
+    """TrialResult counts that add up to ``total``, each of at most about 2 million cells."""
     step = max(1, 2_000_000 // max(width, 1))
     for start in range(0, total, step):
         yield min(step, total - start)

@@ -1,4 +1,4 @@
-"""A study as one JSON value: its arms with what they scored (see ``boards``), curves, costs, filters, the verdict."""
+"""Summarises a study as one JSON value: arms with scores (see ``boards``), curves, costs, filters, verdict."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from dagr_ray.core.artifact import Artifact, Json
 from dagr_ray.core.config import ConfigError
 from dagr_ray.core.cost import Rates
-from dagr_ray.report.arms import Row, _by_seed, _same_names
+from dagr_ray.report.arms import TrialResult, group_seeds, use_same_set_names
 from dagr_ray.report.boards import MEASURE, averages, boards_of
 from dagr_ray.report.leaks import leaks
 from dagr_ray.report.lexical import lexical
@@ -17,31 +17,31 @@ from dagr_ray.report.verdict import verdict
 
 
 def study_of(folder: Artifact) -> Json:
-    """``study.json`` of a folder. Raises ConfigError where it is no study's, or damaged."""
-    found = folder.read_json("study.json")
-    if found is None:
-        wrong = folder.problem("study.json")
+    """``study.json`` of a folder. Raises ConfigError if the folder is not a study, or if the file is damaged."""
+    study = folder.read_json("study.json")
+    if study is None:
+        problem = folder.problem("study.json")
         raise ConfigError(
-            f"{folder.path}/{wrong}; run the study again: what is finished stays"
-            if wrong
+            f"{folder.path}/{problem}; run the study again: finished stages are kept"
+            if problem
             else f"no study.json in {folder.path!r}; give a folder that starts with study-"
         )
-    return found
+    return study
 
 
 def summarise(runs: str, study_folder: str) -> Json:
     """Everything that the tables and the page show, as plain JSON values. Reads finished folders only.
 
-    Raises ConfigError where ``study_folder`` is no study.
+    Raises ConfigError if ``study_folder`` is not a study.
     """
     study = study_of(Artifact(runs, study_folder))
     folders = Folders(runs)
     warnings: list[str] = []
-    rows = [Row(folders, trial, study.get("defaults", {})) for trial in study["trials"]]
-    _same_names(rows)
+    rows = [TrialResult(folders, trial, study.get("defaults", {})) for trial in study["trials"]]
+    use_same_set_names(rows)
     for row in rows:
         row.name(rows)
-    arms = _by_seed(rows, warnings)
+    arms = group_seeds(rows, warnings)
     boards = boards_of(arms, warnings)
     trials = sorted((row.described(rows) for row in arms), key=_place)
     for trial in trials:
@@ -64,15 +64,15 @@ def summarise(runs: str, study_folder: str) -> Json:
         "averages": averages(boards, by_name),
         "trials": trials,
         "curves": curves,
-        "generators": (made := generators(rows)),
-        "leaks": leaks(folders, arms, made, MEASURE),
+        "generators": (funnels := generators(rows)),
+        "leaks": leaks(folders, arms, funnels, MEASURE),
         "changes": [change for board in boards for change in board.changes(by_name)],
         "stages": _stages(folders, rows),
         "lexical": lexical(folders, (row.trial["folder"] for row in rows if row.kind == "bm25"), warnings),
         "warnings": warnings,
         "damaged": folders.damaged,
     }
-    warnings += [f"left out, as it is damaged: {what}" for what in folders.damaged.values()]
+    warnings += [f"left out because it is damaged: {problem}" for problem in folders.damaged.values()]
     summary |= _versions(folders, rows)
     summary["total"] = folders.sums(stage["folder"] for stage in summary["stages"])
     summary["rates"] = sorted({str(Rates.from_json(b["rates"])) for b in _bills(folders, summary["stages"])})
@@ -81,35 +81,35 @@ def summarise(runs: str, study_folder: str) -> Json:
 
 
 def _place(trial: Json) -> tuple[Any, ...]:
-    """The order of the tables: BM25, then each base, frozen first, and its arms by generator and size."""
+    """The order in the tables: BM25, then each base, first frozen, then its arms by generator and size."""
     kind = ("bm25", "frozen", "augmented").index(trial["kind"])
     return kind > 0, trial["base"], kind, trial["label"], trial["used"], trial["trial"]
 
 
-def generators(rows: list[Row]) -> list[Json]:
-    """The funnel of each set of examples that arms were drawn from, once; none for people's pairs."""
-    seen: dict[str, Row] = {}
+def generators(rows: list[TrialResult]) -> list[Json]:
+    """The funnel of each set of generated examples that arms were drawn from, each once."""
+    seen: dict[str, TrialResult] = {}
     for row in rows:
-        if row.kind == "augmented" and row.arm.mined and row.arm.generated:
+        if row.kind == "augmented" and row.arm.mined and row.arm.generation:
             seen.setdefault(row.arm.mined, row)
-    twice = Counter(row.generator for row in seen.values())
-    found = []
+    uses = Counter(row.generator for row in seen.values())
+    funnels = []
     for mined, row in seen.items():
-        label = row.generator if twice[row.generator] == 1 else f"{row.label or row.generator} ({mined[-4:]})"
-        found.append(funnel(row.arm, label) | {"mined": mined, "trial": row.id})
-    return found
+        label = row.generator if uses[row.generator] == 1 else f"{row.label or row.generator} ({mined[-4:]})"
+        funnels.append(funnel(row.arm, label) | {"mined": mined, "trial": row.id})
+    return funnels
 
 
-def _stages(folders: Folders, rows: list[Row]) -> list[Json]:
-    """Every complete folder of the study once, inputs first, with what it cost and how many trials need it."""
+def _stages(folders: Folders, rows: list[TrialResult]) -> list[Json]:
+    """Every finished folder of the study once, inputs first, with its cost and the number of trials that need it."""
     used = Counter[str]()
     for row in rows:
         used.update(folders.ancestors(row.trial["folder"]) or [n for n in row.trial["stages"] if folders.manifest(n)])
-    found = []
+    stages = []
     for name, trials in used.items():
-        manifest = folders.found(name)
+        manifest = folders.manifest_or_empty(name)
         counts, cost = manifest["counts"], manifest["cost"]
-        found.append(
+        stages.append(
             {
                 "folder": name,
                 "fingerprint": manifest.get("fingerprint", ""),
@@ -120,26 +120,26 @@ def _stages(folders: Folders, rows: list[Row]) -> list[Json]:
                 "wasted": bill["usd"]["waste"] if (bill := manifest.get("bill")) else 0.0,
                 "busy": bill["seconds"]["busy"] / bill["seconds"]["held"] if bill and bill["seconds"]["held"] else None,
                 "attempts": manifest.get("attempts", 1),
-                "recall": counts.get("recall"),  # of an approximate search, by its probe
+                "recall": counts.get("recall"),  # measured for an approximate search
                 "exact": bool(counts.get("exact")),
                 "trials": trials,
             }
         )
-    return found
+    return stages
 
 
 def _bills(folders: Folders, stages: list[Json]) -> list[Json]:
-    """The bills of the folders that something was paid for."""
-    found = [folders.found(stage["folder"]).get("bill") for stage in stages]
-    return [bill for bill in found if bill and bill["usd"]["total"]]
+    """The bills of the folders that cost something."""
+    bills = [folders.manifest_or_empty(stage["folder"]).get("bill") for stage in stages]
+    return [bill for bill in bills if bill and bill["usd"]["total"]]
 
 
-def _versions(folders: Folders, rows: list[Row]) -> Json:
-    """Versions under which the folders were made; several where they differ."""
+def _versions(folders: Folders, rows: list[TrialResult]) -> Json:
+    """The versions that built the folders; several if they differ."""
     packages: dict[str, set[str]] = {}
     code: set[str] = set()
     for name in {n for row in rows for n in folders.ancestors(row.trial["folder"])}:
-        manifest: dict[str, Any] = folders.found(name)
+        manifest: dict[str, Any] = folders.manifest_or_empty(name)
         code.add(str(manifest.get("code", "")))
         for package, version in manifest.get("packages", {}).items():
             packages.setdefault(package, set()).add(version)

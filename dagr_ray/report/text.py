@@ -1,4 +1,4 @@
-"""The table of a study for a terminal and as Markdown."""
+"""Formats the table of a study for the terminal and as Markdown."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dagr_ray.report.verdict import dollars, duration, is_gain, is_loss, p_text,
 
 
 def terminal_table(summary: Json) -> str:
-    """One line a trial, then the verdict. A star marks gains and losses that stand after correction."""
+    """One line for each trial, then the verdict. A star marks gains and losses that are significant after correction."""
     measure, sets = summary["measure"], [*summary["sets"], *summary["averages"]]
     head = ["base", "generator", "rows"]
     for data in sets:
@@ -19,20 +19,21 @@ def terminal_table(summary: Json) -> str:
         cells = [trial["base"], trial["label"] or "-", f"{trial['used']:,}" if trial["used"] else "0"]
         for data in sets:
             cells += _quality(trial, data["name"], measure)
-        lines.append([*cells, *_spent(trial)])
-    left = {0, 1}
+        lines.append([*cells, *_costs(trial)])
+    left_aligned = {0, 1}
     widths = [max(len(row[i]) for row in [head, *lines]) for i in range(len(head))]
-    shown = [
+    table = [
         "  ".join(
-            cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            cell.ljust(w) if i in left_aligned else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
         )
         for row in [head, *lines]
     ]
-    shown.insert(1, "  ".join("-" * w for w in widths))
-    words = summary["verdict"]
-    notes = [f"note: {warning}" for warning in [*summary["warnings"], *_read(summary)]]
+    table.insert(1, "  ".join("-" * w for w in widths))
+    verdict = summary["verdict"]
+    notes = [f"note: {warning}" for warning in [*summary["warnings"], *_analyzer_notes(summary)]]
     return "\n".join(
-        [*(line.rstrip() for line in shown), "", words["headline"], *(f"* {s}" for s in words["sentences"]), *notes]
+        [*(line.rstrip() for line in table), "", verdict["headline"], *(f"* {s}" for s in verdict["sentences"]), *notes]
     )
 
 
@@ -49,7 +50,7 @@ def _quality(trial: Json, name: str, measure: str) -> list[str]:
     ]
 
 
-def _spent(trial: Json) -> list[str]:
+def _costs(trial: Json) -> list[str]:
     cost = trial["cost"]
     if not cost:
         return ["", "", ""]
@@ -58,13 +59,17 @@ def _spent(trial: Json) -> list[str]:
 
 def markdown_table(summary: Json) -> str:
     """A table for each data set with all measures, and the verdict as a list."""
-    words = summary["verdict"]
-    lines = [f"**{markdown(words['headline'])}**", "", *(f"- {markdown(sentence)}" for sentence in words["sentences"])]
+    verdict = summary["verdict"]
+    lines = [
+        f"**{markdown(verdict['headline'])}**",
+        "",
+        *(f"- {markdown(sentence)}" for sentence in verdict["sentences"]),
+    ]
     for data in [*summary["sets"], *summary["averages"]]:
         measures = data["measures"]
         first = summary["measure"]
         others = [m for m in measures if m != first]
-        lines += ["", f"{_titled(data)}:", ""]
+        lines += ["", f"{_title(data)}:", ""]
         head = ["base", "generator", "rows", f"{first} [95 % CI]", "over frozen [95 % CI]", "p (Holm)", *others, "cost"]
         lines += ["| " + " | ".join(head) + " |", "|" + "|".join(["---"] * 2 + ["---:"] * (len(head) - 2)) + "|"]
         for trial in summary["trials"]:
@@ -85,28 +90,28 @@ def markdown_table(summary: Json) -> str:
             lines.append("| " + " | ".join(cells) + " |")
     if any(len(trial["seeds"]) > 1 for trial in summary["trials"]):
         lines += ["", *_seeds(summary)]
-    lines += [f"\nNote: {markdown(warning)}" for warning in [*summary["warnings"], *_read(summary)]]
+    lines += [f"\nNote: {markdown(warning)}" for warning in [*summary["warnings"], *_analyzer_notes(summary)]]
     return "\n".join(lines)
 
 
-def _read(summary: Json) -> list[str]:
-    """How BM25 reads what is not English."""
+def _analyzer_notes(summary: Json) -> list[str]:
+    """Notes on how BM25 analyses data that is not in English."""
     return [
-        f"BM25 reads {each['data']} as {each['read_as']} (language {each['language']})"
-        for each in summary["lexical"]
-        if each["language"] != "en"
+        f"BM25 reads {line['data']} as {line['read_as']} (language {line['language']})"
+        for line in summary["lexical"]
+        if line["language"] != "en"
     ]
 
 
-def _titled(data: Json) -> str:
+def _title(data: Json) -> str:
     if "role" not in data:
         return f"{data['name'][0].upper()}{data['name'][1:]} ({', '.join(map(markdown, data['sets']))})"
-    where = {"in": "in distribution", "out": "out of distribution"}[data["role"]]
-    return f"{code(data['name'])}, {where}, {data['queries']:,} queries"
+    role = {"in": "in distribution", "out": "out of distribution"}[data["role"]]
+    return f"{code(data['name'])}, {role}, {data['queries']:,} queries"
 
 
 def _seeds(summary: Json) -> list[str]:
-    """A Markdown table of the arms with several seeds: what varies between seeds, and what between queries."""
+    """A Markdown table of the arms with several seeds: the variation between seeds and between queries."""
     measure = summary["measure"]
     head = f"| data set | base | generator | rows | {measure} by seed | SD of seeds | SE over seeds | SE over queries |"
     lines = [head, "|---|---|---|---:|---|---:|---:|---:|"]
@@ -119,18 +124,20 @@ def _seeds(summary: Json) -> list[str]:
 
 
 def seed_lines(summary: Json) -> list[Json]:
-    """For each arm of several seeds and each data set: the seeds' means and their standard deviation, and two standard
-    errors of the arm's gain over its frozen base: that of seeds and that of queries."""
-    found = []
+    """For each data set and each arm with several seeds: the seeds' means and their standard deviation.
+
+    Also two standard errors of the arm's gain over its frozen base: over seeds and over queries.
+    """
+    lines = []
     for data in summary["sets"]:
         for trial in summary["trials"]:
             score = trial["scores"].get(data["name"], {}).get(summary["measure"], {})
             if "seed_sd" not in score:
                 continue
             key = data.get("key", data["name"])
-            every = [each["means"].get(key, {}).get(summary["measure"]) for each in trial["seeds"]]
-            means = [mean for mean in every if mean is not None]
-            found.append(
+            values = [seed["means"].get(key, {}).get(summary["measure"]) for seed in trial["seeds"]]
+            means = [mean for mean in values if mean is not None]
+            lines.append(
                 {
                     "set": data["name"],
                     "base": trial["base"],
@@ -142,4 +149,4 @@ def seed_lines(summary: Json) -> list[Json]:
                     "query_se": score.get("query_se", 0.0),
                 }
             )
-    return found
+    return lines

@@ -1,4 +1,4 @@
-"""The answers in plain words: did it help, how much is enough, what did it cost. "No" and "cannot tell" are answers."""
+"""States the answers in words: did it help, how much is enough, what did it cost. "No" and "cannot tell" are answers."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dagr_ray.core.artifact import Json
 from dagr_ray.report.numbers import dollars, duration, p_text, signed
 
 ALPHA = 0.05
-# A gain whose interval ends below this is called "no": the data rule out what would be worth the trouble.
+# If the interval of a gain ends below this, the answer is "no": the data rule out a gain that would be worth the effort.
 WORTH = 0.01
-# What fewer judged queries, or fewer that changed, have not shown may well be there: an interval over them is no bound.
+# With fewer judged queries, or fewer changed queries, an interval does not bound the gain: a larger gain is possible.
 QUERIES, CHANGED = 30, 10
-WHERE = {"in": "in distribution", "out": "out of distribution"}
+ROLES = {"in": "in distribution", "out": "out of distribution"}
 
 
 def verdict(summary: Json) -> Json:
@@ -27,10 +27,10 @@ def verdict(summary: Json) -> Json:
         *_bm25(summary),
         *_cost(summary),
     ]
-    states = [each["state"] for t in summary["trials"] for each in t.get("seeds", [t])]
-    failed = [state for state in states if state != "done"]
-    if failed:
-        sentences.append(f"{len(failed)} of {len(states)} trials have no result, so the answers are partial.")
+    states = [seed["state"] for t in summary["trials"] for seed in t.get("seeds", [t])]
+    unfinished = [state for state in states if state != "done"]
+    if unfinished:
+        sentences.append(f"{len(unfinished)} of {len(states)} trials have no result, so the answers are partial.")
     return {"headline": _headline(answers), "sentences": sentences, "answers": answers}
 
 
@@ -48,7 +48,7 @@ def _compared(summary: Json, name: str) -> int:
 
 
 def is_gain(score: Json) -> bool:
-    """Better than the frozen base, by the interval and by the corrected test."""
+    """Whether the arm is better than the frozen base, by the interval and by the corrected test."""
     return bool(score["delta_low"] > 0 and score["p_holm"] < ALPHA)
 
 
@@ -57,10 +57,10 @@ def is_loss(score: Json) -> bool:
 
 
 def rules_out(queries: int, score: Json) -> bool:
-    """Whether the interval of a gain over so many judged queries says what the gain is not.
+    """Whether the interval of a gain over this many judged queries can rule out larger gains.
 
-    Where all queries tie, as much as 3 in ``queries`` of those that were not drawn may still gain (the rule of three, Hanley
-    and Lippman-Hand 1983, doi 10.1001/jama.1983.03330370053031). Where nothing scores above 0, nothing could be seen.
+    If all queries tie, up to 3 in ``queries`` of all possible queries may still gain (the rule of three, Hanley and
+    Lippman-Hand 1983, doi 10.1001/jama.1983.03330370053031). If every score is 0, no gain could be observed.
     """
     if score["mean"] <= 0 and score["mean"] - score["delta"] <= 0:
         return False
@@ -73,28 +73,28 @@ def rules_out(queries: int, score: Json) -> bool:
 def _answer(summary: Json, data: Json, base: str, arms: list[Json]) -> Json:
     measure, name = summary["measure"], data["name"]
     scores = {arm["trial"]: arm["scores"][name][measure] for arm in arms}
-    gained = [arm for arm in arms if is_gain(scores[arm["trial"]])]
-    lost = [arm for arm in arms if is_loss(scores[arm["trial"]])]
+    gains = [arm for arm in arms if is_gain(scores[arm["trial"]])]
+    losses = [arm for arm in arms if is_loss(scores[arm["trial"]])]
     chosen = best_arm(scores)
     best = next(arm for arm in arms if arm["trial"] == chosen)
     score = scores[chosen]
-    what = _what(best)
+    training = _training_data(best)
     change = f"{signed(score['delta'])}, 95 % CI {signed(score['delta_low'])} to {signed(score['delta_high'])}"
     before = score["mean"] - score["delta"]
-    moved = f"{what} took {measure} from {before:.3f} to {score['mean']:.3f} ({change}"
-    if gained:
-        answer, why = "yes", f"{moved}; {p_text(score['p_holm'])})"
+    result = f"{training} took {measure} from {before:.3f} to {score['mean']:.3f} ({change}"
+    if gains:
+        answer, why = "yes", f"{result}; {p_text(score['p_holm'])})"
         if len(arms) > 1:
-            why += f"; {len(gained)} of {len(arms)} arms gained"
-    elif len(lost) == len(arms):
-        answer, why = "worse", f"every arm lost; the best, {moved}; {p_text(score['p_holm'])})"
+            why += f"; {len(gains)} of {len(arms)} arms gained"
+    elif len(losses) == len(arms):
+        answer, why = "worse", f"every arm lost; the best, {result}; {p_text(score['p_holm'])})"
     elif score["delta_high"] < WORTH and rules_out(data["queries"], score):
-        answer, why = "no", f"of {len(arms)} arms the best, {moved}): a gain of {WORTH} or more is ruled out"
+        answer, why = "no", f"of {len(arms)} arms the best, {result}): a gain of {WORTH} or more is ruled out"
     else:
-        reason = _unseen(data["queries"], score, _compared(summary, name))
-        answer, why = "cannot tell", f"of {len(arms)} arms the best, {moved}; {p_text(score['p_holm'])}): {reason}"
-    if lost and answer != "worse":
-        why += f"; {len(lost)} of {len(arms)} arms lost"
+        reason = _why_open(data["queries"], score, _compared(summary, name))
+        answer, why = "cannot tell", f"of {len(arms)} arms the best, {result}; {p_text(score['p_holm'])}): {reason}"
+    if losses and answer != "worse":
+        why += f"; {len(losses)} of {len(arms)} arms lost"
     if "won" in score:
         why += f"; {score['won']:,} queries won, {score['lost']:,} lost, {score['same']:,} tied"
     many = len({t["base"] for t in summary["trials"] if t["kind"] == "augmented"}) > 1
@@ -105,37 +105,37 @@ def _answer(summary: Json, data: Json, base: str, arms: list[Json]) -> Json:
         "answer": answer,
         "trial": best["trial"],
         "delta": score["delta"],
-        "sentence": f"{name} ({WHERE[data['role']]}){f', {base}' if many else ''}: {SAID[answer]}. {why[0].upper()}{why[1:]}.",
+        "sentence": f"{name} ({ROLES[data['role']]}){f', {base}' if many else ''}: {ANSWERS[answer]}. {why[0].upper()}{why[1:]}.",
     }
 
 
-def _unseen(queries: int, score: Json, arms: int) -> str:
+def _why_open(queries: int, score: Json, arms: int) -> str:
     """Why a gain is neither shown nor ruled out."""
     if score["mean"] <= 0 and score["mean"] - score["delta"] <= 0:
-        return "nothing that was found is judged relevant"
+        return "no retrieved passage is judged relevant"
     if queries < QUERIES:
         return f"{queries:,} judged quer{'y is' if queries == 1 else 'ies are'} too few to tell"
     if score["delta_high"] < WORTH:
         return "too few queries changed to tell"
-    return "the interval includes 0" if score["delta_low"] <= 0 else f"not after correction for {arms} arms"
+    return "the interval includes 0" if score["delta_low"] <= 0 else f"not significant after correction for {arms} arms"
 
 
 def best_arm(scores: dict[str, Json]) -> str:
-    """The arm that the answer is about, of the scores of a base's arms: the best that gained, else the best."""
-    gained = [trial for trial in scores if is_gain(scores[trial])]
-    return max(gained or scores, key=lambda trial: scores[trial]["mean"])
+    """The arm that the answer is about: of the arms of a base, the best arm with a significant gain, or else the best arm."""
+    gains = [trial for trial in scores if is_gain(scores[trial])]
+    return max(gains or scores, key=lambda trial: scores[trial]["mean"])
 
 
-def _what(arm: Json) -> str:
-    """What an arm was trained on, in words."""
-    seeds = sum("means" in each and bool(each["means"]) for each in arm.get("seeds", ()))
+def _training_data(arm: Json) -> str:
+    """The number and kind of rows that an arm was trained on, in words."""
+    seeds = sum(bool(seed.get("means")) for seed in arm.get("seeds", ()))
     return f"{arm['used']:,} {arm['label']} {'pairs' if 'human' in arm['label'] else 'queries'}" + (
         f" ({seeds} seeds)" if seeds > 1 else ""
     )
 
 
 def _harm(summary: Json) -> list[str]:
-    """Every arm whose mean is more than ``WORTH`` under its frozen base's, whatever a test says of it."""
+    """Every arm whose mean is more than ``WORTH`` below the mean of its frozen base, significant or not."""
     names = [data["name"] for data in summary["sets"]]
     rows = [
         (trial, name, score)
@@ -147,8 +147,8 @@ def _harm(summary: Json) -> list[str]:
         return []
     rows.sort(key=lambda row: row[2]["delta"])
     shown = [
-        f"{_what(trial)}, {trial['base']}, on {name} ({signed(score['delta'])}"
-        f"{'' if is_loss(score) else ', not shown by the test'})"
+        f"{_training_data(trial)}, {trial['base']}, on {name} ({signed(score['delta'])}"
+        f"{'' if is_loss(score) else ', not significant'})"
         for trial, name, score in rows[:5]
     ]
     more = f"; and {len(rows) - 5} more" if len(rows) > 5 else ""
@@ -156,42 +156,42 @@ def _harm(summary: Json) -> list[str]:
 
 
 def _average(summary: Json) -> list[str]:
-    """The best arm by the mean over all data sets, for each base."""
-    said = []
+    """The best arm of each base by the mean over all data sets."""
+    sentences = []
     for average in summary["averages"]:
         for base, arms in _arms(summary, average["name"]):
             scores = {arm["trial"]: arm["scores"][average["name"]][summary["measure"]] for arm in arms}
             chosen = best_arm(scores)
             best, score = next(arm for arm in arms if arm["trial"] == chosen), scores[chosen]
-            said.append(
+            sentences.append(
                 f"{average['name'][0].upper()}{average['name'][1:]}, {base}: at best {score['mean']:.3f} with "
-                f"{_what(best)}, {signed(score['delta'])} over frozen (95 % CI {signed(score['delta_low'])} to "
+                f"{_training_data(best)}, {signed(score['delta'])} over frozen (95 % CI {signed(score['delta_low'])} to "
                 f"{signed(score['delta_high'])}; {p_text(score['p_holm'])})."
             )
-    return said
+    return sentences
 
 
-SAID = {"yes": "yes, it helped", "no": "no", "worse": "no, it made things worse", "cannot tell": "cannot tell"}
+ANSWERS = {"yes": "yes, it helped", "no": "no", "worse": "no, it made things worse", "cannot tell": "cannot tell"}
 
 
 def _headline(answers: list[Json]) -> str:
     if not answers:
         return "No answer yet: no trained retriever can be compared with its frozen base."
     parts = []
-    for role, where in WHERE.items():
-        mine = [answer for answer in answers if answer["role"] == role]
-        if not mine:
+    for role, role_name in ROLES.items():
+        role_answers = [answer for answer in answers if answer["role"] == role]
+        if not role_answers:
             continue
         words = {"yes": "yes", "no": "no", "worse": "it got worse", "cannot tell": "cannot tell"}
-        several = len({a["set"] for a in mine}) > 1
-        said: dict[str, list[str]] = {}
-        for a in mine:
+        several = len({a["set"] for a in role_answers}) > 1
+        by_word: dict[str, list[str]] = {}
+        for a in role_answers:
             whose = " on ".join(x for x in (a["base"], a["set"] if several else "") if x)
-            said.setdefault(words[a["answer"]], []).append(whose)
-        listed = [word + (f" for {_and(w for w in whose)}" if any(whose) else "") for word, whose in said.items()]
-        if len(said) == 1 and not several:
-            listed = [next(iter(said))]
-        parts.append(f"{where[0].upper()}{where[1:]}: {', '.join(listed)}.")
+            by_word.setdefault(words[a["answer"]], []).append(whose)
+        listed = [word + (f" for {_and(w for w in whose)}" if any(whose) else "") for word, whose in by_word.items()]
+        if len(by_word) == 1 and not several:
+            listed = [next(iter(by_word))]
+        parts.append(f"{role_name[0].upper()}{role_name[1:]}: {', '.join(listed)}.")
     return "Did augmentation help? " + " ".join(parts)
 
 
@@ -201,36 +201,37 @@ def _and(words: Iterable[str]) -> str:
 
 
 def _enough(summary: Json, answers: list[Json]) -> list[str]:
-    """How much is enough, for each curve that gained on the in-distribution data."""
-    said = []
+    """How much is enough, for each curve with a gain on the in-distribution data."""
+    sentences = []
     several = [curve for curve in _in_curves(summary) if len(curve["points"]) > 2]
     for curve in several:
         if not any("p_holm" in p and is_gain(p) for p in curve["points"]):
             continue
         who = _who(summary, curve)
-        judged = next(data["queries"] for data in summary["sets"] if data["name"] == curve["set"])
-        if judged < QUERIES:
-            said.append(f"How much is enough, {who}: cannot tell; {judged:,} judged queries are too few.")
+        queries = next(data["queries"] for data in summary["sets"] if data["name"] == curve["set"])
+        if queries < QUERIES:
+            sentences.append(f"How much is enough, {who}: cannot tell; {queries:,} judged queries are too few.")
             continue
         largest, enough, best = curve["points"][-1]["used"], curve["enough"], curve["best"]
         gap = curve["best_over_enough"]
         steps = [s for s in curve["steps"] if s["per_100_rows"] is not None]
         rates = ", ".join(f"{signed(s['per_100_rows'])} from {s['from']:,} to {s['to']:,}" for s in steps)
-        rate = f" Gain for each 100 queries more: {rates}." if len(steps) > 1 else ""
+        rate = f" Gain for each 100 more queries: {rates}." if len(steps) > 1 else ""
         if enough == best == largest and len(curve["points"]) > 2:
-            said.append(
-                f"How much is enough, {who}: more than was tried may help; {largest:,} is clearly the best so far.{rate}"
+            sentences.append(
+                f"How much is enough, {who}: {largest:,} queries, the largest volume tried, are the best so far; "
+                f"more may help.{rate}"
             )
         elif enough == best:
-            said.append(f"How much is enough, {who}: {enough:,} queries, the best of what was tried.{rate}")
+            sentences.append(f"How much is enough, {who}: {enough:,} queries, the best of the volumes tried.{rate}")
         else:
-            said.append(
+            sentences.append(
                 f"How much is enough, {who}: {enough:,} queries; {best:,} add {signed(gap['delta'])} "
-                f"({signed(gap['delta_low'])} to {signed(gap['delta_high'])}), which is not shown to be a gain.{rate}"
+                f"({signed(gap['delta_low'])} to {signed(gap['delta_high'])}), which is not a significant gain.{rate}"
             )
-    if not said and answers and several:
-        said.append("How much is enough: no volume that was tried is shown to beat the frozen base in distribution.")
-    return said
+    if not sentences and answers and several:
+        sentences.append("How much is enough: no volume beats the frozen base significantly in distribution.")
+    return sentences
 
 
 def _in_curves(summary: Json) -> list[Json]:
@@ -244,8 +245,8 @@ def _who(summary: Json, curve: Json) -> str:
 
 
 def _generators(summary: Json) -> list[str]:
-    """Generators against each other at the largest volume that both have: by intervals of the means, not by a test."""
-    said = []
+    """The best mean of each generator, side by side. They are not tested against each other."""
+    sentences = []
     for base in dict.fromkeys(c["base"] for c in _in_curves(summary)):
         ends = [(c["points"][-1], c) for c in _in_curves(summary) if c["base"] == base]
         if len({c["generator"] for _, c in ends}) < 2:
@@ -257,26 +258,26 @@ def _generators(summary: Json) -> list[str]:
             for _, c in ends
         ]
         many = len({c["base"] for c in summary["curves"]}) > 1
-        said.append(f"Generators{f' for {base}' if many else ''}, best {summary['measure']}: {', '.join(shown)}.")
-    return said
+        sentences.append(f"Generators{f' for {base}' if many else ''}, best {summary['measure']}: {', '.join(shown)}.")
+    return sentences
 
 
 def _rate(summary: Json, curve: Json) -> float | None:
-    mine = [g for g in summary["generators"] if g["generator"].split(" (")[0] == curve["generator"]]
-    return mine[0]["price_per_accepted"] if len(mine) == 1 else None
+    funnels = [g for g in summary["generators"] if g["generator"].split(" (")[0] == curve["generator"]]
+    return funnels[0]["price_per_accepted"] if len(funnels) == 1 else None
 
 
-def _beside(queries: int, score: Json) -> str:
-    """How something stands to another by the interval of the difference; level only where both ends are near."""
+def _position(queries: int, score: Json) -> str:
+    """How an arm compares with another by the interval of the difference; level only if both ends are near 0."""
     if queries >= QUERIES and (score["delta_low"] > 0 or score["delta_high"] < 0):
         return "is above it" if score["delta_low"] > 0 else "is below it"
     if rules_out(queries, score) and score["delta_low"] > -WORTH and score["delta_high"] < WORTH:
         return "is level with it"
-    return "cannot be told from it"
+    return "cannot be distinguished from it"
 
 
 def _bm25(summary: Json) -> list[str]:
-    said = []
+    sentences = []
     for data in summary["sets"]:
         scored = [t for t in summary["trials"] if data["name"] in t["scores"] and t["kind"] == "augmented"]
         rows = [(t, t["scores"][data["name"]][summary["measure"]]) for t in scored]
@@ -285,47 +286,47 @@ def _bm25(summary: Json) -> list[str]:
             continue
         best, score = max(rows, key=lambda row: row[1]["mean"])
         over = score["over_bm25"]
-        word = _beside(data["queries"], {"mean": score["mean"], **over})
+        word = _position(data["queries"], {"mean": score["mean"], **over})
         which = f"{best['used']:,} {best['label']} queries, {best['base']}"
-        said.append(
+        sentences.append(
             f"Against BM25 on {data['name']}: the best arm ({which}) {word} "
             f"({score['mean']:.3f} and {score['mean'] - over['delta']:.3f}; {signed(over['delta'])}, "
             f"95 % CI {signed(over['delta_low'])} to {signed(over['delta_high'])})."
         )
-    return said
+    return sentences
 
 
 def _cost(summary: Json) -> list[str]:
     total = summary["total"]
     tokens = total["prompt_tokens"] + total["completion_tokens"]
-    said = [
-        f"Cost: {duration(summary['wall_s'])} on the clock, {duration(total['seconds'])} of stages, {tokens:,} tokens, "
+    sentences = [
+        f"Cost: {duration(summary['wall_s'])} of wall-clock time, {duration(total['seconds'])} of stages, {tokens:,} tokens, "
         f"{_price(summary)}."
     ]
     for g in summary["generators"]:
         if g["accepted"]:
-            said.append(
+            sentences.append(
                 f"{g['generator']}: {g['accepted']:,} of {g['completions']:,} completions became training rows; an accepted "
                 f"query took {g['tokens_per_accepted']:,.0f} tokens and {g['seconds_per_accepted']:.2f} s; 1,000 of them cost "
                 f"{dollars(1000 * g['price_per_accepted'])}.{_cached(g)}"
             )
         else:
-            said.append(f"{g['generator']}: none of {g['completions']:,} completions was accepted.")
-    return said
+            sentences.append(f"{g['generator']}: none of {g['completions']:,} completions was accepted.")
+    return sentences
 
 
 def _price(summary: Json) -> str:
-    """Dollars with the rates that they were computed from, and what is no part of them."""
+    """The price in dollars with its rates, and the costs that it does not include."""
     total, rates = summary["total"], summary.get("rates", [])
-    said = dollars(total["price"]) + (f" for busy workers (at {'; '.join(rates)})" if rates else "")
-    beside = [
-        f"{dollars(total[f'{line}_price'])} of {name}" for line, name in (("setup", "set-up"), ("waiting", "waiting"))
+    price = dollars(total["price"]) + (f" for busy workers (at {'; '.join(rates)})" if rates else "")
+    extra = [
+        f"{dollars(total[f'{line}_price'])} for {name}" for line, name in (("setup", "set-up"), ("waiting", "waiting"))
     ]
-    return f"{said}, beside {' and '.join(beside)}" if total["setup_price"] + total["waiting_price"] > 0 else said
+    return f"{price}, plus {' and '.join(extra)}" if total["setup_price"] + total["waiting_price"] > 0 else price
 
 
 def _cached(generator: Json) -> str:
     if not generator["prompt_tokens"]:
         return ""
     share = generator["cached_tokens"] / generator["prompt_tokens"]
-    return f" Of its {generator['prompt_tokens']:,} prompt tokens {share:.0%} came from the engine's cache."
+    return f" Of its {generator['prompt_tokens']:,} prompt tokens, {share:.0%} came from the engine's cache."

@@ -223,7 +223,7 @@ class _Pass:
         from mlflow.entities import Metric, RunTag
 
         row = _trial_row(self.summary, trial)
-        finished = self.folders.found(trial["folder"])["finished"]
+        finished = self.folders.manifest_or_empty(trial["folder"])["finished"]
         name = " ".join(str(x) for x in (row["base"], row["label"], row["used"] or "") if x)
         tags = {
             STUDY: self.folder.name,
@@ -244,14 +244,14 @@ class _Pass:
         self.client.log_dict(run_id, trial, "trial.json")
         for folder in self._evaluations(trial["folder"]):
             artifact = self.folders.artifact(folder)
-            if "run.trec" in self.folders.found(folder).get("files", {}):
-                name = self.folders.found(folder)["stage"]["name"]
+            if "run.trec" in self.folders.manifest_or_empty(folder).get("files", {}):
+                name = self.folders.manifest_or_empty(folder)["stage"]["name"]
                 self.client.log_artifact(run_id, artifact.local_path("run.trec"), f"runs/{_artifact_folder(name)}")
         self.client.set_tag(run_id, COMPLETE, "1")
         self.client.set_terminated(run_id, end_time=int(finished * 1000))
 
     def _evaluations(self, card: str) -> list[str]:
-        return [f for n, f in self.folders.found(card)["inputs"].items() if n.startswith("evaluations")]
+        return [f for n, f in self.folders.manifest_or_empty(card)["inputs"].items() if n.startswith("evaluations")]
 
     def _inputs(self, run_id: str, row: Json) -> None:
         """Logs the data sets that the retriever was evaluated on, and the examples that it was trained on."""
@@ -260,14 +260,14 @@ class _Pass:
         contexts = {
             f: "evaluation"
             for e in self._evaluations(row["folder"])
-            if (f := self.folders.found(e)["inputs"].get("data"))
+            if (f := self.folders.manifest_or_empty(e)["inputs"].get("data"))
         }
         for name in self.folders.ancestors(row["folder"]):
-            if examples := self.folders.found(name)["inputs"].get("examples"):
+            if examples := self.folders.manifest_or_empty(name)["inputs"].get("examples"):
                 contexts[examples] = "training"
         datasets = []
         for name, context in contexts.items():
-            manifest = self.folders.found(name)
+            manifest = self.folders.manifest_or_empty(name)
             profile = {table: entry["rows"] for table, entry in manifest["tables"].items()}
             source = shown({"uri": self.folders.artifact(name).path})
             dataset = Dataset(name, manifest["fingerprint"][:36], "local", source, profile=str(profile))

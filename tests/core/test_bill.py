@@ -339,7 +339,7 @@ def test_stages_and_trials_of_a_study_add_up_to_one_total(arms):
         assert made["usd"]["total"] == pytest.approx(line["usd"]["total"])
     shared = [line for line in found["stages"] if line["type"] == "generate"]
     assert len(shared) == 1 and shared[0]["trials"] == 3
-    assert shared[0]["usd"]["total"] == Folders(arms[0]).found(shared[0]["folder"])["price"]
+    assert shared[0]["usd"]["total"] == Folders(arms[0]).manifest_or_empty(shared[0]["folder"])["price"]
     small, _, pending = found["trials"]
     assert small["alone_usd"] > small["usd"] > pending["usd"] > 0
 
@@ -354,7 +354,7 @@ def test_bills_for_people_say_the_totals(arms):
 
     shown = said("study-arms")
     assert all(line["folder"] in shown for line in found["stages"])
-    assert "1 shards taken back" in shown
+    assert "1 shards revoked" in shown
     one = said("generate-crop")
     assert "rows     60 in, 120 out" in one and " = " in one
     assert json.loads(said("--json"))["total"] == json.loads(json.dumps(bills.everything(runs)["total"]))

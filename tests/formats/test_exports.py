@@ -71,7 +71,7 @@ def test_a_collection_comes_back_from_beirs_layout(tmp_path_factory, ids, data):
     assert not back.unusable and not back.problems
     assert back.tables["corpus"].to_pylist() == corpus and back.tables["queries"].to_pylist() == queries
     assert back.tables["qrels.train"].to_pylist() == judged
-    assert comparing.judged(str(root / "set"), "train").qrels == as_qrels(made["qrels"])
+    assert comparing.load_judgements(str(root / "set"), "train").qrels == as_qrels(made["qrels"])
 
 
 @FEW
@@ -100,7 +100,7 @@ def test_a_run_and_its_judgements_come_back_from_trecs_formats(tmp_path_factory,
         )
         words = {line.split()[2] for line in lines}
         assert len(words) == len(ids), "two ids became one"
-    one = comparing.judged(qrels, "test")
+    one = comparing.load_judgements(qrels, "test")
     assert one.qrels == as_qrels(tables.table("qrels", judged))
     again = comparing.compare(one, {"file": trec.read_run(run).table, "folder": search["candidates"]})
     assert again["runs"][0]["scores"]["nDCG@10"]["mean"] == again["runs"][1]["scores"]["nDCG@10"]["mean"]

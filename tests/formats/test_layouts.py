@@ -45,7 +45,7 @@ def test_a_layout_is_read_right(tmp_path, name):
     found = as_qrels(data.tables["qrels.test"])
     assert found == expected
     assert not data.unusable and not [p for p in data.problems if not p.mended]
-    assert comparing.judged(path, "test").qrels == expected
+    assert comparing.load_judgements(path, "test").qrels == expected
     assert len(beir.content(path)) == 16
 
 
@@ -61,15 +61,15 @@ def test_numbers_for_ids_do_not_hide_four_columns(tmp_path, mark):
     path = write(tmp_path / "set", files)
     expected = {"1": {"11": 1}, "2": {"12": 2, "13": 0}, "3": {"13": 1}}
     assert as_qrels(beir.read(path).tables["qrels.test"]) == expected
-    assert comparing.judged(path, "test").qrels == expected
-    assert comparing.judged(f"{path}/qrels/test.tsv", "test").qrels == expected
+    assert comparing.load_judgements(path, "test").qrels == expected
+    assert comparing.load_judgements(f"{path}/qrels/test.tsv", "test").qrels == expected
 
 
 def test_two_columns_are_relevant_pairs_as_in_nanobeir(tmp_path):
     for number, qrels in enumerate(
         (lines([HEAD[:2], *((q, d) for q, d, _ in QRELS)]), lines([(q, d) for q, d, _ in QRELS]))
     ):
-        assert comparing.judged(write(tmp_path / f"{number}", classic(qrels=qrels)), "test").qrels["q2"] == {
+        assert comparing.load_judgements(write(tmp_path / f"{number}", classic(qrels=qrels)), "test").qrels["q2"] == {
             "d2": 1,
             "7": 1,
         }
@@ -94,9 +94,9 @@ def test_negative_grades_and_ids_with_spaces_stay_as_they_are(tmp_path):
 def test_dev_and_validation_are_one_split(tmp_path, there):
     path = write(tmp_path, classic(qrels={f"qrels/{there}.tsv": JUDGED}))
     for asked in ("dev", "validation"):
-        assert len(comparing.judged(path, asked).qrels) == 3
+        assert len(comparing.load_judgements(path, asked).qrels) == 3
     with pytest.raises(ConfigError, match=f"no split 'test' in .*; allowed: {there}"):
-        comparing.judged(path, "test")
+        comparing.load_judgements(path, "test")
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -108,7 +108,7 @@ def test_what_cannot_be_read_for_certain_is_refused(tmp_path, name):
         assert "qrels.test" not in data.tables or not data.tables["qrels.test"].num_rows
         if data.unusable:
             raise ConfigError(data.unusable["test"])
-        comparing.judged(path, "test")
+        comparing.load_judgements(path, "test")
     assert "\n" not in str(refused.value)
 
 
@@ -129,7 +129,7 @@ def test_a_split_that_is_not_used_does_not_decide(tmp_path):
     data = beir.read(path)
     assert "qrels.test" in data.tables and "qrels.train" not in data.tables
     assert "score 0.5 is not a whole number" in data.unusable["train"] and "dev" in data.unusable
-    assert len(comparing.judged(path, "test").qrels) == 3
+    assert len(comparing.load_judgements(path, "test").qrels) == 3
 
 
 def test_a_file_in_place_of_its_folder_is_named_with_the_folder(tmp_path):

@@ -216,7 +216,7 @@ def systems(tmp_path_factory):
 
 def test_runs_are_compared_with_the_first(systems):
     data, files = systems
-    found = comparing.compare(comparing.judged(data, "test"), comparing.named(files, lambda name: None))
+    found = comparing.compare(comparing.load_judgements(data, "test"), comparing.load_runs(files, lambda name: None))
     base, better, level = found["runs"]
     assert found["queries"] == 48 and "delta" not in base["scores"]["AP"]
     for name in ("nDCG@10", "RR@10", "AP"):
@@ -259,6 +259,8 @@ def test_compare_from_the_command_line(systems, tmp_path, capsys):
 def test_a_folder_of_the_runs_folder_is_compared_too(systems, tmp_path):
     data, files = systems
     made = materialize(TrecRun(path=files[1]), str(tmp_path))
-    found = comparing.compare(comparing.judged(data, "test"), comparing.named([files[1], made.name], lambda name: made))
+    found = comparing.compare(
+        comparing.load_judgements(data, "test"), comparing.load_runs([files[1], made.name], lambda name: made)
+    )
     score = found["runs"][1]["scores"]["nDCG@10"]
     assert found["runs"][1]["run"] == made.name and score["delta"] == 0 and score["p"] == 1

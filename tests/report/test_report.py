@@ -1,4 +1,4 @@
-"""Statistics beside SciPy's, the verdict on studies whose answer is known, the page's safety, and the trace."""
+"""Statistics compared with SciPy, verdicts on studies with a known answer, the safety of the page, and the trace."""
 
 import re
 from html.parser import HTMLParser
@@ -22,13 +22,13 @@ NOISE -= NOISE.mean()
 
 
 def arm(gain: float, spread: float) -> list[float]:
-    """Scores that are ``gain`` above the frozen base on average, with that standard deviation over queries."""
+    """Scores that are ``gain`` above the frozen base on average, with standard deviation ``spread`` over queries."""
     return (FROZEN + gain + spread * NOISE).tolist()
 
 
 @pytest.fixture(scope="module")
 def helped(tmp_path_factory):
-    """A study in which 8 rows did nothing, 16 helped, and 24 a little more; it got worse out of distribution."""
+    """A study in which 8 rows have no effect, 16 help, 24 help a little more, and all hurt out of distribution."""
     both = {8: (0.0, 0.1), 16: (0.1, 0.1), 24: (0.104, 0.15)}
     arms = {n: {"in": arm(*x), "out": arm(-0.1, 0.05)} for n, x in both.items()}
     return made_study(tmp_path_factory.mktemp("helped"), {"in": FROZEN.tolist(), "out": FROZEN.tolist()}, arms)
@@ -41,7 +41,7 @@ def page(helped) -> str:
         return handle.read()
 
 
-def test_bootstrap_interval_is_that_of_scipy() -> None:
+def test_bootstrap_interval_equals_scipy() -> None:
     values = RANDOM.gamma(2, 0.2, (200, 1))
     ours = stats.interval(stats.resampled_means(values)[:, 0])
     theirs = scipy.stats.bootstrap(
@@ -51,8 +51,8 @@ def test_bootstrap_interval_is_that_of_scipy() -> None:
     assert ours == stats.interval(stats.resampled_means(values)[:, 0]), "another seed each time"
 
 
-def test_randomisation_p_is_that_of_scipy() -> None:
-    # a difference of exactly 0 is left out: SciPy doubles the smaller side, which differs where many samples tie
+def test_randomisation_p_equals_scipy() -> None:
+    # without a difference of exactly 0: SciPy doubles the smaller side, which differs if many samples tie
     gains = np.stack([NOISE * 0.1 + shift for shift in (0.01, 0.02, 0.03)], axis=1)
     ours = stats.randomisation_p(gains)
     options = {"permutation_type": "samples", "n_resamples": 10_000, "rng": 5}
@@ -80,54 +80,60 @@ def test_answers(tmp_path, gain, spread, answer) -> None:
     assert found[0]["delta"] == pytest.approx(gain, abs=1e-9)
 
 
-# what was seen on a data set: scores of the frozen base and of the arm -> what is said of it and of BM25, which has 0.3
-SEEN = {
-    "one": ([0.5], [0.5], "cannot tell", "1 judged query is too few to tell", "cannot be told from"),
+# scores of the frozen base and of the arm on a data set -> the answer and its reason, and the comparison with BM25 (0.3)
+CASES = {
+    "one": ([0.5], [0.5], "cannot tell", "1 judged query is too few to tell", "cannot be distinguished from"),
     "six-better": (
         [0.2] * 6,
         [0.2, 0.9, 0.1, 0.2, 0.3, 0.8],
         "cannot tell",
         "6 judged queries are too few",
-        "cannot be told from",
+        "cannot be distinguished from",
     ),
     "six-worse": (
         [0.5] * 6,
         [0.5, 0.5, 0.4, 0.5, 0.5, 0.5],
         "cannot tell",
         "6 judged queries are too few",
-        "cannot be told from",
+        "cannot be distinguished from",
     ),
-    "none-relevant": ([0.0] * 600, [0.0] * 600, "cannot tell", "nothing that was found is judged relevant", "is below"),
-    "ties": ([0.3] * 60, [0.3] * 60, "cannot tell", "too few queries changed", "cannot be told from"),
-    "one-lost": ([0.3] * 60, [0.2] + [0.3] * 59, "cannot tell", "too few queries changed", "cannot be told from"),
+    "none-relevant": ([0.0] * 600, [0.0] * 600, "cannot tell", "no retrieved passage is judged relevant", "is below"),
+    "ties": ([0.3] * 60, [0.3] * 60, "cannot tell", "too few queries changed", "cannot be distinguished from"),
+    "one-lost": (
+        [0.3] * 60,
+        [0.2] + [0.3] * 59,
+        "cannot tell",
+        "too few queries changed",
+        "cannot be distinguished from",
+    ),
     "many-ties": ([0.3] * 600, [0.3] * 600, "no", "a gain of 0.01 or more is ruled out", "is level with"),
     "steady": (FROZEN.tolist(), arm(0.0, 0.02), "no", "a gain of 0.01 or more is ruled out", "is above"),
     "unsteady": (FROZEN.tolist(), arm(0.01, 0.3), "cannot tell", "the interval includes 0", "is above"),
 }
 
 
-def test_nothing_is_claimed_from_too_little(tmp_path) -> None:
-    frozen, after = ({name: case[i] for name, case in SEEN.items()} for i in (0, 1))
+def test_too_little_data_gives_no_claim(tmp_path) -> None:
+    frozen, after = ({name: case[i] for name, case in CASES.items()} for i in (0, 1))
     runs, study = made_study(tmp_path, frozen, {8: after})
     found = report.summarise(runs, study)["verdict"]
-    said = {answer["set"]: answer for answer in found["answers"]}
+    answers = {answer["set"]: answer for answer in found["answers"]}
     beside = {re.search(r"BM25 on ([\w-]+)", s)[1]: s for s in found["sentences"] if s.startswith("Against BM25")}
-    for name, (_, _, answer, why, against) in SEEN.items():
-        assert (said[name]["answer"], why in said[name]["sentence"]) == (answer, True), said[name]["sentence"]
+    for name, (_, _, answer, why, against) in CASES.items():
+        assert (answers[name]["answer"], why in answers[name]["sentence"]) == (answer, True), answers[name]["sentence"]
         assert f") {against} it (" in beside[name], beside[name]
 
 
-def test_enough_of_few_queries_is_not_told(tmp_path) -> None:
+def test_too_few_queries_give_no_answer_to_enough(tmp_path) -> None:
     arms = {n: {"in": [0.2 + gain] * 8} for n, gain in ((8, 0.2), (16, 0.3), (24, 0.31))}
     runs, study = made_study(tmp_path, {"in": [0.2] * 8}, arms)
     found = " ".join(report.summarise(runs, study)["verdict"]["sentences"])
     assert (
         "How much is enough, crop: cannot tell; 8 judged queries are too few." in found
-        and "best of what was" not in found
+        and "best of the volumes" not in found
     )
 
 
-def test_enough_is_the_smallest_volume_not_shown_to_be_below_the_best(helped) -> None:
+def test_enough_is_the_smallest_volume_as_good_as_the_best(helped) -> None:
     summary = report.summarise(*helped)
     curve = next(c for c in summary["curves"] if c["set"] == "in")
     assert [p["used"] for p in curve["points"]] == [0, 8, 16, 24]
@@ -159,12 +165,12 @@ def test_costs_are_shared_by_rows(helped) -> None:
     for trial in arms:
         share = trial["used"] / generator["accepted"]
         assert trial["cost"]["price"] == pytest.approx(data["price"] * share + 0.01 * trial["used"])
-    refused = sum(row["rows"] for row in generator["rejected"])
-    assert generator["accepted"] + refused == generator["completions"]
+    rejected = sum(row["rows"] for row in generator["rejected"])
+    assert generator["accepted"] + rejected == generator["completions"]
 
 
 class Reader(HTMLParser):
-    """Tags, and what they point to."""
+    """Collects tags, and the targets of links."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -190,21 +196,21 @@ def test_page_is_one_file_and_text_stays_text(page) -> None:
 
 def test_page_answers_the_questions(page, helped) -> None:
     summary = report.summarise(*helped)
-    for words in ("Did augmentation help?", "How much is enough", "What became of the completions", "Rows to read"):
+    for words in ("Did augmentation help?", "How much is enough", "Completions, accepted and rejected", "Rows to read"):
         assert words in page
     assert page.count('class="tag gain"') >= 1
     assert all(f"{x['folder']}</td>" in page for x in summary["stages"])
     assert page.count('<tr class="base">') == 6  # two data sets and their average
 
 
-def test_chart_is_the_same_each_time_and_names_every_generator(helped) -> None:
+def test_the_chart_is_deterministic_and_names_all_generators(helped) -> None:
     summary = report.summarise(*helped)
     assert curves_svg(summary) == curves_svg(summary)
     assert ">crop<" in curves_svg(summary)
     assert curves_svg(summary | {"curves": []}) == ""
 
 
-def test_trace_of_an_accepted_and_of_a_refused_row(helped) -> None:
+def test_trace_of_an_accepted_and_a_rejected_row(helped) -> None:
     runs, _ = helped
     folders = Folders(runs)
     mined = report.summarise(*helped)["generators"][0]["mined"]
@@ -237,7 +243,7 @@ def test_a_study_that_has_not_ended_has_a_page(helped, tmp_path) -> None:
     assert "1 of 5 trials have no result" in report.terminal_table(summary)
 
 
-def test_the_page_says_what_an_approximate_search_finds(helped) -> None:
+def test_the_page_shows_the_recall_of_approximate_search(helped) -> None:
     runs, study = helped
     value = Artifact(runs, study).read_json("study.json")
     for name, counts in (("search-quick", {"recall": 0.987, "exact": 0}), ("search-low", {"recall": 0.4, "exact": 1})):
@@ -255,6 +261,6 @@ def test_the_page_says_what_an_approximate_search_finds(helped) -> None:
         assert "Approximate search" not in handle.read()
 
 
-def test_no_study_is_a_user_error(tmp_path) -> None:
+def test_a_folder_without_a_study_is_a_user_error(tmp_path) -> None:
     with pytest.raises(ConfigError, match="no study.json"):
         report.summarise(str(tmp_path), "study-none")

@@ -1,4 +1,4 @@
-"""The page of results: out of studies that are made up, with a seed that failed, steps of unequal size, and no teacher."""
+"""The page of results, from synthetic studies with a failed seed, steps of unequal size, and no teacher."""
 
 import re
 import subprocess
@@ -20,7 +20,7 @@ NOISE = RANDOM.normal(0, 0.05, QUERIES)
 NOISE -= NOISE.mean()
 
 
-# pairs -> gain, a rung each; and people's share, for three of them
+# pairs -> gain, for one rung each; and the share of human pairs, for three of them
 GAINS = {8: 0.0, 16: 0.02, 17: 0.1, 24: 0.12}
 SHARES = {16: 0.0, 17: 0.5, 24: 1.0}
 
@@ -31,7 +31,7 @@ def above(gain):
 
 @pytest.fixture(scope="module")
 def studies(tmp_path_factory):
-    """(runs, studies): a ladder of both bases with two seeds, and one that failed; a study of sizes; one of people's shares."""
+    """(runs, studies): a ladder of two bases with two seeds and a failed seed, a study of sizes, a study of human shares."""
     runs = str(tmp_path_factory.mktemp("results"))
     sets = {"home": "beir-home", "away": "beir-away"}
     for name in sets.values():
@@ -90,7 +90,7 @@ def examples(n):
 
 @pytest.fixture(scope="module")
 def page(studies, tmp_path_factory):
-    """The page, by the program that writes it."""
+    """The page, written by its program."""
     (runs, made), target = studies, tmp_path_factory.mktemp("page") / "results.md"
     Artifact(runs, "results").write_json("studies.json", made)
     target.with_name("results-tried.md").write_text("## What was tried besides\n\nNothing.\n")
@@ -105,7 +105,7 @@ def rows(page, title):
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
 
 
-def test_the_ladder_has_bm25_the_frozen_bases_and_each_step_with_seconds_and_cost(page):
+def test_the_ladder_has_bm25_frozen_bases_and_all_steps(page):
     found = rows(page, "### home")
     steps = ["+ generated queries, in-batch", "+ mined negatives", "+ teacher's scores", "+ filters"]
     assert [(cells[0], cells[1]) for cells in found] == [
@@ -114,12 +114,12 @@ def test_the_ladder_has_bm25_the_frozen_bases_and_each_step_with_seconds_and_cos
     assert {len(cells) for cells in found} == {14}
     assert all(re.fullmatch(r"[\d.]+ s|\d+ min.*", cells[11]) and cells[13] == "`abc1234`" for cells in found)
     last = found[5]
-    assert last[2:4] == ["24", f"{np.mean(FROZEN) + 0.1205:.3f}"], "the seed that failed counts for nothing"
+    assert last[2:4] == ["24", f"{np.mean(FROZEN) + 0.1205:.3f}"], "the failed seed is ignored"
     assert last[4].startswith("**+0.120**") or last[4].startswith("**+0.121**")
     assert "8 (+ generated queries, in-batch), 16 (+ mined negatives), 17 (+ teacher's scores), 24 (+ filters)." in page
 
 
-def test_where_the_last_step_wins_and_loses_is_said_in_words(page):
+def test_gains_and_losses_of_the_last_step_are_described(page):
     assert re.search(
         r"beats its frozen self significantly on 1 of the 1 collections.*home \(\+0\.12\d, p < 0\.001\)", page
     )
@@ -129,13 +129,13 @@ def test_where_the_last_step_wins_and_loses_is_said_in_words(page):
     assert page.rstrip().endswith("Nothing.")
 
 
-def test_a_step_is_tested_against_the_one_before_after_correction(page):
+def test_a_step_is_tested_against_the_step_before(page):
     before = {cells[1]: (cells[6], cells[7]) for cells in rows(page, "### home") if cells[0] == "minilm"}
     assert before["frozen"] == ("", "")
     assert before["+ teacher's scores"][0].startswith("**+0.080**") and before["+ teacher's scores"][1] == "< 0.001"
 
 
-def test_volumes_and_peoples_pairs_have_corrected_tests(page):
+def test_volumes_and_human_pairs_have_corrected_tests(page):
     sizes = rows(page, "## What a base gains")
     assert [cells[1] for cells in sizes] == ["8", "16", "17", "24"] and {len(cells) for cells in sizes} == {11}
     assert all(cells[6].startswith("**+0.150**") and cells[7] == "< 0.001" for cells in sizes)

@@ -327,7 +327,7 @@ def test_the_page_shows_what_was_found_and_the_scores_without_it(tmp_path):
     left = [v for q, v in enumerate([0.9] * 30 + [0.5] * 30) if f"q{q}" not in touched]
     assert line["untouched"] == pytest.approx(sum(left) / len(left)) and line["touched"] == 60 - len(left)
     page = report.page.render(summary, runs)
-    assert "Does the training data know the test?" in page and EVIL not in page
+    assert "Does the training data contain the test?" in page and EVIL not in page
     assert any(step["step"] == "leaks" for g in summary["generators"] for step in g["rejected"]) == (
         found["dropped"] > 0
     )

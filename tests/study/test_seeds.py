@@ -116,7 +116,7 @@ def test_page_and_tables_show_seeds_averages_and_queries_won(made) -> None:
     assert "| SD of seeds |" in markdown and "0.1000 | 0.0577" in markdown
     with open(report.write_page(summary, runs, study)) as handle:
         page = handle.read()
-    assert "What another seed would change" in page and "0.0577" in page
+    assert "Variation between seeds" in page and "0.0577" in page
     change = next(c for c in summary["changes"] if c["set"] == "in")
     assert change["won"] + change["lost"] + change["same"] == QUERIES and len(change["queries"]) == 10
     assert f"Won {change['won']}, lost {change['lost']}, tied {change['same']}" in page
