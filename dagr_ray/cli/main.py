@@ -391,7 +391,10 @@ def _end_process(code: int, grace_s: float) -> NoReturn:
     code = _flushed(code)
     ray = sys.modules.get("ray")
     if ray is None:
-        atexit._run_exitfuncs()
+        # Arrow's own waits for a store's answer, which may never come
+        atexit.unregister(getattr(sys.modules.get("pyarrow.fs"), "ensure_s3_finalized", lambda: None))
+        if threading.current_thread() is threading.main_thread():  # else that one is stuck, and they may be too
+            atexit._run_exitfuncs()
         # not sys.exit: what C++ libraries take down after that has been seen to abort a finished `dagr trace`
         os._exit(code)
     children = _children()

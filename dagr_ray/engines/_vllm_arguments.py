@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
+import re
 import sys
 import typing
 from collections.abc import Mapping
@@ -14,6 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from dagr_ray.core import environment
 from dagr_ray.core.config import ConfigError
+from dagr_ray.core.paths import absolute, is_uri
 from dagr_ray.core.placement import Pool
 
 # Read by vLLM when it is imported or started. What the user has set stands.
@@ -79,6 +82,7 @@ def check_arguments(given: Mapping[str, Any], placement: bool) -> None:
             raise ConfigError(f"{where}: {shown} is not for here; {ELSEWHERE[name]}")
     if not given:
         return
+    _check_paths(where, "", given)
     hints = _hints()
     for name, value in given.items():
         if name not in hints or name.startswith("_"):
@@ -93,6 +97,22 @@ def check_arguments(given: Mapping[str, Any], placement: bool) -> None:
         if not placement and name in SPEED:
             raise ConfigError(
                 f"{where}: {name} = {value!r} only changes the speed; set it in the placement, below [generate.engine_args]"
+            )
+
+
+def _check_paths(where: str, name: str, value: Any) -> None:
+    """Raises ConfigError for a path that is relative: a worker stands in another folder than the person who typed it."""
+    if isinstance(value, Mapping):
+        for inner, each in value.items():
+            _check_paths(where, f"{name}.{inner}".lstrip("."), each)
+    elif isinstance(value, list | tuple):
+        for each in value:
+            _check_paths(where, name, each)
+    elif isinstance(value, str) and value and not os.path.isabs(value) and not is_uri(value):
+        model = name.endswith(".model") and os.path.isdir(value)
+        if model or name.endswith(("_dir", "_path")) or re.match(r"\.{1,2}(/|$)|~", value):
+            raise ConfigError(
+                f"{where}: {name} = {value!r} is relative, and a worker stands in another folder; give {absolute(value)!r}"
             )
 
 

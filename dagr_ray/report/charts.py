@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import os
 from typing import TYPE_CHECKING, Any
 
+from dagr_ray.core import environment
 from dagr_ray.core.artifact import Json
+from dagr_ray.core.config import ConfigError
+from dagr_ray.core.storage import scratch
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,6 +25,9 @@ def curves_svg(summary: Json) -> str:
 
     The same summary gives the same bytes. Labels are text, which matplotlib escapes.
     """
+    # its caches, among them the list of fonts, which takes seconds: HOME may be one that cannot be written
+    with contextlib.suppress(ConfigError):  # without a scratch folder it makes one of its own
+        environment.set_defaults({"MPLCONFIGDIR": os.path.join(scratch(), "matplotlib")})
     import matplotlib
 
     curves = summary["curves"]

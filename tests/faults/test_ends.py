@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -108,6 +109,46 @@ def test_a_signal_ends_a_verb_with_its_own_code_and_one_line(tmp_path, verb, num
     assert process.returncode == code, errors
     [line] = errors.decode().strip().splitlines()
     assert line.endswith(f"what is finished is kept. Resume with: dagr {verb} {tmp_path / 'job.py'} 'a=b c'")
+
+
+def test_signals_end_the_verbs_that_look_at_results():
+    """Each waits for ever for a store that takes a connection and is silent."""
+    keys = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_EC2_METADATA_DISABLED": "true"}
+    waiting = []
+    for number, code, said_first in ((signal.SIGTERM, 143, "told to stop"), (signal.SIGINT, 130, "interrupted")):
+        for words in (("report",), ("annotate", "export", "beir-set", "to-rate")):
+            store = socket.create_server(("127.0.0.1", 0))
+            store.settimeout(60)
+            at = f"127.0.0.1:{store.getsockname()[1]}"
+            runs = f"s3://bucket/runs?endpoint_override={at}&scheme=http&region=us-east-1"
+            waiting.append((begun(*words, "--runs", runs, env=keys), store, words, number, code, said_first))
+    connected = [store.accept() for _, store, *_ in waiting]
+    for process, _, _, number, *_ in waiting:
+        process.send_signal(number)
+    for process, _, words, _, code, said_first in waiting:
+        _, errors = process.communicate(timeout=30)
+        assert process.returncode == code, errors
+        [line] = errors.decode().strip().splitlines()
+        assert line.startswith(f"{said_first}; what is finished is kept. Resume with: dagr {' '.join(words)} ")
+    for connection, _ in connected:
+        connection.close()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_a_canary_and_leaves_no_process(tmp_path, data, number, code):
+    (tmp_path / "slow.py").write_text(SLOW)
+    words = ("check", tmp_path / "slow.py", f"data={data}", "--one", "--canary", "--runs", tmp_path / "runs")
+    process = begun(*words)
+    while not list((tmp_path / "runs").glob("generate-*/attempts/*")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    family = psutil.Process(process.pid).children(recursive=True)
+    assert any("raylet" in each.name() for each in family)
+    process.send_signal(number)
+    out, errors = process.communicate(timeout=20)
+    assert process.returncode == code, errors
+    assert b"Resume with: dagr check" in errors and b"Traceback" not in errors and not out
+    assert not psutil.wait_procs(family, timeout=5)[1]
 
 
 def test_what_blocks_outside_of_python_is_ended_too(tmp_path, judged):

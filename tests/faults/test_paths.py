@@ -16,6 +16,7 @@ from dagr_ray.core import environment, paths
 from dagr_ray.core.artifact import Artifact
 from dagr_ray.core.config import ConfigError
 from dagr_ray.core.storage import filesystem
+from dagr_ray.engines._vllm_arguments import check_arguments
 from dagr_ray.engines.vllm import VLLM
 from dagr_ray.recipes.evaluation import named_sets
 from dagr_ray.retrieval.encoder import Encoder
@@ -272,3 +273,21 @@ def test_a_study_trains_from_another_folder_with_relative_paths_and_a_stage_besi
         assert done.returncode == 0, done.stderr[-2000:]
     assert len(list((tmp_path / "runs").glob("beir-*"))) == 1
     assert len(list((tmp_path / "runs").glob("train-*"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"download_dir": "weights"}, "download_dir"),
+        ({"hf_config_path": "./model"}, "hf_config_path"),
+        ({"speculative_config": {"model": "./draft", "num_speculative_tokens": 3}}, "speculative_config.model"),
+        ({"speculative_config": {"model": "~/draft"}}, "speculative_config.model"),
+        ({"compilation_config": {"cache_dir": "../cache"}}, "compilation_config.cache_dir"),
+        ({"logits_processors": ["./mine.py"]}, "logits_processors"),
+    ],
+)
+def test_a_relative_path_in_engine_args_is_refused(given, named) -> None:
+    for placement in (True, False):
+        with pytest.raises(ConfigError, match="is relative") as refused:
+            check_arguments(given, placement=placement)
+        assert named in str(refused.value) and "\n" not in str(refused.value)

@@ -279,3 +279,14 @@ def test_an_address_without_a_cluster_is_named(monkeypatch, address, why, source
         with pytest.raises(ConfigError) as refused:
             ray_start._head_address(given, source)
     assert str(refused.value).startswith(f"{source} = {given!r}") and why in str(refused.value)
+
+
+def test_charts_leave_nothing_in_the_temporary_folder_if_home_cannot_be_written(tmp_path):
+    code = "from dagr_ray.report import charts; charts.curves_svg({'curves': []}); "
+    code += "import matplotlib, os; print(matplotlib.get_cachedir(), flush=True); os._exit(0)"
+    (tmp_path / "tmp").mkdir()
+    env = {name: value for name, value in os.environ.items() if name not in ("MPLCONFIGDIR", "XDG_CACHE_HOME")}
+    env |= {"HOME": "/proc", "TMPDIR": f"{tmp_path}/tmp", "DAGR_SCRATCH": f"{tmp_path}/mine", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == f"{tmp_path}/mine/matplotlib", done.stderr
+    assert not list((tmp_path / "tmp").iterdir())

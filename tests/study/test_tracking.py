@@ -237,3 +237,22 @@ def test_a_study_with_a_dead_server_ends_and_is_logged_later(tmp_path) -> None:
     )
     assert parent.info.start_time == int(written["created"] * 1000)
     assert written["created"] * 1000 < min(child.info.end_time for child in children)
+
+
+def test_control_characters_of_others_reach_no_text_of_the_store(tmp_path) -> None:
+    evil = "a\x1b]52;c;aGk=\x07b\x1b[2Jc\rd\u202ee\x00f\x9bg\nh"
+    runs, study = made_study(tmp_path, {"in": SCORES.tolist()}, {8: {"in": SCORES.tolist()}})
+    folder = Artifact(runs, study)
+    whole = folder.read_json("study.json")
+    for trial in whole["trials"]:
+        trial["params"] = {name: evil if isinstance(value, str) else value for name, value in trial["params"].items()}
+        trial["params"]["more"] = evil
+    folder.write_json("study.json", whole | {"job": evil, "axes": {"volume": [evil]}})
+    result = mlflow_mirror.mirror(runs, study)
+    assert (result.problem, result.children) == (None, 3)
+    for each in logged(runs):
+        texts = [each.info.run_name, *each.data.tags.values(), *each.data.params.values()]
+        assert any("u001b" in text for text in texts), "what was given is there, spelled out"
+        assert not [
+            text for text in texts for sign in text if sign != "\n" and (sign < " " or sign in "\x7f\x9b\u202e")
+        ]
