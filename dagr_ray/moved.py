@@ -102,7 +102,33 @@ RENAMED = {
     },
     "core.terminal": {"Shown": "EscapingFormatter"},
     "engines": {"paid": "token_usage"},
+    "stages.generate_until": {"Reach": "GenerateUntil"},
+    "stages.human_labels": {"Labelled": "WithHumanLabels"},
+    "stages.label": {"Heads": "RetrievalHeads"},
+    "stages.mix": {"Blend": "MixExamples", "Human": "HumanPairs", "Mix": "MixQueries"},
+    "stages.pairs": {"Linked": "LinkedPairs"},
+    "stages.refine": {"Best": "TopExemplars", "Criticised": "CritiquedPairs", "Left": "RemainingPassages"},
+    "stages.retrieve": {"Asking": "SearchBase", "Probe": "RecallProbe", "Slabs": "ShardedSearch"},
+    "stages.rewrite": {"Together": "ConcatCorpora"},
+    "stages.score": {"Whole": "StreamScores"},
     "study.canary": {"fly": "run_canaries"},
+}
+# Types of 0.1's stages, as their folders' plans hold them -> the types now.
+TYPES = {
+    "best": "top-exemplars",
+    "blend": "mix-examples",
+    "criticised": "critiqued-pairs",
+    "heads": "retrieval-heads",
+    "human": "human-pairs",
+    "labelled": "with-human-labels",
+    "left": "remaining-passages",
+    "linked": "linked-pairs",
+    "mix": "mix-queries",
+    "probe": "recall-probe",
+    "reach": "generate-until",
+    "slabs": "sharded-search",
+    "together": "concat-corpora",
+    "whole": "stream-scores",
 }
 
 

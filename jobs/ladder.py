@@ -13,7 +13,7 @@ from dagr_ray.retrieval.encoder import Encoder
 from dagr_ray.stages.evaluate import Scorecard
 from dagr_ray.stages.exemplars import Exemplars
 from dagr_ray.stages.generate import Generate
-from dagr_ray.stages.mix import Human
+from dagr_ray.stages.mix import HumanPairs
 from dagr_ray.stages.parse import Parse
 from dagr_ray.stages.sources import Beir, PyDocs, Sample
 from dagr_ray.stages.train import Train
@@ -43,7 +43,7 @@ def ladder(
     exemplars = Exemplars(corpus=corpus, split=shown_split(split), otherwise=None if split == "train" else "train", k=4)
     if volume == 0:
         return judge(sets, Dense(encoder=encoder), exclude=exemplars, split=split, fused=fused)
-    sources = [Source(human, Human(data=corpus), corpus)] if human > 0 else []
+    sources = [Source(human, HumanPairs(data=corpus), corpus)] if human > 0 else []
     if human < 1:
         strategy, engine = generator_named(generator, model)
         asked = Sample(corpus=corpus, n=passages, exclude=exemplars)

@@ -8,7 +8,7 @@ from dagr_ray.recipes.evaluation import judge
 from dagr_ray.recipes.negatives import NEGATIVES, negatives_from
 from dagr_ray.retrieval.encoder import Encoder
 from dagr_ray.stages.evaluate import Scorecard
-from dagr_ray.stages.mix import Human
+from dagr_ray.stages.mix import HumanPairs
 from dagr_ray.stages.sources import Beir
 from dagr_ray.stages.take import Take
 from dagr_ray.stages.train import Train
@@ -44,7 +44,7 @@ def negatives(
     if queries == 0:
         return judge(sets, Dense(encoder=encoder), split=split)
     _, engine = generator_named("llm" if model else "smollm2", model)
-    asked = gated(Human(data=corpus, n=queries + queries // 3), corpus, (corpus,), encoder, split=split)
+    asked = gated(HumanPairs(data=corpus, n=queries + queries // 3), corpus, (corpus,), encoder, split=split)
     examples, passages = negatives_from(source, asked, corpus, encoder, engine, k=k)
     trained = Train(
         examples=Take(mined=examples, n=queries), queries=asked, corpus=passages, base=encoder,

@@ -22,6 +22,8 @@ from typing import Annotated, Any, ClassVar, NoReturn, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
+from dagr_ray import moved
+
 PLUGIN_PACKAGES = ("strategies", "engines", "filters", "miners", "teachers", "stages")
 Self = TypeVar("Self", bound="Config")
 
@@ -278,6 +280,8 @@ def plugins(base: type[Self]) -> dict[str, type[Self]]:
 def lookup(name: Any, base: type[Self]) -> type[Self]:
     """The registered type called ``name``, which must be ``base`` or below it."""
     config_type = Config._registry.get(name) or discover().get(name)
+    if config_type is None and name in moved.TYPES:
+        raise ConfigError(f"type {name!r} of 0.1 is {moved.TYPES[name]!r} now; write the new name")
     if config_type is None or not issubclass(config_type, base):
         raise ConfigError(f"type {name!r} is not a {_kebab(base.__name__)}; allowed: {', '.join(plugins(base))}")
     return config_type

@@ -206,7 +206,12 @@ def load_stage(folder: Artifact) -> Stage:
             if wrong
             else f"no plan.json in {folder.path!r}; give a folder that `dagr ls` shows"
         )
-    return from_json(plan["stage"], Stage)
+    try:
+        return from_json(plan["stage"], Stage)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{folder.path!r} is of another version: {error}; run its job again, into a new folder"
+        ) from None
 
 
 class StageFailed(RuntimeError):

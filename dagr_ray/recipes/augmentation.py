@@ -24,8 +24,8 @@ from dagr_ray.miners.dense import Dense
 from dagr_ray.quickstart.models import SMOLLM2
 from dagr_ray.retrieval.encoder import Encoder
 from dagr_ray.stages.generate import Generate
-from dagr_ray.stages.generate_until import Reach
-from dagr_ray.stages.human_labels import Labelled
+from dagr_ray.stages.generate_until import GenerateUntil
+from dagr_ray.stages.human_labels import WithHumanLabels
 from dagr_ray.stages.leakage import LeakGate, LeakScan
 from dagr_ray.stages.mine import Mine
 from dagr_ray.stages.parse import Parse
@@ -69,10 +69,10 @@ def augment(
     without: Collection[str] = (),
     people: Stage | None = None,
     tuned: Stage | None = None,
-) -> tuple[Select | Reach | Labelled | LeakGate, Mine]:
+) -> tuple[Select | GenerateUntil | WithHumanLabels | LeakGate, Mine]:
     """Queries for ``passages``, filtered and with BM25 negatives from ``corpus``: the selected queries and the examples.
 
-    With ``accepted``, passages are asked only until so many queries are accepted or a limit is reached: see ``Reach``.
+    With ``accepted``, passages are asked only until so many queries are accepted or a limit is reached: see ``GenerateUntil``.
     Queries that resemble those of ``split`` in ``held_out`` (evaluation sets) are left out: see ``LeakGate``; with the
     encoder ``base`` also those that only mean the same. ``without`` names filters, by type, that are left out. What
     ``people`` said (``People``) wins over the filters, in both directions. A cropped query is a copy of its passage by
@@ -100,14 +100,14 @@ def augment(
         extra=extra_filters,
         without=without,
     )
-    selected: Select | Reach | Labelled | LeakGate = every
+    selected: Select | GenerateUntil | WithHumanLabels | LeakGate = every
     search = every.scores[-1].search
     if accepted is not None:
-        selected = Reach(selected=every, accepted=accepted, max_candidates=max_candidates, max_cost=max_cost)
+        selected = GenerateUntil(selected=every, accepted=accepted, max_candidates=max_candidates, max_cost=max_cost)
         search = Search(index=Index(corpus=corpus, miner=BM25()), queries=selected, depth=100)
     assert search is not None
     if people is not None:
-        selected = Labelled(source=selected, people=people, queries=parsed)
+        selected = WithHumanLabels(source=selected, people=people, queries=parsed)
     if held_out:
         selected = gated(selected, passages, held_out, base, exemplars=shown, split=split)
     return selected, Mine(selected=selected, corpus=corpus, searches=(search,), negatives=negatives)

@@ -17,7 +17,7 @@ from dagr_ray.recipes.augmentation import gated
 from dagr_ray.retrieval.encoder import Encoder
 from dagr_ray.stages.label import Label
 from dagr_ray.stages.mine import Mine
-from dagr_ray.stages.mix import Blend
+from dagr_ray.stages.mix import MixExamples
 from dagr_ray.stages.relabel import Relabel
 from dagr_ray.stages.retrieve import Index, Search
 from dagr_ray.stages.take import Take
@@ -103,7 +103,7 @@ def climb(
 
     The teacher is, unless another is given, the weighted mean of BM25's z-scores, with a weight of ``bm25_share`` (0.6), and
     ``base``'s; another's scores are logits, as a cross-encoder's are, and so at a temperature of 1. ``filters`` differs
-    from ``teacher`` in the queries that are given: see ``filtered``. Several sources are blended by weight (``Blend``).
+    from ``teacher`` in the queries that are given: see ``filtered``. Several sources are blended by weight (``MixExamples``).
     Queries that resemble those of ``split`` in ``held_out`` are left out.
     """
     if teacher is not None and bm25_share is not None:
@@ -122,7 +122,7 @@ def climb(
     if len(sources) == 1:
         return Take(mined=examples[0], n=n), queries[0], losses
     weights = tuple(each.weight for each in sources)
-    blend = Blend(examples=tuple(examples), queries=tuple(queries), weights=weights, n=n)
+    blend = MixExamples(examples=tuple(examples), queries=tuple(queries), weights=weights, n=n)
     return blend, blend, losses
 
 

@@ -17,7 +17,7 @@ from dagr_ray.stages.mine import Mine
 from dagr_ray.stages.pairs import Pairs
 from dagr_ray.stages.relabel import Relabel
 from dagr_ray.stages.retrieve import Index, Search
-from dagr_ray.stages.rewrite import Together, WithNegatives
+from dagr_ray.stages.rewrite import ConcatCorpora, WithNegatives
 from dagr_ray.strategies.hard_negative import HardNegative
 from dagr_ray.teachers.hybrid import Hybrid
 
@@ -80,7 +80,7 @@ def negatives_from(
     if source in miners:
         return mined, corpus
     made = _rewritten(HardNegative(), engine, Pairs(queries=queries, corpus=corpus), Sampling(max_tokens=96), k)
-    both = Together(corpora=(corpus, made))
+    both = ConcatCorpora(corpora=(corpus, made))
     if source == "mixed":
         return WithNegatives(mined=mined, written=(made,), total=k, written_share=1 / 3), both
     written = WithNegatives(mined=mined, written=(made,), total=k)

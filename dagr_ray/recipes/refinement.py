@@ -9,10 +9,10 @@ from dagr_ray.core.stage import Stage
 from dagr_ray.engines import Engine, Sampling
 from dagr_ray.recipes.augmentation import filtered
 from dagr_ray.stages.generate import Generate
-from dagr_ray.stages.mix import Mix
+from dagr_ray.stages.mix import MixQueries
 from dagr_ray.stages.pairs import Pairs
 from dagr_ray.stages.parse import Parse
-from dagr_ray.stages.refine import Best, Criticised, Left
+from dagr_ray.stages.refine import CritiquedPairs, RemainingPassages, TopExemplars
 from dagr_ray.stages.rewrite import Rewrite
 from dagr_ray.stages.select import Select
 from dagr_ray.strategies import Strategy
@@ -37,7 +37,7 @@ def refine(
     k: int = 8,
     max_tokens: int = 32,
     until: Literal["filters", "evaluator"] = "filters",
-) -> tuple[Mix, tuple[Select, ...]]:
+) -> tuple[MixQueries, tuple[Select, ...]]:
     """Queries of at most ``rounds`` rounds of generator and evaluator: all that were accepted, and those of each step.
 
     In a round, the passages that have no accepted query yet are asked with the best accepted ones as exemplars (by the
@@ -48,14 +48,14 @@ def refine(
     """
     sampling = Sampling(max_tokens=max_tokens)
     accepted: list[Select] = []
-    verdicts: list[Criticised] = []
+    verdicts: list[CritiquedPairs] = []
     shown, left = exemplars, passages
     for number in range(rounds):
         if number:
-            so_far = Mix(arms=tuple(accepted))
-            shown = Best(selected=so_far, corpus=corpus, scores=label(so_far), k=k)
+            so_far = MixQueries(arms=tuple(accepted))
+            shown = TopExemplars(selected=so_far, corpus=corpus, scores=label(so_far), k=k)
             done = tuple(verdicts) if until == "evaluator" else ()
-            left = Left(corpus=passages, accepted=tuple(accepted), verdicts=done)
+            left = RemainingPassages(corpus=passages, accepted=tuple(accepted), verdicts=done)
         raw = Generate(
             corpus=left, strategy=strategy, engine=engine, sampling=sampling, samples=samples, exemplars=shown
         )
@@ -63,7 +63,7 @@ def refine(
         accepted.append(filtered(parsed, left, corpus, max_rank=max_rank))
         pairs = Pairs(queries=parsed, corpus=left)
         verdict = Generate(corpus=pairs, strategy=Critique(), engine=engine, sampling=sampling)
-        verdicts.append(Criticised(critiques=verdict))
+        verdicts.append(CritiquedPairs(critiques=verdict))
         again = Rewrite(generations=Generate(corpus=verdicts[-1], strategy=Retry(), engine=engine, sampling=sampling))
         accepted.append(filtered(again, left, corpus, max_rank=max_rank))
-    return Mix(arms=tuple(accepted)), tuple(accepted)
+    return MixQueries(arms=tuple(accepted)), tuple(accepted)

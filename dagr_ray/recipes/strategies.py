@@ -15,14 +15,14 @@ from dagr_ray.recipes.augmentation import augment, filtered, gated
 from dagr_ray.retrieval.encoder import Encoder
 from dagr_ray.stages.cloze import CLOZE, Cloze
 from dagr_ray.stages.generate import Generate
-from dagr_ray.stages.generate_until import Reach
+from dagr_ray.stages.generate_until import GenerateUntil
 from dagr_ray.stages.leakage import LeakGate
 from dagr_ray.stages.mine import Mine
-from dagr_ray.stages.mix import Blend
-from dagr_ray.stages.pairs import AsQueries, Linked, Pairs, Topics
+from dagr_ray.stages.mix import MixExamples
+from dagr_ray.stages.pairs import AsQueries, LinkedPairs, Pairs, Topics
 from dagr_ray.stages.parse import Parse
 from dagr_ray.stages.retrieve import Index, Search
-from dagr_ray.stages.rewrite import Rewrite, Together, WithNegatives
+from dagr_ray.stages.rewrite import ConcatCorpora, Rewrite, WithNegatives
 from dagr_ray.stages.score import Score
 from dagr_ray.stages.select import Select
 from dagr_ray.strategies import Strategy
@@ -85,7 +85,7 @@ def arm(
     """The arm of a strategy. Those that read a query read ``Promptagator``'s accepted ones, which are so part of the cost.
 
     Queries that resemble those of ``split`` in ``held_out`` (evaluation sets) are left out. With ``max_cost``, passages are
-    asked in steps until so many dollars are spent (``Reach``). Raises ConfigError for that where a strategy reads pairs.
+    asked in steps until so many dollars are spent (``GenerateUntil``). Raises ConfigError for that where a strategy reads pairs.
     """
     if max_cost is not None and (strategy.reads, strategy.writes) != ("corpus", "queries"):
         raise ConfigError(f"max_cost = {max_cost}: {strategy.type!r} does not write queries for passages; leave it out")
@@ -103,7 +103,7 @@ def arm(
             accepted=None if max_cost is None else MOST, split=split,
         )  # fmt: skip
         kept: Stage = selected
-        while isinstance(kept, LeakGate | Reach):
+        while isinstance(kept, LeakGate | GenerateUntil):
             kept = kept.selected
         assert isinstance(kept, Select) and isinstance(kept.parsed, Parse)
         parsed = kept.parsed
@@ -120,7 +120,7 @@ def arm(
         near = Search(
             index=Index(corpus=corpus, miner=Dense(encoder=encoder)), queries=AsQueries(corpus=passages), depth=10
         )
-        asked = Linked(passages=passages, corpus=corpus, search=near)
+        asked = LinkedPairs(passages=passages, corpus=corpus, search=near)
     else:
         first, mined = augment(
             passages, corpus, Promptagator(), engine, exemplars=exemplars, samples=samples, max_rank=max_rank,
@@ -140,7 +140,7 @@ def arm(
         queries = clean(found, corpus)
         mined = Mine(selected=queries, corpus=corpus, searches=(search,), negatives=negatives)
         return Arm(made.made, made, queries, corpus, mined)
-    both = Together(corpora=(corpus, made))
+    both = ConcatCorpora(corpora=(corpus, made))
     if strategy.writes == "negatives":
         examples = WithNegatives(mined=mined, written=(made,), total=negatives)
         return Arm(made.made, made, first, both, examples)
@@ -174,18 +174,18 @@ def parts(strategies: str, mix: str = "all", weights: str | None = None) -> dict
 
 def mixed(
     arms: Sequence[Arm], *, n: int | None = None, weights: tuple[float, ...] | None = None
-) -> tuple[Blend, Stage]:
+) -> tuple[MixExamples, Stage]:
     """``n`` examples of several arms by weight, or all where neither is given, and the corpus with their passages.
 
     What comes out is for ``Train(examples=blend, queries=blend, corpus=corpus)``. Written negatives and passages stay with
     their queries.
     """
-    blend = Blend(
+    blend = MixExamples(
         examples=tuple(each.examples for each in arms), queries=tuple(each.queries for each in arms),
         weights=weights, n=n,
     )  # fmt: skip
     corpora = {each.corpus.fingerprint(): each.corpus for each in arms}
-    return blend, arms[0].corpus if len(corpora) == 1 else Together(corpora=tuple(corpora.values()))
+    return blend, arms[0].corpus if len(corpora) == 1 else ConcatCorpora(corpora=tuple(corpora.values()))
 
 
 def _rewritten(strategy: Strategy, engine: Engine, asked: Stage, sampling: Sampling, samples: int) -> Rewrite:

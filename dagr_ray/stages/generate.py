@@ -24,7 +24,7 @@ from dagr_ray.engines import Completion, Engine, Sampling, token_usage
 from dagr_ray.prompts import Dice, Exemplar, Passage, Prompt
 from dagr_ray.strategies import Strategy
 
-READS = {"corpus": "passages", "pairs": "Pairs or Linked"}
+READS = {"corpus": "passages", "pairs": "Pairs or LinkedPairs"}
 
 
 class Generate(Stage):

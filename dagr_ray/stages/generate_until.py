@@ -25,7 +25,7 @@ MARGIN = 1.05  # a step asks for a little more than its rate says, so that the l
 GROWTH = 4  # times what was asked so far: the rate of few rows is a guess
 
 
-class Reach(Stage):
+class GenerateUntil(Stage):
     """Exactly ``accepted`` queries of ``selected``: its passages are asked in steps until the filters have kept that many.
 
     Steps are disjoint slices of the corpus in the order of a hash, each a stage of its own: a run that was ended goes

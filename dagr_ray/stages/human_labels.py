@@ -211,7 +211,7 @@ def cut(folder: str, scorer: str, grade: int = 2) -> float:
     return float(told["teachers"][scorer]["recalibrated"]["cuts"][grade - 1])
 
 
-class Labelled(Stage):
+class WithHumanLabels(Stage):
     """The tables of ``source``, in which people's labels win over what it says of the same pairs. All else stays.
 
     * ``qrels`` (and ``qrels.<split>``): a pair that people graded under ``relevant_from`` has relevance 0, any other its

@@ -29,7 +29,7 @@ class Label(Stage):
     ``searches``, each passage once; with ``examples``, they are those examples' positives and negatives alone, and the
     searches only tell a teacher that fuses them what they found. Sharded over the queries; a worker holds the passages
     that are in any pair. A query that breaks the teacher's engine is given up and in ``rejected``, like a pair that can
-    have no score. ``heads`` (a stage ``Heads``) gives an attention re-ranker the heads that it looks at.
+    have no score. ``heads`` (a stage ``RetrievalHeads``) gives an attention re-ranker the heads that it looks at.
 
     The counts are of pairs, but for ``queries``. Cost: ``label_s`` and what the teacher counts.
     """
@@ -77,7 +77,7 @@ class Label(Stage):
 
     def skip_row(self, inputs: Inputs, row: int, reason: str, detail: str) -> Output:
         """A query that is given up: none of its pairs has a score."""
-        pairs = _Pairs(self, inputs).of(row, row + 1)
+        pairs = _PairTexts(self, inputs).of(row, row + 1)
         rejected = tables.Rejected()
         for pair in pairs:
             rejected.add(pair.query_id, self.type, reason, f"{pair.doc_id}: {tables.clean(detail)}")
@@ -87,7 +87,7 @@ class Label(Stage):
 
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
         began = time.time()
-        source = _Pairs(self, inputs)
+        source = _PairTexts(self, inputs)
         teacher = self.teacher
         if "heads" in inputs:
             teacher = teacher.model_copy(update={"heads": _heads(inputs["heads"])})
@@ -133,7 +133,7 @@ def _affordable(teacher: Teacher, folder: Artifact, workers: int) -> Teacher:
     return teacher if engine is None else teacher.with_engine(with_remaining_budget(engine, folder, workers))
 
 
-class Heads(Stage):
+class RetrievalHeads(Stage):
     """The contrastive retrieval heads of an attention re-ranker, found on judged queries: see ``AttentionRerank``.
 
     ``sample`` queries of ``split`` are drawn by hash; what ``searches`` find for them and nobody judged relevant are the
@@ -158,7 +158,7 @@ class Heads(Stage):
 
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
         def run(start: int, stop: int) -> Output:
-            source = _Pairs(self, inputs)
+            source = _PairTexts(self, inputs)
             qrels = inputs["queries"].read(source.qrels())
             relevant: dict[str, set[str]] = {}
             for query_id, doc_id, relevance in zip(*(column.to_pylist() for column in qrels.columns), strict=True):
@@ -180,15 +180,15 @@ class Heads(Stage):
 
 
 def _heads(folder: Artifact) -> tuple[tuple[int, int], ...]:
-    """The heads that a stage ``Heads`` found."""
+    """The heads that a stage ``RetrievalHeads`` found."""
     names = [name.removeprefix("core@").split(".") for name in folder.read("metrics")["measure"].to_pylist()]
     return tuple((int(layer), int(head)) for layer, head in names)
 
 
-class _Pairs:
+class _PairTexts:
     """The pairs of any range of queries, with their texts."""
 
-    def __init__(self, stage: Label | Heads, inputs: Inputs) -> None:
+    def __init__(self, stage: Label | RetrievalHeads, inputs: Inputs) -> None:
         self.stage, self.queries = stage, inputs["queries"]
         self.searches = [
             _ByQuery(inputs[f"searches.{i}"], "candidates", ["query_id", "doc_id", "rank", "score"])

@@ -17,7 +17,7 @@ from dagr_ray.core.placement import Pool
 from dagr_ray.core.stage import Inputs, Output, Run, Stage
 
 
-class Human(Stage):
+class HumanPairs(Stage):
     """The relevant pairs of ``data``'s split ``split``, as queries that were selected: what ``Mine`` and ``LeakGate`` read.
 
     ``n`` draws so many pairs by hash, smaller draws inside larger ones; a query comes with all of its pairs that are
@@ -49,7 +49,7 @@ class Human(Stage):
         return run
 
 
-class Blend(Stage):
+class MixExamples(Stage):
     """The ``examples`` of several sources as one set, by weight; ``queries[i]`` holds the queries of ``examples[i]``.
 
     ``n`` examples in all, of which source ``i`` gives its share of ``weights``. Without weights, a source of ``m``
@@ -73,7 +73,7 @@ class Blend(Stage):
     seed: int = 0
 
     @model_validator(mode="after")
-    def _fields_agree(self) -> Blend:
+    def _fields_agree(self) -> MixExamples:
         if len(self.queries) != len(self.examples):
             raise ConfigError(
                 f"blend: {len(self.examples)} examples and {len(self.queries)} queries; give a queries stage for each"
@@ -96,7 +96,7 @@ class Blend(Stage):
 
         >>> from dagr_ray.stages.pairs import Topics
         >>> two = (Topics(n=1), Topics(n=2))
-        >>> def of(**fields): return Blend(examples=two, queries=two, **fields).wanted([900, 100])
+        >>> def of(**fields): return MixExamples(examples=two, queries=two, **fields).wanted([900, 100])
         >>> of(n=100), of(n=100, temperature=2), of(n=100, weights=(1, 1)), of(weights=(1, 3)), of()
         ([90, 10], [75, 25], [50, 50], [33, 100], [900, 100])
         """
@@ -207,13 +207,13 @@ class _Queries:
         )
 
 
-class Mix(Stage):
+class MixQueries(Stage):
     """The selected queries of several arms, by weight: ``n`` in all, of which arm ``i`` gives its share of ``weights``.
 
     Without ``weights`` all arms weigh alike, without ``n`` as many are taken as the weights allow. Queries are drawn by
     hash and places are shared out by ``apportion``, so that a smaller mixture lies inside a larger one of the same weights.
     An arm that has too few gives all it has, and ``short`` counts what is missing: the others do not make it up, because
-    then the weights would not be the given ones. To mix by budget, give arms that stop at a cost (``Reach`` with
+    then the weights would not be the given ones. To mix by budget, give arms that stop at a cost (``GenerateUntil`` with
     ``max_cost``) and no weights and no ``n``.
     """
 
@@ -226,7 +226,7 @@ class Mix(Stage):
     seed: int = 0
 
     @model_validator(mode="after")
-    def _weights_fit(self) -> Mix:
+    def _weights_fit(self) -> MixQueries:
         if not self.arms:
             raise ConfigError("mix: arms is empty; give at least one stage of selected queries")
         if self.weights is not None and (len(self.weights) != len(self.arms) or not sum(self.weights)):
@@ -247,9 +247,9 @@ class Mix(Stage):
 
         >>> from dagr_ray.stages.pairs import Topics
         >>> two = (Topics(n=1), Topics(n=2))
-        >>> Mix(arms=two, weights=(3, 1), n=10).wanted([100, 100]), Mix(arms=two, weights=(3, 1)).wanted([100, 10])
+        >>> MixQueries(arms=two, weights=(3, 1), n=10).wanted([100, 100]), MixQueries(arms=two, weights=(3, 1)).wanted([100, 10])
         ([8, 2], [30, 10])
-        >>> Mix(arms=two).wanted([100, 10])
+        >>> MixQueries(arms=two).wanted([100, 10])
         [100, 10]
         """
         if self.n is None and self.weights is None:

@@ -78,7 +78,7 @@ class AsQueries(Stage):
         return run
 
 
-class Linked(Stage):
+class LinkedPairs(Stage):
     """Each passage of ``passages`` with one near it in ``corpus``: what strategies of two hops ask about.
 
     ``search`` holds what a search of ``corpus`` returned for ``AsQueries(passages)``. The link is the first hit from rank
@@ -94,7 +94,7 @@ class Linked(Stage):
     last: Annotated[int, Field(ge=1)] = 10
 
     @model_validator(mode="after")
-    def _in_order(self) -> Linked:
+    def _in_order(self) -> LinkedPairs:
         if self.first > self.last:
             raise ConfigError(
                 f"linked: first = {self.first} is after last = {self.last}; set first at most {self.last}"

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from dagr_ray.stages.generate import Generate
 
 
-class Best(Stage):
+class TopExemplars(Stage):
     """The ``k`` queries that a teacher likes best, with their passages, as exemplars of the next round.
 
     ``scores`` is a stage with a ``scores`` table; only pairs of ``selected`` count. One query for a passage, and none that
@@ -76,7 +76,7 @@ class Best(Stage):
         return run
 
 
-class Criticised(Stage):
+class CritiquedPairs(Stage):
     """Pairs with what ``Critique`` found wrong with them in ``other``: those of which it found nothing are accepted.
 
     ``accepted`` counts them; they, and pairs whose critique could not be read, are in ``rejected`` with the reason.
@@ -92,7 +92,7 @@ class Criticised(Stage):
         return cast("Generate", self.critiques)
 
     @model_validator(mode="after")
-    def _critiques(self) -> Criticised:
+    def _critiques(self) -> CritiquedPairs:
         if "generations" not in self.critiques.outputs:
             raise ConfigError(f"criticised: {self.critiques.type!r} holds no completions; give a Generate")
         asked = self.made.strategy
@@ -129,7 +129,7 @@ class Criticised(Stage):
         return run
 
 
-class Left(Stage):
+class RemainingPassages(Stage):
     """The passages of ``corpus`` that no query of ``accepted`` is for: those that the next round asks again.
 
     With ``verdicts``, neither those with whose queries the evaluator found nothing wrong: where it accepts, the loop ends,
@@ -140,7 +140,7 @@ class Left(Stage):
     outputs: ClassVar[tuple[str, ...]] = ("corpus",)
     corpus: Stage
     accepted: tuple[Stage, ...]
-    verdicts: Annotated[tuple[Criticised, ...], OmitWhenDefault()] = ()
+    verdicts: Annotated[tuple[CritiquedPairs, ...], OmitWhenDefault()] = ()
 
     @derived("pairs.{}")
     def _pairs(self) -> list[Stage]:

@@ -203,7 +203,7 @@ def _method(index: Index) -> Approximation | None:
     return found if isinstance(found, Approximation) else None
 
 
-class _Questions:
+class QuerySet:
     """The queries of a stage, or those with a judgement in a split. Raises ConfigError where there is no such split."""
 
     def __init__(self, inputs: Inputs, split: str | None) -> None:
@@ -226,7 +226,7 @@ class _Questions:
         return rows["query_id"].to_pylist(), rows["text"].to_pylist()
 
 
-class Asking(Stage):
+class SearchBase(Stage):
     """What a search and its probe have in common."""
 
     abstract: ClassVar[bool] = True
@@ -272,7 +272,7 @@ class Asking(Stage):
         return exact.approximately(method, files[0]) if files else None
 
 
-class Probe(Asking):
+class RecallProbe(SearchBase):
     """How many of the exact hits an approximate search finds, for a sample of the queries: ``recall@<depth>`` in ``metrics``."""
 
     abstract: ClassVar[bool] = False
@@ -280,7 +280,7 @@ class Probe(Asking):
 
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
         def run(start: int, stop: int) -> Output:
-            queries, method = _Questions(inputs, self.split), _method(self.index)
+            queries, method = QuerySet(inputs, self.split), _method(self.index)
             assert method is not None, f"{self.index.miner.type} is searched exactly: nothing to probe"
             drawn = sorted(
                 (tables.unit_of("probe", q), text) for q, text in zip(*queries.some(0, len(queries)), strict=True)
@@ -305,7 +305,7 @@ def _timed(searcher: Searcher, texts: Sequence[str], depth: int) -> tuple[list[H
     return searcher.search(texts, depth), time.time() - began
 
 
-class Slabs(Asking):
+class ShardedSearch(SearchBase):
     """The best of each slab of a large index for each range of queries: workers hold a slab each, not all vectors.
 
     The candidates of a query are there once for each slab; ``Search`` merges them.
@@ -315,14 +315,14 @@ class Slabs(Asking):
     outputs: ClassVar[tuple[str, ...]] = ("candidates",)
 
     def size(self, inputs: Inputs) -> int:
-        return len(_slabs(inputs["index"])) * len(_cells(_Questions(inputs, self.split)))
+        return len(_slabs(inputs["index"])) * len(_cells(QuerySet(inputs, self.split)))
 
     def ranges(self, inputs: Inputs, step: int) -> list[tuple[int, int]]:
         """A shard is one slab and one range of queries."""
         return super().ranges(inputs, 1)
 
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
-        slabs, queries = _slabs(inputs["index"]), _Questions(inputs, self.split)
+        slabs, queries = _slabs(inputs["index"]), QuerySet(inputs, self.split)
         cells = _cells(queries)
         whole = self._searcher(inputs, slabs[0])
         assert isinstance(whole, DenseIndex)
@@ -340,7 +340,7 @@ class Slabs(Asking):
         return run
 
 
-def _cells(queries: _Questions) -> list[tuple[int, int]]:
+def _cells(queries: QuerySet) -> list[tuple[int, int]]:
     """The ranges of queries that a slab is searched for."""
     return [(first, min(first + CELL, len(queries))) for first in range(0, len(queries), CELL)]
 
@@ -359,11 +359,11 @@ def _merged(slabs: Artifact, cell: int, cells: int, depth: int) -> pa.Table:
     return found.filter(pa.array(rank <= depth)).combine_chunks()
 
 
-class Search(Asking):
+class Search(SearchBase):
     """The ``depth`` best passages of each query, rank 1 first; ``split`` takes the queries judged in ``qrels.<split>``.
 
-    Sharded over the queries, and over the vectors of a large index too (``Slabs``). An approximate search is probed first
-    (``Probe``) and is exact where its recall is under what its method asks for; the counts then have ``exact`` = 1, and
+    Sharded over the queries, and over the vectors of a large index too (``ShardedSearch``). An approximate search is probed first
+    (``RecallProbe``) and is exact where its recall is under what its method asks for; the counts then have ``exact`` = 1, and
     ``recall`` in any case. Cost: ``queries`` and ``search_s``; the counts have ``no_hits``, the queries that found nothing.
     """
 
@@ -373,7 +373,7 @@ class Search(Asking):
     @derived("probe")
     def _probe(self) -> Stage | None:
         """The probe of an approximate search."""
-        return Probe(**self._asked()) if _method(self.index) else None
+        return RecallProbe(**self._asked()) if _method(self.index) else None
 
     def shards_of(self) -> Stage | None:
         """The queries, unless those of a split are picked from them."""
@@ -385,18 +385,18 @@ class Search(Asking):
         if method is not None:
             self._notice(inputs, method)  # here, because nobody reads what a worker says
         elif isinstance(self.index.miner, Dense) and len(_slabs(inputs["index"])) > 1:
-            return {"slabs": build(Slabs(**self._asked()))}
+            return {"slabs": build(ShardedSearch(**self._asked()))}
         return {}
 
     def size(self, inputs: Inputs) -> int:
-        return len(_Questions(inputs, self.split))
+        return len(QuerySet(inputs, self.split))
 
     def ranges(self, inputs: Inputs, step: int) -> list[tuple[int, int]]:
         """What the slabs found is merged as they were asked."""
         return super().ranges(inputs, CELL if "slabs" in inputs else step * SEARCHED) or [(0, 0)]
 
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
-        queries = _Questions(inputs, self.split)
+        queries = QuerySet(inputs, self.split)
         method = _method(self.index)
         probed = self._probed(inputs, method) if method is not None else {}
         if "slabs" in inputs:
@@ -425,11 +425,11 @@ class Search(Asking):
             f"; passages and queries are read as {read}" if read else ""
         )
 
-    def _merging(self, inputs: Inputs, queries: _Questions) -> Callable[[int, int], pa.Table]:
+    def _merging(self, inputs: Inputs, queries: QuerySet) -> Callable[[int, int], pa.Table]:
         cells = len(_cells(queries))
         return lambda start, stop: _merged(inputs["slabs"], start // CELL, cells, self.depth)
 
-    def _searching(self, inputs: Inputs, queries: _Questions, exact: bool) -> Callable[[int, int], pa.Table]:
+    def _searching(self, inputs: Inputs, queries: QuerySet, exact: bool) -> Callable[[int, int], pa.Table]:
         searcher = self._searcher(inputs)
         if not exact:
             searcher = self._approximately(inputs, searcher) or searcher

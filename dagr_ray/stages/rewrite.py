@@ -151,7 +151,7 @@ class _Written:
         return {name: tables.table(name, each) for name, each in {**rows, "queries": queries}.items()}
 
 
-class Together(Stage):
+class ConcatCorpora(Stage):
     """The passages of several corpora as one, in their order; an id that two of them have must name the same passage."""
 
     abstract: ClassVar[bool] = False

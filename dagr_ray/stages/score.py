@@ -80,7 +80,7 @@ class Score(Stage):
     @derived("whole")
     def _whole(self) -> Stage | None:
         """A filter that compares all queries does so in a stage of its own, whose scores are cut into shards here."""
-        return Whole(queries=self.parsed, filter=self.filter) if self.filter.streams else None
+        return StreamScores(queries=self.parsed, filter=self.filter) if self.filter.streams else None
 
     @derived("generations")
     def _read_completions(self) -> Stage | None:
@@ -205,7 +205,7 @@ def _logprobs(lineage: pa.Table, made_by: _Lookup, hint: float) -> pa.Table:
 SCORES = "scores.npy"
 
 
-class Whole(Stage):
+class StreamScores(Stage):
     """The scores of a filter that ``streams``, float32 in the order of the queries: ``scores.npy``.
 
     In one piece, because all queries are compared; they are read part by part, as often as the filter likes.

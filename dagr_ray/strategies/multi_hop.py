@@ -33,7 +33,7 @@ _FORM = Form(
 
 
 class MultiHop(Rewriting):
-    """A query whose answer needs both passages, which a search by embeddings has linked (``Linked``).
+    """A query whose answer needs both passages, which a search by embeddings has linked (``LinkedPairs``).
 
     Two linked passages and one question, as HotpotQA was made (arXiv 1809.09600, section 2). An answer whose words are
     those of one passage alone is rejected; that both are needed, only a reader can tell.

@@ -9,7 +9,7 @@ from dagr_ray.core.config import ConfigError
 from dagr_ray.core.placement import Placement
 from dagr_ray.core.stage import Stage, walk
 from dagr_ray.stages.generate import Generate
-from dagr_ray.stages.pairs import AsQueries, Linked, Pairs
+from dagr_ray.stages.pairs import AsQueries, LinkedPairs, Pairs
 from dagr_ray.stages.parse import Parse
 from dagr_ray.stages.rewrite import Rewrite
 from dagr_ray.stages.sources import Sample
@@ -55,7 +55,7 @@ def _first_rows(source: Stage, rows: int, runs: str) -> Stage:
     """A stage with ``rows`` rows of the passages or pairs that a generation reads."""
     if "pairs" not in source.outputs:
         return Sample(corpus=source, n=rows)
-    if isinstance(source, Linked):
+    if isinstance(source, LinkedPairs):
         passages = Sample(corpus=source.passages, n=rows)
         search = source.search.model_copy(update={"queries": AsQueries(corpus=passages)})
         return source.model_copy(update={"passages": passages, "search": search})

@@ -31,19 +31,19 @@ from dagr_ray.stages.evaluate import Evaluate, Scorecard
 from dagr_ray.stages.exemplars import Exemplars
 from dagr_ray.stages.fuse import Fuse
 from dagr_ray.stages.generate import Generate
-from dagr_ray.stages.generate_until import Reach
-from dagr_ray.stages.human_labels import Labelled
+from dagr_ray.stages.generate_until import GenerateUntil
+from dagr_ray.stages.human_labels import WithHumanLabels
 from dagr_ray.stages.label import Label
 from dagr_ray.stages.leakage import LeakGate, LeakScan
 from dagr_ray.stages.mask_pii import Mask
 from dagr_ray.stages.mine import Mine
-from dagr_ray.stages.mix import Blend, Human, Mix
-from dagr_ray.stages.pairs import AsQueries, Linked, Pairs
+from dagr_ray.stages.mix import HumanPairs, MixExamples, MixQueries
+from dagr_ray.stages.pairs import AsQueries, LinkedPairs, Pairs
 from dagr_ray.stages.parse import Parse
-from dagr_ray.stages.refine import Best, Criticised, Left
+from dagr_ray.stages.refine import CritiquedPairs, RemainingPassages, TopExemplars
 from dagr_ray.stages.relabel import Relabel
 from dagr_ray.stages.retrieve import Index, Search
-from dagr_ray.stages.rewrite import Expand, Rewrite, Together, WithNegatives
+from dagr_ray.stages.rewrite import ConcatCorpora, Expand, Rewrite, WithNegatives
 from dagr_ray.stages.score import Score
 from dagr_ray.stages.select import Select
 from dagr_ray.stages.sources import Beir, Parquet, Sample
@@ -113,14 +113,14 @@ def recipe(data: str) -> list[Stage]:
     marked = Relabel(mined=mined, labels=labels)
     judged = Label(teacher=Hybrid(), queries=parsed, corpus=docs, searches=(search,))
     liked = Score(parsed=parsed, corpus=asked, filter=Teacher(min_score=0), labels=judged)
-    human = Human(data=docs, split="dev")
+    human = HumanPairs(data=docs, split="dev")
     theirs = Mine(selected=human, corpus=docs, searches=(Search(index=index, queries=human, depth=20),), negatives=1)
-    blend = Blend(examples=(marked, theirs), queries=(clean, human))
+    blend = MixExamples(examples=(marked, theirs), queries=(clean, human))
     split = DevSplit(examples=blend, queries=blend, corpus=docs, share=0.3)
-    goal = Reach(selected=Select(parsed=parsed, scores=tuple(filters)), accepted=30, first_step=12)
+    goal = GenerateUntil(selected=Select(parsed=parsed, scores=tuple(filters)), accepted=30, first_step=12)
     pairs = Pairs(queries=docs, corpus=docs, split="dev")
     slips = Rewrite(generations=Generate(corpus=pairs, strategy=Noisy(), engine=KeyboardEngine()))
-    wrong = Criticised(critiques=Generate(corpus=pairs, strategy=Critique(), engine=KeyboardEngine()))
+    wrong = CritiquedPairs(critiques=Generate(corpus=pairs, strategy=Critique(), engine=KeyboardEngine()))
     vectors = Index(corpus=docs, miner=Dense(encoder=toys.tiny()), trained=Weights())
     both = tuple(Search(index=each, queries=docs, split="test", depth=20) for each in (index, vectors))
     fused = Fuse(searches=both, method="weights", dev=docs, dev_split="dev", steps=4)
@@ -132,15 +132,15 @@ def recipe(data: str) -> list[Stage]:
         trained,
         goal,
         slips,
-        Left(corpus=asked, accepted=(kept,), verdicts=(wrong,)),
-        Linked(passages=asked, corpus=docs, search=near),
+        RemainingPassages(corpus=asked, accepted=(kept,), verdicts=(wrong,)),
+        LinkedPairs(passages=asked, corpus=docs, search=near),
         Take(mined=WithNegatives(mined=marked, written=(slips,)), n=5),
-        Mix(arms=(clean, kept)),
+        MixQueries(arms=(clean, kept)),
         Describe(queries=kept, corpus=docs, human=docs),
         Cloze(corpus=docs, selected=kept),
-        Expand(corpus=Together(corpora=(asked, docs)), queries=kept),
-        Labelled(source=kept, people=people, queries=parsed),
-        Best(selected=kept, corpus=docs, scores=liked),
+        Expand(corpus=ConcatCorpora(corpora=(asked, docs)), queries=kept),
+        WithHumanLabels(source=kept, people=people, queries=parsed),
+        TopExemplars(selected=kept, corpus=docs, scores=liked),
         Aggregate(labels=(judged, Label(teacher=Hybrid(k=5), queries=parsed, corpus=docs, searches=(search,)))),
         Mask(corpus=docs),
     ]
@@ -148,7 +148,7 @@ def recipe(data: str) -> list[Stage]:
 
 # Stages that read no other stage; and those that only a large index, or a model of many heads, brings about.
 SOURCES = {"beir", "parquet-check", "people", "py-docs", "topics", "trec-qrels", "trec-run"}
-ELSEWHERE = {"approximate", "heads", "probe", "slabs"}
+ELSEWHERE = {"approximate", "recall-probe", "retrieval-heads", "sharded-search", "tune-generator"}
 KINDS = {name: kind for name, kind in plugins(Stage).items() if kind.__module__.startswith("dagr_ray.")}
 
 
@@ -163,7 +163,7 @@ def built(tmp_path_factory) -> tuple[str, dict[str, list[Stage]]]:
     for stage in stages:
         materialize(stage, str(home / "runs"), HERE)
     kinds: dict[str, list[Stage]] = {}
-    for stage in walk(*stages, *(each.step(0, 12) for each in stages if isinstance(each, Reach))):
+    for stage in walk(*stages, *(each.step(0, 12) for each in stages if isinstance(each, GenerateUntil))):
         kinds.setdefault(stage.type, []).append(stage)
     return str(home / "runs"), kinds
 
@@ -260,14 +260,13 @@ class Growing(Stage):
     """Builds one stage and asks for the folder of another."""
 
     abstract: ClassVar[bool] = False
-    grows: ClassVar[bool] = True
     outputs: ClassVar[tuple[str, ...]] = ("corpus",)
     templates: ClassVar[tuple[str, ...]] = ("made", "looked_at")
     corpus: Source
     made: Source
     looked_at: Source
 
-    def grow(self, inputs, build):
+    def dynamic_inputs(self, inputs, build):
         made = build(self.made)
         self.looked_at.folder(made.runs)
         return {"made": made}

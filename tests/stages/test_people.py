@@ -13,7 +13,7 @@ from dagr_ray.engines.crop import CropEngine
 from dagr_ray.filters.length import Length
 from dagr_ray.filters.teacher import Teacher
 from dagr_ray.recipes.augmentation import augment
-from dagr_ray.stages.human_labels import AGREEMENT, Labelled, People, cut
+from dagr_ray.stages.human_labels import AGREEMENT, People, WithHumanLabels, cut
 from dagr_ray.stages.mine import Mine
 from dagr_ray.stages.relabel import Relabel
 from dagr_ray.stages.score import Score
@@ -85,7 +85,7 @@ def test_where_people_draw_the_line_is_a_threshold(tmp_path):
 
 def test_mine_takes_positives_and_negatives_as_people_say(build, by_people):
     told = by_people(q0_d0=1, q0_d3=3, q2_d2=2)
-    labelled = Labelled(source=SOURCE, people=told)
+    labelled = WithHumanLabels(source=SOURCE, people=told)
     plain = build(Mine(selected=SOURCE, corpus=DOCS, searches=(HITS,), negatives=3, margin=None))
     mined = build(Mine(selected=labelled, corpus=DOCS, searches=(HITS,), negatives=3, margin=None))
     assert {q: row["positive_id"] for q, row in examples(plain).items()} == {"q0": "d0", "q1": "d1", "q2": "d2"}
@@ -98,26 +98,26 @@ def test_mine_takes_positives_and_negatives_as_people_say(build, by_people):
     counts = folder.manifest["counts"]
     assert (counts["overridden"], counts["added"], counts["back"]) == (2, 1, 0)
     assert folder.read("queries").equals(build(SOURCE).read("queries"))
-    lenient = build(Labelled(source=SOURCE, people=told, relevant_from=1))
+    lenient = build(WithHumanLabels(source=SOURCE, people=told, relevant_from=1))
     assert lenient.read("qrels")["relevance"].to_pylist()[0] == 1
 
 
 def test_what_a_filter_refused_comes_back(build, by_people):
     chosen = Select(parsed=SOURCE, scores=(Score(parsed=SOURCE, corpus=DOCS, filter=Length(min_words=3)),))
     assert build(chosen).read("queries")["query_id"].to_pylist() == ["q0", "q2"]
-    folder = build(Labelled(source=chosen, people=by_people(q1_d1=3, q0_d0=0, q2_d2=2), queries=SOURCE))
+    folder = build(WithHumanLabels(source=chosen, people=by_people(q1_d1=3, q0_d0=0, q2_d2=2), queries=SOURCE))
     assert folder.read("queries")["query_id"].to_pylist() == ["q0", "q2", "q1"]
     assert folder.read("lineage")["id"].to_pylist() == ["q0", "q2", "q1"]
     rows = {(r["query_id"], r["doc_id"]): r["relevance"] for r in folder.read("qrels").to_pylist()}
     assert rows == {("q0", "d0"): 0, ("q2", "d2"): 2, ("q1", "d1"): 3} and folder.count("qrels") == 3
     assert folder.count("rejected") == 0 and folder.manifest["counts"]["back"] == 1
-    stays = build(Labelled(source=chosen, people=by_people(q1_d1=1), queries=SOURCE))
+    stays = build(WithHumanLabels(source=chosen, people=by_people(q1_d1=1), queries=SOURCE))
     assert stays.count("queries") == 2 and stays.count("rejected") == 1
 
 
 def test_select_reads_people_where_they_spoke(build, by_people):
     """Filters over labelled queries, and a filter over labelled scores."""
-    labelled = Labelled(source=SOURCE, people=by_people(q0_d0=0, q1_d1=3))
+    labelled = WithHumanLabels(source=SOURCE, people=by_people(q0_d0=0, q1_d1=3))
     chosen = Select(parsed=labelled, scores=(Score(parsed=labelled, corpus=DOCS, filter=Length(min_words=2)),))
     folder = build(chosen)
     assert folder.read("queries")["query_id"].to_pylist() == ["q0", "q2"]
@@ -132,13 +132,13 @@ def test_scores_follow_people_whatever_the_threshold(build, by_people):
         }
     )
     told = by_people(q0_d0=0, q2_d2=2, q0_d3=1, q9_d0=3)
-    folder = build(Labelled(source=teacher, people=told))
+    folder = build(WithHumanLabels(source=teacher, people=told))
     scores = {(r["query_id"], r["doc_id"]): r["score"] for r in folder.read("scores").to_pylist()}
     assert scores == pytest.approx(
         {("q0", "d0"): -1.0, ("q0", "d1"): 0.2, ("q1", "d1"): 0.9, ("q2", "d2"): 0.9, ("q0", "d3"): -1.0}
     )
     assert set(folder.read("scores")["scorer"].to_pylist()) == {"t"}
-    graded = build(Labelled(source=teacher, people=told, scale=(0, 1, 2, 3)))
+    graded = build(WithHumanLabels(source=teacher, people=told, scale=(0, 1, 2, 3)))
     scores = {(r["query_id"], r["doc_id"]): r["score"] for r in graded.read("scores").to_pylist()}
     assert scores["q0", "d0"] == 0 and scores["q2", "d2"] == 2 and scores["q0", "d3"] == 1
 
@@ -147,7 +147,7 @@ def test_negatives_that_people_find_relevant_become_positives(build, by_people):
     mined = Mine(selected=SOURCE, corpus=DOCS, searches=(HITS,), negatives=3, margin=None)
     pairs = [(q, d) for q in ("q0", "q1", "q2") for d in ("d0", "d1", "d2", "d3")]
     teacher = Given(rows={"scores": tuple((q, d, "t", 0.9 if q[1] == d[1] else 0.1) for q, d in pairs)})
-    labels = Labelled(source=teacher, people=by_people(q1_d3=3))
+    labels = WithHumanLabels(source=teacher, people=by_people(q1_d3=3))
     plain = build(Relabel(mined=mined, labels=teacher, threshold=0.8))
     found = build(Relabel(mined=mined, labels=labels, threshold=0.8))
     positives = [{(r["query_id"], r["positive_id"]) for r in f.read("examples").to_pylist()} for f in (plain, found)]
@@ -179,7 +179,7 @@ def test_shards_stay_side_by_side(build, by_people):
         "qrels": tuple((q, "d0", 1) for q in ids),
         "scores": tuple((q, "d0", "t", 0.5) for q in ids),
     }
-    folder = build(Labelled(source=InShards(rows=rows), people=by_people(q0_d0=3, q3_d0=0, q3_d9=2)))
+    folder = build(WithHumanLabels(source=InShards(rows=rows), people=by_people(q0_d0=3, q3_d0=0, q3_d9=2)))
     tables_made = folder.manifest["tables"]
     assert [part["rows"] for part in tables_made["queries"]["parts"]] == [2, 0, 2]
     assert [part["rows"] for part in tables_made["qrels"]["parts"]] == [2, 0, 3]

@@ -16,7 +16,7 @@ from dagr_ray.stages.generate import Generate
 from dagr_ray.stages.label import Label
 from dagr_ray.stages.pairs import Pairs
 from dagr_ray.stages.parse import Parse
-from dagr_ray.stages.refine import Best, Criticised, Left
+from dagr_ray.stages.refine import CritiquedPairs, RemainingPassages, TopExemplars
 from dagr_ray.stages.retrieve import Index, Search
 from dagr_ray.stages.sources import Beir
 from dagr_ray.strategies.crop import Crop
@@ -69,8 +69,8 @@ def test_rounds_ask_what_is_left_and_show_the_best(tmp_path):
         shown = second.exemplars.folder(runs).read("exemplars").to_pylist()
         assert 1 <= len(shown) <= 4 and len({row["doc_id"] for row in shown}) == len(shown)
         # the evaluator found nothing wrong with what 40 passages got at first, whatever the filters say
-        verdict = next(stage for stage in walk(every) if isinstance(stage, Criticised))
-        unending = materialize(Left(corpus=docs, accepted=(), verdicts=(verdict,)), runs, HERE)
+        verdict = next(stage for stage in walk(every) if isinstance(stage, CritiquedPairs))
+        unending = materialize(RemainingPassages(corpus=docs, accepted=(), verdicts=(verdict,)), runs, HERE)
         fine = set(steps[0].folder(runs).read("qrels")["doc_id"].to_pylist())
         assert unending.count("corpus") == 20 and not fine & set(unending.read("corpus")["doc_id"].to_pylist())
         ended = refine(
@@ -117,12 +117,14 @@ def test_the_best_are_one_for_a_passage_and_unlike_each_other(tmp_path):
         }
     )
     scores = Scores(rows=(*((f"q{i}", doc, 1.0 - i / 10) for i, doc in enumerate(passages)), ("q4", "d0", 9.0)))
-    best = Best(selected=queries, corpus=corpus("a", "b", "c", "d"), scores=scores, k=3)
+    best = TopExemplars(selected=queries, corpus=corpus("a", "b", "c", "d"), scores=scores, k=3)
     shown = materialize(best, str(tmp_path), HERE).read("exemplars").to_pylist()
     assert [(row["query_id"], row["doc_id"]) for row in shown] == [("q0", "d0"), ("q2", "d2"), ("q4", "d3")]
-    left = materialize(Left(corpus=corpus("a", "b", "c", "d", "e"), accepted=(queries,)), str(tmp_path), HERE)
+    left = materialize(
+        RemainingPassages(corpus=corpus("a", "b", "c", "d", "e"), accepted=(queries,)), str(tmp_path), HERE
+    )
     assert left.read("corpus")["doc_id"].to_pylist() == ["d4"]
-    nothing = Left(corpus=corpus("a", "b", "c", "d"), accepted=(queries,))
+    nothing = RemainingPassages(corpus=corpus("a", "b", "c", "d"), accepted=(queries,))
     asked = Parse(generations=Generate(corpus=nothing, strategy=Crop(), engine=CropEngine()), corpus=nothing)
     assert materialize(asked, str(tmp_path), HERE).count("queries") == 0, "a round with nothing to ask is a round"
 
@@ -131,5 +133,5 @@ def test_only_critiques_are_read_as_critiques(tmp_path):
     docs = Beir(path=str(tiny_beir(tmp_path / "set")))
     asked = Generate(corpus=Pairs(queries=docs, corpus=docs, split="dev"), strategy=Noisy(), engine=CropEngine())
     with pytest.raises(ValueError, match="'noisy' writes queries; give one that writes critiques"):
-        Criticised(critiques=asked)
+        CritiquedPairs(critiques=asked)
     assert issubclass(ConfigError, ValueError)

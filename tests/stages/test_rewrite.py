@@ -14,10 +14,10 @@ from dagr_ray.miners.bm25 import BM25
 from dagr_ray.recipes.augmentation import generator_named
 from dagr_ray.stages.generate import Generate
 from dagr_ray.stages.mine import Mine
-from dagr_ray.stages.pairs import AsQueries, Linked, Pairs, Topics
+from dagr_ray.stages.pairs import AsQueries, LinkedPairs, Pairs, Topics
 from dagr_ray.stages.parse import Parse
 from dagr_ray.stages.retrieve import Index, Search
-from dagr_ray.stages.rewrite import Expand, Rewrite, Together, WithNegatives
+from dagr_ray.stages.rewrite import ConcatCorpora, Expand, Rewrite, WithNegatives
 from dagr_ray.stages.sources import Beir, Sample
 from dagr_ray.strategies.counterfactual import Counterfactual
 from dagr_ray.strategies.crop import Crop
@@ -93,7 +93,7 @@ def test_a_hypothetical_passage_is_a_positive_that_training_can_take(docs, tmp_p
         docs, runs, Hyde(), lambda body: f" The thing was seen: {last_query(body)}, so they say."
     )
     assert made.count("corpus") == made.count("qrels") == 48
-    both = Together(corpora=(docs, stage))
+    both = ConcatCorpora(corpora=(docs, stage))
     search = Search(index=Index(corpus=both, miner=BM25()), queries=stage, depth=10)
     with served(answers()):
         mined = materialize(Mine(selected=stage, corpus=both, searches=(search,), margin=None), runs, HERE)
@@ -157,7 +157,7 @@ def test_two_hops_are_relevant_to_both_passages_and_link_another_text(docs, tmp_
     runs = str(tmp_path)
     asked = AsQueries(corpus=docs)
     search = Search(index=Index(corpus=docs, miner=BM25()), queries=asked, depth=10)
-    linked = Linked(passages=docs, corpus=docs, search=search)
+    linked = LinkedPairs(passages=docs, corpus=docs, search=search)
 
     def said(body):
         first, second = (line.partition(": ")[2] for line in body["prompt"].splitlines()[-3:-1])
@@ -218,7 +218,7 @@ def test_expansion_appends_what_was_asked_about_a_passage(docs, tmp_path):
 
 
 def test_what_does_not_fit_together_is_refused_with_the_remedy(docs):
-    with pytest.raises(ValueError, match="'paraphrase' reads pairs.*give Pairs or Linked"):
+    with pytest.raises(ValueError, match="'paraphrase' reads pairs.*give Pairs or LinkedPairs"):
         Generate(corpus=docs, strategy=Paraphrase(), engine=CropEngine())
     with pytest.raises(ValueError, match="'promptagator' reads corpus.*give passages"):
         Generate(corpus=Pairs(queries=docs, corpus=docs), strategy=Promptagator(), engine=CropEngine())
@@ -233,8 +233,8 @@ def test_two_passages_under_one_id_are_refused(tmp_path):
     from tests.stages.test_select_mine import corpus
 
     with pytest.raises(ConfigError, match="'d0' names two passages"):
-        materialize(Together(corpora=(corpus("a b c"), corpus("d e f"))), str(tmp_path), HERE)
-    same = materialize(Together(corpora=(corpus("a b c"), corpus("a b c", "d"))), str(tmp_path), HERE)
+        materialize(ConcatCorpora(corpora=(corpus("a b c"), corpus("d e f"))), str(tmp_path), HERE)
+    same = materialize(ConcatCorpora(corpora=(corpus("a b c"), corpus("a b c", "d"))), str(tmp_path), HERE)
     assert (
         same.read("corpus")["doc_id"].to_pylist() == ["d0", "d1"]
         and tables.schema("corpus") == same.read("corpus").schema

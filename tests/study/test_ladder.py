@@ -12,7 +12,7 @@ from dagr_ray.recipes.ladder import RUNGS
 from dagr_ray.stages.generate import Generate
 from dagr_ray.stages.label import Label
 from dagr_ray.stages.leakage import LeakGate
-from dagr_ray.stages.mix import Blend, Human
+from dagr_ray.stages.mix import HumanPairs, MixExamples
 from dagr_ray.stages.relabel import Relabel
 from dagr_ray.stages.select import Select
 from dagr_ray.stages.train import Train
@@ -89,9 +89,9 @@ def test_the_hybrid_teacher_weighs_bm25_by_its_share(data):
 def test_people_join_by_their_share(data):
     trials = planned(data, "rung=teacher", "base=minilm", "human=0,0.5,1", "volume=16")
     found = {t.params["human"]: of(t.card, Train)[0] for t in trials if t.kind == "augmented"}
-    assert [bool(of(found[share], Human)) for share in (0, 0.5, 1)] == [False, True, True]
+    assert [bool(of(found[share], HumanPairs)) for share in (0, 0.5, 1)] == [False, True, True]
     assert [bool(of(found[share], Generate)) for share in (0, 0.5, 1)] == [True, True, False]
-    assert isinstance(found[0.5].examples, Blend) and found[0.5].examples.weights == (0.5, 0.5)
+    assert isinstance(found[0.5].examples, MixExamples) and found[0.5].examples.weights == (0.5, 0.5)
 
 
 def test_a_blend_of_people_and_crops_is_trained_with_a_teacher_and_judged(data, tmp_path):

@@ -13,7 +13,7 @@ from dagr_ray.core.stage import walk
 from dagr_ray.stages.evaluate import Evaluate
 from dagr_ray.stages.human_labels import People
 from dagr_ray.stages.leakage import LeakScan
-from dagr_ray.stages.mix import Human
+from dagr_ray.stages.mix import HumanPairs
 from dagr_ray.stages.sources import Beir, Parquet
 from dagr_ray.stages.trec import TrecQrels, TrecRun
 from dagr_ray.study.job import load_job
@@ -51,7 +51,7 @@ def test_missing_and_unusable_splits_are_refused(tmp_path, run, whole, built):
         with pytest.raises(ConfigError, match=message):
             check_data(walk(judged(path, run, split)), runs, whole)
     data = Beir(path=str(path))
-    for stage in (Human(data=data), LeakScan(selected=data, corpus=data, held_out=(data,), split="train")):
+    for stage in (HumanPairs(data=data), LeakScan(selected=data, corpus=data, held_out=(data,), split="train")):
         with pytest.raises(ConfigError, match="0.5 is not a whole number"):
             check_data(walk(stage), runs, whole)
     assert check_data(walk(data), runs, whole) == [], "a split that no stage reads was checked"
