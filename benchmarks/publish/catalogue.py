@@ -27,7 +27,7 @@ from dagr_ray.core.artifact import Artifact
 from dagr_ray.core.build import materialize
 from dagr_ray.core.placement import Placement, Pool
 from dagr_ray.core.stage import Stage, walk
-from dagr_ray.recipes.negatives import teacher_scores
+from dagr_ray.recipes.negatives import hybrid_scores
 from dagr_ray.recipes.strategies import Arm
 from dagr_ray.report.lineage import Folders
 from dagr_ray.report.verdict import dollars, duration, p_text, signed
@@ -138,7 +138,8 @@ def described(made: Arm, encoder: Encoder, data: str | None, runs: str) -> dict[
 
 def teacher_score(made: Arm, encoder: Encoder, runs: str) -> float:
     """The mean score of the positives of an arm's examples."""
-    labels = materialize(teacher_scores(made, encoder), runs, HERE).read("scores")
+    told = hybrid_scores(made.queries, made.corpus, encoder, examples=made.examples)
+    labels = materialize(told, runs, HERE).read("scores")
     examples = materialize(made.examples, runs, HERE).read("examples", ["query_id", "positive_id"])
     columns = (labels[n].to_pylist() for n in ("query_id", "doc_id", "score"))
     score_of = {(q, d): score for q, d, score in zip(*columns, strict=True)}

@@ -18,6 +18,7 @@ from pydantic import AfterValidator, ConfigDict, Field, StringConstraints, TypeA
 from typing_extensions import TypedDict  # pydantic cannot inspect the one of typing before Python 3.12
 
 from dagr_ray.core.config import packed, unpacked
+from dagr_ray.core.storage import name_problem
 
 Json = dict[str, Any]
 LARGEST = 1 << 53  # every JSON reader holds integers up to this exactly
@@ -72,9 +73,8 @@ def shard_of(file: str) -> int:
 
 def _below(path: str) -> str:
     """Refuses a path that leaves its folder."""
-    parts = path.split("/")
-    if path.startswith("/") or "\\" in path or "\x00" in path or any(part in ("", ".", "..") for part in parts):
-        raise ValueError("a path that leaves its folder")
+    if problem := name_problem(path):
+        raise ValueError(f"a path that may leave its folder: {problem}")
     return path
 
 

@@ -205,7 +205,7 @@ def below(folder: str | os.PathLike[str], name: str, source: str = "") -> str:
     'cache/models/m.bin'
     """
     root = os.fspath(folder)
-    problem = _problem(name) or (None if _is_inside(root, name) else "a symlink in it leads out of its folder")
+    problem = name_problem(name) or (None if _is_inside(root, name) else "a symlink in it leads out of its folder")
     if problem:
         raise ConfigError(
             f"the name {_quoted(name)}{f' in {_quoted(source)}' if source else ''} is refused: {problem}; allowed are names joined "
@@ -220,7 +220,7 @@ def plain_name(name: str, owner: str = "") -> str:
     >>> plain_name("search-bm25-test-3f9c1a2b7d04")
     'search-bm25-test-3f9c1a2b7d04'
     """
-    problem = _problem(name) or ("it has a slash" if "/" in name else None)
+    problem = name_problem(name) or ("it has a slash" if "/" in name else None)
     if problem:
         raise ConfigError(
             f"the name {_quoted(name)}{f' of {owner}' if owner else ''} is refused: {problem}; give another"
@@ -228,8 +228,11 @@ def plain_name(name: str, owner: str = "") -> str:
     return name
 
 
-def _problem(name: str) -> str | None:
-    """What is wrong with a name, in any folder."""
+def name_problem(name: str) -> str | None:
+    """Why a name could lead out of any folder, or be no name to some file system; None for a good one.
+
+    The one rule for names that somebody else chose: ``below``, ``one_name``, and the paths in a folder's own files.
+    """
     try:
         encoded = name.encode()
     except UnicodeEncodeError:

@@ -223,6 +223,11 @@ def qrels_table(tables: Iterable[str], split: str, who: str, where: str) -> str:
     return f"qrels.{named}"
 
 
+def prompt_sha(prompt: str) -> str:
+    """What ``generations`` keeps of a prompt, to tell later whether the same prompt is made again."""
+    return hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
 def clean(text: str) -> str:
     """Text that UTF-8 and Arrow can hold: NUL and lone surrogates become U+FFFD."""
     if text.isascii() and "\x00" not in text:

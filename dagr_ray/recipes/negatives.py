@@ -10,7 +10,7 @@ from dagr_ray.core.stage import Stage
 from dagr_ray.engines import Engine, Sampling
 from dagr_ray.miners.bm25 import BM25
 from dagr_ray.miners.dense import Dense
-from dagr_ray.recipes.strategies import Arm, _rewritten
+from dagr_ray.recipes.strategies import _rewritten
 from dagr_ray.retrieval.encoder import Encoder
 from dagr_ray.stages.label import Label
 from dagr_ray.stages.mine import Mine
@@ -25,11 +25,6 @@ NEGATIVES = (
     "bm25", "dense", "llm", "mixed", "llm-filtered", "searched", "searched-dropped", "searched-relabelled",
 )  # fmt: skip
 SPARE = 4  # times the negatives that are wanted are mined where a teacher takes some out
-
-
-def teacher_scores(made: Arm, encoder: Encoder) -> Label:
-    """What the hybrid teacher says about the examples of an arm."""
-    return hybrid_scores(made.queries, made.corpus, encoder, examples=made.examples)
 
 
 def hybrid_scores(queries: Stage, corpus: Stage, encoder: Encoder, *, examples: Stage | None = None) -> Label:

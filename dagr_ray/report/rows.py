@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -136,15 +135,11 @@ class Prompts:
             except (ConfigError, OSError, AttributeError, Damaged) as error:
                 return {row["gen_id"]: f"(the prompt cannot be rebuilt here: {error})" for row in rows}
             for source_id, text in texts.items():
-                same = _sha(text) == by_source[source_id]["prompt_sha"]
+                same = tables.prompt_sha(text) == by_source[source_id]["prompt_sha"]
                 prompts[by_source[source_id]["gen_id"]] = (
                     text if same else "(this version words the prompt differently)"
                 )
         return prompts
-
-
-def _sha(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def samples(folders: Folders, generator: Json, accepted: int = 6, rejected: int = 10) -> list[Json]:

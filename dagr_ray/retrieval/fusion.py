@@ -12,8 +12,35 @@ import pyarrow.compute as pc
 from dagr_ray.core import tables
 
 Scale = Literal["z-score", "min-max"]
-TUNED_BY = "nDCG@10"
 CUT = 10
+
+
+def reciprocal(ranks: np.ndarray, k: float, weights: np.ndarray) -> np.ndarray:
+    """Reciprocal-rank fusion: the sum of weight / (k + rank) over the searches (rows of ``ranks``; inf: not found).
+
+    Source: Cormack et al. 2009, https://doi.org/10.1145/1571941.1572114.
+    """
+    return (weights[:, None] / (k + ranks)).sum(axis=0)
+
+
+def scaled(scores: np.ndarray, spread: Sequence[np.ndarray], scale: Scale) -> np.ndarray:
+    """Scores of one search, scaled by ``spread``: mean, deviation, lowest and highest of the hits of each score's query.
+
+    NaN is a passage that the search did not find, which has its query's lowest score. With ``min-max`` the only score of a
+    query is 1; with ``z-score`` equal scores are all 0.
+
+    >>> two = (np.array([3.0, 3.0]), np.array([1.0, 1.0]), np.array([2.0, 2.0]), np.array([4.0, 4.0]))
+    >>> scaled(np.array([4.0, np.nan]), two, "min-max").tolist(), scaled(np.array([4.0, np.nan]), two, "z-score").tolist()
+    ([1.0, 0.0], [1.0, -1.0])
+    """
+    mean, deviation, lowest, highest = spread
+    there = ~np.isnan(scores)
+    filled = np.where(there, scores, lowest)
+    if scale == "min-max":
+        wide = highest - lowest
+        shares = np.divide(filled - lowest, wide, out=np.ones_like(filled), where=wide != 0)
+        return np.where(there, shares, 0.0)
+    return np.divide(filled - mean, deviation, out=np.zeros_like(filled), where=deviation != 0)
 
 
 class Lists:
@@ -37,7 +64,7 @@ class Lists:
 
     def reciprocal(self, k: int) -> np.ndarray:
         """The sum of 1 / (k + rank) for each pair."""
-        return (1.0 / (k + self.ranks)).sum(axis=0)
+        return reciprocal(self.ranks, k, np.ones(len(self.ranks)))
 
     def weighted(self, weights: Sequence[float], scale: Scale) -> np.ndarray:
         """The weighted mean of the scaled scores for each pair."""
@@ -53,21 +80,12 @@ class Lists:
             lowest, highest = np.full(count, np.inf), np.full(count, -np.inf)
             np.minimum.at(lowest, query, found)
             np.maximum.at(highest, query, found)
-            if scale == "min-max":
-                # a single hit is the best that the search has
-                low, wide = lowest.copy(), highest - lowest
-                low[wide == 0] -= 1
-                wide[wide == 0] = 1
-            else:
-                low = np.bincount(query, found, count) / hits
-                wide = np.sqrt(np.bincount(query, (found - low[query]) ** 2, count) / hits)
-                wide[wide == 0] = 1
             silent = ~np.isfinite(lowest)
-            low[silent], wide[silent], lowest[silent] = 0, 1, 0
-            filled = np.where(there, scores, lowest[self.query])
-            made[of] = (filled - low[self.query]) / wide[self.query]
-            if scale == "min-max":
-                made[of][~there] = 0
+            lowest[silent], highest[silent] = 0, 0
+            mean = np.bincount(query, found, count) / hits
+            deviation = np.sqrt(np.bincount(query, (found - mean[query]) ** 2, count) / hits)
+            spread = [each[self.query] for each in (mean, deviation, lowest, highest)]
+            made[of] = scaled(scores, spread, scale)
         return made
 
     def order(self, fused: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray]:

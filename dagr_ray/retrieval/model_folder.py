@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from dagr_ray.core.config import ConfigError, content_hash
+from dagr_ray.core.storage import below
 
 log = logging.getLogger("dagr")
 CARD = "config_sentence_transformers.json"
@@ -203,8 +205,11 @@ def _modules(folder: Path, who: str) -> list[tuple[str, Path]]:
 
 
 def _below(folder: Path, place: Path, who: str) -> Path:
-    if not place.resolve().is_relative_to(folder.resolve()):
-        raise ConfigError(f"{who}: {str(folder)!r}: {MODULES} points outside the folder{MORE}")
+    if place != folder:  # a module may lie in the model's own folder
+        try:
+            below(folder, os.path.relpath(place, folder), source=MODULES)
+        except ConfigError as error:
+            raise ConfigError(f"{who}: {str(folder)!r}: {MODULES} points outside the folder ({error}){MORE}") from None
     return place
 
 

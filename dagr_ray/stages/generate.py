@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from hashlib import sha256 as _sha256
 from pathlib import Path
 from typing import Annotated, ClassVar
 
@@ -193,7 +192,7 @@ class Generate(Stage):
         for answer in answers:
             assert len(answer) == together, f"{self.engine.type} gave {len(answer)} of {together}"
         numbers = [tables.encode_id_part(i) for i in each]
-        shas = [_sha256(prompt.text.encode("utf-8", "surrogatepass")).hexdigest()[:16] for prompt in asked.prompts]
+        shas = [tables.prompt_sha(prompt.text) for prompt in asked.prompts]
         made = [completion for answer in answers for completion in answer]
         clean = tables.clean
         return tables.columns(

@@ -36,7 +36,7 @@ class AttentionRerank(Pinned, Teacher):
     Attention as a ranking is Chen et al. 2024 (arXiv 2410.02642), with its calibration: what the content-free query
     "N/A" attends to is taken off, token by token, and tokens that fall more than two standard deviations under the mean
     are left out. ``heads`` are the contrastive retrieval heads of Tran et al. 2025 (arXiv 2510.02219): a few (layer,
-    head) that ``find_heads`` finds on a labelled sample; none given means all heads. Layers above the last of them are
+    head) that the stage ``Heads`` finds on a labelled sample; none given means all heads. Layers above the last of them are
     not even loaded.
 
     The passages stand in the order of a hash, so that where a pair comes from says nothing; each is one line of up to
@@ -75,18 +75,6 @@ class Judged(NamedTuple):
     relevant: frozenset[str]
 
 
-def find_heads(
-    teacher: AttentionRerank, sample: Sequence[Judged], temperature: float = 0.01, keep: int = 8
-) -> tuple[Head, ...]:
-    """The ``keep`` heads that best tell a relevant passage from hard negatives, best first: see ``head_scores``."""
-    session = AttentionSession(teacher.model_copy(update={"heads": ()}))
-    try:
-        scores = head_scores([(session.masses(each.pairs), each) for each in sample], temperature)
-    finally:
-        session.close()
-    return best_heads(scores, keep)
-
-
 def best_heads(scores: np.ndarray, keep: int) -> tuple[Head, ...]:
     """The ``keep`` (layer, head) of the highest scores [layers, heads], best first.
 
@@ -114,7 +102,7 @@ def head_scores(measured: Sequence[tuple[np.ndarray, Judged]], temperature: floa
             shares = shares + weights[..., 0] / weights.sum(axis=-1)
             total += 1
     if not total:
-        raise ConfigError("find_heads: no query of the sample has a relevant passage; give a labelled sample")
+        raise ConfigError("heads: no query of the sample has a relevant passage; give a labelled sample")
     return shares / total  # type: ignore[return-value]
 
 

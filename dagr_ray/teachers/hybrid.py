@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal
 
+import numpy as np
 from pydantic import Field
 
 from dagr_ray.core.config import ConfigError
 from dagr_ray.core.placement import Pool
-from dagr_ray.teachers import Cost, Hit, Pair, Scorer, Spread, Teacher
+from dagr_ray.retrieval import fusion
+from dagr_ray.teachers import Cost, Pair, Scorer, Teacher
 
 
 class Hybrid(Teacher):
@@ -23,6 +25,7 @@ class Hybrid(Teacher):
 
     ``weights`` are one for each search, in their order; all 1 unless given.
 
+    >>> from dagr_ray.teachers import Hit, Spread
     >>> hits = [(Hit(1, 9.0), Hit(2, 0.5)), (Hit(2, 4.0), None), (None, Hit(1, 0.8))]
     >>> spreads = (Spread(6.5, 2.5, 4.0, 9.0), Spread(0.65, 0.15, 0.5, 0.8))
     >>> pairs = [Pair("q1", "a query", doc, "", own, spreads) for doc, own in zip("abc", hits)]
@@ -50,31 +53,24 @@ class _Fusion:
         self.config = config
 
     def score(self, pairs: Sequence[Pair], cost: Cost | None = None) -> list[float]:
-        return [self._fused(pair) for pair in pairs]
-
-    def _fused(self, pair: Pair) -> float:
         config = self.config
-        weights = config.weights or (1.0,) * len(pair.hits)
-        if len(weights) != len(pair.hits):
+        searches = len(pairs[0].hits) if pairs else 0
+        weights = np.array(config.weights or (1.0,) * searches)
+        if pairs and len(weights) != searches:
             raise ConfigError(
-                f"hybrid: weights = {config.weights} for {len(pair.hits)} searches; give one for each, in their order"
+                f"hybrid: weights = {config.weights} for {searches} searches; give one for each, in their order"
             )
+        hits = [[pair.hits[i] for pair in pairs] for i in range(searches)]
         if config.fusion == "ranks":
-            return sum(w / (config.k + hit.rank) for w, hit in zip(weights, pair.hits, strict=True) if hit)
-        scaled = [
-            w * self._scaled(hit, spread) for w, hit, spread in zip(weights, pair.hits, pair.spreads, strict=True)
-        ]
-        return sum(scaled) / (sum(weights) or 1.0)
-
-    def _scaled(self, hit: Hit | None, spread: Spread | None) -> float:
-        if spread is None:
-            return 0.0
-        score = spread.lowest if hit is None else hit.score
-        if self.config.fusion == "min-max":
-            width = spread.highest - spread.lowest
-            # a single hit is the best that the search has
-            return (score - spread.lowest) / width if width else float(hit is not None)
-        return (score - spread.mean) / spread.deviation if spread.deviation else 0.0
+            ranks = np.array([[hit.rank if hit else np.inf for hit in own] for own in hits])
+            return fusion.reciprocal(ranks, config.k, weights).tolist() if pairs else []
+        total = np.zeros(len(pairs))
+        for i, own in enumerate(hits):
+            # a search without hits for a query says nothing about its passages
+            spreads = np.array([pair.spreads[i] or (0.0, 0.0, 0.0, 0.0) for pair in pairs], float).reshape(-1, 4).T
+            scores = np.array([hit.score if hit else np.nan for hit in own])
+            total += weights[i] * fusion.scaled(scores, list(spreads), config.fusion)
+        return (total / (weights.sum() or 1.0)).tolist()
 
     def close(self) -> None:
         pass

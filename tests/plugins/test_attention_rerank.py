@@ -20,7 +20,7 @@ from dagr_ray.teachers.attention_rerank import (
     AttentionRerank,
     AttentionSession,
     Judged,
-    find_heads,
+    best_heads,
     head_scores,
 )
 from dagr_ray.teachers.hybrid import Hybrid
@@ -157,9 +157,14 @@ def test_heads_that_favour_the_relevant_passage_are_found():
         head_scores([], 0.01)
 
 
+def heads_of(teacher, sample, keep):
+    session = AttentionSession(teacher.model_copy(update={"heads": ()}))
+    return best_heads(head_scores([(session.masses(each.pairs), each) for each in sample], 0.01), keep)
+
+
 def test_heads_of_a_model(teacher, masses):
     sample = [Judged(PAIRS, frozenset({"d0"}))]
-    heads = find_heads(teacher, sample, temperature=0.01, keep=3)
+    heads = heads_of(teacher, sample, keep=3)
     scores = head_scores([(masses, sample[0])], 0.01)
     assert [scores[head] for head in heads] == pytest.approx(sorted(scores.ravel(), reverse=True)[:3], rel=1e-3)
 
@@ -175,7 +180,7 @@ def test_heads_found_by_one_stage_are_those_of_the_next(teacher, tmp_path):
         Judged([Pair(q, text, pair.doc_id, pair.passage) for pair in PAIRS], frozenset({doc}))
         for (q, text), doc in zip(asked, ("d0", "d1"), strict=False)
     ]
-    heads = find_heads(teacher, sample, keep=2)
+    heads = heads_of(teacher, sample, keep=2)
     assert [row["measure"] for row in rows] == [f"core@{layer}.{head}" for layer, head in heads]
     assert rows[0]["value"] >= rows[1]["value"] > 0
     label = Label(teacher=teacher, queries=queries, corpus=docs, searches=(hits,), split="dev", heads=found)
