@@ -10,8 +10,6 @@ slips it orders items by their number of positive ratings, which is the order of
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -105,7 +103,7 @@ def worth_asking(ratings: np.ndarray, ranking: Ranking, k: int) -> list[tuple[in
 
     The gain is how much the variance of the item's score falls, on average over the two answers. An item that stands
     alone in its bin needs nobody. A rater who is as likely to say one as the other tells most, so this asks raters near
-    their thresholds, as the paper's search does; ``next_questions`` is that search, for one rater at a time.
+    their thresholds, as the paper's search does.
     """
     odds = 1 / (1 + np.exp(-(ranking.score[None, :] - ranking.threshold[:, None])))
     information, variance = odds * (1 - odds), ranking.deviation[None, :] ** 2
@@ -114,82 +112,6 @@ def worth_asking(ratings: np.ndarray, ranking: Ranking, k: int) -> list[tuple[in
     best = np.argsort(-gain, axis=None, kind="stable")[:k]
     found = ((int(i // gain.shape[1]), int(i % gain.shape[1]), float(gain.flat[i])) for i in best)
     return [each for each in found if each[2] > 0]
-
-
-def next_questions(bins: Sequence[Sequence[int]], answers: Mapping[int, int]) -> list[int]:
-    """The items to ask a rater about next, given ``bins`` from best to worst and what the rater has answered.
-
-    Threshold binary search (arXiv 2510.01871): an item of the middle bin, again and again, until one bin is left that
-    the rater's threshold can be in; then all of that bin, which the rater may cut in two. None where all is known.
-
-    >>> next_questions([[0], [1, 2], [3], [4]], {})
-    [3]
-    >>> next_questions([[0], [1, 2], [3], [4]], {3: 0}), next_questions([[0], [1, 2], [3], [4]], {3: 0, 1: 1})
-    ([1], [2])
-    """
-    low, high = 0, len(bins)  # the bins that may hold the threshold: those before are liked, those after are not
-    for at, items in enumerate(bins):
-        said = {answers[item] for item in items if item in answers}
-        if len(said) > 1:
-            return [item for item in items if item not in answers]
-        low, high = (max(low, at), high) if 1 in said else (low, min(high, at + 1)) if 0 in said else (low, high)
-    if all(len(items) == 1 for items in bins[low:high]):
-        return []
-    unknown = [items for items in bins[low:high] if not any(item in answers for item in items)]
-    if unknown:
-        return [unknown[len(unknown) // 2][0]]
-    return [item for items in bins[low:high] for item in items if item not in answers]
-
-
-def split(bins: Sequence[Sequence[int]], answers: Mapping[int, int]) -> list[list[int]]:
-    """The bins after a rater's answers: a bin of which some are liked and some are not becomes two.
-
-    >>> split([[0], [1, 2]], {1: 0, 2: 1})
-    [[0], [2], [1]]
-    """
-    found: list[list[int]] = []
-    for items in bins:
-        liked = [item for item in items if answers.get(item) == 1]
-        rest = [item for item in items if answers.get(item) == 0]
-        whole = len(liked) + len(rest) == len(items)
-        found += [part for part in (liked, rest) if part] if whole else [list(items)]
-    return found
-
-
-def footrule(order: Sequence[Sequence[int]], truth: Sequence[int]) -> int:
-    """The largest Spearman footrule between the items' true order ``truth`` (best first) and any order inside ``order``'s
-    bins that are right: the sum of |rank - true rank|, floor(b^2 / 2) for a bin of b.
-
-    >>> footrule([[2, 1], [0]], [1, 2, 0]), footrule([[0, 1, 2]], [0, 1, 2])
-    (2, 4)
-    """
-    at = 0
-    for items in order:
-        assert set(items) == set(truth[at : at + len(items)]), "the bins are not those of the true order"
-        at += len(items)
-    return sum(len(items) ** 2 // 2 for items in order)
-
-
-def expected_footrule(items: int, raters: int) -> float:
-    """The mean of ``footrule`` where scores and thresholds have one distribution and all is asked: exact.
-
-    Then all orders of items and thresholds are equally likely, so that a bin's size b has probability
-    C(n - b + m - 1, m - 1) / C(n + m, m). For large n it goes as n^2 / m: Theta(n^2) raters for a near-perfect ranking,
-    the paper's rate, times the integral of f_X^2 / f_Y where the densities of scores and thresholds differ.
-
-    >>> expected_footrule(10, 0), round(expected_footrule(100, 1000) / (2 * 100**2 / 1000), 2)
-    (50.0, 0.91)
-    """
-    n, m = items, raters
-    if m == 0:
-        return float(n**2 // 2)
-    log = [math.lgamma(i + 1) for i in range(n + m + 1)]
-
-    def choose(a: int, b: int) -> float:
-        return log[a] - log[b] - log[a - b]
-
-    chances = (math.exp(choose(n - b + m - 1, m - 1) - choose(n + m, m)) for b in range(n + 1))
-    return (m + 1) * sum(chance * (b**2 // 2) for b, chance in enumerate(chances))
 
 
 class Aggregate(Stage):

@@ -10,15 +10,7 @@ import pytest
 from dagr_ray.core.build import materialize
 from dagr_ray.core.placement import Placement
 from dagr_ray.stages import aggregate
-from dagr_ray.stages.aggregate import (
-    Aggregate,
-    expected_footrule,
-    footrule,
-    next_questions,
-    rank,
-    split,
-    worth_asking,
-)
+from dagr_ray.stages.aggregate import Aggregate, rank, worth_asking
 from dagr_ray.stages.human_labels import People
 from tests.annotation.test_annotate import line
 from tests.stages.test_select_mine import Given
@@ -48,18 +40,6 @@ def test_without_slips_the_bins_are_those_that_the_thresholds_cut(raters):
     assert all(ranking.first[i] <= place[i] <= ranking.last[i] for i in range(40))
     order = np.argsort(-ranking.score, kind="stable")
     assert all(likes[a] >= likes[b] for a, b in pairwise(order))
-    assert footrule(ranking.bins(), truth) == sum(len(items) ** 2 // 2 for items in ranking.bins())
-
-
-def test_the_expected_distance_is_that_of_simulated_raters():
-    for items, raters in ((20, 5), (20, 60), (50, 400)):
-        found = [
-            footrule(rank(ratings).bins(), truth)
-            for ratings, truth in (simulated(items, raters, seed) for seed in range(60))
-        ]
-        error = np.std(found) / np.sqrt(len(found))
-        assert abs(np.mean(found) - expected_footrule(items, raters)) < 4 * error
-    assert expected_footrule(300, 4000) / expected_footrule(300, 8000) == pytest.approx(2, rel=0.1)
 
 
 def test_with_slips_more_raters_still_help():
@@ -86,27 +66,6 @@ def test_deviation_falls_with_what_was_asked():
     gains = [gain for *_, gain in asked]
     assert gains == sorted(gains, reverse=True) and gains[-1] > 0
     assert worth_asking(np.ones((3, 4)), rank(np.ones((3, 4))), 9) == [], "all has been asked"
-
-
-def test_the_search_finds_a_raters_place_in_few_questions():
-    rng = np.random.default_rng(3)
-    score = rng.uniform(size=64)
-    truth, bins, questions = np.argsort(-score).tolist(), [list(range(64))], 0
-    sizes = []
-    for threshold in rng.uniform(size=400):
-        answers: dict[int, int] = {}
-        while asked := next_questions(bins, answers):
-            assert not set(asked) & set(answers)
-            answers |= {item: int(score[item] > threshold) for item in asked}
-        questions += len(answers)
-        whole = [[i for i in items if score[i] > threshold] for items in bins]
-        rest = [[i for i in items if score[i] <= threshold] for items in bins]
-        expected = [part for two in zip(whole, rest, strict=True) for part in two if part]
-        bins = split(bins, answers)
-        assert bins == expected, "as if every item had been asked"
-        sizes.append(footrule(bins, truth))
-    assert sizes == sorted(sizes, reverse=True) and sizes[-1] < 40
-    assert questions < 400 * 64 / 6
 
 
 GRADES = {
