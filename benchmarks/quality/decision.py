@@ -1,22 +1,25 @@
 """Is what a study says true? Simulated studies whose answers are known, and each bar of the decision with its figure.
 
-    python benchmarks/decision.py [--studies 400] [--sizes 50 100 200 500 2000 5000] [--json FILE] [--markdown FILE]
+    python -m benchmarks.quality.decision [--studies 300] [--sizes 50 100 200 500 2000 5000]
 
-A study has five rungs (62 to 15,872 queries, four times as many each), three training seeds, and a test set. A query changes with
-a probability of 0.4, and then by a skewed share that all rungs have, one of the rung, and one of the seed; paired differences
-have a standard deviation of 0.15 over queries and 0.004 between seeds. Curves rise, level off, dip, are flat, or climb
-by exactly what is worth having at each rung, which is the hardest case for "enough". The rules that people use stand beside.
-Writes benchmarks/decision.md and exits 1 where a bar is missed by more than three standard errors of the simulation.
+A study has five rungs (62 to 15,872 queries, four times as many each), three training seeds, and a test set. A query changes
+with a probability of 0.4, and then by a skewed share that all rungs have, one of the rung, and one of the seed; paired differences
+have a standard deviation of 0.15 over queries and 0.004 between seeds. Curves rise, level off, dip, are flat, or climb by
+exactly what is worth having at each rung, which is the hardest case for "enough". The rules that people use stand beside.
 """
 
 from __future__ import annotations
 
+import sys
+import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.harness import Benchmark
 from dagr_ray.report.decision.crossfit import best_arm
 from dagr_ray.report.decision.curves import fit_curve, forecast, resampled_gains
 from dagr_ray.report.decision.estimates import paired, seed_variance
@@ -68,7 +71,7 @@ class Count:
         return self.hits / self.of if self.of else float("nan")
 
 
-Counts = dict[str, Count]
+Counts = defaultdict[str, Count]
 
 
 def looks(gains: Floats, curve: str, counts: Counts) -> None:
@@ -153,3 +156,150 @@ def chosen(queries: int, rng: np.random.Generator, counts: Counts) -> None:
         low, high = naive.interval(ALPHA)
         counts["best, naive"].add(low <= true[best.arm] <= high)
         counts["best, naive"].values.append(best.naive - true[best.arm])
+
+
+def together(cells: list[Counts], name: str) -> Count:
+    """One count over several cells."""
+    each = [cell[name] for cell in cells if name in cell]
+    return Count(sum(c.hits for c in each), sum(c.of for c in each), [v for c in each for v in c.values])
+
+
+def percent(count: Count) -> str:
+    """A share with its standard error, both in percent."""
+    if not count.of:
+        return "–"
+    share = count.share
+    return f"{100 * share:.1f} ± {100 * (share * (1 - share) / count.of) ** 0.5:.1f}"
+
+
+def times(count: Count) -> str:
+    """The median of what was bought over what an oracle would have bought."""
+    return f"{np.median(count.values):.1f}" if count.values else "–"
+
+
+def main() -> int:
+    """Simulates all cells, says the tables, and holds each bar to its bound."""
+    bench = Benchmark(__file__, __doc__)
+    bench.add("--studies", type=int, default=300, help="studies of each size and curve (default: %(default)s)")
+    bench.add("--sizes", type=int, nargs="+", default=[50, 100, 200, 500, 2000, 5000], help="test queries")
+    bench.add("--resamples", type=int, default=200, help="bootstrap samples of a curve (default: %(default)s)")
+    args = bench.parse()
+    began = time.time()
+    cells: dict[tuple[int, str], Counts] = {}
+    for size in args.sizes:
+        for number, (curve, gain) in enumerate(CURVES.items()):
+            rng = np.random.default_rng([size, number])
+            counts = cells[size, curve] = defaultdict(Count)
+            for _ in range(args.studies):
+                gains = measured(gain(RUNGS.astype(float)), size, rng)
+                looks(gains, curve, counts)
+                bought(gains, curve, counts, args.resamples)
+                if curve == "flat":
+                    chosen(size, rng, counts)
+        print(f"{size} test queries: {time.time() - began:.0f} s", file=sys.stderr, flush=True)
+    of_size = {size: [cells[size, curve] for curve in CURVES] for size in args.sizes}
+    every = list(cells.values())
+    bench.say(f"{args.studies:,} studies of each test set and curve; shares in percent with their standard errors.")
+    bench.say(
+        '\nA look after each of five rungs. "Better" of a flat curve, and "enough" with a gain of 0.01 or more to come:\n'
+    )
+    bench.table(
+        [
+            "test queries", "false better", "looking unspent", "false enough", "of the hardest curve", "not shown worse",
+            "enough is said",
+        ],
+        (
+            [
+                f"{size:,}", percent(cells[size, "flat"]["better"]), percent(cells[size, "flat"]["better, peeking"]),
+                percent(together(of_size[size], "enough")), percent(cells[size, "edge"]["enough"]),
+                percent(together(of_size[size], "enough, not shown worse")), percent(together(of_size[size], "enough, said")),
+            ]
+            for size in args.sizes
+        ),
+    )  # fmt: skip
+    bench.say("\nThe 90 % band of the fifth rung, made from four, holds what was measured:\n")
+    bench.table(
+        ["test queries", *CURVES, "width of the band"],
+        (
+            [
+                f"{size:,}",
+                *(percent(cells[size, c]["band"]) for c in CURVES),
+                f"{np.median(together(of_size[size], 'band').values):.3f}",
+            ]
+            for size in args.sizes
+        ),
+    )
+    bench.say(
+        "\nQueries bought for a target between the fourth and the fifth rung: missed, and times what an oracle buys (median):\n"
+    )
+    rules = {
+        "point estimate": "median curve",
+        "last1": "the last rung",
+        "passages": "one a passage (10,000)",
+        "GPL": "GPL's 250,000",
+    }
+    buyers = [(size, [cells[size, c] for c in ("rises", "levels off")]) for size in args.sizes]
+    bench.table(
+        ["test queries", "advised", "missed", "times", *(f"{w}: {x}" for w in rules.values() for x in ("missed", "times"))],
+        (
+            [
+                f"{size:,}", percent(together(group, "bought")), percent(together(group, "missed")),
+                times(together(group, "missed")),
+                *(f(together(group, f"missed, {rule}")) for rule in rules for f in (percent, times)),
+            ]
+            for size, group in buyers
+        ),
+    )  # fmt: skip
+    bench.say(
+        "\nThe best of eight arms, alike or up to 0.01 apart: its 95 % interval holds its true gain, and its bias:\n"
+    )
+    bench.table(
+        ["test queries", "cross-fitted", "bias", "chosen and measured on the same", "bias of that"],
+        (
+            [
+                f"{size:,}", percent(c["best"]), f"{np.mean(c['best'].values):+.4f}",
+                percent(c["best, naive"]), f"{np.mean(c['best, naive'].values):+.4f}",
+            ]
+            for size, c in ((size, cells[size, "flat"]) for size in args.sizes)
+        ),
+    )  # fmt: skip
+    bench.say(f"\n{time.time() - began:.0f} s.\n")
+    _bars(bench, cells, every, args.sizes)
+    return bench.finish()
+
+
+def _bars(bench: Benchmark, cells: dict[tuple[int, str], Counts], every: list[Counts], sizes: list[int]) -> None:
+    band, missed = together(every, "band"), together(every, "missed")
+    smallest = min(together([cells[size, c] for size in sizes], "band").share for c in CURVES)
+    largest = max(together([cells[size, c] for size in sizes], "band").share for c in CURVES)
+    best = together(every, "best")
+    bars: list[tuple[str, float, dict[str, float]]] = [
+        ("false better, a look after each of 5 rungs", together(every, "better").share, {"at_most": 0.05}),
+        (
+            "false enough, the worst size",
+            max(together([cells[s, c] for c in CURVES], "enough").share for s in sizes),
+            {"at_most": 0.05},
+        ),
+        (
+            "false enough, the hardest curve at its worst size",
+            max(cells[s, "edge"]["enough"].share for s in sizes),
+            {"at_most": 0.05},
+        ),
+        ("band holds the held-out rung, all cells", band.share, {"at_least": 0.85, "at_most": 0.95}),
+        ("band, the curve held least", smallest, {"at_least": 0.85}),
+        ("band, the curve held most", largest, {"at_most": 0.95}),
+        ("advised purchases that miss their target", missed.share, {"at_most": 0.10}),
+        ("advised purchases, times an oracle's (median)", float(np.median(missed.values or [0])), {"at_most": 1.5}),
+        ("interval of the best arm", best.share, {"at_least": 0.93}),
+        ("bias of the best arm", abs(float(np.mean(best.values))), {"at_most": 0.002}),
+    ]
+    rows = []
+    for what, value, limits in bars:
+        holds = bench.bound(what, value, **limits)
+        bound = " and ".join(f"{k.replace('_', ' ')} {v:g}" for k, v in limits.items())
+        rows.append([what, f"{value:.4f}", bound, "yes" if holds else "**no**"])
+    bench.table(["bar", "figure", "bound", "holds"], rows, left=(0, 2, 3))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -56,6 +56,15 @@ def parser() -> argparse.ArgumentParser:
     for name in ("check", "preview", "run", "study"):
         made[name].add_argument("job", help="a Python file with a recipe, such as jobs/quickstart.py")
         made[name].add_argument("values", nargs="*", metavar="NAME=VALUE", help="the recipe's parameters")
+    for name in ("check", "study"):
+        made[name].add_argument(
+            "--worth", type=float, default=0.01, metavar="GAIN",
+            help="the smallest gain in nDCG@10 that is worth having, fixed beforehand (default: %(default)s)",
+        )  # fmt: skip
+        made[name].add_argument(
+            "--alpha", type=float, default=0.05,
+            help="the share of studies that may claim what is not so (default: %(default)s)",
+        )  # fmt: skip
     for name in ("check", "run", "study"):
         made[name].add_argument(
             "--placement", default="local", help="local, or a TOML file such as cluster/one_gpu.toml"

@@ -25,6 +25,7 @@ from dagr_ray.study.job import Job, load_job, parse_axes
 from dagr_ray.study.plan import Study, plan_study
 from dagr_ray.study.preflight import check_data
 from dagr_ray.study.run import run_study
+from dagr_ray.study.visible import powers
 
 log = logging.getLogger("dagr")
 Args = argparse.Namespace
@@ -38,7 +39,7 @@ def _one(args: Args) -> tuple[Job, Stage]:
 
 def _study(args: Args) -> Study:
     job = load_job(args.job)
-    return plan_study(job, parse_axes(job, args.values, sweep=True))
+    return plan_study(job, parse_axes(job, args.values, sweep=True), args.worth, args.alpha)
 
 
 def _validate(stages: Iterable[Stage], placement: Placement) -> None:
@@ -82,16 +83,18 @@ def check(args: Args) -> int | None:
 
     placement = load_placement(args.placement)
     with fingerprint_cache():
-        stages = walk(_one(args)[1]) if args.one else _study(args).stages()
+        planned = None if args.one else _study(args)
+        stages = planned.stages() if planned else walk(_one(args)[1])
         _validate(stages, placement)
         seen = check_data(stages, args.runs, whole=True)
+        visible = powers(planned, args.runs) if planned else []
         _check_budget(stages, args.runs)
     if args.canary:
         _canary(args, stages, placement, Reporter(quiet=args.quiet))
     with fingerprint_cache():
         lines = list(plan(stages, args.runs, deep=args.deep, repair=args.deep))
         guesses = estimate([line.stage for line in lines if line.state != "cached"], args.runs, placement)
-        return _checked(args, lines, guesses, seen)
+        return _checked(args, lines, guesses, [*seen, *(power.sentence() for power in visible)])
 
 
 def _checked(args: Args, lines: Sequence[Status], guesses: dict[str, Any], seen: Sequence[str]) -> int | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -14,12 +14,14 @@ from dagr_ray.core.paths import distinct_names
 from dagr_ray.report import stats
 from dagr_ray.report.arms import TrialResult
 from dagr_ray.report.compare import changed_queries
+from dagr_ray.report.decision.estimates import Estimate, paired, seed_variance
+from dagr_ray.report.decision.outcomes import ALPHA, WORTH, smallest_enough
 from dagr_ray.report.verdict import best_arm
 
 MEASURE = "nDCG@10"
 
 
-def boards_of(rows: list[TrialResult], warnings: list[str]) -> list[Board]:
+def boards_of(rows: list[TrialResult], warnings: list[str], worth: float = WORTH, alpha: float = ALPHA) -> list[Board]:
     """One board for each evaluated data set, the in-distribution one first."""
     boards: list[Board] = []
     groups: dict[str, list[TrialResult]] = {}
@@ -38,7 +40,7 @@ def boards_of(rows: list[TrialResult], warnings: list[str]) -> list[Board]:
                 warnings.append(f"{name}: trials are compared on the {len(queries)} queries that all of them have")
             if queries:
                 role = _role(group[0], name)
-                boards.append(Board(names[key, name], name, role, members, queries, len(boards)))
+                boards.append(Board(names[key, name], name, role, members, queries, len(boards), worth, alpha))
     return sorted(boards, key=lambda board: board.role != "in")
 
 
@@ -78,6 +80,8 @@ class Board:
     rows: list[TrialResult]
     queries: list[str]
     number: int = 0
+    worth: float = WORTH
+    alpha: float = ALPHA
     boots: dict[str, stats.Floats] = field(default_factory=dict)
 
     def described(self) -> Json:
@@ -136,7 +140,7 @@ class Board:
             boots = self.boots[measure] = stats.over_seeds(own, self.seeds)
             averages = self.values(measure).mean(axis=0)
             for i, row in enumerate(self.rows):
-                low, high = stats.interval(boots[:, i])
+                low, high = stats.interval(boots[:, i], 1 - self.alpha)
                 scores = trials[row.id]["scores"].setdefault(self.name, {})
                 scores[measure] = {"mean": float(averages[i]), "low": low, "high": high}
                 if len(row.seeds) > 1:
@@ -150,6 +154,7 @@ class Board:
             for i, (row, p, corrected) in enumerate(zip(arms, p_values, stats.holm(p_values), strict=True)):
                 score = trials[row.id]["scores"][self.name][measure]
                 score |= self.gap(measure, row.id, trials[row.id]["frozen"]) | {"p": p, "p_holm": corrected}
+                score |= {"alpha": self.alpha, "se": self._estimate(measure, row.id, trials[row.id]["frozen"]).se}
                 score |= _won_and_lost(gains[:, i])
                 if len(row.seeds) > 1:
                     score["query_se"] = float(gains[:, i].std(ddof=1) / np.sqrt(len(gains)))
@@ -162,7 +167,7 @@ class Board:
         """The mean of ``trial`` minus the mean of ``other``, with a paired interval."""
         i, j = self.column[trial], self.column[other]
         values = self.values(measure)
-        low, high = stats.interval(self.boots[measure][:, i] - self.boots[measure][:, j])
+        low, high = stats.interval(self.boots[measure][:, i] - self.boots[measure][:, j], 1 - self.alpha)
         return {"delta": float((values[:, i] - values[:, j]).mean()), "delta_low": low, "delta_high": high}
 
     def curves(self, trials: dict[str, Json]) -> list[Json]:
@@ -184,20 +189,31 @@ class Board:
                     "generator": group[0].generator,
                     "label": group[0].label,
                     "points": points,
-                    **self._enough(points),
+                    **self._enough(points, len(groups)),
                     "steps": self._steps(points),
                 }
             )
         return curves
 
-    def _enough(self, points: list[Json]) -> Json:
-        """The best point, and the smallest point that is not significantly below it (the paired interval includes 0)."""
+    def _enough(self, points: list[Json], curves: int) -> Json:
+        """The best point, and the smallest point that is shown to be enough: no larger one adds what is worth having.
+
+        ``rest`` is what larger volumes add to it, or what the largest adds to the one before if none is enough. The
+        probability of a false "enough" is shared by the data set's curves.
+        """
         best = max(points, key=lambda point: point["mean"])
-        for point in points:
-            behind = self.gap(MEASURE, best["trial"], point["trial"])
-            if point is best or behind["delta_low"] <= 0:
-                return {"best": best["used"], "enough": point["used"], "best_over_enough": behind}
-        raise AssertionError("the best point is one of the points")
+        volumes = [self._of_seeds(MEASURE, point["trial"]) for point in points]
+        pooled = seed_variance(volumes)
+        enough = smallest_enough(volumes, worth=self.worth, alpha=self.alpha / curves, pooled=pooled)
+        used = None if enough.at is None else points[enough.at]["used"]
+        return {"best": best["used"], "enough": used, "rest": asdict(enough.rest)}
+
+    def _of_seeds(self, measure: str, trial: str) -> stats.Floats:
+        """``[queries, seeds]`` of an arm."""
+        return self._runs[measure][:, self.seeds[self.column[trial]]]
+
+    def _estimate(self, measure: str, trial: str, other: str) -> Estimate:
+        return paired(self._of_seeds(measure, trial), self._of_seeds(measure, other))
 
     def _steps(self, points: list[Json]) -> list[Json]:
         """The gain of each larger volume, for each 100 rows more and for each dollar more."""
@@ -297,7 +313,7 @@ def _averaged(name: str, boards: list[Board], trials: dict[str, Json]) -> Json:
         boots: Any = np.mean([board.boots[measure] for board in boards], axis=0)
         means = np.mean([board.values(measure).mean(axis=0) for board in boards], axis=0)
         for i, row in enumerate(first.rows):
-            low, high = stats.interval(boots[:, i])
+            low, high = stats.interval(boots[:, i], 1 - first.alpha)
             scores = trials[row.id]["scores"].setdefault(name, {})
             scores[measure] = {"mean": float(means[i]), "low": low, "high": high}
         arms = first.arms(trials)
@@ -307,7 +323,7 @@ def _averaged(name: str, boards: list[Board], trials: dict[str, Json]) -> Json:
         p_values = stats.randomisation_p(np.concatenate(weighted)).tolist()
         for row, p, corrected in zip(arms, p_values, stats.holm(p_values), strict=True):
             i, j = first.column[row.id], first.column[trials[row.id]["frozen"]]
-            low, high = stats.interval(boots[:, i] - boots[:, j])
+            low, high = stats.interval(boots[:, i] - boots[:, j], 1 - first.alpha)
             gap = {"delta": float(means[i] - means[j]), "delta_low": low, "delta_high": high}
-            trials[row.id]["scores"][name][measure] |= gap | {"p": p, "p_holm": corrected}
+            trials[row.id]["scores"][name][measure] |= gap | {"p": p, "p_holm": corrected, "alpha": first.alpha}
     return {"name": name, "sets": [board.name for board in boards], "measures": measures}

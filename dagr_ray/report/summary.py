@@ -10,6 +10,7 @@ from dagr_ray.core.config import ConfigError
 from dagr_ray.core.cost import Rates
 from dagr_ray.report.arms import TrialResult, group_seeds, use_same_set_names
 from dagr_ray.report.boards import MEASURE, averages, boards_of
+from dagr_ray.report.decision.outcomes import ALPHA, WORTH
 from dagr_ray.report.leaks import leaks
 from dagr_ray.report.lexical import lexical
 from dagr_ray.report.lineage import Folders, funnel
@@ -42,7 +43,8 @@ def summarise(runs: str, study_folder: str) -> Json:
     for row in rows:
         row.name(rows)
     arms = group_seeds(rows, warnings)
-    boards = boards_of(arms, warnings)
+    worth, alpha = study.get("worth", WORTH), study.get("alpha", ALPHA)
+    boards = boards_of(arms, warnings, worth, alpha)
     trials = sorted((row.described(rows) for row in arms), key=_place)
     for trial in trials:
         trial["scores"] = {}
@@ -60,6 +62,9 @@ def summarise(runs: str, study_folder: str) -> Json:
         "machine": study.get("machine", {}),
         "wall_s": study.get("wall_s", 0.0),
         "measure": MEASURE,
+        "worth": worth,
+        "alpha": alpha,
+        "interval": f"{100 * (1 - alpha):g} % CI",
         "sets": sets,
         "averages": averages(boards, by_name),
         "trials": trials,

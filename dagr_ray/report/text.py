@@ -12,7 +12,7 @@ def terminal_table(summary: Json) -> str:
     measure, sets = summary["measure"], [*summary["sets"], *summary["averages"]]
     head = ["base", "generator", "rows"]
     for data in sets:
-        head += [f"{data['name']} {measure}", "over frozen [95 % CI]"]
+        head += [f"{data['name']} {measure}", f"over frozen [{summary['interval']}]"]
     head += ["tokens", "time", "cost"]
     lines = []
     for trial in summary["trials"]:
@@ -67,10 +67,10 @@ def markdown_table(summary: Json) -> str:
     ]
     for data in [*summary["sets"], *summary["averages"]]:
         measures = data["measures"]
-        first = summary["measure"]
+        first, ci = summary["measure"], summary["interval"]
         others = [m for m in measures if m != first]
         lines += ["", f"{_title(data)}:", ""]
-        head = ["base", "generator", "rows", f"{first} [95 % CI]", "over frozen [95 % CI]", "p (Holm)", *others, "cost"]
+        head = ["base", "generator", "rows", f"{first} [{ci}]", f"over frozen [{ci}]", "p (Holm)", *others, "cost"]
         lines += ["| " + " | ".join(head) + " |", "|" + "|".join(["---"] * 2 + ["---:"] * (len(head) - 2)) + "|"]
         for trial in summary["trials"]:
             scores = trial["scores"].get(data["name"])

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 from dagr_ray.core.artifact import Json
+from dagr_ray.report.decision.outcomes import ALPHA, QUERIES, WORTH, can_rule_out
+from dagr_ray.report.decision.power import errors_seen
 from dagr_ray.report.numbers import dollars, duration, p_text, signed
 
-ALPHA = 0.05
-# If the interval of a gain ends below this, the answer is "no": the data rule out a gain that would be worth the effort.
-WORTH = 0.01
-# With fewer judged queries, or fewer changed queries, an interval does not bound the gain: a larger gain is possible.
-QUERIES, CHANGED = 30, 10
 ROLES = {"in": "in distribution", "out": "out of distribution"}
 
 
@@ -49,29 +47,28 @@ def _compared(summary: Json, name: str) -> int:
 
 def is_gain(score: Json) -> bool:
     """Whether the arm is better than the frozen base, by the interval and by the corrected test."""
-    return bool(score["delta_low"] > 0 and score["p_holm"] < ALPHA)
+    return bool(score["delta_low"] > 0 and score["p_holm"] < score.get("alpha", ALPHA))
 
 
 def is_loss(score: Json) -> bool:
-    return bool(score["delta_high"] < 0 and score["p_holm"] < ALPHA)
+    return bool(score["delta_high"] < 0 and score["p_holm"] < score.get("alpha", ALPHA))
 
 
-def rules_out(queries: int, score: Json) -> bool:
-    """Whether the interval of a gain over this many judged queries can rule out larger gains.
+def rules_out(queries: int, score: Json, worth: float = WORTH) -> bool:
+    """Whether the interval of a gain over this many judged queries can rule out larger gains (``can_rule_out``).
 
-    If all queries tie, up to 3 in ``queries`` of all possible queries may still gain (the rule of three, Hanley and
-    Lippman-Hand 1983, doi 10.1001/jama.1983.03330370053031). If every score is 0, no gain could be observed.
+    If every score is 0, no gain could be observed.
     """
     if score["mean"] <= 0 and score["mean"] - score["delta"] <= 0:
         return False
-    if 3 / max(queries, 1) <= WORTH:
+    if can_rule_out(queries, 0, worth):
         return True
     changed = score["won"] + score["lost"] if "won" in score else queries
-    return queries >= QUERIES and changed >= CHANGED and score["delta_high"] > score["delta_low"]
+    return can_rule_out(queries, changed, worth) and score["delta_high"] > score["delta_low"]
 
 
 def _answer(summary: Json, data: Json, base: str, arms: list[Json]) -> Json:
-    measure, name = summary["measure"], data["name"]
+    measure, name, worth = summary["measure"], data["name"], summary["worth"]
     scores = {arm["trial"]: arm["scores"][name][measure] for arm in arms}
     gains = [arm for arm in arms if is_gain(scores[arm["trial"]])]
     losses = [arm for arm in arms if is_loss(scores[arm["trial"]])]
@@ -79,7 +76,8 @@ def _answer(summary: Json, data: Json, base: str, arms: list[Json]) -> Json:
     best = next(arm for arm in arms if arm["trial"] == chosen)
     score = scores[chosen]
     training = _training_data(best)
-    change = f"{signed(score['delta'])}, 95 % CI {signed(score['delta_low'])} to {signed(score['delta_high'])}"
+    interval = f"{summary['interval']} {signed(score['delta_low'])} to {signed(score['delta_high'])}"
+    change = f"{signed(score['delta'])}, {interval}"
     before = score["mean"] - score["delta"]
     result = f"{training} took {measure} from {before:.3f} to {score['mean']:.3f} ({change}"
     if gains:
@@ -88,10 +86,10 @@ def _answer(summary: Json, data: Json, base: str, arms: list[Json]) -> Json:
             why += f"; {len(gains)} of {len(arms)} arms gained"
     elif len(losses) == len(arms):
         answer, why = "worse", f"every arm lost; the best, {result}; {p_text(score['p_holm'])})"
-    elif score["delta_high"] < WORTH and rules_out(data["queries"], score):
-        answer, why = "no", f"of {len(arms)} arms the best, {result}): a gain of {WORTH} or more is ruled out"
+    elif score["delta_high"] < worth and rules_out(data["queries"], score, worth):
+        answer, why = "no", f"of {len(arms)} arms the best, {result}): a gain of {worth:g} or more is ruled out"
     else:
-        reason = _why_open(data["queries"], score, _compared(summary, name))
+        reason = _why_open(summary, data, score)
         answer, why = "cannot tell", f"of {len(arms)} arms the best, {result}; {p_text(score['p_holm'])}): {reason}"
     if losses and answer != "worse":
         why += f"; {len(losses)} of {len(arms)} arms lost"
@@ -105,17 +103,38 @@ def _answer(summary: Json, data: Json, base: str, arms: list[Json]) -> Json:
         "answer": answer,
         "trial": best["trial"],
         "delta": score["delta"],
+        **_visible(summary, data, score),
         "sentence": f"{name} ({ROLES[data['role']]}){f', {base}' if many else ''}: {ANSWERS[answer]}. {why[0].upper()}{why[1:]}.",
     }
 
 
-def _why_open(queries: int, score: Json, arms: int) -> str:
-    """Why a gain is neither shown nor ruled out."""
+def _visible(summary: Json, data: Json, score: Json) -> Json:
+    """The smallest gain that a data set's queries show after correction for its arms, and how many ``worth`` needs."""
+    arms = _compared(summary, data["name"])
+    smallest = errors_seen(arms, summary["alpha"]) * score.get("se", 0.0)
+    needed = math.ceil(data["queries"] * (smallest / summary["worth"]) ** 2)
+    return {"smallest": smallest, "needed": needed, "arms": arms} if smallest else {}
+
+
+def _why_open(summary: Json, data: Json, score: Json) -> str:
+    """Why a gain is neither shown nor ruled out, and how many judged queries would show it."""
+    queries, visible = data["queries"], _visible(summary, data, score)
+    reason = _reason(queries, score, _compared(summary, data["name"]), summary["worth"])
+    if not visible or queries < QUERIES:
+        return reason
+    arms = f"{visible['arms']} arm{'' if visible['arms'] == 1 else 's'}"
+    return (
+        f"{reason}; the smallest gain that {queries:,} judged queries show is {visible['smallest']:.3f} (80 % power, {arms}), "
+        f"and {summary['worth']:g} needs about {visible['needed']:,}"
+    )
+
+
+def _reason(queries: int, score: Json, arms: int, worth: float) -> str:
     if score["mean"] <= 0 and score["mean"] - score["delta"] <= 0:
         return "no retrieved passage is judged relevant"
     if queries < QUERIES:
         return f"{queries:,} judged quer{'y is' if queries == 1 else 'ies are'} too few to tell"
-    if score["delta_high"] < WORTH:
+    if score["delta_high"] < worth:
         return "too few queries changed to tell"
     return "the interval includes 0" if score["delta_low"] <= 0 else f"not significant after correction for {arms} arms"
 
@@ -135,13 +154,13 @@ def _training_data(arm: Json) -> str:
 
 
 def _harm(summary: Json) -> list[str]:
-    """Every arm whose mean is more than ``WORTH`` below the mean of its frozen base, significant or not."""
+    """Every arm whose mean is more than ``worth`` below the mean of its frozen base, significant or not."""
     names = [data["name"] for data in summary["sets"]]
     rows = [
         (trial, name, score)
         for name in names
         for trial in summary["trials"]
-        if (score := trial["scores"].get(name, {}).get(summary["measure"], {})).get("delta", 0) < -WORTH
+        if (score := trial["scores"].get(name, {}).get(summary["measure"], {})).get("delta", 0) < -summary["worth"]
     ]
     if not rows:
         return []
@@ -152,7 +171,9 @@ def _harm(summary: Json) -> list[str]:
         for trial, name, score in rows[:5]
     ]
     more = f"; and {len(rows) - 5} more" if len(rows) > 5 else ""
-    return [f"Worse than the frozen base by more than {WORTH} {summary['measure']}: {'; '.join(shown)}{more}."]
+    return [
+        f"Worse than the frozen base by more than {summary['worth']:g} {summary['measure']}: {'; '.join(shown)}{more}."
+    ]
 
 
 def _average(summary: Json) -> list[str]:
@@ -165,8 +186,8 @@ def _average(summary: Json) -> list[str]:
             best, score = next(arm for arm in arms if arm["trial"] == chosen), scores[chosen]
             sentences.append(
                 f"{average['name'][0].upper()}{average['name'][1:]}, {base}: at best {score['mean']:.3f} with "
-                f"{_training_data(best)}, {signed(score['delta'])} over frozen (95 % CI {signed(score['delta_low'])} to "
-                f"{signed(score['delta_high'])}; {p_text(score['p_holm'])})."
+                f"{_training_data(best)}, {signed(score['delta'])} over frozen ({summary['interval']} "
+                f"{signed(score['delta_low'])} to {signed(score['delta_high'])}; {p_text(score['p_holm'])})."
             )
     return sentences
 
@@ -212,26 +233,28 @@ def _enough(summary: Json, answers: list[Json]) -> list[str]:
         if queries < QUERIES:
             sentences.append(f"How much is enough, {who}: cannot tell; {queries:,} judged queries are too few.")
             continue
-        largest, enough, best = curve["points"][-1]["used"], curve["enough"], curve["best"]
-        gap = curve["best_over_enough"]
         steps = [s for s in curve["steps"] if s["per_100_rows"] is not None]
         rates = ", ".join(f"{signed(s['per_100_rows'])} from {s['from']:,} to {s['to']:,}" for s in steps)
         rate = f" Gain for each 100 more queries: {rates}." if len(steps) > 1 else ""
-        if enough == best == largest and len(curve["points"]) > 2:
-            sentences.append(
-                f"How much is enough, {who}: {largest:,} queries, the largest volume tried, are the best so far; "
-                f"more may help.{rate}"
-            )
-        elif enough == best:
-            sentences.append(f"How much is enough, {who}: {enough:,} queries, the best of the volumes tried.{rate}")
-        else:
-            sentences.append(
-                f"How much is enough, {who}: {enough:,} queries; {best:,} add {signed(gap['delta'])} "
-                f"({signed(gap['delta_low'])} to {signed(gap['delta_high'])}), which is not a significant gain.{rate}"
-            )
+        sentences.append(f"How much is enough, {who}: {_shown_enough(curve, summary['worth'])}.{rate}")
     if not sentences and answers and several:
         sentences.append("How much is enough: no volume beats the frozen base significantly in distribution.")
     return sentences
+
+
+def _shown_enough(curve: Json, worth: float) -> str:
+    """The smallest volume that is shown to be enough, or why none is."""
+    rest, used = curve["rest"], [point["used"] for point in curve["points"]]
+    change = f"{signed(rest['mean'])}, {signed(rest['low'])} to {signed(rest['high'])}"
+    if curve["enough"] is not None:
+        volume = f"{curve['enough']:,} queries" if curve["enough"] else "no queries are needed"
+        return f"{volume}; it is shown that no larger volume tried adds {worth:g} or more (the most is {change})"
+    if rest["outcome"] == "better":
+        return f"more than was tried may help; {used[-1]:,} are better than {used[-2]:,} ({change})"
+    return (
+        f"cannot tell; {used[-1]:,} may add {worth:g} or more to {used[-2]:,} ({change}). {rest['queries']:,} judged queries show "
+        f"a difference of {rest['smallest']:.3f} or more between the two, and {worth:g} needs about {rest['needed']:,}"
+    )
 
 
 def _in_curves(summary: Json) -> list[Json]:
@@ -267,11 +290,11 @@ def _rate(summary: Json, curve: Json) -> float | None:
     return funnels[0]["price_per_accepted"] if len(funnels) == 1 else None
 
 
-def _position(queries: int, score: Json) -> str:
+def _position(queries: int, score: Json, worth: float) -> str:
     """How an arm compares with another by the interval of the difference; level only if both ends are near 0."""
     if queries >= QUERIES and (score["delta_low"] > 0 or score["delta_high"] < 0):
         return "is above it" if score["delta_low"] > 0 else "is below it"
-    if rules_out(queries, score) and score["delta_low"] > -WORTH and score["delta_high"] < WORTH:
+    if rules_out(queries, score, worth) and score["delta_low"] > -worth and score["delta_high"] < worth:
         return "is level with it"
     return "cannot be distinguished from it"
 
@@ -286,12 +309,12 @@ def _bm25(summary: Json) -> list[str]:
             continue
         best, score = max(rows, key=lambda row: row[1]["mean"])
         over = score["over_bm25"]
-        word = _position(data["queries"], {"mean": score["mean"], **over})
+        word = _position(data["queries"], {"mean": score["mean"], **over}, summary["worth"])
         which = f"{best['used']:,} {best['label']} queries, {best['base']}"
         sentences.append(
             f"Against BM25 on {data['name']}: the best arm ({which}) {word} "
             f"({score['mean']:.3f} and {score['mean'] - over['delta']:.3f}; {signed(over['delta'])}, "
-            f"95 % CI {signed(over['delta_low'])} to {signed(over['delta_high'])})."
+            f"{summary['interval']} {signed(over['delta_low'])} to {signed(over['delta_high'])})."
         )
     return sentences
 

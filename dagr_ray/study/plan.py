@@ -13,6 +13,7 @@ from dagr_ray.core.artifact import Artifact, Json
 from dagr_ray.core.config import ConfigError, digest, fingerprint_cache
 from dagr_ray.core.stage import Stage, walk
 from dagr_ray.miners.bm25 import BM25
+from dagr_ray.report.decision.outcomes import ALPHA, WORTH
 from dagr_ray.stages.evaluate import Scorecard
 from dagr_ray.stages.retrieve import Search
 from dagr_ray.study.job import Job
@@ -70,10 +71,20 @@ class Study:
     job: Job
     axes: dict[str, list[Any]]
     trials: list[Trial]
+    worth: float = WORTH
+    alpha: float = ALPHA
 
     def folder(self, runs: str) -> Artifact:
-        key = digest([self.job.name, sorted(trial.card.fingerprint() for trial in self.trials)])
+        # the margin and the level are fixed before the first result: another one is another study
+        usual = {"worth": WORTH, "alpha": ALPHA}
+        rule = {name: value for name, value in self.rule().items() if value != usual[name]}
+        trials = sorted(trial.card.fingerprint() for trial in self.trials)
+        key = digest([self.job.name, trials, *([rule] if rule else [])])
         return Artifact(runs, f"study-{self.job.name}-{key}")
+
+    def rule(self) -> Json:
+        """What a gain must be to be worth having, and the share of studies that may claim what is not so."""
+        return {"worth": self.worth, "alpha": self.alpha}
 
     def stages(self) -> list[Stage]:
         return walk(*(trial.card for trial in self.trials))
@@ -91,8 +102,15 @@ class Study:
         return [stages for stages in own if stages]
 
 
-def plan_study(job: Job, axes: Mapping[str, Sequence[Any]]) -> Study:
-    """Every combination of the axes, without duplicates, and the baselines that each combination is compared with."""
+def plan_study(job: Job, axes: Mapping[str, Sequence[Any]], worth: float = WORTH, alpha: float = ALPHA) -> Study:
+    """Every combination of the axes, without duplicates, and the baselines that each combination is compared with.
+
+    ``worth`` is the smallest gain worth having, ``alpha`` the level of every claim (see ``report.decision.outcomes``).
+    Raises ConfigError for one that is out of range.
+    """
+    for name, value, most in (("worth", worth, 1.0), ("alpha", alpha, 0.5)):
+        if not 0 < value < most:
+            raise ConfigError(f"{name} = {value:g}; give a number above 0 and below {most:g}")
     trials: dict[str, Trial] = {}
 
     def add(params: Json, kind: str, card: Stage) -> None:
@@ -110,7 +128,7 @@ def plan_study(job: Job, axes: Mapping[str, Sequence[Any]]) -> Study:
                 add(baseline_params, kind, baseline)
         for params, card in cards:
             add(params, "augmented", card)
-    return Study(job, {k: list(v) for k, v in axes.items()}, list(trials.values()))
+    return Study(job, {k: list(v) for k, v in axes.items()}, list(trials.values()), worth, alpha)
 
 
 def _baselines(params: Json, card: Stage) -> Iterable[tuple[str, Json, Stage]]:

@@ -114,6 +114,7 @@ def _study_values(study: Study, runs: str, earlier: Json, wall: float, has_work:
         "name": study.job.name,
         "job": study.job.path,
         "axes": study.axes,
+        **study.rule(),
         "defaults": study.job.values_by_default(),
         # a finished study that is only read again keeps the machine that ran it
         "machine": _machine() if has_work else earlier.get("machine") or _machine(),

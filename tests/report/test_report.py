@@ -133,15 +133,76 @@ def test_too_few_queries_give_no_answer_to_enough(tmp_path) -> None:
     )
 
 
-def test_enough_is_the_smallest_volume_as_good_as_the_best(helped) -> None:
+def test_enough_is_said_only_if_it_is_shown(helped) -> None:
+    """24 rows are not shown to beat 16, nor are they shown to add less than what is worth having."""
     summary = report.summarise(*helped)
     curve = next(c for c in summary["curves"] if c["set"] == "in")
     assert [p["used"] for p in curve["points"]] == [0, 8, 16, 24]
-    assert (curve["best"], curve["enough"]) == (24, 16)
+    assert (curve["best"], curve["enough"], curve["rest"]["outcome"]) == (24, None, "more judged queries")
+    assert curve["rest"]["low"] < 0 < 0.01 < curve["rest"]["high"]
+    said = next(s for s in summary["verdict"]["sentences"] if s.startswith("How much is enough"))
+    assert "cannot tell; 24 may add 0.01 or more to 16 (+0.004, −" in said
+    assert f"and 0.01 needs about {curve['rest']['needed']:,}." in said
+    assert curve["rest"]["needed"] == pytest.approx((2.80 * 0.05 * NOISE.std(ddof=1) / 0.01) ** 2, rel=0.01)
     assert [s["per_100_rows"] for s in curve["steps"]] == pytest.approx([0, 1.25, 0.05], abs=1e-9)
     assert [s["per_dollar"] for s in curve["steps"][1:2]] == pytest.approx([0.1 / 0.08], rel=0.01)
     assert [a["answer"] for a in summary["verdict"]["answers"]] == ["yes", "worse"]
     assert "In distribution: yes. Out of distribution: it got worse." in summary["verdict"]["headline"]
+
+
+# gains and spreads of 8, 16 and 24 rows, and the margin -> the volume that is shown to be enough, and what is said
+ENOUGH = {
+    "level from 16 on": (
+        [(0.0, 0.1), (0.1, 0.1), (0.102, 0.11)],
+        0.01,
+        16,
+        "16 queries; it is shown that no larger volume",
+    ),
+    "a wide margin": ([(0.05, 0.1), (0.1, 0.1), (0.104, 0.15)], 0.03, 16, "adds 0.03 or more (the most is +0.004, −"),
+    "still rising": (
+        [(0.0, 0.1), (0.1, 0.1), (0.2, 0.12)],
+        0.01,
+        None,
+        "more than was tried may help; 24 are better than 16",
+    ),
+    "a gain of no worth": ([(0.005, 0.01), (0.005, 0.012), (0.005, 0.014)], 0.01, 0, "no queries are needed"),
+}
+
+
+@pytest.mark.parametrize(("points", "worth", "enough", "words"), ENOUGH.values(), ids=list(ENOUGH))
+def test_enough_by_curve(tmp_path, points, worth, enough, words) -> None:
+    arms = {n: {"in": arm(*point)} for n, point in zip((8, 16, 24), points, strict=True)}
+    runs, study = made_study(tmp_path, {"in": FROZEN.tolist()}, arms)
+    folder = Artifact(runs, study)
+    folder.write_json("study.json", folder.read_json("study.json") | {"worth": worth, "alpha": 0.05})
+    summary = report.summarise(runs, study)
+    assert summary["curves"][0]["enough"] == enough
+    assert words in " ".join(summary["verdict"]["sentences"])
+
+
+def test_the_level_of_a_study_is_in_its_intervals_and_answers(tmp_path) -> None:
+    runs, study = made_study(tmp_path, {"in": FROZEN.tolist()}, {8: {"in": arm(0.03, 0.1)}})
+    folder, seen = Artifact(runs, study), {}
+    for alpha in (0.05, 0.005):
+        folder.write_json("study.json", folder.read_json("study.json") | {"worth": 0.01, "alpha": alpha})
+        summary = report.summarise(runs, study)
+        score = next(t for t in summary["trials"] if t["kind"] == "augmented")["scores"]["in"]["nDCG@10"]
+        seen[alpha] = (score["delta_high"] - score["delta_low"], summary["verdict"]["answers"][0])
+        assert f"{100 * (1 - alpha):g} % CI" in report.terminal_table(summary)
+        assert f"{100 * (1 - alpha):g} % CI" in report.markdown_table(summary)
+    assert seen[0.005][0] > 1.3 * seen[0.05][0]
+    assert [seen[alpha][1]["answer"] for alpha in (0.05, 0.005)] == ["yes", "cannot tell"]
+    assert seen[0.005][1]["smallest"] > seen[0.05][1]["smallest"]
+
+
+def test_cannot_tell_says_what_could_be_seen(tmp_path) -> None:
+    runs, study = made_study(tmp_path, {"in": FROZEN.tolist()}, {8: {"in": arm(0.01, 0.3)}})
+    answer = report.summarise(runs, study)["verdict"]["answers"][0]
+    spread = 0.3 * np.std(NOISE, ddof=1)
+    assert answer["smallest"] == pytest.approx(2.80 * spread / 60**0.5, rel=0.01)
+    assert answer["needed"] == pytest.approx((2.80 * spread / 0.01) ** 2, rel=0.01)
+    words = f"the smallest gain that 60 judged queries show is {answer['smallest']:.3f} (80 % power, 1 arm), and 0.01 needs about"
+    assert f"{words} {answer['needed']:,}" in answer["sentence"]
 
 
 def test_tables_hold_the_summary(helped) -> None:

@@ -20,6 +20,8 @@ from dagr_ray.report.numbers import signed
 
 Outcome = Literal["better", "worse", "equivalent", "more volume", "more judged queries"]
 WORTH, ALPHA = 0.01, 0.05
+# What fewer judged queries, or fewer that changed, have not shown may well be there: an interval over them is no bound.
+QUERIES, CHANGED = 30, 10
 LIKELY = 0.5  # a rise by `worth` at the next rung that is as likely as not is tried, if nobody says what it is worth
 
 
@@ -103,6 +105,18 @@ def compare(
     return Finding(outcome, gain.mean, low, high, worth, queries, smallest, needed, rise)
 
 
+def can_rule_out(queries: int, changed: int, worth: float = WORTH) -> bool:
+    """Whether queries that did not change say that nothing is there.
+
+    Where all queries tie, as much as 3 in ``queries`` of those that were not drawn may still gain (the rule of three, Hanley
+    and Lippman-Hand 1983, doi 10.1001/jama.1983.03330370053031).
+
+    >>> can_rule_out(60, 0), can_rule_out(600, 0), can_rule_out(60, 20)
+    (False, True, True)
+    """
+    return 3 / max(queries, 1) <= worth or (queries >= QUERIES and changed >= CHANGED)
+
+
 @dataclass(frozen=True)
 class Enough:
     """``at`` is the index of the smallest volume shown to be enough, None if none is. ``rest`` is what larger volumes add to it
@@ -124,7 +138,8 @@ def smallest_enough(
 
     ``volumes`` are scores ``[queries, seeds]`` of a curve's points, the frozen base first, on the same queries; two at least.
     A volume is enough if against each larger one the interval of the difference ends below ``worth`` (an intersection-union
-    test, Berger 1982: no correction is needed). Volumes are taken from the last but one downwards and the first that is not
+    test, Berger 1982: no correction is needed), over queries that can rule something out. Volumes are taken
+    from the last but one downwards and the first that is not
     shown ends it (a fixed sequence, Maurer, Hothorn and Lehmacher 1995), so the chance to name one that is too small is at
     most ``alpha / 2`` however many there are. Of the largest volume nothing larger is known: it is never called enough.
 
@@ -147,8 +162,15 @@ def smallest_enough(
         ]
         worst = max(found, key=lambda each: each.high)
         rest = rest or worst
-        if not worst.high < worth:
+        tied = min(_changed(larger, volumes[i]) for larger in volumes[i + 1 :])
+        if not worst.high < worth or not can_rule_out(worst.queries, tied, worth):
             break
         at, rest = i, worst
     assert rest is not None
     return Enough(at, rest)
+
+
+def _changed(one: Floats, other: Floats) -> int:
+    """Queries whose means over the seeds differ."""
+    means = [side if side.ndim == 1 else side.mean(axis=1) for side in (one, other)]
+    return int((np.abs(means[0] - means[1]) > 1e-9).sum())

@@ -58,6 +58,7 @@ class Power:
     measured: int
     worth: float
     alpha: float
+    split: str = "test"
 
     @property
     def smallest(self) -> float:
@@ -71,7 +72,7 @@ class Power:
         """One line for a terminal.
 
         >>> print(Power("docs", 211, 8, 0.126, 0, 0.01, 0.05).sentence())
-        docs: 211 judged queries show a gain of 0.031 or more (80 % power, 8 arms, alpha 0.05); 0.01 needs about 2,040 \
+        docs (test): 211 judged queries show a gain of 0.031 or more (80 % power, 8 arms, alpha 0.05); 0.01 needs about 2,040 \
 (spread 0.126 assumed: nothing is measured yet)
         """
         arms = f"{self.arms} arm{'' if self.arms == 1 else 's'}"
@@ -81,12 +82,10 @@ class Power:
             else "assumed: nothing is measured yet"
         )
         judged = f"{self.queries:,} judged quer{'y shows' if self.queries == 1 else 'ies show'}"
-        seen = f"a gain of {self.smallest:.3f} or more ({POWER:.0%} power, {arms}, alpha {self.alpha:g})"
-        enough = "are enough for" if self.needed <= self.queries else "needs about"
-        need = f"{self.worth:g} needs about {_rounded(self.needed):,}"
-        if enough == "are enough for":
-            need = f"{self.worth:g} needs about {_rounded(self.needed):,}, which are there"
-        return f"{self.name}: {judged} {seen.replace('80%', '80 %')}; {need} (spread {self.spread:.3f} {basis})"
+        seen = f"a gain of {self.smallest:.3f} or more ({100 * POWER:g} % power, {arms}, alpha {self.alpha:g})"
+        there = ", which are there" if self.needed <= self.queries else ""
+        need = f"{self.worth:g} needs about {_rounded(self.needed):,}{there}"
+        return f"{self.name} ({self.split}): {judged} {seen}; {need} (spread {self.spread:.3f} {basis})"
 
 
 def _rounded(count: int) -> int:
