@@ -2,46 +2,24 @@
 
 from typing import Literal
 
+from dagr_ray import Beir, Dense, Encoder, Exemplars, Sample, Scorecard, Take, Train, augment, generator_named, judge
 from dagr_ray.core.paths import FileOrFolder, split_values
-from dagr_ray.miners.dense import Dense
 from dagr_ray.quickstart.models import minilm
-from dagr_ray.recipes.augmentation import augment, generator_named
-from dagr_ray.recipes.evaluation import judge, named_sets, shown_split
-from dagr_ray.retrieval.encoder import Encoder
-from dagr_ray.stages.evaluate import Scorecard
-from dagr_ray.stages.exemplars import Exemplars
+from dagr_ray.recipes import named_sets, shown_split
 from dagr_ray.stages.human_labels import People
-from dagr_ray.stages.sources import Beir, Sample
-from dagr_ray.stages.take import Take
-from dagr_ray.stages.train import Train
 from dagr_ray.stages.tune_generator import TuneGenerator
 
 STUDY = {"volume": (0, 256, 1024), "generator": ("smollm2", "crop")}
 
 
 def beir(
-    data: FileOrFolder,
-    ood: FileOrFolder | None = None,
-    volume: int = 1024,
-    generator: Literal["smollm2", "crop", "llm", "smollm2-tuned", "llm-tuned"] = "smollm2",
-    model: str | None = None,
-    base: str = "minilm",
-    density: int | None = None,
-    coverage: float | None = None,
-    passages: int = 1500,
-    samples: int = 2,
-    max_rank: int = 20,
-    negatives: int = 1,
-    people: str | None = None,
-    epochs: int = 1,
-    lr: float = 2e-5,
-    seed: int = 0,
-    language: str = "auto",
-    split: str = "test",
-    tuned_on: FileOrFolder | None = None,
-    pairs: int | None = None,
+    data: FileOrFolder, ood: FileOrFolder | None = None, volume: int = 1024,
+    generator: Literal["smollm2", "crop", "llm", "smollm2-tuned", "llm-tuned"] = "smollm2", model: str | None = None,
+    base: str = "minilm", density: int | None = None, coverage: float | None = None, passages: int = 1500, samples: int = 2,
+    max_rank: int = 20, negatives: int = 1, people: str | None = None, epochs: int = 1, lr: float = 2e-5, seed: int = 0,
+    language: str = "auto", split: str = "test", tuned_on: FileOrFolder | None = None, pairs: int | None = None,
     fused: bool = False,
-) -> Scorecard:
+) -> Scorecard:  # fmt: skip
     """A retriever trained on ``volume`` queries generated for the passages of ``data``, judged on people's queries.
 
     ``data`` is a folder in BEIR's or another layout, judged on ``split``; ``ood`` a second one for the out-of-distribution

@@ -1,17 +1,11 @@
 """Strategy by strategy: what a retriever learns from equally many rows of each. ``dagr study jobs/catalogue.py``."""
 
+from dagr_ray import Beir, Dense, Encoder, Exemplars, Sample, Scorecard, Take, Train, judge
 from dagr_ray.core.paths import FileOrFolder
 from dagr_ray.engines.vllm import VLLM
-from dagr_ray.miners.dense import Dense
 from dagr_ray.quickstart.models import SMOLLM2, minilm
-from dagr_ray.recipes.evaluation import judge, shown_split
-from dagr_ray.recipes.strategies import arm, strategy_named
-from dagr_ray.retrieval.encoder import Encoder
-from dagr_ray.stages.evaluate import Scorecard
-from dagr_ray.stages.exemplars import Exemplars
-from dagr_ray.stages.sources import Beir, PyDocs, Sample
-from dagr_ray.stages.take import Take
-from dagr_ray.stages.train import Train
+from dagr_ray.recipes import arm, shown_split, strategy_named
+from dagr_ray.stages.sources import PyDocs
 
 STUDY = {
     "strategy": (

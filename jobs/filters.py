@@ -2,24 +2,17 @@
 
 from typing import Literal
 
+from dagr_ray import BM25, Beir, Dense, Encoder, Exemplars, Sample, Scorecard, Take, Train, generator_named, judge
 from dagr_ray.core.paths import FileOrFolder
 from dagr_ray.engines import Sampling
-from dagr_ray.miners.bm25 import BM25
-from dagr_ray.miners.dense import Dense
 from dagr_ray.quickstart.models import minilm
-from dagr_ray.recipes.augmentation import generator_named
-from dagr_ray.recipes.evaluation import judge, shown_split
-from dagr_ray.recipes.filters import EXTRA, filtered_by
-from dagr_ray.retrieval.encoder import Encoder
-from dagr_ray.stages.evaluate import Scorecard
-from dagr_ray.stages.exemplars import Exemplars
+from dagr_ray.recipes import filtered_by, shown_split
+from dagr_ray.recipes.filters import EXTRA
 from dagr_ray.stages.generate import Generate
 from dagr_ray.stages.mine import Mine
 from dagr_ray.stages.parse import Parse
 from dagr_ray.stages.retrieve import Index, Search
-from dagr_ray.stages.sources import Beir, PyDocs, Sample
-from dagr_ray.stages.take import Take
-from dagr_ray.stages.train import Train
+from dagr_ray.stages.sources import PyDocs
 
 EACH = ("format", "length", "repetition", "refusal", "template", "duplicate", "copied", "round-trip", "leak")
 STUDY = {"filters": ("all", "none", *(f"without-{name}" for name in EACH), *(f"with-{name}" for name in EXTRA))}

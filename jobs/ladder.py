@@ -2,21 +2,15 @@
 
 from typing import Literal
 
+from dagr_ray import Beir, Dense, Encoder, Exemplars, Sample, Scorecard, Train, generator_named, judge
 from dagr_ray.core.paths import FileOrFolder
 from dagr_ray.engines import Sampling
-from dagr_ray.miners.dense import Dense
 from dagr_ray.quickstart.models import minilm
-from dagr_ray.recipes.augmentation import filtered, generator_named
-from dagr_ray.recipes.evaluation import judge, named_sets, shown_split
-from dagr_ray.recipes.ladder import RUNGS, Rung, Source, climb
-from dagr_ray.retrieval.encoder import Encoder
-from dagr_ray.stages.evaluate import Scorecard
-from dagr_ray.stages.exemplars import Exemplars
+from dagr_ray.recipes import RUNGS, Rung, Source, climb, filtered, named_sets, shown_split
 from dagr_ray.stages.generate import Generate
 from dagr_ray.stages.mix import HumanPairs
 from dagr_ray.stages.parse import Parse
-from dagr_ray.stages.sources import Beir, PyDocs, Sample
-from dagr_ray.stages.train import Train
+from dagr_ray.stages.sources import PyDocs
 from dagr_ray.teachers.cross_encoder import CrossEncoder
 
 STUDY = {"rung": RUNGS, "base": ("minilm", "scratch")}

@@ -1,17 +1,10 @@
 """Where hard negatives come from (arXiv 2504.21015): searches, an LLM, or both. ``dagr study jobs/negatives.py data=DIR``."""
 
+from dagr_ray import Beir, Dense, Encoder, Scorecard, Take, Train, generator_named, judge
 from dagr_ray.core.paths import FileOrFolder
-from dagr_ray.miners.dense import Dense
 from dagr_ray.quickstart.models import minilm
-from dagr_ray.recipes.augmentation import gated, generator_named
-from dagr_ray.recipes.evaluation import judge
-from dagr_ray.recipes.negatives import NEGATIVES, negatives_from
-from dagr_ray.retrieval.encoder import Encoder
-from dagr_ray.stages.evaluate import Scorecard
+from dagr_ray.recipes import NEGATIVES, gated, negatives_from
 from dagr_ray.stages.mix import HumanPairs
-from dagr_ray.stages.sources import Beir
-from dagr_ray.stages.take import Take
-from dagr_ray.stages.train import Train
 
 STUDY = {"source": NEGATIVES}
 

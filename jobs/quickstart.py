@@ -2,16 +2,9 @@
 
 from typing import Literal
 
-from dagr_ray.miners.dense import Dense
+from dagr_ray import Dense, Encoder, Exemplars, Sample, Scorecard, Take, Train, augment, generator_named, judge
 from dagr_ray.quickstart.models import minilm
-from dagr_ray.recipes.augmentation import augment, generator_named
-from dagr_ray.recipes.evaluation import judge
-from dagr_ray.retrieval.encoder import Encoder
-from dagr_ray.stages.evaluate import Scorecard
-from dagr_ray.stages.exemplars import Exemplars
-from dagr_ray.stages.sources import PyDocs, Sample
-from dagr_ray.stages.take import Take
-from dagr_ray.stages.train import Train
+from dagr_ray.stages.sources import PyDocs
 
 # What `dagr study` sweeps unless told otherwise. Sizes fit 12 minutes on two CPU cores.
 STUDY = {"volume": (0, 64, 192, 448), "generator": ("smollm2", "crop"), "base": ("minilm", "scratch")}
