@@ -1,7 +1,8 @@
-"""Modules under the names that they had in 0.1, so that jobs and plugins written for it still import. Gone in 0.3.
+"""Names of 0.1 that have changed, so that jobs and plugins written for it still work. Removed in 0.3.
 
-An old name is a module that looks up each attribute in the modules that took its place. The first import of one says so
-in a line.
+An old module is an empty one that looks up each attribute in the modules that replaced it. An old class or function is
+looked up under its new name, and a method that a plugin overrides under its old name is called under the new one. The
+first use of an old module or method logs one line.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import importlib
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
@@ -57,7 +58,7 @@ MOVED = {
     "store": "core.storage",
     "strategies.controls": "strategies._controls",
     "strategies.rewriting": "strategies._rewriting",
-    "strategies.written": "strategies._written",
+    "strategies.written": "strategies._one_query",
     "tables": "core.tables",
     "terminal": "core.terminal",
     "tracking": "study.mlflow_mirror",
@@ -67,7 +68,7 @@ MOVED = {
     "whole": "stages.score",
     "words": "core.words",
 }
-# Module that is still there -> where some of its names have gone.
+# Module that still exists -> the modules where some of its names are now.
 PARTLY_MOVED = {
     "engines": "core.stage",
     "stages.generate": "stages.exemplars stages.parse",
@@ -79,6 +80,7 @@ PARTLY_MOVED = {
 # Module of today -> its names of 0.1 with those that took their place.
 RENAMED = {
     "annotation.import_": {"take": "import_ratings"},
+    "annotation.sampling": {"Pair": "PairId", "Pairs": "PairPool"},
     "core.build": {"survey": "plan"},
     "core.config": {
         "Later": "OmitWhenDefault",
@@ -86,6 +88,7 @@ RENAMED = {
         "content_held": "cached_content",
     },
     "core.cost": {"holds": "resources_held"},
+    "core.joins": {"Candidates": "SearchResults"},
     "core.paths": {"told_apart": "distinct_names", "several": "split_values", "model_named": "model_path"},
     "core.special_tokens": {"unmarked": "escape_special_tokens"},
     "core.tables": {
@@ -102,6 +105,36 @@ RENAMED = {
     },
     "core.terminal": {"Shown": "EscapingFormatter"},
     "engines": {"paid": "token_usage"},
+    "filters": {"Candidate": "ScoredQuery"},
+    "filters.pii": {"Found": "Span"},
+    "formats.beir": {
+        "Problem": "LineProblem",
+        "judgement_file": "read_qrels_file",
+        "judgements": "read_qrels",
+        "told": "summarise_problems",
+    },
+    "formats.export": {"judged_beside": "qrels_path", "whole_corpus": "full_corpus"},
+    "formats.parquet": {"Checked": "RowCheck"},
+    "leakage.joins": {"Alike": "SimilarSets"},
+    "leakage.matching": {"Answered": "SharedAnswers", "Telling": "WordInformation"},
+    "leakage.minhash": {
+        "hashed": "hash_texts",
+        "mixed": "mix_bits",
+        "picked": "take_lists",
+        "repeated": "find_repeated",
+    },
+    "losses": {"Scored": "LossBatch"},
+    "prompts": {"Dice": "LazyRandom"},
+    "quickstart.pydocs": {"Judged": "JudgedQueries", "Passage": "DocEntry", "judgements": "read_judgements"},
+    "retrieval.vectors": {"Hits": "Ranking"},
+    "strategies._control_checks": {"controlled": "controls_of", "missed": "first_violation"},
+    "strategies._one_query": {"Written": "OneQuery"},
+    "strategies._rewriting": {"Form": "FewShot"},
+    "teachers": {"Hit": "SearchHit", "Pair": "QueryPassage", "Spread": "ScoreSpread"},
+    "teachers.attention_rerank": {"Judged": "LabelledQuery"},
+    "training.batches": {"Row": "ExampleRow", "cut": "split_rows"},
+    "training.loop": {"Fitted": "TrainingResult"},
+    "training.step": {"gathered": "gather"},
     "stages.generate_until": {"Reach": "GenerateUntil"},
     "stages.human_labels": {"Labelled": "WithHumanLabels"},
     "stages.label": {"Heads": "RetrievalHeads"},
@@ -193,6 +226,14 @@ class _Finder(MetaPathFinder):
         if spec is not None and spec.loader is not None:
             spec.loader = _Partly(spec.loader, PARTLY_MOVED.get(name, ""))
         return spec
+
+
+def rename_methods(cls: type, names: Mapping[str, str]) -> None:
+    """Makes a plugin's methods with old names override those with new names. ``names`` is old -> new."""
+    for old, new in names.items():
+        if old in cls.__dict__ and new not in cls.__dict__:
+            log.warning("%s.%s is now called %s; its old name goes with 0.3", cls.__name__, old, new)
+            setattr(cls, new, cls.__dict__[old])
 
 
 def install() -> None:

@@ -1,4 +1,4 @@
-"""The packages that a feature may need, and the commands that install them."""
+"""Optional packages that a feature may need, and the commands that install them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-# What pip is given for each importable package; the same pins as in requirements/ (a test compares them).
+# The arguments of pip for each importable package, with the pins of requirements/ (a test compares them).
 PACKAGES = {
     "accelerate": "accelerate",
     "gguf": "gguf",
@@ -29,18 +29,19 @@ GPU_PACKAGES = {"faiss": "faiss-gpu==1.15.1", "torch": "torch==2.13.0", "vllm": 
 def pip_install(package: str) -> str:
     """The command that installs an importable package into this environment."""
     if package == "torch" and (Path(sys.prefix).parent / "scripts" / "setup.py").is_file() and not _gpu_profile():
-        # it knows where a CPU build of torch is, which plain pip takes for a CUDA build on most machines
+        # plain pip would install a CUDA build on most machines; this script knows the index of the CPU builds
         return "python3 scripts/setup.py --again"
     known = PACKAGES | (GPU_PACKAGES if _gpu_profile() else CPU_PACKAGES)
-    return f"{_pip()} install {known.get(package, package)}"
+    return f"{pip_command()} install {known.get(package, package)}"
 
 
 def is_known(package: str) -> bool:
-    """Whether this project itself may need the package. Any other name may be anybody's, and is not for us to name."""
+    """Whether this project itself may need the package. An install command for any other name could name a stranger's."""
     return package in PACKAGES | CPU_PACKAGES
 
 
-def _pip() -> str:
+def pip_command() -> str:
+    """The pip of this environment, relative to the working directory if it is below it."""
     pip = Path(sys.prefix) / "bin" / "pip"
     if sys.prefix == sys.base_prefix or not pip.is_file():
         return "pip"
@@ -48,14 +49,16 @@ def _pip() -> str:
 
 
 def _gpu_profile() -> bool:
-    return _nvidia() and "+cpu" not in _found("torch")
+    return has_nvidia_driver() and "+cpu" not in installed_version("torch")
 
 
-def _nvidia() -> bool:
+def has_nvidia_driver() -> bool:
+    """Whether ``nvidia-smi`` is on the path."""
     return shutil.which("nvidia-smi") is not None
 
 
-def _found(*distributions: str) -> str:
+def installed_version(*distributions: str) -> str:
+    """Name and version of the first installed distribution; empty if none is installed."""
     for name in distributions:
         try:
             return f"{name} {version(name)}"

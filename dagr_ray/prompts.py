@@ -1,4 +1,4 @@
-"""What engines and strategies share: passages, exemplars, prompts, and what is read from an answer."""
+"""Types that engines and strategies share: passages, exemplars, prompts and parsed completions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 
 class Passage(NamedTuple):
-    """One row of the ``corpus`` table, or of ``pairs``: then with a query that it answers, or a passage linked to it."""
+    """One row of the ``corpus`` or ``pairs`` table. A pair also has a ``query`` that the passage answers, or another text."""
 
     doc_id: str
     title: str
@@ -25,61 +25,61 @@ class Exemplar(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """A prompt in three pieces, so that an engine can cut the passage, and nothing else, to its token budget.
+    """A prompt in three parts, so that an engine can cut only the passage to its token budget.
 
-    ``before`` is the same for every row of a stage (instructions and exemplars first), so that its prefill is shared.
-    ``whole`` says that the strategy has cut the text itself: the engine without a model answers with the passage as it is.
+    ``before`` (instructions and exemplars) is the same for every row of a stage, so that its prefill is shared. If
+    ``is_cut``, the strategy has already cut the text, and the engine without a model returns the passage unchanged.
     """
 
     before: str
     passage: str
     after: str
     stop: tuple[str, ...] = ()
-    whole: bool = False
+    is_cut: bool = False
 
     @property
     def text(self) -> str:
         return self.before + self.passage + self.after
 
 
-class Dice(random.Random):
-    """``random.Random(seed)`` that is seeded at its first number: most prompts need none, and seeding is slow.
+class LazyRandom(random.Random):
+    """A ``random.Random(seed)`` that seeds itself at its first number. Most prompts need none, and seeding is slow.
 
     One object serves many rows in turn:
 
-    >>> dice = Dice()
-    >>> dice.thrown(7).sample(range(100), 3) == random.Random(7).sample(range(100), 3)
+    >>> rng = LazyRandom()
+    >>> rng.seeded(7).sample(range(100), 3) == random.Random(7).sample(range(100), 3)
     True
     """
 
     _next: int | None = None
 
-    def thrown(self, seed: int) -> Dice:
-        """This object, in the state of ``random.Random(seed)``."""
+    def seeded(self, seed: int) -> LazyRandom:
+        """Returns this object, in the state of ``random.Random(seed)``."""
         self._next = seed
         return self
 
-    def _settle(self) -> None:
+    def _seed_now(self) -> None:
         if self._next is not None:
             self.seed(self._next)
             self._next = None
 
     def random(self) -> float:
         """A number in [0, 1)."""
-        self._settle()
+        self._seed_now()
         return super().random()
 
     def getrandbits(self, k: int) -> int:
         """A number of ``k`` bits."""
-        self._settle()
+        self._seed_now()
         return super().getrandbits(k)
 
 
 @dataclass(slots=True)
 class Parsed:
-    """What a completion yields: texts that go on, and (reason, detail) for what does not.
+    """The result of parsing a completion: accepted texts, and (reason, detail) of each rejection.
 
-    ``changes`` holds (before, after) for each text that changes one span of what it was made from.
+    ``changes`` holds (before, after) for each accepted text that changes one span of its source.
     """
 
     kept: list[str] = field(default_factory=list)

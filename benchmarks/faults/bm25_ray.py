@@ -29,7 +29,7 @@ from benchmarks.harness import Benchmark
 from dagr_ray.core import tables
 from dagr_ray.core.ray_start import connect
 from dagr_ray.miners.bm25 import BM25, start_java
-from dagr_ray.retrieval.vectors import Hits
+from dagr_ray.retrieval.vectors import Ranking
 
 FAULTS = ("neighbour killed", "exceptions in Java", "handler of SIGSEGV", "memory of Java", "large objects")
 WORDS = (
@@ -52,7 +52,7 @@ class Lucene:
         """Of the actor's process."""
         return os.getpid()
 
-    def round(self, fault: str = "") -> list[Hits]:
+    def round(self, fault: str = "") -> list[Ranking]:
         """The hits of all queries in a new index."""
         {
             "exceptions in Java": self._exceptions,

@@ -73,7 +73,7 @@ def planned(args: argparse.Namespace) -> Iterable[tuple[str, str, list[str]]]:
 def human_pairs(data: str) -> int:
     """How many relevant pairs the train split of a BEIR folder has; 0 where there is none."""
     try:
-        return tables.relevant(beir.judgements(data, "train")[0]).num_rows
+        return tables.relevant(beir.read_qrels(data, "train")[0]).num_rows
     except ConfigError:
         return 0
 

@@ -24,8 +24,15 @@ from dagr_ray.miners.bm25 import BM25
 from dagr_ray.quickstart.models import smollm2
 from dagr_ray.stages.retrieve import Index, Search
 from dagr_ray.stages.sources import Beir, PyDocs
-from dagr_ray.teachers import Pair
-from dagr_ray.teachers.attention_rerank import AttentionRerank, AttentionSession, Head, Judged, best_heads, head_scores
+from dagr_ray.teachers import QueryPassage
+from dagr_ray.teachers.attention_rerank import (
+    AttentionRerank,
+    AttentionSession,
+    Head,
+    LabelledQuery,
+    best_heads,
+    head_scores,
+)
 
 TEMPERATURES = (0.0001, 0.001, 0.01, 0.1)
 KEEP = 8
@@ -39,7 +46,9 @@ def ndcg(ranked: list[str], grades: dict[str, int], k: int = 10) -> float:
     return float(gains @ discounts[: len(gains)] / (ideal @ discounts[: len(ideal)])) if len(ideal) else 0.0
 
 
-def first_hits(data: Stage, split: str, depth: int, runs: str) -> tuple[list[list[Pair]], dict[str, dict[str, int]]]:
+def first_hits(
+    data: Stage, split: str, depth: int, runs: str
+) -> tuple[list[list[QueryPassage]], dict[str, dict[str, int]]]:
     """The pairs of each query of a split in BM25's order, and its grades."""
     found = materialize(Search(index=Index(corpus=data, miner=BM25()), queries=data, split=split, depth=depth), runs)
     folder = materialize(data, runs)
@@ -48,15 +57,15 @@ def first_hits(data: Stage, split: str, depth: int, runs: str) -> tuple[list[lis
     grades: dict[str, dict[str, int]] = {}
     for row in folder.read(f"qrels.{split}").to_pylist():
         grades.setdefault(row["query_id"], {})[row["doc_id"]] = row["relevance"]
-    hits: dict[str, list[Pair]] = {}
+    hits: dict[str, list[QueryPassage]] = {}
     for row in found.read("candidates").to_pylist():
         query_id, doc_id = row["query_id"], row["doc_id"]
-        hits.setdefault(query_id, []).append(Pair(query_id, text_of[query_id], doc_id, passage_of[doc_id]))
+        hits.setdefault(query_id, []).append(QueryPassage(query_id, text_of[query_id], doc_id, passage_of[doc_id]))
     order = sorted(hits, key=lambda q: tables.unit_of("benchmark", q))
     return [hits[query_id] for query_id in order], grades
 
 
-def heads_of(session: AttentionSession, sample: list[Judged]) -> tuple[tuple[Head, ...], float, np.ndarray]:
+def heads_of(session: AttentionSession, sample: list[LabelledQuery]) -> tuple[tuple[Head, ...], float, np.ndarray]:
     """The heads, the temperature that they were found at, and their scores."""
     measured = [(session.masses(each.pairs), each) for each in sample]
     best: tuple[float, float, np.ndarray] | None = None
@@ -81,11 +90,11 @@ def compare(name: str, data: Stage, args: argparse.Namespace, runs: str) -> dict
     folder = materialize(data, runs)
     split = "dev" if "qrels.dev" in folder.table_names() else "train"
     known, grades = first_hits(data, split, args.depth, runs)
-    sample: list[Judged] = []
+    sample: list[LabelledQuery] = []
     for pairs in known:
         relevant = frozenset(p.doc_id for p in pairs if grades[p.query_id].get(p.doc_id, 0) > 0)
         if relevant and len(sample) < args.find:
-            sample.append(Judged(pairs, relevant))
+            sample.append(LabelledQuery(pairs, relevant))
     teacher = AttentionRerank(model=str(smollm2()), window=args.depth, max_words=args.words)
     whole = AttentionSession(teacher)
     began = time.perf_counter()

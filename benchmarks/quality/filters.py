@@ -26,7 +26,7 @@ from dagr_ray.core.build import materialize
 from dagr_ray.core.config import from_json
 from dagr_ray.core.placement import Placement, Pool
 from dagr_ray.core.stage import Output, Stage
-from dagr_ray.filters import Candidate, Filter
+from dagr_ray.filters import Filter, ScoredQuery
 from dagr_ray.miners.bm25 import BM25
 from dagr_ray.stages.retrieve import Index, Search
 from dagr_ray.stages.score import Score
@@ -63,7 +63,7 @@ def measured(planted: Planted, runs: str) -> dict:
     if case.filter.rowwise and not case.filter.reads:
         good = pairs(planted.data)
         rows = [
-            Candidate(f"q{i}", t, f"d{d}", good[d].passage)
+            ScoredQuery(f"q{i}", t, f"d{d}", good[d].passage)
             for i, (t, d) in enumerate(zip(case.texts, case.passages, strict=True))
         ]
         case.filter.score(rows[:10], None)

@@ -32,7 +32,7 @@ from dagr_ray.core.build import materialize
 from dagr_ray.core.stage import Stage
 from dagr_ray.core.words import words
 from dagr_ray.leakage import minhash
-from dagr_ray.leakage.matching import EQUAL, FLOORS, MECHANISMS, Answered, HeldOut, Matches, Telling
+from dagr_ray.leakage.matching import EQUAL, FLOORS, MECHANISMS, HeldOut, Matches, SharedAnswers, WordInformation
 from dagr_ray.quickstart.models import minilm
 from dagr_ray.retrieval import encoder
 from dagr_ray.retrieval.encoder import Encoder
@@ -76,17 +76,17 @@ class Set:
         self.model = model
         passages = folder.slice("corpus", 0, PASSAGES).to_pylist()
         bodies = [tables.passage_text(row["title"], row["text"]) for row in passages]
-        self.telling = Telling(minhash.split_words(_array(self.texts)), [minhash.split_words(_array(bodies))])
+        self.telling = WordInformation(minhash.split_words(_array(self.texts)), [minhash.split_words(_array(bodies))])
         self.held = HeldOut(_array(self.texts), telling=self.telling, vectors=self.encoded(self.texts))
 
     def encoded(self, texts: list[str]) -> minhash.Floats | None:
         return encoder.encode(self.model, texts) if self.model is not None and texts else None
 
-    def resembling(self, texts: list[str], by_meaning: bool, about: Answered | None = None) -> Matches:
-        return self.held.resembling(_array(texts), self.encoded(texts) if by_meaning else None, about)
+    def find_similar(self, texts: list[str], by_meaning: bool, about: SharedAnswers | None = None) -> Matches:
+        return self.held.find_similar(_array(texts), self.encoded(texts) if by_meaning else None, about)
 
     def found(self, texts: list[str], by_meaning: bool) -> Matches:
-        return self.resembling(texts, by_meaning).over(LEAST)
+        return self.find_similar(texts, by_meaning).over(LEAST)
 
     def bits(self) -> Iterator[list[float]]:
         """What each word of each test query tells."""
@@ -148,8 +148,8 @@ def alarms(data: Set) -> tuple[int, int, int, Counter[str]]:
         np.array([(i, passages[p]) for i, q in enumerate(ids) for p in data.relevant.get(q, ())], np.int64)
         for ids in (data.train, data.test)
     )
-    about = Answered(*made_of.reshape(-1, 2).T, *answers.reshape(-1, 2).T)
-    found = data.resembling(data.asked, by_meaning=True, about=about).over(LEAST)
+    about = SharedAnswers(*made_of.reshape(-1, 2).T, *answers.reshape(-1, 2).T)
+    found = data.find_similar(data.asked, by_meaning=True, about=about).over(LEAST)
     refused, false = set(), Counter[int]()
     by = Counter[str]()
     for row, other, how in zip(found.rows.tolist(), found.held_out.tolist(), found.how.tolist(), strict=True):

@@ -21,7 +21,7 @@ from dagr_ray.miners.dense import Dense
 from dagr_ray.quickstart.models import minilm
 from dagr_ray.recipes.evaluation import judge
 from dagr_ray.retrieval.encoder import Encoder
-from dagr_ray.retrieval.vectors import Hits
+from dagr_ray.retrieval.vectors import Ranking
 from dagr_ray.stages.evaluate import MEASURES, Qrels, measure, qrels_of, rankings
 from dagr_ray.stages.sources import Beir
 
@@ -33,7 +33,7 @@ THEIRS = {
 ASKED = {"ndcg_cut.10", "recall.100", "map", "recip_rank", "success.1,5,10"}
 
 
-def worst(qrels: Qrels, run: dict[str, Hits], ours: dict[str, dict[str, float]]) -> float:
+def worst(qrels: Qrels, run: dict[str, Ranking], ours: dict[str, dict[str, float]]) -> float:
     """The largest difference of any measure of any query to pytrec_eval's; a query without results has 0 there."""
     found = pytrec_eval.RelevanceEvaluator(qrels, ASKED).evaluate({q: dict(hits) for q, hits in run.items() if hits})
     largest = 0.0

@@ -30,15 +30,15 @@ def test_a_translation_is_found_by_its_meaning_alone():
     rng = np.random.default_rng(3)
     rows = [json.loads(line) for line in TRANSLATED.read_text().splitlines()]
     german = {row["query_id"]: row["text"] for row in rows if row["language"] == "de"}
-    english = {q: t for q, t in pydocs.judgements("stdlib", _Every()).queries.items() if q in german}
+    english = {q: t for q, t in pydocs.read_judgements("stdlib", _Every()).queries.items() if q in german}
     meant = rng.normal(size=(len(english), 384)).astype(np.float32)
     meant /= np.linalg.norm(meant, axis=1, keepdims=True)
     said = meant + rng.normal(size=meant.shape).astype(np.float32) * 0.003  # as an encoder of both languages has it
     said /= np.linalg.norm(said, axis=1, keepdims=True)
     held = HeldOut(texts(*english.values()), vectors=meant)
     asked = texts(*(german[q] for q in english))
-    assert len(english) > 20 and len(held.resembling(asked).over(LEAST)) == 0
-    found = held.resembling(asked, said).over(LEAST)
+    assert len(english) > 20 and len(held.find_similar(asked).over(LEAST)) == 0
+    found = held.find_similar(asked, said).over(LEAST)
     pairs = sorted(zip(found.rows.tolist(), found.held_out.tolist(), strict=True))
     assert pairs == [(i, i) for i in range(len(english))]
     assert {MECHANISMS[how] for how in found.how} == {"embedding"}

@@ -30,7 +30,7 @@ from dagr_ray.core.build import materialize
 from dagr_ray.core.placement import Placement, Pool
 from dagr_ray.core.stage import Inputs, Output, Run, Stage
 from dagr_ray.filters.duplicate import Duplicate
-from dagr_ray.leakage.minhash import mixed
+from dagr_ray.leakage.minhash import mix_bits
 from dagr_ray.quickstart.models import minilm
 from dagr_ray.retrieval.encoder import Encoder
 from dagr_ray.stages.score import Score
@@ -48,7 +48,7 @@ def hashed(*parts: npt.ArrayLike) -> npt.NDArray[np.uint64]:
     """A number of 64 bits from numbers, the same everywhere."""
     found: npt.NDArray[np.uint64] = np.zeros((), np.uint64)
     for part in parts:
-        found = mixed(np.asarray(part).astype(np.uint64) + found * np.uint64(31) + np.uint64(17))
+        found = mix_bits(np.asarray(part).astype(np.uint64) + found * np.uint64(31) + np.uint64(17))
     return np.asarray(found)
 
 

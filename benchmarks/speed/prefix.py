@@ -52,7 +52,7 @@ def main() -> int:
     requests = [
         (one.prompt(Passage(row["doc_id"], row["title"], row["text"]), (), random.Random(0)), seed_of(row["doc_id"], i))
         for row in rows
-        for i, one in enumerate(few.asked())
+        for i, one in enumerate(few.members())
     ]
     shuffled = random.Random(0).sample(requests, len(requests))
     engine = VLLM(model=str(smollm2()), max_model_len=512)
@@ -77,7 +77,7 @@ def main() -> int:
     ratios = [b / a for a, b in zip(seconds["side by side"], seconds["shuffled"], strict=True)]
     told = f"{median(ratios):.2f} (least {min(ratios):.2f}, most {max(ratios):.2f}; bound: at least {BOUND})"
     bench.say(
-        f"{len(rows)} passages of 120 words and more, {len(few.asked())} strategies, {prompt:,} prompt tokens, a cache of "
+        f"{len(rows)} passages of 120 words and more, {len(few.members())} strategies, {prompt:,} prompt tokens, a cache of "
         f"{args.blocks * 32:,} tokens, SmolLM2-135M on this CPU.\n"
     )
     figures = [[n, f"{len(requests) / median(s):.2f}", f"{cached[n] / prompt:.0%}"] for n, s in seconds.items()]

@@ -1,1 +1,1 @@
-"""What people should rate, and what their ratings say."""
+"""Human annotation: selects pairs to rate, and compares the ratings with teachers."""

@@ -1,4 +1,4 @@
-"""How far two raters agree on grades 0 to 3, and the cut points that turn a teacher's scores into such grades."""
+"""Agreement of two raters on grades 0 to 3, and cut points that convert a teacher's scores to such grades."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from dagr_ray.core.tables import unit_of
 
 GRADES = 4
 FOLDS = 5
-# Cut points that are tried: with 63, all ordered triples are 45,760, which numpy compares in milliseconds.
+# Candidate cut points. All 45,760 ordered triples of 64 are compared by numpy in milliseconds.
 CANDIDATES = 64
 Cuts = tuple[float, float, float]
 
 
 class Agreement(NamedTuple):
-    """``confusion`` [people's grade][teacher's grade]; ``kappa`` and ``quadratic`` are NaN where no chance is defined."""
+    """``confusion`` is [human grade][teacher's grade]. ``kappa`` and ``quadratic`` are NaN if chance always agrees."""
 
     confusion: np.ndarray
     kappa: float
@@ -28,8 +28,8 @@ class Agreement(NamedTuple):
 def agreement(people: Sequence[int] | np.ndarray, teacher: Sequence[int] | np.ndarray) -> Agreement:
     """The agreement of two lists of grades for the same pairs, in the same order.
 
-    >>> found = agreement([0, 0, 1, 3], [0, 1, 1, 3])
-    >>> found.exact, round(found.kappa, 3), round(found.quadratic, 3)
+    >>> result = agreement([0, 0, 1, 3], [0, 1, 1, 3])
+    >>> result.exact, round(result.kappa, 3), round(result.quadratic, 3)
     (0.75, 0.636, 0.909)
     """
     confusion = np.zeros((GRADES, GRADES), np.int64)
@@ -39,10 +39,10 @@ def agreement(people: Sequence[int] | np.ndarray, teacher: Sequence[int] | np.nd
 
 
 def kappa(confusion: np.ndarray, quadratic: bool = False) -> float:
-    """Cohen's kappa of a confusion table [k, k]: 1 is full agreement, 0 that of chance, NaN where chance always agrees.
+    """Cohen's kappa of a confusion table [k, k]: 1 is full agreement, 0 is chance, NaN if chance always agrees.
 
-    Source: Cohen 1960, doi 10.1177/001316446002000104; with ``quadratic`` a disagreement counts by the square of its
-    distance: Cohen 1968, doi 10.1037/h0026256.
+    Source: Cohen 1960, doi 10.1177/001316446002000104. With ``quadratic``, a disagreement is weighted by the square of
+    its distance: Cohen 1968, doi 10.1037/h0026256.
     """
     return float(_kappas(confusion[None], quadratic)[0])
 
@@ -54,12 +54,12 @@ def _kappas(confusions: np.ndarray, quadratic: bool) -> np.ndarray:
     weights = apart**2 if quadratic else (apart > 0).astype(int)
     total = confusions.sum((1, 2))
     by_chance = np.einsum("ni,nj->nij", confusions.sum(2), confusions.sum(1))
-    seen, expected = (confusions * weights).sum((1, 2)) * total, (by_chance * weights).sum((1, 2))
-    return 1 - np.divide(seen, expected, out=np.full(len(total), np.nan), where=expected > 0)
+    observed, expected = (confusions * weights).sum((1, 2)) * total, (by_chance * weights).sum((1, 2))
+    return 1 - np.divide(observed, expected, out=np.full(len(total), np.nan), where=expected > 0)
 
 
 def graded(scores: Sequence[float] | np.ndarray, cuts: Sequence[float]) -> np.ndarray:
-    """Grades 0 to 3: how many of the three cut points each score reaches.
+    """Grades 0 to 3: the number of the three cut points that each score reaches.
 
     >>> graded([0.1, 0.5, 2.6], (0.5, 1.5, 2.5)).tolist()
     [0, 1, 3]
@@ -68,11 +68,11 @@ def graded(scores: Sequence[float] | np.ndarray, cuts: Sequence[float]) -> np.nd
 
 
 def best_cuts(scores: Sequence[float] | np.ndarray, grades: Sequence[int] | np.ndarray) -> Cuts:
-    """The cut points with the highest quadratic kappa between ``graded(scores, cuts)`` and people's ``grades``.
+    """The cut points with the highest quadratic kappa between ``graded(scores, cuts)`` and human ``grades``.
 
-    All ordered triples of midpoints between neighbouring scores are tried (of 64 spread over the scores, where there are
-    more). Of equal ones the first with the most grades that are the same stands. A cut above all scores means that no
-    score earns that grade.
+    Tries all ordered triples of midpoints between neighbouring scores (of 64 spread over the scores, if there are more).
+    Ties are broken by the number of equal grades, then by order. A cut above all scores means that no score earns that
+    grade.
 
     >>> best_cuts([0.1, 0.2, 0.8, 0.9], [0, 0, 3, 3])
     (0.5, 0.5, 0.5)
@@ -90,7 +90,7 @@ def best_cuts(scores: Sequence[float] | np.ndarray, grades: Sequence[int] | np.n
     triples = np.stack([places[a[ordered]], places[b[ordered]], places[c[ordered]]], axis=1)
     edges = np.concatenate([np.zeros((len(triples), 1), int), triples, np.full((len(triples), 1), len(under) - 1)], 1)
     confusions = np.diff(under[edges], axis=1).transpose(0, 2, 1)
-    # no chance is defined where both give one and the same grade to all
+    # kappa is undefined if both give the same grade to all pairs; that is full agreement
     quality = np.nan_to_num(_kappas(confusions, quadratic=True), nan=1.0).round(12)
     same = np.trace(confusions, axis1=1, axis2=2)
     best = triples[np.lexsort((-same, -quality))[0]]
@@ -107,17 +107,17 @@ def _cut(scores: np.ndarray, place: int) -> float:
 
 
 def held_out(scores: Sequence[float], grades: Sequence[int], ids: Sequence[str]) -> Agreement | None:
-    """The agreement with cut points that were set on other pairs (5 folds by hash of ``ids``); None under 20 labels.
+    """The agreement with cut points fitted on other pairs (5 folds by hash of ``ids``); None for under 20 labels.
 
-    What ``best_cuts`` reaches on the labels that it was given is too good: this is what to expect on new pairs.
+    The agreement of ``best_cuts`` on its own labels is too optimistic; this one is the agreement to expect on new pairs.
     """
     if len(ids) < 20:
         return None
-    fold = np.array([int(unit_of("fold", each) * FOLDS) for each in ids])
+    fold_of = np.array([int(unit_of("fold", pair_id) * FOLDS) for pair_id in ids])
     values, labels = np.asarray(scores, np.float64), np.asarray(grades, int)
-    told = np.zeros(len(ids), int)
-    for out in range(FOLDS):
-        inside = fold == out
+    predicted = np.zeros(len(ids), int)
+    for fold in range(FOLDS):
+        inside = fold_of == fold
         if inside.any() and not inside.all():
-            told[inside] = graded(values[inside], best_cuts(values[~inside], labels[~inside]))
-    return agreement(labels, told)
+            predicted[inside] = graded(values[inside], best_cuts(values[~inside], labels[~inside]))
+    return agreement(labels, predicted)

@@ -1,4 +1,4 @@
-"""Writes the (query, passage) pairs that people should rate: as a page, CSV and JSON lines."""
+"""Writes the (query, passage) pairs that people should rate, as a page, CSV and JSON lines."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dagr_ray.core import tables
 from dagr_ray.core.artifact import Artifact
 from dagr_ray.core.config import ConfigError
 from dagr_ray.core.storage import filesystem
-from dagr_ray.formats.export import ancestor, whole_corpus
+from dagr_ray.formats.export import ancestor, full_corpus
 from dagr_ray.retrieval.encoder import Encoder
 from dagr_ray.stages.human_labels import plain_cell
 
@@ -46,52 +46,52 @@ def export(
     encoder: Encoder | None = None,
     people: Artifact | None = None,
 ) -> dict[str, int]:
-    """Writes ``items.jsonl``, ``items.csv`` and ``annotate.html`` into ``target``; items by reason.
+    """Writes ``items.jsonl``, ``items.csv`` and ``annotate.html`` into ``target``; returns the number of items by reason.
 
-    ``people``: the folder of an earlier import, whose pairs are not asked again, and whose cut points are the thresholds.
-    The page and the CSV do not show what the teachers said: a person should not be led. Raises ConfigError.
+    ``people`` is the folder of an earlier import: its pairs are not exported again, and its cut points are the
+    thresholds. The page and the CSV do not show the teachers' scores, which would bias the raters. Raises ConfigError.
     """
     if items < 1:
-        raise ConfigError(f"--items {items} is not a number of items; give 1 or more")
+        raise ConfigError(f"--items {items}: the number of items must be 1 or more")
     pairs = pairs_of(folders)
     cuts = thresholds_named(threshold, pairs.scores, people)
     rated = {(row["query_id"], row["doc_id"]) for row in people.read("qrels").to_pylist()} if people else set()
     texts = _texts(folders, "queries", "query_id", {query_id for query_id, _ in pairs.ids})
     queries = {query_id: row["text"] for query_id, row in texts.items()}
-    chosen = rank(pairs, items, cuts, encoder, queries, rated)
-    if not chosen:
+    selected = rank(pairs, items, cuts, encoder, queries, rated)
+    if not selected:
         raise ConfigError(f"nothing to rate: {len(pairs.ids)} pairs, {len(rated)} of them rated; give other folders")
-    passages = _texts(folders, "corpus", "doc_id", {pairs.ids[i][1] for i, _, _ in chosen})
+    passages = _texts(folders, "corpus", "doc_id", {pairs.ids[i][1] for i, _, _ in selected})
     rows = []
-    for place, (i, reason, why) in enumerate(chosen, 1):
+    for position, (i, reason, why) in enumerate(selected, 1):
         query_id, doc_id = pairs.ids[i]
-        said = {scorer: scores[i] for scorer, scores in pairs.scores.items() if not math.isnan(scores[i])}
-        row = {"rank": place, "query_id": query_id, "doc_id": doc_id, "reason": reason, "why": why}
+        scores = {scorer: values[i] for scorer, values in pairs.scores.items() if not math.isnan(values[i])}
+        row = {"rank": position, "query_id": query_id, "doc_id": doc_id, "reason": reason, "why": why}
         row |= {"query": queries[query_id], "title": passages[doc_id]["title"], "passage": passages[doc_id]["text"]}
-        rows.append(row | {"scores": said})
+        rows.append(row | {"scores": scores})
     _write(target, dict(zip(FILES, (_jsonl(rows), _csv(rows), page(rows)), strict=True)))
     return {reason: sum(row["reason"] == reason for row in rows) for reason in REASONS}
 
 
-def _texts(folders: Sequence[Artifact], table: str, key: str, wanted: set[str]) -> dict[str, dict[str, str]]:
-    """The rows of some queries or passages, by id, from what the folders were made from."""
-    found: dict[str, dict[str, str]] = {}
+def _texts(folders: Sequence[Artifact], table: str, key: str, ids: set[str]) -> dict[str, dict[str, str]]:
+    """The rows of queries or passages by id, from the inputs of the folders."""
+    row_of: dict[str, dict[str, str]] = {}
     for folder in folders:
-        source = whole_corpus(folder) if table == "corpus" else ancestor(folder, table)
-        missing = pa.array(sorted(wanted - found.keys()), tables.TEXT)
+        source = full_corpus(folder) if table == "corpus" else ancestor(folder, table)
+        missing = pa.array(sorted(ids - row_of.keys()), tables.TEXT)
         for part in source.scan(table) if len(missing) else ():
-            found |= {row[key]: row for row in part.filter(pc.is_in(part[key], value_set=missing)).to_pylist()}
-    if wanted - found.keys():
-        absent = sorted(wanted - found.keys())
+            row_of |= {row[key]: row for row in part.filter(pc.is_in(part[key], value_set=missing)).to_pylist()}
+    if ids - row_of.keys():
+        absent = sorted(ids - row_of.keys())
         raise ConfigError(
-            f"{len(absent)} of {len(wanted)} {key}s are in no table {table!r} below the folders, such as {absent[0]!r}; "
-            "give the folders whose pairs these are"
+            f"{len(absent)} of {len(ids)} {key}s are in no table {table!r} of the folders' inputs, such as {absent[0]!r}; "
+            "give the folders that these pairs come from"
         )
-    return found
+    return row_of
 
 
 def page(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The page: one file without network. Only the script that is in it may run, by its hash in the page's policy."""
+    """The page: one file without network access. Its content security policy allows only its own script, by hash."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     script = (Path(__file__).parent / "annotate.js").read_text()
@@ -113,12 +113,12 @@ def _jsonl(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
     names = ("rank", "query_id", "doc_id", "reason", "query", "title", "passage", "grade", "who")
-    made = io.StringIO()
-    writer = csv.writer(made)
+    text = io.StringIO()
+    writer = csv.writer(text)
     writer.writerow(names)
     for row in rows:
         writer.writerow([plain_cell(str(row.get(name, ""))) for name in names])
-    return made.getvalue()
+    return text.getvalue()
 
 
 def _write(target: str, files: Mapping[str, str]) -> None:
@@ -128,7 +128,7 @@ def _write(target: str, files: Mapping[str, str]) -> None:
         if info.is_file:
             with fs.open_input_stream(info.path) as before:
                 if before.read() != text.encode():
-                    raise ConfigError(f"{target}/{name} is there and holds something else; give another folder")
+                    raise ConfigError(f"{target}/{name} exists with other content; give another folder")
     fs.create_dir(root, recursive=True)
     for name, text in files.items():
         with fs.open_output_stream(f"{root}/{name}") as stream:

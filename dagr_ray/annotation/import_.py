@@ -1,4 +1,4 @@
-"""Reads people's ratings, and says what they mean for a teacher's scores."""
+"""Imports human ratings, and compares them with the teachers' scores."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from dagr_ray.annotation.agreement import GRADES, Agreement, agreement, best_cuts, graded, held_out
-from dagr_ray.annotation.sampling import Cuts, Pair, pairs_of
+from dagr_ray.annotation.sampling import Cuts, PairId, pairs_of
 from dagr_ray.core.artifact import Artifact
 from dagr_ray.core.build import materialize
 from dagr_ray.core.config import ConfigError
@@ -15,21 +15,21 @@ from dagr_ray.core.placement import Placement
 from dagr_ray.stages.human_labels import AGREEMENT, People, all_ratings
 
 JUDGE = "llm-judge"
-# Its scores are on the scale of the grades, and rounded.
+# The cut points that round the judge's scores, which are on the scale of the grades.
 ROUNDED = (0.5, 1.5, 2.5)
 
 
 def thresholds_named(words: Sequence[str], scorers: Iterable[str], earlier: Artifact | None = None) -> dict[str, Cuts]:
-    """Cut points by teacher: from SCORER=A[,B,C], else as an earlier import set them, else 0.5, 1.5, 2.5 for a judge.
+    """Cut points by teacher: from SCORER=A[,B,C], else from an earlier import, else 0.5, 1.5, 2.5 for a judge.
 
-    A judge is the teacher ``llm-judge`` in its pointwise form: its scores are expected grades. Raises ConfigError for a
-    name or number that means nothing.
+    A judge is the pointwise teacher ``llm-judge``, whose scores are expected grades. Raises ConfigError for an unknown
+    name or invalid numbers.
     """
     names = list(scorers)
-    found: dict[str, Cuts] = {name: ROUNDED for name in names if name.partition(" (")[0] == JUDGE}
+    cuts_of: dict[str, Cuts] = {name: ROUNDED for name in names if name.partition(" (")[0] == JUDGE}
     for name, entry in ((earlier.read_json(AGREEMENT) or {}) if earlier else {}).get("teachers", {}).items():
         if name in names:
-            found[name] = tuple(entry["recalibrated"]["cuts"])
+            cuts_of[name] = tuple(entry["recalibrated"]["cuts"])
     for word in words:
         name, equals, values = word.rpartition("=")
         try:
@@ -39,11 +39,11 @@ def thresholds_named(words: Sequence[str], scorers: Iterable[str], earlier: Arti
         finite = all(map(math.isfinite, cuts))
         if not equals or name not in names or len(cuts) not in (1, 3) or list(cuts) != sorted(cuts) or not finite:
             raise ConfigError(
-                f"--threshold {word!r}: give SCORER=VALUE with one number or three rising ones (0.5, or 0.5,1.5,2.5); "
-                f"scorers here: {', '.join(names) or 'none, the folders have no scores'}"
+                f"--threshold {word!r}: give SCORER=VALUE with one number or three ascending ones (0.5, or 0.5,1.5,2.5); "
+                f"scorers: {', '.join(names) or 'none, the folders have no scores'}"
             )
-        found[name] = cuts
-    return found
+        cuts_of[name] = cuts
+    return cuts_of
 
 
 # -- import ---------------------------------------------------------------------------------------------------------------
@@ -52,11 +52,11 @@ def thresholds_named(words: Sequence[str], scorers: Iterable[str], earlier: Arti
 def import_ratings(
     folders: Sequence[Artifact], files: Sequence[str], runs: str, threshold: Sequence[str] = ()
 ) -> tuple[Artifact, dict[str, Any]]:
-    """Checks ratings, writes them as a folder of ``People`` in ``runs``, and its ``agreement.json``; folder and report.
+    """Checks ratings, writes them as a folder of ``People`` in ``runs`` with ``agreement.json``; returns folder and report.
 
-    The report has, for each teacher of ``folders``, the agreement with its given cut points (if any), the cut points that
-    agree best with people, and what these give on labels they were not set on. Raises ConfigError, and writes nothing,
-    where a file is bad or rates a pair that is in none of the folders.
+    For each teacher of ``folders`` the report has the agreement with its given cut points (if any), the cut points that
+    agree best with people, and their agreement on held-out labels. Raises ConfigError, and writes nothing, if a file is
+    bad or rates a pair that is in none of the folders.
     """
     pairs = pairs_of(folders)
     cuts = thresholds_named(threshold, pairs.scores)
@@ -66,17 +66,17 @@ def import_ratings(
     if unknown:
         first, more = unknown[0], f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
         raise ConfigError(
-            f"{first.where}: ({first.query_id}, {first.doc_id}) is no pair of {', '.join(f.name for f in folders)}{more}; "
-            "give the folders that were exported, and ids as they were; nothing was imported"
+            f"{first.where}: ({first.query_id}, {first.doc_id}) is not a pair of {', '.join(f.name for f in folders)}{more}; "
+            "give the exported folders, with unchanged ids; nothing was imported"
         )
     folder = materialize(People(files=tuple(files)), runs, Placement())
     rows = folder.read("qrels").to_pylist()
     labels = {(row["query_id"], row["doc_id"]): row["relevance"] for row in rows}
     report: dict[str, Any] = {
         "labels": len(labels),
-        "grades": [sum(grade == each for grade in labels.values()) for each in range(GRADES)],
+        "grades": [sum(label == grade for label in labels.values()) for grade in range(GRADES)],
         "claimed": [sum(labels[p] == grade for p in labels if p in pairs.claimed) for grade in range(GRADES)],
-        "people": _between(folder.read("ratings").to_pylist()),
+        "people": _inter_rater(folder.read("ratings").to_pylist()),
         "teachers": {},
     }
     for scorer, scores in pairs.scores.items():
@@ -91,35 +91,32 @@ def import_ratings(
 
 
 def compare(scores: list[float], grades: list[int], ids: list[str], given: Cuts | None) -> dict[str, Any]:
-    """A teacher beside people on the same pairs, as JSON values.
+    """Compares a teacher with people on the same pairs; returns JSON values.
 
-    One cut point alone says relevant or not: it is compared with grades of 2 and 3 against 0 and 1, as 3 and 0.
+    A single cut point only separates relevant from irrelevant. Human grades are then reduced to 3 (for 2 and 3) and 0.
     """
-    best, outside = best_cuts(scores, grades), held_out(scores, grades, ids)
-    before = None
+    best, on_new_pairs = best_cuts(scores, grades), held_out(scores, grades, ids)
+    with_given = None
     if given is not None:
-        theirs = [3 * (grade >= 2) for grade in grades] if len(given) == 1 else grades
-        before = {
-            "cuts": list(given),
-            **_agreement_json(agreement(theirs, graded(scores, (*given, *given, *given)[:3]))),
-        }
+        human = [3 * (grade >= 2) for grade in grades] if len(given) == 1 else grades
+        with_given = {"cuts": list(given), **_as_json(agreement(human, graded(scores, (*given, *given, *given)[:3])))}
     return {
         "labels": len(grades),
-        "given": before,
-        "recalibrated": {"cuts": list(best), **_agreement_json(agreement(grades, graded(scores, best)))},
-        "held_out": None if outside is None else _agreement_json(outside),
+        "given": with_given,
+        "recalibrated": {"cuts": list(best), **_as_json(agreement(grades, graded(scores, best)))},
+        "held_out": None if on_new_pairs is None else _as_json(on_new_pairs),
     }
 
 
-def _agreement_json(found: Agreement) -> dict[str, Any]:
-    values = {"kappa": found.kappa, "quadratic": found.quadratic, "exact": found.exact}
+def _as_json(result: Agreement) -> dict[str, Any]:
+    values = {"kappa": result.kappa, "quadratic": result.quadratic, "exact": result.exact}
     rounded = {name: None if math.isnan(value) else round(value, 4) for name, value in values.items()}
-    return {**rounded, "confusion": found.confusion.tolist()}
+    return {**rounded, "confusion": result.confusion.tolist()}
 
 
-def _between(ratings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Ratings by person, and the agreement of each two on the pairs that both rated."""
-    by: dict[str, dict[Pair, int]] = {}
+def _inter_rater(ratings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The number of ratings by person, and the agreement of every two people on the pairs that both rated."""
+    by: dict[str, dict[PairId, int]] = {}
     for row in ratings:
         by.setdefault(row["who"], {})[row["query_id"], row["doc_id"]] = row["grade"]
     names = sorted(by)
@@ -130,7 +127,7 @@ def _between(ratings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             {
                 "between": [a, b],
                 "labels": len(both),
-                **_agreement_json(agreement([by[a][p] for p in both], [by[b][p] for p in both])),
+                **_as_json(agreement([by[a][p] for p in both], [by[b][p] for p in both])),
             }
             for (a, b), both in shared.items()
             if both
@@ -145,10 +142,10 @@ def text(report: Mapping[str, Any]) -> str:
     if sum(report["claimed"]):
         claimed = sum(report["claimed"])
         lines.append(
-            f"of {claimed} pairs that the data call relevant, people grade {sum(report['claimed'][2:])} at 2 or 3"
+            f"of {claimed} pairs that the data label as relevant, people grade {sum(report['claimed'][2:])} at 2 or 3"
         )
-    for each in report["people"]["agreement"]:
-        lines.append(f"{' and '.join(each['between'])} on {each['labels']} pairs: {_figures(each)}")
+    for raters in report["people"]["agreement"]:
+        lines.append(f"{' and '.join(raters['between'])} on {raters['labels']} pairs: {_figures(raters)}")
     for scorer, entry in report["teachers"].items():
         lines += ["", f"{scorer}, {entry['labels']} labels"]
         for name in ("given", "recalibrated"):
@@ -156,15 +153,15 @@ def text(report: Mapping[str, Any]) -> str:
                 shown = ", ".join(f"{cut:.4g}" for cut in entry[name]["cuts"])
                 lines.append(f"  {name} cut points {shown}: {_figures(entry[name])}")
         if entry["held_out"]:
-            lines.append(f"  recalibrated, on labels held out: {_figures(entry['held_out'])}")
+            lines.append(f"  recalibrated, on held-out labels: {_figures(entry['held_out'])}")
         elif entry["labels"] < 20:
-            lines.append("  fewer than 20 labels: the cut points may be chance")
+            lines.append("  fewer than 20 labels: the cut points may be due to chance")
         lines.append("  people \\ teacher      0     1     2     3")
         for grade, row in enumerate((entry["given"] or entry["recalibrated"])["confusion"]):
             lines.append(f"  {grade:>16}" + "".join(f"{count:>6}" for count in row))
     return "\n".join(lines)
 
 
-def _figures(each: Mapping[str, Any]) -> str:
-    kappa, quadratic = ("undefined" if each[k] is None else f"{each[k]:.2f}" for k in ("kappa", "quadratic"))
-    return f"kappa {kappa}, quadratic {quadratic}, same grade {each['exact']:.0%}"
+def _figures(result: Mapping[str, Any]) -> str:
+    kappa, quadratic = ("undefined" if result[k] is None else f"{result[k]:.2f}" for k in ("kappa", "quadratic"))
+    return f"kappa {kappa}, quadratic {quadratic}, same grade {result['exact']:.0%}"

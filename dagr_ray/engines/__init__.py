@@ -1,4 +1,4 @@
-"""Who answers: an engine turns prompts into completions. One file each; heavy state is opened on the worker."""
+"""Engines: each turns prompts into completions. One file each; models are opened on the worker."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from dagr_ray.prompts import Prompt
 
 
 class Sampling(Config):
-    """How completions are drawn. Defaults are Promptagator's (arXiv 2209.11755): temperature 0.7.
+    """The sampling of completions. Defaults are Promptagator's (arXiv 2209.11755): temperature 0.7.
 
-    ``logprob`` keeps the mean log-probability of each completion. An engine computes it over the whole vocabulary at every
-    token, which took vLLM 5 % of its time with a small model on a CPU, so it is only done where something reads it.
+    ``logprob`` records the mean log-probability of each completion. An engine computes it over the whole vocabulary at
+    every token, which took 5 % of vLLM's time with a small model on a CPU, so it is only done if a stage reads it.
     """
 
     temperature: Annotated[float, Field(ge=0, le=2)] = 0.7
@@ -29,10 +29,10 @@ class Sampling(Config):
 
 @dataclass
 class Completion:
-    """One sample of one prompt. ``error`` is set where the engine could not answer; then ``raw`` is None.
+    """One sample of one prompt. If the engine could not answer, ``error`` is set and ``raw`` is None.
 
-    ``logprob`` is the mean natural log-probability of the completion's tokens, as the model gives it at temperature 1;
-    None where there is no model, it does not tell, or it was not asked (``Sampling.logprob``).
+    ``logprob`` is the mean natural log-probability of the completion's tokens under the model at temperature 1; None if
+    there is no model, the engine does not report it, or it was not requested (``Sampling.logprob``).
     """
 
     raw: str | None
@@ -43,14 +43,14 @@ class Completion:
     truncated: bool = False
     error: str | None = None
     logprob: float | None = None
-    own_prompt: bool = False  # asked in a request for this sample alone: its prompt was paid for again
+    own_prompt: bool = False  # the sample had its own request, whose prompt was billed again
     retries: int = 0
-    failed_prompt_tokens: int = 0  # at most so many were paid for attempts without an answer
+    failed_prompt_tokens: int = 0  # at most so many were billed for attempts without an answer
     failed_completion_tokens: int = 0
 
 
 def token_usage(answers: Sequence[Sequence[Completion]]) -> dict[str, int]:
-    """The tokens that answers cost, each a prompt's samples. A prompt counts once for each request that held it.
+    """The billed tokens of answers (the samples of each prompt). A prompt counts once for each request that sent it.
 
     >>> one = Completion("a", "stop", prompt_tokens=10, cached_tokens=0, completion_tokens=2)
     >>> token_usage([[one, one]])["prompt_tokens"]
@@ -61,21 +61,21 @@ def token_usage(answers: Sequence[Sequence[Completion]]) -> dict[str, int]:
     """
     prompts = [c for answer in answers for i, c in enumerate(answer) if i == 0 or c.own_prompt]
     samples = [c for answer in answers for c in answer]
-    found = {name: sum(getattr(c, name) for c in prompts) for name in ("prompt_tokens", "cached_tokens")}
-    found["completion_tokens"] = sum(c.completion_tokens for c in samples)
+    usage = {name: sum(getattr(c, name) for c in prompts) for name in ("prompt_tokens", "cached_tokens")}
+    usage["completion_tokens"] = sum(c.completion_tokens for c in samples)
     rest = {
         n: sum(getattr(c, n) for c in samples) for n in ("retries", "failed_prompt_tokens", "failed_completion_tokens")
     }
-    return found | {name: value for name, value in rest.items() if value}
+    return usage | {name: value for name, value in rest.items() if value}
 
 
 class Session(Protocol):
-    """An opened engine. ``generate`` is called by several threads at once, each with the prompts of its own shard."""
+    """An opened engine. Several threads call ``generate`` at once, each with the prompts of its own shard."""
 
     def generate(
         self, prompts: Sequence[Prompt], seeds: Sequence[int], sampling: Sampling, n: int
     ) -> list[list[Completion]]:
-        """``n`` completions for each prompt, in order; sample ``i`` of a prompt is drawn with seed ``seeds[j] + i``."""
+        """``n`` completions for each prompt, in order. Sample ``i`` of prompt ``j`` has the seed ``seeds[j] + i``."""
         ...
 
     def close(self) -> None:
@@ -84,20 +84,20 @@ class Session(Protocol):
 
 
 class Engine(PricedEngine):
-    """Base of the engines. What changes the text (model, dtype, quantisation) is a field.
+    """Base of the engines. Everything that changes the text (model, dtype, quantisation) is a field.
 
     ``has_model`` is false if no language model answers: such an engine takes no time to start and has no tokens.
-    ``tells_probabilities`` says that its session gives the probabilities of given next tokens.
+    ``tells_probabilities`` means that its session can return the probabilities of given next tokens.
     """
 
     abstract: ClassVar[bool] = True
     has_model: ClassVar[bool] = True
     tells_probabilities: ClassVar[bool] = False
-    # Prompts are tokenised elsewhere, where a special token that a passage spells out may become one.
+    # A server tokenises the prompts, so a special token spelled out in a passage may become a real one.
     reads_markers: ClassVar[bool] = False
 
     def special_tokens(self) -> frozenset[str]:
-        """Those of the model's own tokenizer, for an engine that ``reads_markers``; none where it is not known."""
+        """The special tokens of the model's tokenizer, for an engine that ``reads_markers``; empty if unknown."""
         return frozenset()
 
     def tunable_folder(self) -> Path:
@@ -111,15 +111,15 @@ class Engine(PricedEngine):
         raise ConfigError(f"engine {self.type!r} takes no other model; give vllm")
 
     def open(self, pool: Pool) -> Session:
-        """Loads the model in this process (or in processes of its own). Raises ConfigError naming cause and remedy."""
+        """Loads the model in this process (or in its own processes). Raises ConfigError with cause and remedy."""
         raise NotImplementedError
 
     def model_name(self) -> str:
-        """What ``lineage`` calls the model."""
+        """The name of the model in ``lineage``."""
         return self.type
 
     def check(self, pool: Pool | None = None) -> None:
-        """Raises ConfigError, before anything starts, where the engine could not open (package or model missing).
+        """Raises ConfigError, before anything starts, if the engine cannot open (package or model missing).
 
-        With a pool, also what is wrong with the pool for this engine.
+        With a pool, also checks the pool's settings for this engine.
         """

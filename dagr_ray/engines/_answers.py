@@ -1,6 +1,6 @@
-"""What a server's answer may be: as large as what was asked for can be, of the types that it should have, plausible.
+"""Validates a server's answers: their size, the types of their values, and plausible numbers.
 
-A server is not trusted: it may be broken, in somebody else's hands, or another program altogether.
+A server is not trusted: it may be broken, controlled by somebody else, or another program altogether.
 """
 
 from __future__ import annotations
@@ -16,59 +16,59 @@ from dagr_ray.engines import Completion
 if TYPE_CHECKING:
     import aiohttp
 
-# The longest tokens of known vocabularies are runs of 128 spaces (cl100k, Llama 3); twice that leaves room.
+# The longest tokens of known vocabularies are runs of 128 spaces (cl100k, Llama 3); the limit is twice as much.
 TOKEN_CHARACTERS = 256
-# Bytes of JSON for each token that was asked for, and with its log-probability, its text and its place beside it.
-TOKEN_BYTES, TOLD_BYTES = 512, 2048
-BESIDES_BYTES = 131072  # names, identifiers, usage, spaces
-TEMPLATE_TOKENS = 512  # which a server may put around a prompt
+# Bytes of JSON for each requested token, without and with its log-probability, text and offset.
+TOKEN_BYTES, LOGPROB_BYTES = 512, 2048
+OVERHEAD_BYTES = 131072  # names, identifiers, usage, spaces
+TEMPLATE_TOKENS = 512  # tokens that a server may add to a prompt
 LOWEST_LOGPROB = -1e4
-NO_COMPLETION = "the answer is no completion in JSON"
+NO_COMPLETION = "the answer is not a completion in JSON"
 
 
 class TooLarge(Exception):
-    """An answer that is larger than what was asked for can be."""
+    """An answer that is larger than the request allows."""
 
 
-def largest(request: dict[str, Any]) -> int:
-    """The bytes that an answer to a request may have, unpacked."""
-    each = TOLD_BYTES if "logprobs" in request else TOKEN_BYTES
-    return BESIDES_BYTES + each * request["max_tokens"] * request.get("n", 1)
+def size_limit(request: dict[str, Any]) -> int:
+    """The most bytes of an answer to a request, after decompression."""
+    per_token = LOGPROB_BYTES if "logprobs" in request else TOKEN_BYTES
+    return OVERHEAD_BYTES + per_token * request["max_tokens"] * request.get("n", 1)
 
 
 async def body(response: aiohttp.ClientResponse, most: int) -> bytes:
-    """A response's body, unpacked. Reads no more than ``most`` bytes, packed or not; raises TooLarge where there are more.
+    """A response's body, decompressed. Raises TooLarge if it has over ``most`` bytes before or after decompression.
 
-    Of an error, the beginning is enough. Raises ValueError for a packing that is unknown or broken.
+    Of an error response, only the beginning is read. Raises ValueError for an unknown or damaged encoding.
     """
-    said = bytearray()
+    raw = bytearray()
     async for chunk in response.content.iter_any():
-        said += chunk
-        if len(said) > most:
+        raw += chunk
+        if len(raw) > most:
             response.close()
             if response.status < 300:
-                raise TooLarge(f"the answer has over {most} bytes, more than what was asked for can have")
+                raise TooLarge(f"the answer has over {most} bytes, more than the request allows")
             break
     packing = response.headers.get("Content-Encoding", "").strip().lower()
     if packing in ("", "identity"):
-        return bytes(said[:most])
+        return bytes(raw[:most])
     if packing not in ("gzip", "x-gzip", "deflate"):
-        raise ValueError(f"the answer is packed as {packing[:40]!r}, which was not asked for")
-    unpacker = zlib.decompressobj(wbits=47)  # finds out whether it is gzip's format or zlib's
+        raise ValueError(f"the answer is encoded as {packing[:40]!r}, which was not requested")
+    decompressor = zlib.decompressobj(wbits=47)  # detects gzip's and zlib's formats
     try:
-        found = unpacker.decompress(bytes(said), most + 1)
+        text = decompressor.decompress(bytes(raw), most + 1)
     except zlib.error:
-        raise ValueError(f"the answer is no whole {packing}") from None
-    if len(found) > most and response.status < 300:
-        raise TooLarge(f"the answer has over {most} bytes unpacked, more than what was asked for can have")
-    return found[:most]
+        raise ValueError(f"the answer is not a complete {packing} stream") from None
+    if len(text) > most and response.status < 300:
+        raise TooLarge(f"the answer has over {most} bytes after decompression, more than the request allows")
+    return text[:most]
 
 
 def completions(raw: bytes, request: dict[str, Any], most_prompt: int) -> list[Completion] | str:
-    """The completions in an answer to a request, or what is wrong with it. ``most_prompt``: tokens of its prompt.
+    """The completions in an answer, or a description of the error. ``most_prompt``: the most tokens of the prompt.
 
-    A count that is missing or no number is 0, and none is more than what was asked for. Servers count what they wrote in
-    all: it is shared out among several samples. Raises TooLarge for a text that ``max_tokens`` cannot hold.
+    A missing or invalid count is 0, and counts are capped at the request's limits. Servers report the tokens of all samples
+    together; they are divided evenly. Raises TooLarge for a text that ``max_tokens`` cannot produce.
     """
     samples, max_tokens = request.get("n", 1), request["max_tokens"]
     try:
@@ -76,17 +76,17 @@ def completions(raw: bytes, request: dict[str, Any], most_prompt: int) -> list[C
     except (ValueError, RecursionError):
         return NO_COMPLETION
     choices = value.get("choices") if isinstance(value, dict) else None
-    if not isinstance(choices, list) or not all(isinstance(each, dict) for each in choices):
+    if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
         return NO_COMPLETION
-    chosen = _in_order(choices, samples)
-    if isinstance(chosen, str):
-        return chosen
-    texts = [choice["text"] for choice in chosen if isinstance(choice.get("text"), str)]
+    ordered = _in_order(choices, samples)
+    if isinstance(ordered, str):
+        return ordered
+    texts = [choice["text"] for choice in ordered if isinstance(choice.get("text"), str)]
     if len(texts) < samples:
         return NO_COMPLETION
     longest = max(map(len, texts))
     if longest > max_tokens * TOKEN_CHARACTERS:
-        raise TooLarge(f"the answer has {longest} characters, more than max_tokens = {max_tokens} can hold")
+        raise TooLarge(f"the answer has {longest} characters, more than max_tokens = {max_tokens} can produce")
     usage = _object(value.get("usage"))
     prompt = _count(usage.get("prompt_tokens"), most_prompt + TEMPLATE_TOKENS)
     cached = _count(_object(usage.get("prompt_tokens_details")).get("cached_tokens"), prompt)
@@ -100,20 +100,20 @@ def completions(raw: bytes, request: dict[str, Any], most_prompt: int) -> list[C
             (written + i) // samples,
             logprob=mean(choice.get("logprobs"), max_tokens),
         )
-        for i, (text, choice) in enumerate(zip(texts, chosen, strict=True))
+        for i, (text, choice) in enumerate(zip(texts, ordered, strict=True))
     ]
 
 
 def _in_order(choices: list[dict[str, Any]], samples: int) -> list[dict[str, Any]] | str:
-    """The first ``samples`` choices by their index, or by their place where none has one."""
-    given = [choice.get("index") for choice in choices]
-    places = range(len(choices)) if all(place is None for place in given) else given
-    if not all(type(place) is int for place in places) or len(set(places)) < len(choices):
-        return "the answer's choices have no indices of their own"
-    by_place = dict(zip(places, choices, strict=True))
-    if not all(place in by_place for place in range(samples)):
+    """The first ``samples`` choices by their index, or by their position if no choice has an index."""
+    indices = [choice.get("index") for choice in choices]
+    positions = range(len(choices)) if all(index is None for index in indices) else indices
+    if not all(type(position) is int for position in positions) or len(set(positions)) < len(choices):
+        return "the answer's choices have no distinct indices"
+    by_position = dict(zip(positions, choices, strict=True))
+    if not all(position in by_position for position in range(samples)):
         return f"{len(choices)} of {samples} choices are in the answer" if choices else NO_COMPLETION
-    return [by_place[place] for place in range(samples)]
+    return [by_position[position] for position in range(samples)]
 
 
 def _object(value: Any) -> dict[str, Any]:
@@ -121,7 +121,7 @@ def _object(value: Any) -> dict[str, Any]:
 
 
 def _count(value: Any, most: int) -> int:
-    return min(value, most) if type(value) is int and value >= 0 else 0  # True is an int, and no number of tokens
+    return min(value, most) if type(value) is int and value >= 0 else 0  # True is an int, but not a count
 
 
 def _reason(value: Any) -> str | None:
@@ -129,15 +129,15 @@ def _reason(value: Any) -> str | None:
 
 
 def mean(logprobs: Any, max_tokens: int) -> float | None:
-    """The mean of an answer's ``token_logprobs``; None where they are no list of log-probabilities, as some servers' are not.
+    """The mean of an answer's ``token_logprobs``; None if they are not a list of log-probabilities.
 
     >>> mean({"token_logprobs": [-1.0, -2.0]}, 8), mean({"token_logprobs": [None]}, 8), mean(None, 8)
     (-1.5, None, None)
     """
-    found = _object(logprobs).get("token_logprobs")
-    if not isinstance(found, list) or not 0 < len(found) <= max_tokens + 1:  # some tell of the end, too
+    values = _object(logprobs).get("token_logprobs")
+    if not isinstance(values, list) or not 0 < len(values) <= max_tokens + 1:  # some servers include the end token
         return None
-    # a little over 0 comes of rounding
-    if not all(type(x) in (int, float) and LOWEST_LOGPROB <= x <= 1e-3 for x in found):
+    # rounding may give values a little over 0
+    if not all(type(x) in (int, float) and LOWEST_LOGPROB <= x <= 1e-3 for x in values):
         return None
-    return math.fsum(found) / len(found)
+    return math.fsum(values) / len(values)

@@ -1,4 +1,4 @@
-"""vLLM's own engine arguments under their own names: which may be given where, and whether vLLM takes their values."""
+"""Validates vLLM's own engine arguments: the place in which each may be set, and its value."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dagr_ray.core.placement import Pool
 
 # Read by vLLM when it is imported or started. What the user has set stands.
 
-# How fast, never what: these belong into the placement. Everything else is part of the engine's fingerprint.
+# Arguments that change only the speed, and belong into the placement. All others are part of the engine's fingerprint.
 SPEED = frozenset(
     """
     tensor_parallel_size pipeline_parallel_size distributed_executor_backend disable_custom_all_reduce
@@ -35,9 +35,9 @@ SPEED = frozenset(
     safetensors_load_strategy safetensors_prefetch_num_threads safetensors_prefetch_block_size stream_interval
     """.split()
 )
-# of a LoRA adapter, that vLLM can be set to
+# maximum ranks of a LoRA adapter that vLLM accepts
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-# Set by the engine itself: what to do instead.
+# Arguments that the engine sets itself, with the remedy for the user.
 ELSEWHERE = {
     "model": "set the engine's own field model",
     "revision": "set the engine's own field revision",
@@ -65,21 +65,21 @@ ELSEWHERE = {
 
 
 def prepare_environment() -> None:
-    """Sets what vLLM reads when it is imported, where the user has not."""
+    """Sets the environment variables that vLLM reads at import, unless the user has set them."""
     environment.set_defaults(environment.VLLM)
 
 
 def check_arguments(given: Mapping[str, Any], placement: bool) -> None:
-    """Raises ConfigError where vLLM has no such argument, takes no such value, or another place is the one for it.
+    """Raises ConfigError if vLLM has no such argument, refuses the value, or the argument belongs into another place.
 
-    ``placement`` says that they come from the pool's ``engine_args``, else from the engine's. Imports vLLM where there
-    are any, which takes seconds.
+    ``placement`` is true for the pool's ``engine_args`` and false for the engine's. Imports vLLM if there are any, which
+    takes seconds.
     """
     where = "the placement's engine_args" if placement else "vllm: engine_args"
     for name, value in given.items():
         if name in ELSEWHERE:
             shown = name if name == "hf_token" else f"{name} = {value!r}"
-            raise ConfigError(f"{where}: {shown} is not for here; {ELSEWHERE[name]}")
+            raise ConfigError(f"{where}: {shown} is not allowed here; {ELSEWHERE[name]}")
     if not given:
         return
     _check_paths(where, "", given)
@@ -88,7 +88,7 @@ def check_arguments(given: Mapping[str, Any], placement: bool) -> None:
         if name not in hints or name.startswith("_"):
             near = difflib.get_close_matches(name, [known for known in hints if known not in ELSEWHERE], 3, 0.5)
             nearest = f"; the nearest: {', '.join(near)}" if near else ""
-            raise ConfigError(f"{where}: vLLM has no argument {name!r}{nearest}; check its spelling or leave it out")
+            raise ConfigError(f"{where}: vLLM has no argument {name!r}{nearest}; check its spelling or remove it")
         _check_value(where, name, value, hints[name])
         if placement and name not in SPEED:
             raise ConfigError(
@@ -120,38 +120,38 @@ def _check_value(where: str, name: str, value: Any, hint: Any) -> None:
     if hint is Any:
         return
     try:
-        # from JSON: strict about "8" for 8, but a list may stand for a set and a string for a member of an enum
+        # from JSON: refuses "8" for 8, but accepts a list for a set and a string for a member of an enum
         TypeAdapter(hint).validate_json(json.dumps(value), strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         inside = "".join(f".{part}" for part in first["loc"] if isinstance(part, str) and part.isidentifier())
-        raise ConfigError(f"{where}: {name}{inside} = {first['input']!r}: {first['msg']}; give that") from None
+        raise ConfigError(f"{where}: {name}{inside} = {first['input']!r}: {first['msg']}") from None
 
 
 def _hints() -> dict[str, Any]:
-    """The type of each of vLLM's engine arguments; Any where it is one that JSON values cannot be checked against."""
+    """The type of each of vLLM's engine arguments; Any if JSON values cannot be checked against it."""
     prepare_environment()
     from vllm.engine.arg_utils import EngineArgs
 
     names = vars(sys.modules[EngineArgs.__module__])
-    found: dict[str, Any] = {}
+    hints: dict[str, Any] = {}
     for name, annotation in EngineArgs.__annotations__.items():
         try:
             hint = typing.get_type_hints(type(name, (), {"__annotations__": {name: annotation}}), globalns=names)[name]
             TypeAdapter(hint)
         except Exception:  # a name that vLLM imports for type checkers only, or a class without a schema
             hint = Any
-        found[name] = hint
-    return found
+        hints[name] = hint
+    return hints
 
 
 def parallel_sizes(pool: Pool) -> tuple[int, int]:
-    """Tensor and pipeline parallel size of each worker's engine. Raises ConfigError where they do not fill its GPUs.
+    """Tensor and pipeline parallel size of each worker's engine. Raises ConfigError if they do not match its GPUs.
 
-    Without a word about them, the model is split over all GPUs of a worker by tensors.
+    By default the model is split over all GPUs of a worker by tensor parallelism.
     """
     if pool.gpus > 1 and pool.gpus != int(pool.gpus):
-        raise ConfigError(f"placement: gpus = {pool.gpus:g} to a worker; give a whole number, or at most 1")
+        raise ConfigError(f"placement: gpus = {pool.gpus:g} per worker; give a whole number, or at most 1")
     gpus = max(int(pool.gpus), 1)
     pipeline = pool.engine_args.get("pipeline_parallel_size", 1)
     tensor = pool.engine_args.get("tensor_parallel_size", max(gpus // pipeline, 1) if _is_size(pipeline) else 1)
@@ -161,7 +161,7 @@ def parallel_sizes(pool: Pool) -> tuple[int, int]:
     if tensor * pipeline != gpus:
         raise ConfigError(
             f"placement: tensor_parallel_size = {tensor} times pipeline_parallel_size = {pipeline} takes {tensor * pipeline} "
-            f"GPUs, and a worker has gpus = {pool.gpus:g}; set gpus = {tensor * pipeline}, or change the sizes"
+            f"GPUs, but a worker has gpus = {pool.gpus:g}; set gpus = {tensor * pipeline}, or change the sizes"
         )
     return tensor, pipeline
 
@@ -171,25 +171,25 @@ def _is_size(value: Any) -> bool:
 
 
 def lora_rank(adapter: str) -> int:
-    """The least rank that vLLM can be set to for an adapter. Raises ConfigError where the folder holds none."""
+    """The smallest maximum rank for an adapter that vLLM accepts. Raises ConfigError if the folder has no adapter."""
     folder = Path(adapter)
     if not (folder / "adapter_config.json").is_file() or not any(folder.glob("adapter_model.*")):
         raise ConfigError(
-            f"vllm: lora = {adapter!r} is no adapter: adapter_config.json or adapter_model.safetensors is missing; "
-            "give a folder that PEFT has saved"
+            f"vllm: lora = {adapter!r} is not an adapter: adapter_config.json or adapter_model.safetensors is missing; "
+            "give a folder saved by PEFT"
         )
     try:
         rank = int(json.loads((folder / "adapter_config.json").read_text())["r"])
     except (ValueError, KeyError, TypeError):
-        raise ConfigError(f"vllm: adapter_config.json of {adapter!r} does not say its rank r; save it again") from None
-    fitting = [each for each in RANKS if each >= rank]
+        raise ConfigError(f"vllm: adapter_config.json of {adapter!r} has no valid rank r; save it again") from None
+    fitting = [limit for limit in RANKS if limit >= rank]
     if not fitting:
         raise ConfigError(f"vllm: lora = {adapter!r} has rank {rank}; vLLM takes at most {RANKS[-1]}")
     return fitting[0]
 
 
 def structured(schema: Mapping[str, Any] | None, regex: str | None) -> Any:
-    """vLLM's ``StructuredOutputsParams`` for a JSON schema or a regular expression; None where there is neither."""
+    """vLLM's ``StructuredOutputsParams`` for a JSON schema or a regular expression; None if there is neither."""
     if schema is None and regex is None:
         return None
     from vllm.sampling_params import StructuredOutputsParams
@@ -200,7 +200,7 @@ def structured(schema: Mapping[str, Any] | None, regex: str | None) -> Any:
 
 
 def structured_backend(schema: Mapping[str, Any] | None, regex: str | None) -> str:
-    """Which of vLLM's backends follows the schema or the expression. Raises ConfigError where none does. Imports vLLM."""
+    """The vLLM backend that supports the schema or expression. Raises ConfigError if none does. Imports vLLM."""
     prepare_environment()
     from vllm import SamplingParams
     from vllm.v1.structured_output.backend_guidance import validate_guidance_grammar
@@ -217,5 +217,5 @@ def structured_backend(schema: Mapping[str, Any] | None, regex: str | None) -> s
         return "guidance"
     except Exception:
         name, value = ("regex", regex) if schema is None else ("json_schema", dict(schema))
-        said = cause.splitlines()[-1][:200]
-        raise ConfigError(f"vllm: {name} = {str(value)[:200]!r} cannot be followed: {said}; simplify it") from None
+        reason = cause.splitlines()[-1][:200]
+        raise ConfigError(f"vllm: {name} = {str(value)[:200]!r} is not supported: {reason}; simplify it") from None

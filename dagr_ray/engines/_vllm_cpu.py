@@ -1,6 +1,6 @@
-"""What vLLM's build for CPUs leaves to others: kernels for norms without its compiler, and memory that steps keep.
+"""Speeds up vLLM's build for CPUs: kernels for norms without its compiler, and memory that is kept between steps.
 
-Imports vLLM and torch, so an engine imports it when it starts.
+Imports vLLM and torch, so an engine imports it only when it starts.
 """
 
 import ctypes
@@ -13,20 +13,20 @@ from torch import Tensor
 from vllm import ir
 
 PROVIDER = "dagr_ray_cpu"
-_VECTOR = 8  # numbers that the kernels read at once; they refuse a row with a rest
+_VECTOR = 8  # numbers that the kernels read at once; the size of a row must be a multiple of it
 # parameters of glibc's mallopt(3)
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 
 
 def norm_kernels(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments with which an engine on a CPU computes norms in one pass over the batch; none where that cannot help.
+    """Arguments that make an engine on a CPU compute norms in one pass over the batch; empty if that has no effect.
 
-    vLLM takes these kernels of its own on GPUs alone. On a CPU it counts on its compiler; without it (``enforce_eager``)
-    a norm is nine passes, a sixth of all time with a model of 135 million parameters.
+    vLLM uses these kernels only on GPUs. On a CPU it relies on its compiler; without it (``enforce_eager``) a norm takes
+    nine passes, a sixth of all time with a model of 135 million parameters.
     """
-    alone = arguments.get("tensor_parallel_size", 1) * arguments.get("pipeline_parallel_size", 1) == 1
-    if not (arguments.get("enforce_eager") and alone):
-        return {}  # other processes of an engine would not know the kernels
+    one_process = arguments.get("tensor_parallel_size", 1) * arguments.get("pipeline_parallel_size", 1) == 1
+    if not (arguments.get("enforce_eager") and one_process):
+        return {}  # the kernels are not registered in the engine's other processes
     if PROVIDER not in ir.ops.rms_norm.impls:
         ir.ops.rms_norm.register_impl(PROVIDER, supports_args=_takes_norm)(_norm)
         ir.ops.fused_add_rms_norm.register_impl(PROVIDER, supports_args=_takes_norm_of_sum, inplace=True)(_norm_of_sum)
@@ -36,12 +36,12 @@ def norm_kernels(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain(weight: Tensor | None, variance_size: int | None, *read: Tensor) -> bool:
-    alike = weight is None or weight.dtype == read[0].dtype
-    whole = all(each.is_contiguous() and each.shape[-1] % _VECTOR == 0 for each in read)
-    return variance_size is None and alike and whole
+    same_dtype = weight is None or weight.dtype == read[0].dtype
+    aligned = all(tensor.is_contiguous() and tensor.shape[-1] % _VECTOR == 0 for tensor in read)
+    return variance_size is None and same_dtype and aligned
 
 
-# vLLM wants the names, types and defaults of its own operations
+# vLLM requires the names, types and defaults of its own operations
 
 
 def _takes_norm(x: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None) -> bool:
@@ -68,17 +68,17 @@ def _norm_of_sum(
 
 
 def keep_memory() -> None:
-    """Has this process keep what an engine's step frees for the next step, until ``give_memory_back``.
+    """Makes this process keep the memory that a step frees for the next step, until ``give_memory_back``.
 
-    The logits of a batch of 256 are 50 MB: glibc gets so much from the system and gives it back at each step, and the
-    system fills it with zeros, page by page. Arrays of over 64 MB, which no heap of glibc's threads holds, still go that
-    way. An engine in a process of its own has vLLM's tcmalloc instead.
+    The logits of a batch of 256 are 50 MB. By default glibc requests that memory from the system and returns it at each
+    step, and the system zeroes it page by page. Arrays of over 64 MB do not fit into a heap of glibc's threads and are still
+    returned. An engine in its own process uses vLLM's tcmalloc instead.
     """
     _set({_MMAP_MAX: 0, _TRIM_THRESHOLD: 1 << 30})
 
 
 def give_memory_back() -> None:
-    """Undoes ``keep_memory`` and hands what is free to the system."""
+    """Undoes ``keep_memory`` and returns free memory to the system."""
     _set({_MMAP_MAX: 65536, _TRIM_THRESHOLD: 128 << 10})
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
@@ -88,5 +88,5 @@ def give_memory_back() -> None:
 def _set(options: Mapping[int, int]) -> None:
     libc = ctypes.CDLL(None)
     for option, value in options.items():
-        if hasattr(libc, "mallopt"):  # glibc's, and nobody else's
+        if hasattr(libc, "mallopt"):  # only glibc has it
             libc.mallopt(option, value)

@@ -1,4 +1,4 @@
-"""The engine that types what it reads, and slips."""
+"""An engine that copies its input with typing errors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dagr_ray.prompts import Prompt
 
 _ROWS = ("1234567890", "qwertyuiop", "asdfghjkl", "zxcvbnm")
 _AT = {key: (y, x) for y, row in enumerate(_ROWS) for x, key in enumerate(row)}
-# on keyboards the rows are shifted by about half a key each: a key touches two of the next row
+# the rows of a keyboard are shifted by about half a key each, so a key touches two keys of the next row
 _NEAR = {
     key: "".join(
         k for k, (v, u) in _AT.items() if k != key and abs(v - y) <= 1 and abs(u - x) <= 1 and abs(u - x + v - y) <= 1
@@ -25,10 +25,10 @@ _NEAR = {
 
 
 def slip(text: str, rate: float, rng: random.Random) -> str:
-    """The text with typing errors: each letter or digit is hit with probability ``rate``, at least one in all.
+    """The text with typing errors: each letter or digit is changed with probability ``rate``, at least one in all.
 
-    An error is a neighbouring key, two letters swapped, a letter left out or typed twice: the four kinds that most typing
-    errors are (Damerau 1964, https://doi.org/10.1145/363958.363994), here in equal shares.
+    An error is a neighbouring key, two swapped letters, an omitted letter or a doubled one: the four kinds of most typing
+    errors (Damerau 1964, https://doi.org/10.1145/363958.363994), here in equal shares.
 
     >>> slip("how long do bees live", 0.01, random.Random(3))
     'how long do bees livee'
@@ -40,31 +40,31 @@ def slip(text: str, rate: float, rng: random.Random) -> str:
     if not at:
         return text
     hit = {i for i in at if rng.random() < rate} or {rng.choice(at)}
-    made: list[str] = []
+    output: list[str] = []
     i = 0
     while i < len(keys):
         key = keys[i]
         if i not in hit:
-            made.append(key)
+            output.append(key)
         else:
             kind = rng.choice(("near", "swap", "drop", "twice"))
             near = _NEAR.get(key.lower(), "")
             if kind == "near" and near:
                 typed = rng.choice(near)
-                made.append(typed.upper() if key.isupper() else typed)
+                output.append(typed.upper() if key.isupper() else typed)
             elif kind == "swap" and i + 1 < len(keys) and keys[i + 1] not in (key, " "):
-                made += [keys[i + 1], key]
+                output += [keys[i + 1], key]
                 i += 1
             elif kind == "drop" and len(at) > 1:
                 pass
             else:
-                made += [key, key]
+                output += [key, key]
         i += 1
-    return "".join(made)
+    return "".join(output)
 
 
 class KeyboardEngine(Engine):
-    """Answers with the passage of the prompt, typed with errors in a share ``rate`` of its letters; no language model.
+    """Answers with the passage of the prompt, with typing errors in a share ``rate`` of its letters; no language model.
 
     >>> from dagr_ray.core.ray_pool import Pool
     >>> session = KeyboardEngine(rate=0.05).open(Pool(workers=0))
@@ -79,23 +79,23 @@ class KeyboardEngine(Engine):
     has_model: ClassVar[bool] = False
     rate: Annotated[float, Field(ge=0, le=1)] = 0.03
 
-    def open(self, pool: Pool) -> _Session:
-        return _Session(self.rate)
+    def open(self, pool: Pool) -> _KeyboardSession:
+        return _KeyboardSession(self.rate)
 
 
-class _Session:
+class _KeyboardSession:
     def __init__(self, rate: float) -> None:
         self.rate = rate
 
     def generate(
         self, prompts: Sequence[Prompt], seeds: Sequence[int], sampling: Sampling, n: int
     ) -> list[list[Completion]]:
-        """Sample ``i`` slips with seed ``seed + i``."""
-        made = []
+        """Sample ``i`` has the errors of seed ``seed + i``."""
+        answers = []
         for prompt, seed in zip(prompts, seeds, strict=True):
             typed = [slip(prompt.passage, self.rate, random.Random(seed + i)) for i in range(n)]
-            made.append([Completion(text, "stop", 0, 0, 0) for text in typed])
-        return made
+            answers.append([Completion(text, "stop", 0, 0, 0) for text in typed])
+        return answers
 
     def close(self) -> None:
         pass

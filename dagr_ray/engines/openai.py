@@ -1,4 +1,4 @@
-"""A server with OpenAI's completions API as an engine: a hosted model, or one served elsewhere (``vllm serve``)."""
+"""A server with OpenAI's completions API as an engine: a hosted model, or your own server (``vllm serve``)."""
 
 from __future__ import annotations
 
@@ -38,35 +38,36 @@ Result = TypeVar("Result")
 
 BACKOFF_S = 0.5  # before the second attempt; doubled for each one after it
 BACKOFF_MAX_S = 30.0
-RETRY_AFTER_MAX_S = 600.0  # a server that asks for more (a daily quota) is not waited for
-BAD_ANSWERS = 3  # answers to one request that are none, each of which may be paid for
-AGAIN = frozenset({408, 409, 429})  # and 5xx
+RETRY_AFTER_MAX_S = 600.0  # if a server asks for a longer wait (a daily quota), the request fails
+BAD_ANSWERS = 3  # invalid answers to one request before it fails, because each may be billed
+RETRY_STATUS = frozenset({408, 409, 429})  # and 5xx
 HIDDEN = "(hidden)"
 LOCAL = ("localhost", "127.0.0.1", "::1")
-# All other fields but `one_request` say where, how fast and for how much; none of them changes a completion.
-HASHED = ("type", "version", "model", "revision", "passage_characters")
+# All other fields except `one_request` set address, speed and price; none of them changes a completion.
+IDENTITY_FIELDS = ("type", "version", "model", "revision", "passage_characters")
 
 
 class OpenAIServer(Engine):
-    """A model behind ``base_url``/completions (OpenAI API reference, "Completions"): raw prompts.
+    """A model behind ``base_url``/completions (OpenAI API reference, "Completions"), with raw prompts.
 
-    The result is named by ``model`` and ``revision``, a label of the user's: no server proves which weights it has, and
-    not every one heeds seeds. ``api_key_env`` names the environment variable that holds the key in every worker (None
-    sends no key); the key itself is no field. A passage is cut at its end to ``passage_characters``; a prompt that is
-    still too long is an error of its row. The limits hold for a stage: each of the pool's workers has an equal share.
+    The fingerprint has ``model`` and ``revision``, a label chosen by the user, because no server proves which weights it
+    has, and some ignore seeds. ``api_key_env`` is the environment variable with the key in every worker (None sends no
+    key); the key itself is not a field. A passage is cut at its end to ``passage_characters``; a prompt that is still too
+    long is an error of its row. The limits apply to a stage: each of the pool's workers has an equal share.
 
-    A special token that data spells out (``</s>`` in a passage) is broken by a space; the strategy's own words are not.
-    Those of known families are (``markers``); ``tokenizer`` is a folder (or its address) with the files of the model's own
-    tokenizer, whose special tokens are broken too. It is read as data, on the machine that asks.
+    A special token that is spelled out in data (``</s>`` in a passage) is broken by a space, but not in the strategy's own
+    words. Special tokens of known model families are recognised (``core.special_tokens``). ``tokenizer`` is a folder (or
+    its URI) with the model's own tokenizer, whose special tokens are broken as well. It is read as data, on the machine that
+    sends the requests.
 
-    Log-probabilities are asked for until the server refuses a request because of them.
+    Log-probabilities are requested until the server refuses a request because of them.
 
-    Every sample is a request with a seed of its own. ``one_request`` asks for all samples of a prompt at once, with the
-    seed of the first: their prompt is paid for once, and it is the server's affair how they differ.
+    Every sample is a request with its own seed. ``one_request`` requests all samples of a prompt at once, with the seed of
+    the first: the prompt is billed once, and the server decides how the samples differ.
 
-    ``budget_usd`` holds for a stage, whatever the number of runs: a request counts as the most that it can cost until
-    its answer says how much it did, and none is begun that could go over. What was under way when a run was killed is
-    taken for as dear as the same rows elsewhere. Cached tokens cost as much as others unless a price is given for them.
+    ``budget_usd`` limits a stage over all its runs. A request counts with its highest possible cost until its answer reports
+    the actual cost, and no request starts that could exceed the budget. Requests in progress when a run was killed are
+    assumed to cost as much as the same number of other rows. Cached tokens cost as much as others unless they have a price.
 
     >>> OpenAIServer(model="org/name", revision="2025-01", base_url="https://llm.example/v1").model_name()
     'org/name@2025-01'
@@ -75,7 +76,7 @@ class OpenAIServer(Engine):
     abstract: ClassVar[bool] = False
     type: ClassVar[str] = "openai"
     version: ClassVar[int] = (
-        3  # special tokens spelled out in data are broken, those of more families and words of templates
+        3  # breaks special tokens of more families, and words of templates, that are spelled out in data
     )
     reads_markers: ClassVar[bool] = True
     model: Annotated[str, Field(min_length=1)]
@@ -99,7 +100,7 @@ class OpenAIServer(Engine):
     @model_validator(mode="before")
     @classmethod
     def _hide_keys(cls, value: Any) -> Any:
-        # pydantic's errors quote what was given: a key in a wrong place must be refused without being shown
+        # pydantic's errors quote the input, but a key in a wrong field must not be shown
         if not isinstance(value, dict):
             return value
         hidden = {k: v if k in cls.model_fields or k == "type" else HIDDEN for k, v in value.items()}
@@ -114,7 +115,7 @@ class OpenAIServer(Engine):
     def _is_a_name(cls, value: str | None) -> str | None:
         if value == HIDDEN:
             raise ConfigError(
-                "allowed is the name of an environment variable in capital letters, never the key; "
+                "allowed is the name of an environment variable in capital letters, not the key itself; "
                 "put the key into a variable and give its name, such as 'OPENAI_API_KEY'"
             )
         return value
@@ -122,13 +123,13 @@ class OpenAIServer(Engine):
     @field_validator("base_url")
     @classmethod
     def _is_safe(cls, value: str, info: ValidationInfo) -> str:
-        url = urlsplit(value)  # ValueError where host or port are none
+        url = urlsplit(value)  # raises ValueError for an invalid host or port
         plain_http = url.hostname in LOCAL or info.data.get("allow_plain_http")
         safe = url.scheme == "https" or (url.scheme == "http" and plain_http)
         if not (safe and url.hostname and url.port != 0) or HIDDEN in value or re.search(r"\s", value):
             raise ConfigError(
                 "allowed are https://host/v1 without user, password and query, and http:// to localhost or 127.0.0.1; "
-                "give one of these, or allow_plain_http=True for http:// in a network that you trust"
+                "give one of these, or set allow_plain_http=True for http:// in a network that you trust"
             )
         return value
 
@@ -136,13 +137,13 @@ class OpenAIServer(Engine):
     def _has_prices(self) -> OpenAIServer:
         if self.budget_usd and not (self.usd_per_million_prompt_tokens or self.usd_per_million_completion_tokens):
             raise ConfigError(
-                f"openai: budget_usd = {self.budget_usd} means nothing without prices; "
+                f"openai: budget_usd = {self.budget_usd} has no effect without prices; "
                 "set usd_per_million_prompt_tokens and usd_per_million_completion_tokens"
             )
         return self
 
     def identity(self) -> dict[str, Any]:
-        fields = {name: value for name, value in super().identity().items() if name in HASHED}
+        fields = {name: value for name, value in super().identity().items() if name in IDENTITY_FIELDS}
         own = self.special_tokens()
         return fields | ({"one_request": True} if self.one_request else {}) | ({"tokens": sorted(own)} if own else {})
 
@@ -159,7 +160,7 @@ class OpenAIServer(Engine):
         self.special_tokens()
 
     def token_prices(self, prices: Prices) -> TokenPrices | None:
-        """The engine's own prices, else those of the placement for the model's name."""
+        """The engine's own prices, or the placement's prices for the model's name."""
         own = self._own_prices()
         table = prices.tokens
         return own or table.get(self.model_name()) or table.get(self.model) or table.get("default")
@@ -171,13 +172,13 @@ class OpenAIServer(Engine):
         return TokenPrices(prompt=per_million[0], cached=self.usd_per_million_cached_tokens, completion=per_million[1])
 
     def usd(self, prompt_tokens: int, completion_tokens: int, cached_tokens: int = 0) -> float:
-        """What so many tokens cost at the engine's own prices, in dollars."""
+        """The cost of tokens at the engine's own prices, in dollars."""
         own = self._own_prices()
         return own.usd(prompt_tokens, cached_tokens, completion_tokens) if own else 0.0
 
-    def open(self, pool: Pool) -> _Session:
+    def open(self, pool: Pool) -> _OpenAISession:
         self.check()
-        return _Session(self, pool)
+        return _OpenAISession(self, pool)
 
 
 @lru_cache(maxsize=8)
@@ -190,15 +191,15 @@ def _key(name: str | None) -> str | None:
     key = environment.key(name) if name else None
     if key == "":
         raise ConfigError(
-            f"openai: the environment variable {name} (api_key_env) is not set; export it before the run, on every node"
+            f"openai: the environment variable {name} (api_key_env) is not set; export it on every node before the run"
         )
     if key and not re.fullmatch(r"[!#-\[\]-~]+", key):
-        raise ConfigError(f"openai: the key in {name} has spaces, quotes or letters that no key has; set it again")
+        raise ConfigError(f"openai: the key in {name} has spaces, quotes or letters that are not in keys; set it again")
     return key
 
 
 def retry_after_s(value: str | None, now: float) -> float:
-    """Seconds that a Retry-After header asks for (RFC 9110, section 10.2.3), 0 where it asks for nothing.
+    """The seconds in a Retry-After header (RFC 9110, section 10.2.3); 0 if it is missing or invalid.
 
     >>> retry_after_s("2.5", 0), retry_after_s("Thu, 01 Jan 1970 00:00:30 GMT", 10), retry_after_s("soon", 0)
     (2.5, 20.0, 0.0)
@@ -213,13 +214,13 @@ def retry_after_s(value: str | None, now: float) -> float:
 
 
 class _Bucket:
-    """A token bucket: ``per_minute`` units flow in evenly, at most ``burst`` are kept. None is no limit."""
+    """A token bucket: ``per_minute`` units flow in evenly, and it holds at most ``burst``. None means no limit."""
 
     def __init__(self, per_minute: float | None, burst: float) -> None:
         self.rate, self.burst, self.level, self.at = (per_minute or math.inf) / 60, burst, burst, time.monotonic()
 
     async def take(self, amount: float) -> None:
-        """Waits until ``amount`` has flowed in; what is used of it in the end may be corrected in ``level``."""
+        """Waits until ``amount`` is available. The caller may correct ``level`` by the amount actually used."""
         if self.rate < math.inf:
             now = time.monotonic()
             self.level, self.at = min(self.burst, self.level + (now - self.at) * self.rate) - amount, now
@@ -227,19 +228,19 @@ class _Bucket:
 
 
 class _Budget:
-    """Dollars spent, and held for requests under way."""
+    """Dollars spent, and dollars reserved for requests in progress."""
 
     def __init__(self, limit: float | None) -> None:
         self.limit, self.spent, self.held, self.under_way = limit or math.inf, 0.0, 0.0, 0
         self.changed = asyncio.Event()
 
     async def hold(self, most: float) -> None:
-        """Sets ``most`` aside; first waits for requests under way, as they mostly cost less. Raises ConfigError."""
+        """Reserves ``most``; first waits for requests in progress, which mostly cost less. Raises ConfigError."""
         while self.spent + self.held + most > self.limit:
             if not self.under_way:
                 raise ConfigError(
                     f"openai: ${self.spent:.6f} of this worker's ${self.limit:.6f} of budget_usd are spent, the next "
-                    f"request could cost ${most:.6f}; raise budget_usd and run again: finished shards are kept"
+                    f"request could cost ${most:.6f}; raise budget_usd and run again; finished shards are kept"
                 )
             self.changed.clear()
             await self.changed.wait()
@@ -251,10 +252,10 @@ class _Budget:
 
 
 class _Failure(NamedTuple):
-    """Why an attempt gave no completion; ``billed`` where it may have cost something all the same.
+    """Why an attempt gave no completion. ``billed``: it may have been charged anyway.
 
-    ``bad``: there was an answer, and it is none. A proxy that is busy gives such; a server that always does is paid for it.
-    ``away``: there is no server, or it takes no more requests, which is no request's fault. ``None`` is not known: it may be.
+    ``bad``: the answer is not valid. A busy proxy may send such answers; a server that always does may bill them. ``away``:
+    the server is unreachable or refuses all requests, so the request is not at fault; None means unknown.
     """
 
     cause: str
@@ -265,19 +266,19 @@ class _Failure(NamedTuple):
     away: bool | None = False
 
 
-class _Session:
-    """An event loop in a thread of its own (the caller's may run one already, as in a notebook), and its connections."""
+class _OpenAISession:
+    """An event loop with its connections, in its own thread, because the caller's thread may run one (in a notebook)."""
 
     def __init__(self, config: OpenAIServer, pool: Pool) -> None:
         self.config, self._key, share = config, _key(config.api_key_env), max(pool.workers, 1)
         requests, tokens = ((x and x / share) for x in (config.requests_per_minute, config.tokens_per_minute))
-        # bursts of one request, and of a second's tokens: servers count by the second, too
+        # bursts of one request, and of the tokens of one second, because servers also count by the second
         self.requests, self.tokens = _Bucket(requests, 1), _Bucket(tokens, (tokens or 0) / 60)
         self.budget = _Budget(config.budget_usd and config.budget_usd / share)
         self.slots = asyncio.Semaphore(max(config.in_flight // share, 1))
         self.gate, self.shut_until, self.answered = asyncio.Lock(), 0.0, 0.0
-        self.tells = True  # log-probabilities, until the server says that it cannot
-        # asked here, as aiohttp's own way would also send what it finds in a .netrc
+        self.sends_logprobs = True  # until the server refuses them
+        # set here, because aiohttp's own proxy lookup would also send credentials from a .netrc
         url = urlsplit(config.base_url)
         direct = url.hostname in LOCAL or urllib.request.proxy_bypass(str(url.hostname))
         self.proxy = None if direct else urllib.request.getproxies().get(url.scheme)
@@ -291,7 +292,7 @@ class _Session:
         try:
             return future.result()
         finally:
-            future.cancel()  # where Ctrl-C ended the waiting
+            future.cancel()  # if Ctrl-C ended the waiting
 
     async def _connect(self) -> aiohttp.ClientSession:
         import aiohttp
@@ -302,15 +303,15 @@ class _Session:
             headers=headers,
             timeout=aiohttp.ClientTimeout(total=self.config.timeout_s),
             connector=aiohttp.TCPConnector(limit=0),
-            cookie_jar=aiohttp.DummyCookieJar(),  # a server gets nothing back that it sent
-            auto_decompress=False,  # see ``answers.body``
+            cookie_jar=aiohttp.DummyCookieJar(),  # no cookies are sent back
+            auto_decompress=False,  # see ``_answers.body``
         )
 
     def generate(
         self, prompts: Sequence[Prompt], seeds: Sequence[int], sampling: Sampling, n: int
     ) -> list[list[Completion]]:
-        """Raises ConfigError for a wrong key, model or address, and at the budget's end; ConnectionError if nobody is served."""
-        asked: list[tuple[dict[str, Any], bool]] = []
+        """Raises ConfigError for a wrong key, model or address and an exhausted budget; ConnectionError without a server."""
+        requests: list[tuple[dict[str, Any], bool]] = []
         for prompt, seed in zip(prompts, seeds, strict=True):
             passage = prompt.passage[: self.config.passage_characters]
             text = tables.clean(prompt.before + passage + prompt.after)
@@ -321,29 +322,31 @@ class _Session:
                 request["stop"] = list(prompt.stop)
             cut = len(passage) < len(prompt.passage)
             if self.config.one_request and n > 1:
-                asked.append((request | {"seed": seed, "n": n}, cut))
+                requests.append((request | {"seed": seed, "n": n}, cut))
             else:
-                asked += [(request | {"seed": seed + i}, cut) for i in range(n)]
-        made = [completion for answer in self._wait(self._all(asked)) for completion in answer]
-        return [made[i : i + n] for i in range(0, len(made), n)]
+                requests += [(request | {"seed": seed + i}, cut) for i in range(n)]
+        completions = [completion for answer in self._wait(self._all(requests)) for completion in answer]
+        return [completions[i : i + n] for i in range(0, len(completions), n)]
 
-    async def _all(self, asked: list[tuple[dict[str, Any], bool]]) -> list[list[Completion]]:
-        tasks = [asyncio.ensure_future(self._complete(request, truncated)) for request, truncated in asked]
+    async def _all(self, requests: list[tuple[dict[str, Any], bool]]) -> list[list[Completion]]:
+        tasks = [asyncio.ensure_future(self._complete(request, truncated)) for request, truncated in requests]
         try:
             return await asyncio.gather(*tasks)
-        finally:  # an error of one ends all
+        finally:  # an error of one cancels all
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _complete(self, request: dict[str, Any], truncated: bool) -> list[Completion]:
-        """The samples of a request. What its failed attempts may have cost stands with the first."""
+        """The samples of a request. The first one has the possible cost of failed attempts."""
         cause, samples = "", request.get("n", 1)
         retries = billed = bad = 0
         async with self.slots:
             began = time.monotonic()
             for attempt in range(self.config.max_attempts):
-                if attempt:  # half of it by chance, so that what failed together does not come back together
+                if (
+                    attempt
+                ):  # half of the delay is random, so that requests that failed together are not repeated together
                     delay = min(BACKOFF_MAX_S, BACKOFF_S * 2 ** min(attempt - 1, 30))
                     await asyncio.sleep(delay * random.uniform(0.5, 1))
                 answer = await self._attempt(request)
@@ -357,7 +360,7 @@ class _Session:
         if isinstance(answer, _Failure):
             away = answer.away or (answer.away is None and answer.again and not await self._serves_others(began))
             if away:
-                raise ConnectionError(f"openai: {self.config.base_url!r} serves nobody: {cause}")
+                raise ConnectionError(f"openai: {self.config.base_url!r} answers no request: {cause}")
             answer = [Completion(None, None, 0, 0, 0, error=cause) for _ in range(samples)]
         else:
             self.answered = time.monotonic()
@@ -369,7 +372,7 @@ class _Session:
         return answer
 
     async def _serves_others(self, since: float) -> bool:
-        """Whether the server has answered another request meanwhile, or lists its models: then the request is at fault."""
+        """Whether the server has answered another request since, or lists its models. If so, the request is at fault."""
         import aiohttp
 
         if self.answered > since:
@@ -384,7 +387,7 @@ class _Session:
     async def _attempt(self, request: dict[str, Any]) -> list[Completion] | _Failure:
         """One request within the budget and the limits."""
         longest = request["max_tokens"] * request.get("n", 1)
-        # for the pace, three bytes to a token are a fair guess
+        # for the rate limit, three bytes per token are a good estimate
         most, guess = (
             self.config.usd(_most_tokens(request["prompt"]), longest),
             len(request["prompt"].encode()) // 3 + longest,
@@ -392,11 +395,11 @@ class _Session:
         cost, used = 0.0, guess
         await self.budget.hold(most)
         try:
-            async with self.gate:  # one after the other, so that a wait which the server asks for holds all of them
+            async with self.gate:  # one request at a time, so that a wait requested by the server delays all of them
                 await self.requests.take(1)
                 await self.tokens.take(guess)
-                while (left := self.shut_until - time.monotonic()) > 0:
-                    await asyncio.sleep(left)
+                while (wait_s := self.shut_until - time.monotonic()) > 0:
+                    await asyncio.sleep(wait_s)
             cost = most
             answer = await self._post(request)
             if isinstance(answer, _Failure):
@@ -412,13 +415,13 @@ class _Session:
     async def _post(self, request: dict[str, Any]) -> list[Completion] | _Failure:
         import aiohttp
 
-        wanted = {name: value for name, value in request.items() if self.tells or name != "logprobs"}
-        url, body = f"{self.config.base_url}/completions", json.dumps(wanted, ensure_ascii=False).encode()
-        # Nothing of aiohttp's gets out of here: some of its exceptions hold the request's headers, and so the key.
+        sent = {name: value for name, value in request.items() if self.sends_logprobs or name != "logprobs"}
+        url, body = f"{self.config.base_url}/completions", json.dumps(sent, ensure_ascii=False).encode()
+        # No exception of aiohttp leaves this method, because some have the request's headers, and with them the key.
         try:
             async with self.http.post(url, data=body, proxy=self.proxy, allow_redirects=False) as response:
                 status, headers = response.status, response.headers
-                raw = await _answers.body(response, _answers.largest(wanted))
+                raw = await _answers.body(response, _answers.size_limit(sent))
         except aiohttp.ClientConnectorError as error:
             return _Failure(self._line(f"no connection: {error}"), away=True)
         except TimeoutError:
@@ -428,39 +431,39 @@ class _Session:
         except ValueError as error:
             return _Failure(self._line(str(error)), billed=True, bad=True)
         except (aiohttp.ClientError, OSError) as error:
-            broken = isinstance(error, aiohttp.ClientConnectionError | OSError)  # else an answer that is no HTTP
+            broken = isinstance(error, aiohttp.ClientConnectionError | OSError)  # otherwise the answer is not HTTP
             return _Failure(
                 f"the connection broke: {type(error).__name__}", billed=True, away=None if broken else False
             )
         if 200 <= status < 300:
             try:
-                found = _answers.completions(raw, request, _most_tokens(request["prompt"]))
+                answer = _answers.completions(raw, request, _most_tokens(request["prompt"]))
             except _answers.TooLarge as error:
                 return _Failure(str(error), again=False, billed=True)
-            return _Failure(found, billed=True, bad=True) if isinstance(found, str) else found
-        said = raw.decode(errors="replace")
-        if status in (400, 422) and "logprobs" in wanted and "logprobs" in said:
-            self.tells = False
+            return _Failure(answer, billed=True, bad=True) if isinstance(answer, str) else answer
+        message = raw.decode(errors="replace")
+        if status in (400, 422) and "logprobs" in sent and "logprobs" in message:
+            self.sends_logprobs = False
             return await self._post(request)
         with contextlib.suppress(ValueError, RecursionError):
-            said = json.dumps(
+            message = json.dumps(
                 json.loads(raw), ensure_ascii=False
-            )  # without escapes, which a quoted key could hide behind
-        cause, remedy, name = self._line(f"HTTP {status}: {said}"), None, self.config.api_key_env
+            )  # without escapes, which could conceal a quoted key
+        cause, remedy, name = self._line(f"HTTP {status}: {message}"), None, self.config.api_key_env
         if status in (401, 403):
             remedy = f"put a key into {name} that may use model = {self.config.model!r}" if name else "set api_key_env"
         elif status == 404 or 300 <= status < 400:
-            remedy = f"set base_url to what stands before /completions, model = {self.config.model!r} to one it serves"
+            remedy = f"set base_url to the address before /completions, model = {self.config.model!r} to one it serves"
         elif status == 429 and b"insufficient_quota" in raw:
-            remedy = "add credit to the account and run again: finished shards are kept"
+            remedy = "add credit to the account and run again; finished shards are kept"
         if remedy:
             raise ConfigError(f"openai: {self.config.base_url!r} answers {cause}; {remedy}")
         wait_s = retry_after_s(headers.get("Retry-After"), time.time())
         away = True if status == 429 else None if status >= 500 else False
-        return _Failure(cause, status in AGAIN or status >= 500, wait_s=wait_s, away=away)
+        return _Failure(cause, status in RETRY_STATUS or status >= 500, wait_s=wait_s, away=away)
 
     def _line(self, text: str) -> str:
-        """One line of at most 300 characters without the key, which some servers quote."""
+        """One line of at most 300 characters, without the key, which some servers quote."""
         return " ".join(text.replace(self._key or HIDDEN, HIDDEN).split())[:300]
 
     def close(self) -> None:
@@ -473,5 +476,5 @@ class _Session:
 
 
 def _most_tokens(prompt: str) -> int:
-    """No token is less than a byte, and a start token may come on top."""
+    """An upper bound: a token has at least one byte, and a start token may be added."""
     return len(prompt.encode()) + 16

@@ -1,4 +1,4 @@
-"""vLLM as an engine: the model runs in the worker's own process, so ending the worker by any means frees all of it."""
+"""vLLM as an engine. The model runs in the worker's own process, so that ending the worker always frees its memory."""
 
 from __future__ import annotations
 
@@ -45,21 +45,21 @@ from dagr_ray.quickstart.models import (
     unpacked,
 )
 
-# No token of the known vocabularies stands for more characters than this (long runs of spaces); a passage is cut to so
-# many per token before it is tokenised, so that a text of 100 MB costs nothing.
+# The most characters of a token in the known vocabularies (long runs of spaces). A passage is cut to so many per token
+# before it is tokenised, so that a text of 100 MB costs nothing.
 CHARACTERS_PER_TOKEN = 128
 Change = Callable[[dict[str, Any]], dict[str, Any]]
-_opened: list[_Session] = []
+_open_sessions: list[_VLLMSession] = []
 
 
 class VLLM(Engine):
-    """A local model served by vLLM (Kwon et al. 2023, arXiv 2309.06180), on a CPU or GPU, whichever build is installed.
+    """A local model served by vLLM (Kwon et al. 2023, arXiv 2309.06180), on a CPU or GPU, by the installed build.
 
-    ``model`` is a folder (identified by the bytes of its files; each machine fetches one behind a URI such as
-    ``s3://bucket/model`` once), ``package://smollm2`` (the quick start's, unpacked once by each machine), or a hub id, which
-    needs a ``revision``. Prompts go in as they are, as text to be continued: few-shot prompts need no chat template. A
-    passage that does not fit into ``max_model_len`` next to ``max_tokens`` of answer is cut at its end; instructions and
-    exemplars never are.
+    ``model`` is a folder (identified by the bytes of its files; each machine fetches a folder at a URI such as
+    ``s3://bucket/model`` once), ``package://smollm2`` (the quick start's model, unpacked once on each machine), or a hub id,
+    which needs a ``revision``. Prompts are plain text to continue, because few-shot prompts need no chat template. A passage
+    that does not fit into ``max_model_len`` besides ``max_tokens`` of answer is cut at its end; instructions and exemplars
+    are never cut.
 
     >>> VLLM(model="org/name", revision="0f2c1a9").model_name()
     'org/name@0f2c1a9'
@@ -82,32 +82,32 @@ class VLLM(Engine):
     def _fields_agree(self) -> VLLM:
         if self.revision is not None and (self.model == SMOLLM2 or self.folder.is_dir()):
             raise ConfigError(
-                f"vllm: revision = {self.revision!r} means nothing for the folder {self.model!r}; leave it out"
+                f"vllm: revision = {self.revision!r} has no effect on the folder {self.model!r}; remove it"
             )
         if self.json_schema is not None and self.regex is not None:
-            raise ConfigError("vllm: json_schema and regex cannot both hold; leave one out")
+            raise ConfigError("vllm: json_schema and regex cannot both be set; remove one of them")
         return self
 
     @property
     def folder(self) -> Path:
-        """The model's folder on this machine; none there if ``model`` is a hub id, or is to be unpacked yet."""
+        """The model's folder on this machine. It does not exist for a hub id, or before the model is unpacked."""
         return folder_of(self.model)
 
     def identity(self) -> dict[str, Any]:
-        """Folders stand for their files, wherever they lie. Raises ConfigError for a hub id without a revision."""
-        found = super().identity()
+        """Folders by the content of their files. Raises ConfigError for a hub id without a revision."""
+        identity = super().identity()
         if self.lora is not None:
-            found["lora"] = content_hash(self.lora)
+            identity["lora"] = content_hash(self.lora)
         if self.model == SMOLLM2:
-            found["model"] = smollm2_content()
+            identity["model"] = smollm2_content()
         elif self.folder.is_dir():
-            found["model"] = content_hash(self.folder)
+            identity["model"] = content_hash(self.folder)
         elif self.revision is None:
             raise ConfigError(
-                f"vllm: model = {self.model!r} is no folder here, and a hub id needs a revision (a commit); "
+                f"vllm: model = {self.model!r} is not a folder here, and a hub id needs a revision (a commit); "
                 "give the path of a folder, or revision=..."
             )
-        return found
+        return identity
 
     def tunable_folder(self) -> Path:
         if not self.folder.is_dir():
@@ -124,11 +124,11 @@ class VLLM(Engine):
         return f"{name}+{Path(self.lora).name}" if self.lora else name
 
     def cores(self, pool: Pool) -> float:
-        """Without a GPU it computes on all cores that its machine has for it, whatever Ray was asked for."""
+        """Without a GPU, the engine computes on all its cores of the machine, whatever was requested from Ray."""
         return float(_threads(pool)) if on_cpu() else super().cores(pool)
 
     def check(self, pool: Pool | None = None) -> None:
-        """Raises ConfigError for what can be known to be wrong before anything starts, on a pool where one is given."""
+        """Raises ConfigError for errors that are visible before anything starts; with a pool, also for that pool."""
         _check_installed()
         self.identity()
         shape = self._check_folder()
@@ -152,7 +152,7 @@ class VLLM(Engine):
         return self.json_schema is not None or self.regex is not None
 
     def _check_folder(self) -> dict[str, Any]:
-        """What config.json says; nothing for a model that is not here."""
+        """The content of config.json; empty if the model is not on this machine."""
         folder = self.folder
         if self.model == SMOLLM2 and not folder.is_dir():
             smollm2_package()
@@ -166,13 +166,13 @@ class VLLM(Engine):
         weights = any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
         if not weights and self.engine_args.get("load_format") != "dummy":
             raise ConfigError(
-                f"vllm: model = {self.model!r} has no weights (*.safetensors); copy the whole model there"
+                f"vllm: model = {self.model!r} has no weights (*.safetensors); copy the complete model there"
             )
         try:
             shape = json.loads((folder / "config.json").read_text())
         except ValueError as error:
             raise ConfigError(
-                f"vllm: config.json of {self.model!r} is no JSON: {error}; copy the model again"
+                f"vllm: config.json of {self.model!r} is not JSON: {error}; copy the model again"
             ) from None
         return self._check_length(shape)
 
@@ -185,7 +185,7 @@ class VLLM(Engine):
         return shape
 
     def arguments(self, pool: Pool) -> dict[str, Any]:
-        """What ``vllm.LLM`` is started with on this machine."""
+        """The arguments of ``vllm.LLM`` on this machine."""
         local = self.folder.is_dir()
         arguments: dict[str, Any] = {
             "model": str(self.folder.absolute()) if local else self.model,
@@ -196,15 +196,15 @@ class VLLM(Engine):
             "max_model_len": self.max_model_len,
             "enable_prefix_caching": True,
             "trust_remote_code": False,
-            "generation_config": "vllm",  # not the folder's own top_k and the like, which nobody asked for
+            "generation_config": "vllm",  # not the folder's own top_k and similar, which no config sets
             "use_tqdm_on_load": False,
             "seed": 0,
         }
         if on_cpu():
-            # Blocks of 32 tokens, not 128: less of a prompt lies behind the last full block, where nothing is reused. That
-            # took 25 % less time over 40 prompts with 2 samples.
+            # Blocks of 32 tokens, not 128: fewer tokens of a prompt are after the last full block and cannot be reused. That
+            # took 25 % less time for 40 prompts with 2 samples.
             arguments["block_size"] = 32
-            # A prompt prefilled in chunks ends a seeded request on the CPU: "CPU Generator does not use offset".
+            # On a CPU, a seeded request fails if its prompt is prefilled in chunks: "CPU Generator does not use offset".
             arguments |= {"enforce_eager": True, "enable_chunked_prefill": False}
             arguments["max_num_batched_tokens"] = max(4096, self.max_model_len)
             arguments["kv_cache_memory_bytes"] = cache_on_cpu(pool.engine_args)
@@ -217,16 +217,16 @@ class VLLM(Engine):
         if self.lora is not None:
             arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": lora_rank(self.lora)}
         if self._structured():
-            # white space between JSON's tokens could hold the strategy's stop, and a small model fills max_tokens with it
+            # white space between JSON's tokens may contain the strategy's stop, and small models fill max_tokens with it
             backend = structured_backend(self.json_schema, self.regex)
             arguments["structured_outputs_config"] = {"backend": backend, "disable_any_whitespace": True}
         return arguments | dict(self.engine_args) | dict(pool.engine_args)
 
     def check_memory(self, pool: Pool) -> None:
-        """Raises ConfigError where the model cannot fit into what is free on this machine."""
+        """Raises ConfigError if the model cannot fit into the free memory of this machine."""
         folder = self.folder
         if not folder.is_dir():
-            return  # a hub's model: its size is not known here
+            return  # the size of a hub's model is not known here
         shape, arguments = self._check_folder(), self.arguments(pool)
         share = arguments.get("tensor_parallel_size", 1) * arguments.get("pipeline_parallel_size", 1)
         quantised = self.quantization is not None or "quantization_config" in shape
@@ -240,16 +240,16 @@ class VLLM(Engine):
         need = Need(weights, cache_of_one(shape, self.max_model_len, self.dtype) // share)
         check_gpu(f"vllm: {self.model_name()}", need, free, total, arguments["gpu_memory_utilization"])
 
-    def open(self, pool: Pool) -> _Session:
-        """Starts the engine in this process; one that was open here before is closed first. Raises ConfigError."""
+    def open(self, pool: Pool) -> _VLLMSession:
+        """Starts the engine in this process, after closing an earlier one. Raises ConfigError."""
         _check_installed()
         unpacked(self.model)
-        for earlier in list(_opened):
-            earlier.close()  # vLLM's process group is one to a process
+        for earlier in list(_open_sessions):
+            earlier.close()  # vLLM has one process group per process
         self.check_memory(pool)
         self.check(pool)
-        session = _Session(self, pool)
-        _opened.append(session)
+        session = _VLLMSession(self, pool)
+        _open_sessions.append(session)
         return session
 
 
@@ -261,8 +261,8 @@ def _check_installed() -> None:
         )
 
 
-class _Session:
-    """An engine and its tokenizer. Prompts are tokenised here, piece by piece, so that corpus text stays text."""
+class _VLLMSession:
+    """An engine and its tokenizer. Prompts are tokenised here part by part, so that corpus text stays text."""
 
     def __init__(self, config: VLLM, pool: Pool) -> None:
         self.config = config
@@ -273,7 +273,7 @@ class _Session:
         except Exception as error:
             _release()
             raise ConfigError(f"vllm: {config.model!r} does not start: {_cause(error)}") from error
-        # a copy: the engine's thread decodes with its own while callers set flags of this one
+        # a copy, because the engine's thread decodes with the original while callers set flags of this one
         self.tokenizer = copy.deepcopy(self.feeding.llm.get_tokenizer())
         with_bos, without = self.tokenizer("a").input_ids, self.tokenizer("a", add_special_tokens=False).input_ids
         self.start = with_bos[: with_bos.index(without[0])]
@@ -282,14 +282,14 @@ class _Session:
     # -- prompts ----------------------------------------------------------------------------------------------------
 
     def tokenise(self, text: str) -> list[int]:
-        """Tokens of a text; ``<|im_start|>`` inside it is twelve characters, not a token."""
+        """Tokens of a text. ``<|im_start|>`` inside it is twelve characters, not a special token."""
         with self.tokenising:
             return self.tokenizer(
                 tables.clean(text), add_special_tokens=False, split_special_tokens=True, verbose=False
             ).input_ids
 
     def _fixed(self, text: str) -> list[int]:
-        # `before` and `after` are the same for every row of a stage
+        # `before` and `after` are equal for all rows of a stage
         tokens = self.pieces.get(text)
         if tokens is None:
             if len(self.pieces) > 64:
@@ -298,9 +298,9 @@ class _Session:
         return tokens
 
     def encode(self, prompt: Prompt, max_tokens: int, after: list[int] | None = None) -> tuple[list[int], bool]:
-        """Tokens of a prompt, and whether its passage was cut. Raises ValueError where it cannot fit.
+        """Tokens of a prompt, and whether its passage was cut. Raises ValueError if it cannot fit.
 
-        ``after`` are the tokens of the prompt's end where they are known.
+        ``after`` are the tokens of the prompt's end, if they are known.
         """
         before, after = self.start + self._fixed(prompt.before), after or self._fixed(prompt.after)
         room = self.config.max_model_len - max_tokens - len(before) - len(after)
@@ -317,17 +317,17 @@ class _Session:
     def generate(
         self, prompts: Sequence[Prompt], seeds: Sequence[int], sampling: Sampling, n: int
     ) -> list[list[Completion]]:
-        """``n`` completions for each prompt: one request, whose sample ``i`` is drawn with ``seed + i``."""
+        """``n`` completions for each prompt in one request, whose sample ``i`` has the seed ``seed + i``."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        made: list[list[Completion]] = [[] for _ in prompts]
-        asked: list[tuple[int, bool, Request]] = []
+        completions: list[list[Completion]] = [[] for _ in prompts]
+        requests: list[tuple[int, bool, Request]] = []
         for i, prompt in enumerate(prompts):
             try:
                 tokens, cut = self.encode(prompt, sampling.max_tokens)
             except ValueError as error:
-                made[i] = _failed(n, str(error))
+                completions[i] = _errors(n, str(error))
                 continue
             params = SamplingParams(
                 n=n,
@@ -336,18 +336,18 @@ class _Session:
                 max_tokens=sampling.max_tokens,
                 seed=seeds[i],
                 stop=list(prompt.stop),
-                logprobs=0 if sampling.logprob else None,  # 0: of the token drawn alone
+                logprobs=0 if sampling.logprob else None,  # 0 means only the sampled token
                 output_kind=RequestOutputKind.FINAL_ONLY,
                 structured_outputs=structured(self.config.json_schema, self.config.regex),
             )
-            asked.append((i, cut, Request(tokens, params)))
-        self.feeding.ask(longest_first([(prompts[i].passage, request) for i, _, request in asked]))
-        for i, cut, request in asked:
+            requests.append((i, cut, Request(tokens, params)))
+        self.feeding.ask(longest_first([(prompts[i].passage, request) for i, _, request in requests]))
+        for i, cut, request in requests:
             answer = request.answer
             if isinstance(answer, str):
-                made[i] = _failed(n, answer)
+                completions[i] = _errors(n, answer)
                 continue
-            made[i] = [
+            completions[i] = [
                 Completion(
                     raw=tables.clean(output.text),
                     finish_reason=output.finish_reason,
@@ -359,40 +359,40 @@ class _Session:
                 )
                 for output in sorted(answer.outputs, key=lambda output: output.index)
             ]
-        return made
+        return completions
 
     def close(self) -> None:
-        """Frees the model and the cache; who waits for an answer gets a RuntimeError. A second call does nothing."""
-        if self not in _opened:
+        """Frees the model and the cache; waiting callers get a RuntimeError. A second call does nothing."""
+        if self not in _open_sessions:
             return
-        _opened.remove(self)
+        _open_sessions.remove(self)
         self.feeding.close()
         del self.tokenizer
         _release()
 
 
 def _threads(pool: Pool) -> int:
-    """What the placement gives a worker, or its share of a machine that has more."""
+    """A worker's CPUs of the placement, or its share of the machine's cores if that is more."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(int(pool.cpus), cores // max(pool.workers, 1), 1)
 
 
 def start(config: VLLM, pool: Pool, change: Change = dict) -> Any:
-    """The ``vllm.LLM`` of a config, in this process, to be stepped by the calling thread. Raises what vLLM raises.
+    """The ``vllm.LLM`` of a config in this process; only the calling thread may step it. Raises vLLM's exceptions.
 
-    ``change`` is called with the config's arguments once vLLM may be imported, and returns those that are used.
+    ``change`` gets the config's arguments once vLLM may be imported, and returns the arguments to use.
     """
     prepare_environment()
-    # In a process of its own an engine starts 25 s later on two cores, takes one, and outlives a killed worker.
+    # An engine in its own process starts 25 s later on two cores, occupies one, and survives a killed worker.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     if config.folder.is_dir():
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     threads = _threads(pool)
     arguments = config.arguments(pool)
-    with _undone():
-        # Ray sets one thread for each CPU that a worker asks for; torch and vLLM's kernels read it when they are loaded
+    with _restore_process_state():
+        # Ray sets one thread per requested CPU; torch and vLLM's kernels read the variable when they are loaded
         os.environ["OMP_NUM_THREADS"] = str(threads)
-        # read by vLLM, it would overrule what the placement says
+        # vLLM would prefer it to the placement's setting
         os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
         import torch
         from vllm import LLM
@@ -403,7 +403,7 @@ def start(config: VLLM, pool: Pool, change: Change = dict) -> Any:
 
 
 def _start_fast(config: VLLM, pool: Pool) -> Any:
-    """``start`` with what vLLM's build for CPUs could do and does not do by itself."""
+    """``start``, with the optimisations of ``_vllm_cpu`` on a CPU."""
 
     def change(arguments: dict[str, Any]) -> dict[str, Any]:
         from dagr_ray.engines import _vllm_cpu
@@ -418,28 +418,28 @@ def _end(llm: Any) -> None:
     llm.llm_engine.engine_core.shutdown()
 
 
-# What vLLM's errors at the start say, and what helps.
+# Patterns in the errors of vLLM's start, and the remedies.
 REMEDIES = (
     (r"safetensor|deserializ|unpickl", "the weights are damaged: copy the model again"),
     (
         r"out of memory|free memory|available memory|cannot allocate|memoryerror",
         "free some memory, or take a smaller model",
     ),
-    (r"architecture|model type|not supported for now", "vLLM does not know this model: take one that it lists"),
-    (r"bfloat16|float16|dtype", "this device cannot compute so: set another dtype"),
+    (r"architecture|model type|not supported for now", "vLLM does not support this model: take one that it lists"),
+    (r"bfloat16|float16|dtype", "this device does not support the dtype: set another dtype"),
     (
         r"quantiz|config file for",
-        "the weights were not quantised so: set quantization to what they are, or leave it out",
+        "the weights have another quantisation: set quantization to it, or remove quantization",
     ),
     (r"tokenizer|sentencepiece", "copy tokenizer.json into the model's folder"),
-    (r"size|shape|weights|parameter", "config.json and the weights do not fit: copy both from one model"),
+    (r"size|shape|weights|parameter", "config.json and the weights do not match: copy both from one model"),
     (r"lora", "the adapter does not fit the model: give one that was trained on it"),
     (r"cuda|nccl|driver|device", "look at nvidia-smi: a GPU with a driver for this build must be free"),
 )
 
 
 def _cause(error: BaseException) -> str:
-    """One line of what vLLM raised, and what to do."""
+    """One line with vLLM's error and a remedy."""
     text = error.errors(include_url=False)[0]["msg"] if isinstance(error, ValidationError) else str(error)
     text = f"{type(error).__name__}: {' '.join(text.split())}"
     remedy = next((say for pattern, say in REMEDIES if re.search(pattern, text, re.IGNORECASE)), None)
@@ -447,20 +447,20 @@ def _cause(error: BaseException) -> str:
 
 
 def _mean(total: float | None, tokens: int) -> float | None:
-    """What an impossible token makes of it (structured output forces some) is no number that a table should hold."""
+    """The mean log-probability; None if it is not finite (structured output may force impossible tokens)."""
     mean = total / tokens if total is not None and tokens else None
     return mean if mean is not None and math.isfinite(mean) else None
 
 
-def _failed(n: int, error: str) -> list[Completion]:
+def _errors(n: int, error: str) -> list[Completion]:
     return [Completion(None, None, 0, 0, 0, error=error) for _ in range(n)]
 
 
 @contextlib.contextmanager
-def _undone() -> Iterator[None]:
-    """Takes back what starting vLLM does to the process: environment for children, a dead ``torch.set_num_threads``, SIGSEGV.
+def _restore_process_state() -> Iterator[None]:
+    """Restores the process state that starting vLLM changes: environment, ``torch.set_num_threads``, SIGSEGV handler.
 
-    A Java machine in the process (Lucene's) uses that signal for its own work and dies where another handler answers it.
+    A JVM in the process (Lucene's) uses SIGSEGV internally and crashes if another handler receives it.
     """
     before = {name: os.environ.get(name) for name in ("LD_PRELOAD", "OMP_NUM_THREADS", "VLLM_CPU_KVCACHE_SPACE")}
     libc, handler = ctypes.CDLL(None), ctypes.create_string_buffer(256)  # larger than any struct sigaction
@@ -484,7 +484,7 @@ def _release() -> None:
     try:
         cleanup_dist_env_and_memory()
     except ValueError:
-        # a training in this process has ended all of torch's process groups, and vLLM's with them
+        # a training in this process has destroyed all of torch's process groups, including vLLM's
         for name, value in list(vars(parallel_state).items()):
             if isinstance(value, parallel_state.GroupCoordinator):
                 setattr(parallel_state, name, None)

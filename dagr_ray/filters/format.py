@@ -1,4 +1,4 @@
-"""Whether the text looks like a search query about this passage at all."""
+"""Checks that a text looks like a search query at all."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from dagr_ray.core.config import Threshold
 from dagr_ray.core.words import folded
-from dagr_ray.filters import Candidate, Filter
+from dagr_ray.filters import Filter, ScoredQuery
 
 _TAGS = "a|b|br|code|div|em|h[1-6]|i|img|li|ol|p|pre|script|span|strong|table|td|th|tr|ul"
 _MARKUP = re.compile(
@@ -39,7 +39,7 @@ _GENERIC = re.compile(
     r"|\bwhat (?:is|are|was) (?:the|a|your) (?:question|query|answer|title|passage|document|text|topic)s?\W*$",
     re.IGNORECASE,
 )
-# Words that name nothing: a query made of these alone fits every passage as well.
+# Words without content. A query of only such words fits every passage.
 _EMPTY_WORDS = frozenset(
     """
     a about an and any are as at be been being but by can could did do does doing done for from get give had has
@@ -66,16 +66,16 @@ DEFECTS: dict[Defect, Callable[[str], object]] = {
 
 
 class Format(Filter):
-    """Refuses what is no query: markup, lists, questions that fit any passage. See also ``template`` and ``repetition``.
+    """Rejects texts that are no queries: markup, lists, generic questions. See also ``template`` and ``repetition``.
 
-    The score has one bit for each of ``DEFECTS``, so 0 is a good query; ``allow`` tolerates some without scoring anew.
-    Heuristics on signs and lists are those of Gopher (Rae et al. 2021, arXiv 2112.11446, appendix A.1)
-    for queries. ``generic`` is for an answer of small models to any passage, such as "Which of the following sentences
-    is nonsensical?" (SmolLM2-135M on SQuADShifts): as a training query, its positive is noise. Its patterns are for
-    English; in other languages such queries are left to the round trip.
+    The score has one bit for each of ``DEFECTS``; 0 means a good query. ``allow`` tolerates defects without new scoring.
+    The heuristics on signs and lists adapt Gopher's (Rae et al. 2021, arXiv 2112.11446, appendix A.1) to queries.
+    ``generic`` detects questions that small models ask about any passage, such as "Which of the following sentences is
+    nonsensical?" (SmolLM2-135M on SQuADShifts); such a training query makes its positive noise. The patterns are English;
+    in other languages, the round trip rejects such queries.
 
     >>> texts = ["how to merge two dicts", "Which of the following sentences is nonsensical?", "<p>dict</p>", "1. dict"]
-    >>> scores = Format().score([Candidate(str(i), text, "d1", "") for i, text in enumerate(texts)], None)
+    >>> scores = Format().score([ScoredQuery(str(i), text, "d1", "") for i, text in enumerate(texts)], None)
     >>> [Format().keep(score) for score in scores]
     [None, 'generic', 'markup', 'list']
     >>> Format(allow=("generic",)).keep(scores[1]) is None
@@ -83,14 +83,15 @@ class Format(Filter):
     """
 
     abstract: ClassVar[bool] = False
-    version: ClassVar[int] = 3  # words of any script, with their marks
+    version: ClassVar[int] = 3  # reads words of any script, with their marks
     rowwise: ClassVar[bool] = True
     needs_passage: ClassVar[bool] = False
     allow: Annotated[tuple[Defect, ...], Threshold()] = ()
 
-    def score(self, rows: Sequence[Candidate], search: pa.Table | None) -> list[float]:
-        return [float(sum(1 << bit for bit, found in enumerate(DEFECTS.values()) if found(row.text))) for row in rows]
+    def score(self, rows: Sequence[ScoredQuery], search: pa.Table | None) -> list[float]:
+        tests = DEFECTS.values()
+        return [float(sum(1 << bit for bit, has in enumerate(tests) if has(row.text))) for row in rows]
 
     def keep(self, score: float) -> str | None:
-        found = (name for bit, name in enumerate(DEFECTS) if int(score) >> bit & 1)
-        return next((name for name in found if name not in self.allow), None)
+        defects = (name for bit, name in enumerate(DEFECTS) if int(score) >> bit & 1)
+        return next((name for name in defects if name not in self.allow), None)

@@ -10,17 +10,17 @@ from pydantic import Field, model_validator
 
 from dagr_ray.core.config import ConfigError, Threshold
 from dagr_ray.core.words import words
-from dagr_ray.filters import Candidate, Filter
+from dagr_ray.filters import Filter, ScoredQuery
 
 
 class Length(Filter):
-    """Refuses queries of fewer than ``min_words`` or more than ``max_words`` words; the score is the number of words.
+    """Rejects queries of fewer than ``min_words`` or more than ``max_words`` words. The score is the number of words.
 
     A word-count bound is the first of the heuristics of Gopher (Rae et al. 2021, arXiv 2112.11446, appendix A.1), here
     for queries. BEIR's queries have 3 to 20 words on average, but ArguAna's have 193 (Thakur et al. 2021, arXiv
-    2104.08663, table 1): raise ``max_words`` for such a task.
+    2104.08663, table 1): raise ``max_words`` for such tasks.
 
-    >>> row = Candidate("q1", "how do I copy a dict", "d1", "Return a shallow copy of the dictionary.")
+    >>> row = ScoredQuery("q1", "how do I copy a dict", "d1", "Return a shallow copy of the dictionary.")
     >>> Length().score([row], None)
     [6.0]
     >>> Length().keep(6.0), Length(max_words=5).keep(6.0), Length().keep(1.0)
@@ -28,7 +28,7 @@ class Length(Filter):
     """
 
     abstract: ClassVar[bool] = False
-    version: ClassVar[int] = 2  # words of any script, with their marks
+    version: ClassVar[int] = 2  # counts words of any script, with their marks
     rowwise: ClassVar[bool] = True
     needs_passage: ClassVar[bool] = False
     min_words: Annotated[int, Field(ge=1), Threshold()] = 2
@@ -40,7 +40,7 @@ class Length(Filter):
             raise ConfigError(f"length: min_words = {self.min_words} is over max_words = {self.max_words}; swap them")
         return self
 
-    def score(self, rows: Sequence[Candidate], search: pa.Table | None) -> list[float]:
+    def score(self, rows: Sequence[ScoredQuery], search: pa.Table | None) -> list[float]:
         return [float(len(words(row.text))) for row in rows]
 
     def keep(self, score: float) -> str | None:

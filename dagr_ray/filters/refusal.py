@@ -1,4 +1,4 @@
-"""What an assistant says instead of writing a query."""
+"""Refusals and other chat of an assistant instead of a query."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal
 import pyarrow as pa
 
 from dagr_ray.core.config import Threshold
-from dagr_ray.filters import Candidate, Filter
+from dagr_ray.filters import Filter, ScoredQuery
 
 _AT_START = r"(?:^|[.!?:;,]\s+|\bbut\s+)\W*"
 _CANNOT = r"(?:can(?:no|['’]?)t|can not|could(?: not|n['’]t)|(?: am|['’]m) (?:not able|unable) to|won['’]?t|will not)"
@@ -60,14 +60,15 @@ KINDS: dict[Kind, re.Pattern[str]] = {
 
 
 class Refusal(Filter):
-    """Refuses what an assistant says in place of a query: "As an AI", "I cannot help with that", apologies, small talk.
+    """Rejects an assistant's chat in place of a query: "As an AI", "I cannot help with that", apologies, small talk.
 
-    The score has one bit for each of ``KINDS``, so 0 is none of them; ``allow`` tolerates some without scoring anew. The
-    phrases are such as the filters of instruction data look for (Vicuna's cleaning; Self-Instruct, Wang et al. 2022,
-    arXiv 2212.10560, section 2.2). A query may say that its writer cannot do a thing: what counts is who cannot do what.
+    The score has one bit for each of ``KINDS``; 0 means none. ``allow`` tolerates kinds without new scoring. Filters of
+    instruction data use similar phrases (Vicuna's cleaning; Self-Instruct, Wang et al. 2022, arXiv 2212.10560, section
+    2.2). A query may say that its author cannot do something ("i cannot copy a folder"), so the patterns also check who
+    cannot do what.
 
     >>> texts = ["As an AI language model, I cannot search.", "i cannot copy a folder", "Sorry, but I can't help with that."]
-    >>> scores = Refusal().score([Candidate(str(i), text, "d1", "") for i, text in enumerate(texts)], None)
+    >>> scores = Refusal().score([ScoredQuery(str(i), text, "d1", "") for i, text in enumerate(texts)], None)
     >>> [Refusal().keep(score) for score in scores]
     ['identity', None, 'refusal']
     >>> Refusal(allow=("refusal", "apology")).keep(scores[2]) is None
@@ -79,11 +80,11 @@ class Refusal(Filter):
     needs_passage: ClassVar[bool] = False
     allow: Annotated[tuple[Kind, ...], Threshold()] = ()
 
-    def score(self, rows: Sequence[Candidate], search: pa.Table | None) -> list[float]:
+    def score(self, rows: Sequence[ScoredQuery], search: pa.Table | None) -> list[float]:
         return [
             float(sum(1 << bit for bit, kind in enumerate(KINDS.values()) if kind.search(row.text))) for row in rows
         ]
 
     def keep(self, score: float) -> str | None:
-        found = (name for bit, name in enumerate(KINDS) if int(score) >> bit & 1)
-        return next((name for name in found if name not in self.allow), None)
+        kinds = (name for bit, name in enumerate(KINDS) if int(score) >> bit & 1)
+        return next((name for name in kinds if name not in self.allow), None)

@@ -1,4 +1,4 @@
-"""What a teacher thinks of a query and its passage."""
+"""A teacher's score of a query and its source passage."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ import pyarrow.compute as pc
 from pydantic import Field
 
 from dagr_ray.core.config import ConfigError, Threshold
-from dagr_ray.filters import Candidate, Filter, Table
+from dagr_ray.filters import Filter, ScoredQuery, Table
 
 
 class Teacher(Filter):
-    """Refuses a query whose own passage a teacher scores under ``min_score``; keeps the ``top`` or ``top_share`` best.
+    """Rejects a query if a teacher scores its source passage under ``min_score``; keeps the ``top`` or ``top_share`` best.
 
-    Reads the ``scores`` of a teacher's stage; ``scorer`` names one where the stage holds several. ``by`` is the score of
-    the query's own passage, or its ``margin``: that score less the best of the query's other passages, under zero where
-    the teacher prefers another. GPL trains on such margins of a cross-encoder (Wang et al. 2021, arXiv 2112.07577,
-    section 3); InPars-v2 keeps the 10,000 queries that its reranker scores highest (arXiv 2301.01820). Scores that compare
-    only within a query need ``margin``. A query without a score (NaN), or without another passage for its margin, is
-    refused.
+    Reads the ``scores`` of a teacher's stage; ``scorer`` selects one teacher if the stage has several. ``by`` is the
+    ``score`` of the source passage, or its ``margin``: that score minus the best score of the query's other passages,
+    negative if the teacher prefers another passage. GPL trains on such margins of a cross-encoder (Wang et al. 2021, arXiv
+    2112.07577, section 3); InPars-v2 keeps the 10,000 queries that its reranker scores highest (arXiv 2301.01820). If
+    scores compare within a query only, use ``margin``. A query without a score (NaN), or without another passage for its
+    margin, is rejected.
 
     >>> scores = pa.table({"query_id": ["q1", "q1", "q2"], "doc_id": ["d1", "d7", "d2"],
     ...                    "scorer": ["cross-encoder"] * 3, "score": [4.0, 5.5, 2.0]})
-    >>> rows = [Candidate("q1", "copy a dict", "d1", ""), Candidate("q2", "sort a list", "d2", "")]
+    >>> rows = [ScoredQuery("q1", "copy a dict", "d1", ""), ScoredQuery("q2", "sort a list", "d2", "")]
     >>> Teacher().score(rows, scores)
     [4.0, 2.0]
     >>> Teacher(by="margin").score(rows, scores)
@@ -45,8 +45,8 @@ class Teacher(Filter):
     top: Annotated[Annotated[int, Field(ge=1)] | None, Threshold()] = None
     top_share: Annotated[Annotated[float, Field(gt=0, le=1)] | None, Threshold()] = None
 
-    def score(self, rows: Sequence[Candidate], search: pa.Table | None) -> list[float]:
-        assert search is not None, "a teacher's filter needs its scores"
+    def score(self, rows: Sequence[ScoredQuery], search: pa.Table | None) -> list[float]:
+        assert search is not None, "teacher-score needs the scores of a teacher"
         scorers = sorted(search["scorer"].unique().to_pylist())
         if self.scorer is not None:
             search = search.filter(pc.equal(search["scorer"], self.scorer))
@@ -70,6 +70,6 @@ class Teacher(Filter):
             return "no-score"
         return "low-score" if self.min_score is not None and score < self.min_score else None
 
-    def room(self, rows: int) -> int | None:
+    def quota(self, rows: int) -> int | None:
         limits = [self.top] if self.top is not None else []
         return min(limits + ([round(self.top_share * rows)] if self.top_share is not None else []), default=None)

@@ -1,4 +1,4 @@
-"""Parts of a prompt or of its form that a model wrote out instead of a query."""
+"""Prompt leakage: parts of a prompt or its template that a model wrote instead of a query."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pyarrow as pa
 
 from dagr_ray.core.config import Threshold
 from dagr_ray.core.words import folded
-from dagr_ray.filters import Candidate, Filter
+from dagr_ray.filters import Filter, ScoredQuery
 
-PHRASE_WORDS = 5  # so many words of a phrase in a row are no accident
+PHRASE_WORDS = 5  # a run of so many words of a phrase is not a coincidence
 Kind = Literal["chat-token", "placeholder", "prompt-label", "instruction", "phrase"]
 # The order is part of the score: a kind's position is its bit. Add at the end, and raise the version.
 KINDS: dict[Kind, re.Pattern[str]] = {
@@ -46,53 +46,53 @@ KINDS: dict[Kind, re.Pattern[str]] = {
 
 
 class Template(Filter):
-    """Refuses what leaks from a prompt: chat tokens, placeholders, labels, instructions, and ``phrases`` of one's own.
+    """Rejects queries with parts of a prompt: chat tokens, placeholders, labels, instructions, and your own ``phrases``.
 
-    The score has one bit for each of ``KINDS`` and one for the phrases, so 0 is none of them; ``allow`` tolerates some
-    without scoring anew. A phrase leaks where five of its words stand in a row in the query, or all of a shorter one: give
-    the sentences of a prompt and the queries of its examples. Echoes of the prompt are among what Self-Instruct drops
-    (Wang et al. 2022, arXiv 2212.10560, section 2.2); that models give their context away word by word is measured by
-    Zhang et al. 2023 (arXiv 2307.06865).
+    The score has one bit for each of ``KINDS`` and one for the phrases; 0 means none. ``allow`` tolerates kinds without
+    new scoring. A query contains a phrase if it has five consecutive words of it, or all words of a shorter one. Give the
+    sentences of a prompt and the queries of its examples as phrases. Self-Instruct also drops echoes of the prompt (Wang
+    et al. 2022, arXiv 2212.10560, section 2.2); Zhang et al. 2023 (arXiv 2307.06865) measure how models reveal their
+    context word by word.
 
     >>> texts = ["Query: copy a dict", "Write a query for the passage above", "copy a dict [insert topic]", "copy a dict"]
-    >>> rows = [Candidate(str(i), text, "d1", "") for i, text in enumerate(texts)]
+    >>> rows = [ScoredQuery(str(i), text, "d1", "") for i, text in enumerate(texts)]
     >>> [Template().keep(score) for score in Template().score(rows, None)]
     ['prompt-label', 'instruction', 'placeholder', None]
     >>> own = Template(phrases=("how deep is lake baikal",))
-    >>> own.keep(own.score([Candidate("q1", "how deep is Lake Baikal?", "d1", "")], None)[0])
+    >>> own.keep(own.score([ScoredQuery("q1", "how deep is Lake Baikal?", "d1", "")], None)[0])
     'phrase'
     """
 
     abstract: ClassVar[bool] = False
-    version: ClassVar[int] = 2  # words of any script, with their marks
+    version: ClassVar[int] = 2  # reads words of any script, with their marks
     rowwise: ClassVar[bool] = True
     needs_passage: ClassVar[bool] = False
     phrases: tuple[str, ...] = ()
     allow: Annotated[tuple[Kind, ...], Threshold()] = ()
 
-    def score(self, rows: Sequence[Candidate], search: pa.Table | None) -> list[float]:
+    def score(self, rows: Sequence[ScoredQuery], search: pa.Table | None) -> list[float]:
         rules: list[Callable[[str], object]] = [kind.search for kind in KINDS.values()]
         if self.phrases:
             rules.append(_Phrases(self.phrases))
         return [float(sum(1 << bit for bit, rule in enumerate(rules) if rule(row.text))) for row in rows]
 
     def keep(self, score: float) -> str | None:
-        found = (name for bit, name in enumerate((*KINDS, "phrase")) if int(score) >> bit & 1)
-        return next((name for name in found if name not in self.allow), None)
+        kinds = (name for bit, name in enumerate((*KINDS, "phrase")) if int(score) >> bit & 1)
+        return next((name for name in kinds if name not in self.allow), None)
 
 
 class _Phrases:
-    """Whether a text holds a run of words of any of some phrases."""
+    """Whether a text contains a run of words of one of the phrases."""
 
     def __init__(self, phrases: Sequence[str]) -> None:
-        found = [folded(phrase) for phrase in phrases]
-        self.sizes = sorted({min(len(phrase), PHRASE_WORDS) for phrase in found if phrase})
-        self.runs = {run for phrase in found for run in _runs(phrase, min(len(phrase), PHRASE_WORDS))}
+        words_of = [folded(phrase) for phrase in phrases]
+        self.sizes = sorted({min(len(words), PHRASE_WORDS) for words in words_of if words})
+        self.runs = {run for words in words_of for run in _runs(words, min(len(words), PHRASE_WORDS))}
 
     def __call__(self, text: str) -> bool:
-        said = folded(text)
-        return any(run in self.runs for size in self.sizes for run in _runs(said, size))
+        words = folded(text)
+        return any(run in self.runs for size in self.sizes for run in _runs(words, size))
 
 
-def _runs(said: list[str], size: int) -> list[tuple[str, ...]]:
-    return [tuple(said[i : i + size]) for i in range(len(said) - size + 1)] if size else []
+def _runs(words: list[str], size: int) -> list[tuple[str, ...]]:
+    return [tuple(words[i : i + size]) for i in range(len(words) - size + 1)] if size else []

@@ -1,1 +1,1 @@
-"""Files as other people write them: BEIR, TREC, Parquet and exports."""
+"""Readers and writers of file formats: BEIR, TREC, Parquet and exports."""

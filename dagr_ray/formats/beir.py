@@ -1,8 +1,8 @@
-"""Collections read with care (every bad line counted, with its file and line), and BEIR folders written.
+"""Reads collections, and writes BEIR folders. Every bad line is counted and reported with its file and line number.
 
-A collection is a folder with passages, queries and judgements by split, in any layout that ``layouts`` knows and any
-format that ``records`` reads; it may lie behind any URI that pyarrow opens. What is written is BEIR's own layout (Thakur
-et al., arXiv 2104.08663): ``corpus.jsonl``, ``queries.jsonl`` and ``qrels/<split>.tsv``.
+A collection is a folder with passages, queries and judgements by split, in any layout of ``layouts`` and any format of
+``records``, at a path or any URI that pyarrow opens. The writer uses BEIR's own layout (Thakur et al., arXiv 2104.08663):
+``corpus.jsonl``, ``queries.jsonl`` and ``qrels/<split>.tsv``.
 """
 
 from __future__ import annotations
@@ -24,44 +24,54 @@ from dagr_ray.core.artifact import Artifact
 from dagr_ray.core.config import ConfigError, digest
 from dagr_ray.core.storage import filesystem
 from dagr_ray.formats import layouts, records
-from dagr_ray.formats.lines import MAX_BAD_SHARE, WANTED, Kind, Problem, Source, grade_of, stream_sha
+from dagr_ray.formats.lines import EXPECTED_COLUMNS, MAX_BAD_SHARE, Kind, LineProblem, SourceFile, grade_of, stream_sha
 
 log = logging.getLogger("dagr")
-__all__ = ["MAX_BAD_SHARE", "BeirData", "Problem", "content", "judgements", "read", "stream_sha", "told", "write"]
-# Judgements of what is not there are common, as a part of a collection is; where more than these are, it is another one's.
+__all__ = [
+    "MAX_BAD_SHARE",
+    "BeirData",
+    "LineProblem",
+    "content",
+    "read",
+    "read_qrels",
+    "stream_sha",
+    "summarise_problems",
+    "write",
+]
+# Judgements of absent passages are common in part of a collection. With a larger share, they belong to another one.
 MAX_UNKNOWN_SHARE = 0.5
 UNKNOWN = ("unknown-query", "unknown-document")
 
 
 @dataclass
 class BeirData:
-    """What a folder held: tables ``corpus``, ``queries``, ``qrels.<split>``; the problems; lines read by file.
+    """The content of a folder: tables ``corpus``, ``queries``, ``qrels.<split>``; the problems; lines read by file.
 
-    ``unusable`` says why the judgements of a split cannot be used; it has no table.
+    ``unusable`` maps a split whose judgements cannot be used to the reason; such a split has no table.
     """
 
     tables: dict[str, pa.Table] = field(default_factory=dict)
-    problems: list[Problem] = field(default_factory=list)
+    problems: list[LineProblem] = field(default_factory=list)
     lines: dict[str, int] = field(default_factory=dict)
     unusable: dict[str, str] = field(default_factory=dict)
 
 
 def content(path: str) -> str:
-    """Hash of the bytes of a folder's files; what lies beside them does not count."""
-    files = layouts.found(path).files()
+    """Hash of the bytes of a collection's files. Other files in the folder do not count."""
+    files = layouts.find_layout(path).files()
     return digest([(name, stream_sha(path, i.path, i.size, i.mtime_ns)) for name, i in sorted(files.items())], 16)
 
 
 def read(path: str) -> BeirData:
-    """Reads a folder. Bad lines are left out and listed; over 1 % of them in a file raises ConfigError with the first.
+    """Reads a folder. Bad lines are skipped and listed; over 1 % of them in a file raises ConfigError with the first ones.
 
-    Judgements of queries or passages that are not there are left out too, up to half of them. A split of which more is bad
-    is ``unusable``: another split may be the one that is wanted.
+    Judgements of absent queries or passages are skipped as well, up to half of them. A split with more bad lines is
+    ``unusable``, because the caller may need another split.
     """
-    layout, data = layouts.found(path), BeirData()
+    layout, data = layouts.find_layout(path), BeirData()
     corpus = list(_documents(path, layout, data))
     if not corpus:
-        raise ConfigError(f"{path}/{next(iter(layout.corpus))}: no passage in it; give a collection that has some")
+        raise ConfigError(f"{path}/{next(iter(layout.corpus))} has no passage; give a collection with passages")
     queries = list(_queries(path, layout, data))
     data.tables = {"corpus": tables.table("corpus", corpus), "queries": tables.table("queries", queries)}
     doc_ids, query_ids = {row["doc_id"] for row in corpus}, {row["query_id"] for row in queries}
@@ -76,11 +86,11 @@ def read(path: str) -> BeirData:
 
 
 def glance(path: str, head: int, splits: Collection[str]) -> BeirData:
-    """As ``read``, but of some splits alone, of the first ``head`` passages, and of judgements of whatever passage."""
-    layout, data = layouts.found(path), BeirData()
+    """Like ``read``, but reads only some splits, only the first ``head`` passages, and judgements of any passage."""
+    layout, data = layouts.find_layout(path), BeirData()
     first = list(itertools.islice(_documents(path, layout, data), head))
     if not first:
-        raise ConfigError(f"{path}/{next(iter(layout.corpus))}: no passage in it; give a collection that has some")
+        raise ConfigError(f"{path}/{next(iter(layout.corpus))} has no passage; give a collection with passages")
     queries = {row["query_id"] for row in _queries(path, layout, data)} if splits else set()
     for split in layout.qrels:
         wanted = any(tables.split_of(layout.qrels, each) == split for each in splits)
@@ -93,113 +103,113 @@ def glance(path: str, head: int, splits: Collection[str]) -> BeirData:
     return data
 
 
-def judgements(path: str, split: str) -> tuple[pa.Table, pa.Table]:
-    """The ``qrels`` of a split and the ``queries`` of a folder, whose corpus is not read. Bad lines as in ``read``."""
-    layout = layouts.found(path)
-    named = tables.split_of(layout.qrels, split)
-    if named is None:
+def read_qrels(path: str, split: str) -> tuple[pa.Table, pa.Table]:
+    """The ``qrels`` of a split and the ``queries`` of a folder, without its corpus. Bad lines as in ``read``."""
+    layout = layouts.find_layout(path)
+    name = tables.split_of(layout.qrels, split)
+    if name is None:
         raise ConfigError(f"no split {split!r} in {path!r}; allowed: {', '.join(layout.qrels) or 'none'}")
     data = BeirData()
     queries = list(_queries(path, layout, data))
-    rows = list(_judgements(path, layout, named, None, {row["query_id"] for row in queries}, data))
+    rows = list(_judgements(path, layout, name, None, {row["query_id"] for row in queries}, data))
     warn(path, data.problems)
     return tables.table("qrels", rows), tables.table("queries", queries)
 
 
-def judgement_file(path: str) -> pa.Table:
-    """The ``qrels`` of a file in any of the formats, TREC's too. Bad lines as in ``read``."""
+def read_qrels_file(path: str) -> pa.Table:
+    """The ``qrels`` of a file in any format, including TREC's. Bad lines as in ``read``."""
     fs, inside = filesystem(path)
     data = BeirData()
     info = fs.get_file_info(inside)
-    place, _, name = path.partition("?")[0].rpartition("/")
+    folder, _, name = path.partition("?")[0].rpartition("/")
     layout = layouts.Layout(fs, qrels={"": {name: info}})
-    found = tables.table("qrels", _judgements(place, layout, "", None, None, data))
-    warn(place, data.problems)
-    return found
+    qrels = tables.table("qrels", _judgements(folder, layout, "", None, None, data))
+    warn(folder, data.problems)
+    return qrels
 
 
-def warn(path: str, problems: Collection[Problem]) -> None:
-    """Says what was left out or mended: one line for all problems of one kind in a file."""
-    for line in told(problems):
+def warn(path: str, problems: Collection[LineProblem]) -> None:
+    """Logs skipped and repaired lines: one line for all problems of one kind in a file."""
+    for line in summarise_problems(problems):
         log.warning("%s", f"{path}/{line}" if path else line)
 
 
-def told(problems: Collection[Problem]) -> list[str]:
-    """A line for all problems of one kind in a file, with the first of them."""
-    groups: dict[tuple[str, str, bool], list[Problem]] = {}
+def summarise_problems(problems: Collection[LineProblem]) -> list[str]:
+    """One line for all problems of one kind in a file, with the first of them."""
+    groups: dict[tuple[str, str, bool], list[LineProblem]] = {}
     for problem in problems:
-        groups.setdefault((problem.file, problem.reason, problem.mended), []).append(problem)
+        groups.setdefault((problem.file, problem.reason, problem.repaired), []).append(problem)
     return [
-        f"{file}: {len(each):,} line{'s' * (len(each) > 1)} {'mended' if mended else 'left out'}: {reason} (line "
-        f"{each[0].line}{f': {each[0].detail}' if each[0].detail else ''})"
-        for (file, reason, mended), each in groups.items()
+        f"{file}: {len(group):,} line{'s' * (len(group) > 1)} {'repaired' if repaired else 'skipped'}: {reason} (line "
+        f"{group[0].line}{f': {group[0].detail}' if group[0].detail else ''})"
+        for (file, reason, repaired), group in groups.items()
     ]
 
 
-def _sources(path: str, files: dict[str, pafs.FileInfo], kind: Kind, fs: pafs.FileSystem) -> Iterator[Source]:
-    return (Source(fs, info.path, name.removesuffix(".gz"), path, kind) for name, info in sorted(files.items()))
+def _sources(path: str, files: dict[str, pafs.FileInfo], kind: Kind, fs: pafs.FileSystem) -> Iterator[SourceFile]:
+    return (SourceFile(fs, info.path, name.removesuffix(".gz"), path, kind) for name, info in sorted(files.items()))
 
 
-def _done(source: Source, data: BeirData) -> None:
-    """Takes over what was found in a file. Raises ConfigError where too much of it is bad."""
+def _finish(source: SourceFile, data: BeirData) -> None:
+    """Adds the problems and line count of a file. Raises ConfigError if too many of its lines are bad."""
     data.problems += source.problems
     data.lines[source.name] = source.lines
-    bad = [p for p in source.problems if not p.mended and p.reason not in UNKNOWN]
+    bad = [p for p in source.problems if not p.repaired and p.reason not in UNKNOWN]
     if len(bad) > MAX_BAD_SHARE * source.lines:
         shown = "; ".join(f"line {p.line}: {p.reason}" + (f" ({p.detail})" if p.detail else "") for p in bad[:3])
-        raise source.refuse(
-            f"{len(bad)} of {source.lines} lines are bad, over the limit of {MAX_BAD_SHARE:.0%} ({shown}); mend the file: a "
-            f"row has {WANTED[source.kind]}"
+        raise source.error(
+            f"{len(bad)} of {source.lines} lines are bad, over the limit of {MAX_BAD_SHARE:.0%} ({shown}); repair the file: a "
+            f"row has {EXPECTED_COLUMNS[source.kind]}"
         )
     unknown = [p for p in source.problems if p.reason in UNKNOWN]
     if len(unknown) > MAX_UNKNOWN_SHARE * source.lines:
         first = unknown[0]
         what = first.reason.removeprefix("unknown-")
-        raise source.refuse(
-            f"{len(unknown)} of {source.lines} lines judge what is not there (line {first.line}: no {what} has the id "
-            f"{first.detail!r}); give the judgements of this collection, in columns {WANTED['qrels']}"
+        raise source.error(
+            f"{len(unknown)} of {source.lines} lines have unknown ids (line {first.line}: no {what} has the id "
+            f"{first.detail!r}); give the judgements of this collection, in columns {EXPECTED_COLUMNS['qrels']}"
         )
 
 
 def _id(value: Any) -> str | None:
-    """An id as text; None for what is none."""
+    """An id as text; None if the value is not a valid id."""
     if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
         return None
     return tables.clean(str(value))
 
 
 def _records(path: str, layout: layouts.Layout, kind: Kind, data: BeirData) -> Iterator[tuple[str, str, str]]:
-    """(id, title, text) of the good rows of passages or queries; ids are unique and texts not empty.
+    """(id, title, text) of the valid rows of passages or queries; ids are unique and texts not empty.
 
-    A title without a text is the text, and then no title.
+    If a row has a title but no text, the title becomes the text.
     """
     seen: dict[str, str] = {}
     for source in _sources(path, layout.corpus if kind == "corpus" else layout.queries, kind, layout.fs):
         for number, row in records.rows(source):
             key, text, title = _id(row.get("id")), _text(row.get("text")), _text(row.get("title"))
             if key is None:
-                source.bad(number, "no-id", f"{row.get('id')!r} is no id; give text or a whole number")
+                source.bad(number, "no-id", f"{row.get('id')!r} is not an id; give text or a whole number")
             elif text is None or title is None:
                 source.bad(number, "broken-json", f"{key}: _id, title and text must be strings")
             elif not text.strip() and not title.strip():
                 source.bad(number, "empty-text", key)
             elif key in seen:
-                # a query may stand in the lists of several splits
-                again = kind == "queries" and seen[key] == (text if text.strip() else title)
+                # the query files of several splits may contain the same query
+                same = kind == "queries" and seen[key] == (text if text.strip() else title)
                 source.bad(number, "duplicate-id", key)
-                source.problems[-1].mended = again
+                source.problems[-1].repaired = same
             else:
                 if not text.strip():
-                    source.bad(number, "empty-text", f"{key}: the title stands in")
-                    source.problems[-1].mended = True
+                    source.bad(number, "empty-text", f"{key}: the title is used as text")
+                    source.problems[-1].repaired = True
                     text, title = title, ""
                 seen[key] = text if kind == "queries" else ""
                 yield key, title, text
-        _done(source, data)
+        _finish(source, data)
 
 
 def _text(value: Any) -> str | None:
-    """A text, empty where there is none; None for what is no text."""
+    """A text, empty if the value is missing; None if the value is not text."""
     if value is None or value != value:
         return ""
     return tables.clean(value) if isinstance(value, str) else None
@@ -239,21 +249,19 @@ def _judgements(
             elif isinstance(grade, str):
                 source.bad(number, "broken-line", grade)
             elif (before := seen.get((query_id, doc_id))) is not None:
-                told_twice = f"{query_id} {doc_id}: grade {grade}" + (
-                    f", and {before} before" if before != grade else ""
-                )
-                source.bad(number, "duplicate-id", told_twice)
-                source.problems[-1].mended = before == grade
+                detail = f"{query_id} {doc_id}: grade {grade}" + (f", and {before} before" if before != grade else "")
+                source.bad(number, "duplicate-id", detail)
+                source.problems[-1].repaired = before == grade
             else:
                 seen[query_id, doc_id] = grade
                 yield {"query_id": query_id, "doc_id": doc_id, "relevance": grade}
-        _done(source, data)
+        _finish(source, data)
 
 
 def write(target: str, corpus: Artifact | None, queries: pa.Table, qrels: dict[str, pa.Table]) -> dict[str, int]:
-    """Writes a BEIR folder (path or URI); returns lines by file. ``corpus`` None leaves the passages out.
+    """Writes a BEIR folder (path or URI) and returns lines by file. If ``corpus`` is None, no passages are written.
 
-    Ids with tabs, line ends or quotation marks are quoted as in CSV, which is how BEIR's own loader reads judgements.
+    Ids with tabs, line ends or quotation marks are quoted as in CSV, as BEIR's own loader reads judgements.
     """
     fs, root = filesystem(target)
     fs.create_dir(f"{root}/qrels", recursive=True)
@@ -281,16 +289,16 @@ def _json(**values: str) -> str:
 
 
 def head(path: str, n: int) -> list[str]:
-    """Title and text of the first ``n`` good passages of a folder; fewer where it cannot be read, which is told later."""
-    found: list[str] = []
+    """Title and text of the first ``n`` valid passages; fewer if the folder cannot be read, which ``read`` reports."""
+    passages: list[str] = []
     with contextlib.suppress(ConfigError):
-        for row in itertools.islice(_documents(path, layouts.found(path), BeirData()), n):
-            found.append(tables.passage_text(row["title"], row["text"]))
-    return found
+        for row in itertools.islice(_documents(path, layouts.find_layout(path), BeirData()), n):
+            passages.append(tables.passage_text(row["title"], row["text"]))
+    return passages
 
 
 def _cell(text: str) -> str:
-    """A cell of a TSV file that may hold anything.
+    """A cell of a TSV file, quoted if its text needs it.
 
     >>> print(_cell("d1"), _cell('a "b"'))
     d1 "a ""b""\"

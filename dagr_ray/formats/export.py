@@ -1,4 +1,4 @@
-"""Finished folders in other tools' formats: BEIR folders, sentence-transformers JSONL, TREC runs and qrels."""
+"""Exports complete folders to other formats: BEIR folders, sentence-transformers JSONL, TREC runs and qrels."""
 
 from __future__ import annotations
 
@@ -23,39 +23,39 @@ log = logging.getLogger("dagr")
 
 
 def ancestor(folder: Artifact, table: str) -> Artifact:
-    """The folder itself or the nearest input that has ``table``. Raises ConfigError where there is none."""
-    waiting, seen = [folder], set()
-    while waiting:
-        each = waiting.pop(0)
-        manifest = each.manifest
-        if manifest is None or each.name in seen:
+    """The folder itself or its nearest input that has ``table``. Raises ConfigError if there is none."""
+    queue, seen = [folder], set()
+    while queue:
+        current = queue.pop(0)
+        manifest = current.manifest
+        if manifest is None or current.name in seen:
             continue
-        seen.add(each.name)
+        seen.add(current.name)
         if table in manifest["tables"]:
-            return each
-        waiting += [Artifact(folder.runs, name) for name in manifest["inputs"].values()]
-    raise ConfigError(f"{folder.name} has no table {table!r}, nor have its inputs; give a select, mine or take folder")
+            return current
+        queue += [Artifact(folder.runs, name) for name in manifest["inputs"].values()]
+    raise ConfigError(f"{folder.name} and its inputs have no table {table!r}; give a select, mine or take folder")
 
 
-def whole_corpus(folder: Artifact) -> Artifact:
-    """The whole corpus below a folder: the largest of those that it was made from. Raises ConfigError where there is none."""
-    found, waiting, seen = [], [folder], set()
-    while waiting:
-        each = waiting.pop()
-        manifest = each.manifest
-        if manifest is None or each.name in seen:
+def full_corpus(folder: Artifact) -> Artifact:
+    """The largest corpus among a folder and its inputs. Raises ConfigError if there is none."""
+    corpora, queue, seen = [], [folder], set()
+    while queue:
+        current = queue.pop()
+        manifest = current.manifest
+        if manifest is None or current.name in seen:
             continue
-        seen.add(each.name)
+        seen.add(current.name)
         if "corpus" in manifest["tables"]:
-            found.append((manifest["tables"]["corpus"]["rows"], each.name))
-        waiting += [Artifact(folder.runs, name) for name in manifest["inputs"].values()]
-    if not found:
-        raise ConfigError(f"{folder.name} was made from no corpus; give a select, mine or take folder")
-    return Artifact(folder.runs, max(found)[1])
+            corpora.append((manifest["tables"]["corpus"]["rows"], current.name))
+        queue += [Artifact(folder.runs, name) for name in manifest["inputs"].values()]
+    if not corpora:
+        raise ConfigError(f"{folder.name} has no corpus among its inputs; give a select, mine or take folder")
+    return Artifact(folder.runs, max(corpora)[1])
 
 
 def to_beir(folder: Artifact, runs: str, target: str) -> dict[str, int]:
-    """``corpus.jsonl``, ``queries.jsonl`` and ``qrels/train.tsv`` of the generated queries; returns lines by file."""
+    """Writes ``corpus.jsonl``, ``queries.jsonl`` and ``qrels/train.tsv`` of the generated queries; returns lines by file."""
     queries = ancestor(folder, "queries").read("queries")
     if "examples" in (folder.manifest or {"tables": {}})["tables"]:
         examples = folder.read("examples")
@@ -66,14 +66,14 @@ def to_beir(folder: Artifact, runs: str, target: str) -> dict[str, int]:
         qrels = tables.table("qrels", ({"query_id": q, "doc_id": d, "relevance": 1} for q, d in pairs))
     else:
         qrels = ancestor(folder, "qrels").read("qrels")
-    return beir.write(target, whole_corpus(folder), queries, {"train": qrels})
+    return beir.write(target, full_corpus(folder), queries, {"train": qrels})
 
 
 def to_sentence_transformers(folder: Artifact, runs: str, target: str) -> dict[str, int]:
-    """JSON lines with ``anchor``, ``positive``, ``negative_1``..: what SentenceTransformerTrainer takes.
+    """Writes JSON lines with ``anchor``, ``positive``, ``negative_1``.. for SentenceTransformerTrainer; lines by file.
 
-    That reads columns, so each line has as many negatives as the longest. A query with fewer has its own again, in turn; one
-    without any has passages of other queries, none of which is known to be relevant to it.
+    The trainer reads columns, so all lines have the same number of negatives. A query with fewer repeats its own in turn.
+    A query without negatives gets passages of other queries that are not known to be relevant to it.
     """
     examples = ancestor(folder, "examples").read("examples").to_pylist()
     queries = dict(
@@ -81,7 +81,7 @@ def to_sentence_transformers(folder: Artifact, runs: str, target: str) -> dict[s
     )
     corpus = {
         row["doc_id"]: tables.passage_text(row["title"], row["text"])
-        for part in whole_corpus(folder).scan("corpus")
+        for part in full_corpus(folder).scan("corpus")
         for row in part.to_pylist()
     }
 
@@ -89,7 +89,7 @@ def to_sentence_transformers(folder: Artifact, runs: str, target: str) -> dict[s
     relevant: dict[str, set[str]] = defaultdict(set)
     for row in examples:
         relevant[queries[row["query_id"]]].add(corpus[row["positive_id"]])
-    passages = sorted({text for found in relevant.values() for text in found})
+    passages = sorted({text for texts in relevant.values() for text in texts})
     filled = sum(len(row["negative_ids"]) < columns for row in examples)
 
     def negatives(row: dict[str, Any]) -> list[str]:
@@ -101,7 +101,7 @@ def to_sentence_transformers(folder: Artifact, runs: str, target: str) -> dict[s
         if columns and not own:
             raise ConfigError(
                 f"export: query {row['query_id']!r} has no negatives, and every passage of {folder.name} is relevant to it; "
-                "mine some, or leave it out"
+                "mine negatives for it, or remove the query"
             )
         return list(itertools.islice(itertools.cycle(own), columns))
 
@@ -112,53 +112,53 @@ def to_sentence_transformers(folder: Artifact, runs: str, target: str) -> dict[s
             yield json.dumps(record, ensure_ascii=False)
 
     if filled:
-        log.info("export: %d of %d lines had fewer than %d negatives and are filled up", filled, len(examples), columns)
+        log.info("export: %d of %d lines had fewer than %d negatives; they repeat some", filled, len(examples), columns)
     return {target: _write_lines(target, lines())}
 
 
 def to_trec(folder: Artifact, runs: str, target: str) -> dict[str, int]:
-    """A TREC run file of a folder's candidates and, where its queries are judged, a qrels file beside it.
+    """Writes a TREC run file of a folder's candidates and, if its queries are judged, a qrels file beside it.
 
-    The qrels file is named as the run with ``.qrels`` for its last ending. They are those that the folder was judged by
-    (for an evaluation, of the queries that count), so ``trec_eval -c`` of both files gives the folder's own figures.
+    The qrels file has the name of the run with the suffix ``.qrels``. It has the judgements that evaluated the folder
+    (for an evaluation, of the evaluated queries), so ``trec_eval -c`` of both files gives the folder's own figures.
     """
-    found = ancestor(folder, "candidates")
-    rows = zip(*(c.to_pylist() for c in found.read("candidates").columns), strict=True)
+    searched = ancestor(folder, "candidates")
+    rows = zip(*(c.to_pylist() for c in searched.read("candidates").columns), strict=True)
     counts = {target: _write_lines(target, trec.run_lines(rows, folder.name))}
-    judged = _judgements(found)
-    if judged is not None:
-        where = judged_beside(target)
-        lines = trec.qrels_lines(zip(*(c.to_pylist() for c in judged.columns), strict=True))
-        counts[where] = _write_lines(where, lines)
+    qrels = _judgements(searched)
+    if qrels is not None:
+        path = qrels_path(target)
+        lines = trec.qrels_lines(zip(*(c.to_pylist() for c in qrels.columns), strict=True))
+        counts[path] = _write_lines(path, lines)
     return counts
 
 
-def judged_beside(target: str) -> str:
-    """The qrels file that is written beside a run.
+def qrels_path(target: str) -> str:
+    """The path of the qrels file for a run.
 
-    >>> judged_beside("out/bm25.trec"), judged_beside("out/bm25.qrels")
+    >>> qrels_path("out/bm25.trec"), qrels_path("out/bm25.qrels")
     ('out/bm25.qrels', 'out/bm25.qrels.qrels')
     """
-    where, mark, options = target.partition("?") if is_uri(target) else (target, "", "")
-    folder, slash, name = where.rpartition("/")
+    path, mark, options = target.partition("?") if is_uri(target) else (target, "", "")
+    folder, slash, name = path.rpartition("/")
     stem = name.rsplit(".", 1)[0] if "." in name and not name.endswith(".qrels") else name
     return f"{folder}{slash}{stem}.qrels{mark}{options}"
 
 
-def _judgements(found: Artifact) -> pa.Table | None:
-    """What the queries of a search or an evaluation are judged by; None where they are not."""
-    manifest = found.manifest or {"inputs": {}, "stage": {}, "tables": {}}
+def _judgements(searched: Artifact) -> pa.Table | None:
+    """The qrels of a search's or evaluation's queries; None if they are not judged."""
+    manifest = searched.manifest or {"inputs": {}, "stage": {}, "tables": {}}
     split = manifest["stage"].get("split")
     for field in ("data", "queries"):
         source = manifest["inputs"].get(field)
-        there = ((Artifact(found.runs, source).manifest or {}).get("tables") or {}) if source else {}
-        splits = [name.removeprefix("qrels.") for name in there if name.startswith("qrels.")]
+        present = ((Artifact(searched.runs, source).manifest or {}).get("tables") or {}) if source else {}
+        splits = [name.removeprefix("qrels.") for name in present if name.startswith("qrels.")]
         name = f"qrels.{tables.split_of(splits, split)}" if split else "qrels"
-        if source and name in there:
-            rows = Artifact(found.runs, source).read(name)
+        if source and name in present:
+            rows = Artifact(searched.runs, source).read(name)
             if "metrics" in manifest["tables"]:
-                counted = found.read("metrics", ["query_id"])["query_id"].drop_null().unique()
-                rows = rows.filter(pc.is_in(rows["query_id"], value_set=counted))
+                evaluated = searched.read("metrics", ["query_id"])["query_id"].drop_null().unique()
+                rows = rows.filter(pc.is_in(rows["query_id"], value_set=evaluated))
             return rows
     return None
 

@@ -1,8 +1,8 @@
-"""Which files of a folder hold passages, queries and judgements, in the layouts in which collections come.
+"""Finds the files with passages, queries and judgements in a folder, for the common layouts of collections.
 
-BEIR (``corpus.jsonl``, ``queries.jsonl``, ``qrels/<split>.tsv``), MTEB and NanoBEIR as Hugging Face keeps them (a folder of
-Parquet shards for each of ``corpus``, ``queries`` and ``qrels``, ``default`` or ``data``), MS MARCO (``collection.tsv``,
-``queries.<split>.tsv``, ``qrels.<split>.tsv``), and the same names with other endings. Sources: BEIR (Thakur et al., arXiv
+BEIR (``corpus.jsonl``, ``queries.jsonl``, ``qrels/<split>.tsv``), MTEB and NanoBEIR on Hugging Face (a folder of Parquet
+shards for each of ``corpus``, ``queries`` and ``qrels``, ``default`` or ``data``), MS MARCO (``collection.tsv``,
+``queries.<split>.tsv``, ``qrels.<split>.tsv``), and the same names with other suffixes. Sources: BEIR (Thakur et al., arXiv
 2104.08663); MTEB's ``RetrievalDatasetLoader``; huggingface.co/docs/hub/datasets-data-files-configuration.
 """
 
@@ -30,7 +30,7 @@ NOT_OURS = ("readme", "license", "licence", "notes", "source", "citation", "inst
 
 @dataclass
 class Layout:
-    """The files of a collection by what they hold: relative path -> file; those of ``qrels`` by split."""
+    """The files of a collection by content: relative path -> file; the files of ``qrels`` by split."""
 
     fs: pafs.FileSystem
     corpus: dict[str, pafs.FileInfo] = field(default_factory=dict)
@@ -38,24 +38,24 @@ class Layout:
     qrels: dict[str, dict[str, pafs.FileInfo]] = field(default_factory=dict)
 
     def files(self) -> dict[str, pafs.FileInfo]:
-        """All files by their name without ``.gz``, by which a plain and a packed copy are one collection."""
+        """All files by their name without ``.gz``, so that a plain and a compressed copy are the same collection."""
         every = [self.corpus, self.queries, *self.qrels.values()]
         return {name.removesuffix(".gz"): info for group in every for name, info in group.items()}
 
 
-def found(path: str) -> Layout:
-    """The files of a collection. Raises ConfigError where passages or queries are missing, and where files contradict."""
+def find_layout(path: str) -> Layout:
+    """The files of a collection. Raises ConfigError if passages or queries are missing, or files are ambiguous."""
     fs, root = filesystem(path)
     info = fs.get_file_info(root)
     if info.is_file:
         raise ConfigError(
-            f"{path!r} is a file; give the folder that it lies in, as {path.rstrip('/').rpartition('/')[0]!r}"
+            f"{path!r} is a file; give the folder that contains it, {path.rstrip('/').rpartition('/')[0]!r}"
         )
-    placed = [(kind, rank, part, name, each) for name, each in _files(fs, root) for kind, rank, part in _placed(name)]
+    classified = [(*role, name, file) for name, file in _files(fs, root) for role in _classify(name)]
     groups: dict[str, dict[str, list[tuple[str, pafs.FileInfo]]]] = {kind: {} for kind in WORDS}
-    for kind, rank, part, name, each in placed:
-        if rank == min(r for k, r, *_ in placed if k == kind):
-            groups[kind].setdefault(part, []).append((name, each))
+    for kind, rank, part, name, file in classified:
+        if rank == min(r for k, r, *_ in classified if k == kind):
+            groups[kind].setdefault(part, []).append((name, file))
     for kind in ("corpus", "queries"):
         if not groups[kind]:
             raise ConfigError(
@@ -65,29 +65,29 @@ def found(path: str) -> Layout:
     if len(groups["corpus"]) > 1:
         shown = " and ".join(sorted(part[0][0] for part in groups["corpus"].values())[:3])
         raise ConfigError(
-            f"{path!r} holds {len(groups['corpus'])} sets of passages ({shown}); give a folder with the one that the "
-            "judgements are of"
+            f"{path!r} has {len(groups['corpus'])} sets of passages ({shown}); give a folder with only the passages "
+            "that are judged"
         )
-    made = {kind: {part: _shards(path, files) for part, files in parts.items()} for kind, parts in groups.items()}
-    queries = {name: each for part in made["queries"].values() for name, each in part.items()}
-    return Layout(fs, next(iter(made["corpus"].values())), queries, made["qrels"])
+    files = {kind: {part: _shards(path, group) for part, group in parts.items()} for kind, parts in groups.items()}
+    queries = {name: file for part in files["queries"].values() for name, file in part.items()}
+    return Layout(fs, next(iter(files["corpus"].values())), queries, files["qrels"])
 
 
 def _files(fs: pafs.FileSystem, root: str) -> list[tuple[str, pafs.FileInfo]]:
-    """Files of the folder, and of those inside it whose name says what they hold; hidden ones are not ours."""
-    listed = fs.get_file_info(pafs.FileSelector(root, allow_not_found=True))
-    inside = [each for each in listed if each.is_file]
-    for folder in listed:
+    """Files of the folder and of its subfolders with a known name, without hidden files."""
+    entries = fs.get_file_info(pafs.FileSelector(root, allow_not_found=True))
+    infos = [entry for entry in entries if entry.is_file]
+    for folder in entries:
         if folder.type == pafs.FileType.Directory and _kind(folder.base_name) is not None:
-            inside += fs.get_file_info(pafs.FileSelector(folder.path, recursive=True))
-    named = [(each.path[len(root) + 1 :], each) for each in inside if each.is_file]
+            infos += fs.get_file_info(pafs.FileSelector(folder.path, recursive=True))
+    files = [(info.path[len(root) + 1 :], info) for info in infos if info.is_file]
     return sorted(
-        (n, i) for n, i in named if not any(part.startswith((".", "_")) for part in n.split("/")[:-1]) and _stem(n)
+        (n, i) for n, i in files if not any(part.startswith((".", "_")) for part in n.split("/")[:-1]) and _stem(n)
     )
 
 
 def _stem(name: str) -> str:
-    """A file's name without its endings; empty for a file that holds no table."""
+    """A file's name without its suffixes; empty if the file is not a table."""
     base = name.rpartition("/")[2]
     if base.startswith((".", "~")) or base.startswith("_SUCCESS"):
         return ""
@@ -98,7 +98,7 @@ def _stem(name: str) -> str:
 
 
 def _kind(name: str) -> str | None:
-    """What a file or folder of that name holds; ``data`` for one that may hold anything."""
+    """The content of a file or folder of that name; ``data`` if it may have any content."""
     words = re.split(r"[^a-z]+", name.lower())
     if any(word in words for word in NOT_OURS):
         return None
@@ -108,10 +108,10 @@ def _kind(name: str) -> str | None:
     return "data" if name.lower() in ("default", "data") else None
 
 
-def _placed(name: str) -> list[tuple[str, int, str]]:
-    """What a file holds by its path: its kind, a rank (where lower ones are there, it is not read), and its part or split.
+def _classify(name: str) -> list[tuple[str, int, str]]:
+    """The role of a file by its path: its kind, its rank (only files of the lowest rank are read), its part or split.
 
-    >>> _placed("queries.dev.tsv"), _placed("data/test-00000-of-00001.parquet"), _placed("corpus/train/0000.parquet")
+    >>> _classify("queries.dev.tsv"), _classify("data/test-00000-of-00001.parquet"), _classify("corpus/train/0000.parquet")
     ([('queries', 1, 'queries.dev')], [('qrels', 2, 'test')], [('corpus', 1, 'corpus/train')])
     """
     folders, stem = name.split("/")[:-1], _stem(name)
@@ -124,7 +124,7 @@ def _placed(name: str) -> list[tuple[str, int, str]]:
         return []
     if not folders and bare.lower() in SPLITS:
         return [("qrels", 3, bare)]
-    # what stands in qrels/ are judgements, whatever they are called; in data/ the file's own name tells
+    # files in qrels/ are judgements, whatever their names; in data/ the file's own name decides
     kind = own if own and own != "data" and (not kinds or kinds[0] == "data") else kinds[0] if kinds else own
     if kind is None or (kind == "data" and not folders):
         return []
@@ -142,9 +142,9 @@ def _placed(name: str) -> list[tuple[str, int, str]]:
 
 
 def _shards(path: str, part: list[tuple[str, pafs.FileInfo]]) -> dict[str, pafs.FileInfo]:
-    """The files of one table: one, or the numbered parts of one, all of them. Raises ConfigError.
+    """The files of one table: a single file, or all of its numbered parts. A plain file replaces its compressed copy.
 
-    A plain file comes before its packed copy.
+    Raises ConfigError if files are ambiguous or parts are missing.
     """
     every = {name for name, _ in part}
     files = {n: i for n, i in part if not any(n.endswith(e) and n.removesuffix(e) in every for e in PACKED)}
@@ -154,12 +154,12 @@ def _shards(path: str, part: list[tuple[str, pafs.FileInfo]]) -> dict[str, pafs.
     endings = {_ending(name) for name in names}
     numbered = all(match or re.search(r"\d", _stem(name)) for name, match in zip(names, numbers, strict=True))
     if len(names) > 1 and (len(endings) > 1 or not numbered or len(counts) > 1 or (counts and None in numbers)):
-        raise ConfigError(f"{path}: {' and '.join(names[:3])} may each be the one to read; leave one of them there")
+        raise ConfigError(f"{path}: it is unclear which of {' and '.join(names[:3])} to read; keep one of them")
     for count in counts:
         missing = sorted(set(range(count)) - {int(match[1]) for match in numbers if match})
         if missing and len(names) < count:
             raise ConfigError(
-                f"{path}/{names[0]}: {len(names)} of {count} parts are there, but not number {missing[0]}; fetch it"
+                f"{path}/{names[0]}: {len(names)} of {count} parts are present, number {missing[0]} is missing; fetch it"
             )
     return files
 

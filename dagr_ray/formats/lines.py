@@ -1,4 +1,4 @@
-"""Files as other people write them: unpacked and decoded into lines, the usual names of columns, and what a score says."""
+"""Decompresses and decodes files into lines, maps the usual names of columns, and reads relevance grades."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from dagr_ray.core.storage import filesystem
 
 Kind = Literal["corpus", "queries", "qrels"]
 MAX_BAD_SHARE = 0.01
-# The usual names of each column, small letters without signs between them; the first that is there is taken.
-NAMES: dict[Kind, dict[str, tuple[str, ...]]] = {
+# The usual names of each column, in lower case without separators. The first name that a file has is used.
+COLUMN_NAMES: dict[Kind, dict[str, tuple[str, ...]]] = {
     "corpus": {
         "id": ("_id", "docid", "corpusid", "id", "docno", "pid", "passageid", "documentid", "did"),
         "title": ("title",),
@@ -40,30 +40,30 @@ NAMES: dict[Kind, dict[str, tuple[str, ...]]] = {
         "score": ("score", "relevance", "rel", "label", "grade", "judgment", "judgement", "relevancelabel", "qrel"),
     },
 }
-WANTED: dict[Kind, str] = {
+EXPECTED_COLUMNS: dict[Kind, str] = {
     "corpus": "_id, text and maybe title",
     "queries": "_id and text",
-    "qrels": "query-id, corpus-id and score, a whole number (as a line without names: query, document, score by tabs, or "
+    "qrels": "query-id, corpus-id and score, a whole number (without a header: query, document, score separated by tabs, or "
     "TREC's query, iteration, document, relevance)",
 }
 
 
 @dataclass
-class Problem:
-    """A line that was left out (or mended), where it stands, and why."""
+class LineProblem:
+    """A line that was skipped or repaired: its file and number, the reason, and a detail."""
 
     file: str
     line: int
     reason: str
     detail: str = ""
-    mended: bool = False
+    repaired: bool = False
 
 
 @dataclass
-class Source:
-    """A file to read: ``name`` is what people know it by; ``lines`` counts what was read, and ``problems`` are added to.
+class SourceFile:
+    """A file while it is read: its display ``name``, the number of ``lines`` read, and the ``problems`` so far.
 
-    ``where`` stands before the name in errors. ``spaced`` is set where white space stands between the columns.
+    ``where`` precedes the name in errors. ``spaced`` is set if white space separates the columns.
     """
 
     fs: pafs.FileSystem
@@ -71,23 +71,23 @@ class Source:
     name: str
     where: str
     kind: Kind
-    problems: list[Problem] = field(default_factory=list)
+    problems: list[LineProblem] = field(default_factory=list)
     lines: int = 0
     spaced: bool = False
 
-    def refuse(self, why: str, line: int | None = None) -> ConfigError:
-        """The error that says what is wrong with the file."""
-        place = f"{self.where}/{self.name}" if self.where else self.name
-        return ConfigError(f"{place}{'' if line is None else f': line {line}'}: {why}")
+    def error(self, why: str, line: int | None = None) -> ConfigError:
+        """A ConfigError with the file's name and line number."""
+        path = f"{self.where}/{self.name}" if self.where else self.name
+        return ConfigError(f"{path}{'' if line is None else f': line {line}'}: {why}")
 
     def bad(self, line: int, reason: str, detail: str) -> None:
-        """Notes a line that is left out."""
-        self.problems.append(Problem(self.name, line, reason, " ".join(detail.split())[:200]))
+        """Records a skipped line."""
+        self.problems.append(LineProblem(self.name, line, reason, " ".join(detail.split())[:200]))
 
 
 @lru_cache(maxsize=65536)
 def stream_sha(uri: str, file: str, size: int, mtime_ns: int | None) -> str:
-    """SHA-256 of a file (a path in ``uri``'s file system), computed again only where size or time have changed."""
+    """SHA-256 of a file (a path in ``uri``'s file system), recomputed only if its size or modification time changes."""
     fs, _ = filesystem(uri)
     with fs.open_input_stream(file, compression=None) as stream:
         sha = hashlib.sha256()
@@ -96,35 +96,35 @@ def stream_sha(uri: str, file: str, size: int, mtime_ns: int | None) -> str:
     return sha.hexdigest()
 
 
-def known_as(name: str) -> str:
-    """A column's name without case and the signs that differ: ``Query-ID`` and ``query_id`` are one.
+def normalise_name(name: str) -> str:
+    """A column's name in lower case without separators: ``Query-ID`` and ``query_id`` are equal.
 
-    >>> known_as("Query-ID"), known_as("_id"), known_as(" corpus_id ")
+    >>> normalise_name("Query-ID"), normalise_name("_id"), normalise_name(" corpus_id ")
     ('queryid', '_id', 'corpusid')
     """
     bare = name.strip().lower()
     return "_id" if bare == "_id" else re.sub(r"[\W_]+", "", bare)
 
 
-def columns_named(names: Sequence[str], kind: Kind) -> dict[str, str]:
-    """Which of the ``names`` is which column of a table of that kind.
+def find_columns(names: Sequence[str], kind: Kind) -> dict[str, str]:
+    """Maps the columns of a table of that kind to the ``names`` in a file.
 
-    >>> columns_named(["Query-ID", "iteration", "doc_id", "rel"], "qrels")
+    >>> find_columns(["Query-ID", "iteration", "doc_id", "rel"], "qrels")
     {'query': 'Query-ID', 'doc': 'doc_id', 'score': 'rel'}
     """
     known: dict[str, str] = {}
     for name in names:
-        known.setdefault(known_as(name), name)
-    found = {}
-    for column, spellings in NAMES[kind].items():
-        spelled = next((s for s in spellings if s in known), None)
-        if spelled is not None:
-            found[column] = known[spelled]
-    return found
+        known.setdefault(normalise_name(name), name)
+    columns = {}
+    for column, spellings in COLUMN_NAMES[kind].items():
+        spelling = next((s for s in spellings if s in known), None)
+        if spelling is not None:
+            columns[column] = known[spelling]
+    return columns
 
 
-def opened(fs: pafs.FileSystem, path: str) -> io.BufferedReader:
-    """A file's bytes, unpacked if they begin as gzip, bzip2, xz or zstd do, whatever the file is called."""
+def open_unpacked(fs: pafs.FileSystem, path: str) -> io.BufferedReader:
+    """Opens a file, decompressed if its first bytes are those of gzip, bzip2, xz or zstd. The suffix does not matter."""
     raw = io.BufferedReader(fs.open_input_stream(path, compression=None))
     start = raw.peek(6)[:6]
     if start[:2] == b"\x1f\x8b":
@@ -142,26 +142,26 @@ def opened(fs: pafs.FileSystem, path: str) -> io.BufferedReader:
     try:
         unpacked.peek(1)
     except UNPACKING as error:
-        raise ConfigError(f"{path}: {not_whole(path, error)}") from None
+        raise ConfigError(f"{path}: {describe_damage(path, error)}") from None
     return unpacked
 
 
-# what the libraries raise for a packed file that is cut or damaged
+# exceptions of the libraries for a truncated or damaged compressed file
 UNPACKING = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, OSError)
 
 
-def not_whole(name: str, error: BaseException) -> str:
-    """What to say of a packed file that ends early or is damaged. Raises the error again where it is the disk's."""
+def describe_damage(name: str, error: BaseException) -> str:
+    """The message for a truncated or damaged compressed file. Re-raises the error if the disk caused it."""
     if isinstance(error, OSError) and error.errno is not None:
         raise error
     kind = {"bz2": "bzip2", "xz": "xz", "zst": "zstd", "zstd": "zstd"}.get(name.rpartition(".")[2].lower(), "gzip")
-    return f"not a whole {kind} file ({error}); fetch it again"
+    return f"not a complete {kind} file ({error}); fetch it again"
 
 
-def lines_of(source: Source, stream: io.BufferedReader, blank: bool = False) -> Iterator[tuple[int, str]]:
-    r"""(number, text without its end) of the lines that are not blank; a line that is not UTF-8 is noted.
+def lines_of(source: SourceFile, stream: io.BufferedReader, blank: bool = False) -> Iterator[tuple[int, str]]:
+    r"""(number, text without line end) of the non-blank lines. A line that is not UTF-8 is recorded as a problem.
 
-    With ``blank`` those too, and of its end a line loses the line feed alone: a cell may go on over several lines.
+    With ``blank``, yields blank lines too and strips only the line feed, because a cell may span several lines.
     """
     end = "\n" if blank else "\r\n"
     start = stream.peek(4)[:4]
@@ -186,23 +186,23 @@ def lines_of(source: Source, stream: io.BufferedReader, blank: bool = False) -> 
             except UnicodeDecodeError as error:
                 source.bad(number, "wrong-encoding", f"byte {error.start} is not UTF-8")
     except UnicodeDecodeError as error:
-        raise source.refuse(
+        raise source.error(
             f"not {wide.upper() if wide else 'UTF-8'} ({error.reason}); save it as UTF-8", number
         ) from None
     except UNPACKING as error:
-        raise source.refuse(not_whole(source.path, error)) from None
+        raise source.error(describe_damage(source.path, error)) from None
 
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
 
 def is_number(cell: str) -> bool:
-    """Whether a cell is written as a number."""
+    """Whether a cell is a decimal number."""
     return _NUMBER.fullmatch(cell.strip()) is not None
 
 
 def grade_of(value: Any) -> int | str:
-    """The grade that a judgement's score is, or what is wrong with it.
+    """The relevance grade of a judgement's score, or a description of the error.
 
     >>> grade_of("1.0"), grade_of(2.0), grade_of("-1"), grade_of(0.5), grade_of("3e9"), grade_of(None)
     (1, 2, -1, 'score 0.5 is not a whole number: grades are 0, 1, 2 and so on', 'score 3e9 is too large', 'no score')

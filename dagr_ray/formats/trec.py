@@ -1,11 +1,11 @@
-"""TREC run and qrels files: read with care (every bad line counted, with its file and line) and written.
+"""Reads and writes TREC run and qrels files. Every bad line is counted and reported with its file and line number.
 
-A run has lines ``query Q0 doc rank score tag``, a qrels file lines ``query iteration doc relevance``; white space stands
-between the columns. Files may be gzipped and lie behind any URI that pyarrow opens. As in trec_eval
-(https://github.com/usnistgov/trec_eval) a run is ordered by score as a 32-bit number, ties by falling document id; the
-ranks in the file mean nothing.
+A run has lines ``query Q0 doc rank score tag``, a qrels file lines ``query iteration doc relevance``, separated by white
+space. Files may be gzipped, at a path or any URI that pyarrow opens. As in trec_eval
+(https://github.com/usnistgov/trec_eval), a run is ordered by score as a 32-bit number, then by descending document id;
+the ranks in the file are ignored.
 
-White space in an id is written as ``tables.spaced`` writes it, and read back.
+White space in an id is escaped by ``tables.escape_spaces``, and read back.
 """
 
 from __future__ import annotations
@@ -23,7 +23,15 @@ from dagr_ray.core import tables
 from dagr_ray.core.config import ConfigError, digest
 from dagr_ray.core.paths import last_name
 from dagr_ray.core.storage import filesystem
-from dagr_ray.formats.lines import MAX_BAD_SHARE, UNPACKING, Problem, grade_of, not_whole, opened, stream_sha
+from dagr_ray.formats.lines import (
+    MAX_BAD_SHARE,
+    UNPACKING,
+    LineProblem,
+    describe_damage,
+    grade_of,
+    open_unpacked,
+    stream_sha,
+)
 
 BATCH = 1 << 18  # lines that are held as Python objects
 LARGEST = float(np.finfo(np.float32).max)
@@ -33,15 +41,15 @@ _SPACE = re.compile(f"[{_BLANK}]+")
 
 @dataclass
 class TrecFile:
-    """What a file held: a ``candidates`` or ``qrels`` table, the lines that were left out, how many lines were read."""
+    """The content of a file: a ``candidates`` or ``qrels`` table, the number of lines, and the skipped lines."""
 
     table: pa.Table
     lines: int
-    problems: list[Problem] = field(default_factory=list)
+    problems: list[LineProblem] = field(default_factory=list)
 
 
 def content(path: str) -> str:
-    """Hash of a file's bytes. Raises ConfigError where there is no file."""
+    """Hash of a file's bytes. Raises ConfigError if there is no file."""
     fs, inside = filesystem(path)
     info = fs.get_file_info(inside)
     if not info.is_file:
@@ -50,20 +58,20 @@ def content(path: str) -> str:
 
 
 def read_run(path: str) -> TrecFile:
-    """The run as ``candidates``: queries in the order of the file, each one's passages best first, ranks from 1.
+    """The run as ``candidates``: queries in the order of the file, their passages best first, ranks from 1.
 
-    Left out and listed: lines without six columns or without a finite score, and a passage's second line for one query.
-    Raises ConfigError where they are over 1 % of the lines, with the first of them.
+    Skips and lists lines without six columns or a finite score, and repeated passages of a query. Raises ConfigError if
+    they are over 1 % of the lines, with the first of them.
     """
-    return _read(path, "run", _hit, _ranked)
+    return _read(path, "run", _parse_run_line, _rank)
 
 
 def read_qrels(path: str) -> TrecFile:
-    """The judgements as ``qrels``, in the order of the file. Bad lines as in ``read_run``; four columns are wanted."""
-    return _read(path, "qrels", _judgement, lambda rows: rows.select(["query_id", "doc_id", "value"]))
+    """The judgements as ``qrels``, in the order of the file. Lines have four columns; bad lines as in ``read_run``."""
+    return _read(path, "qrels", _parse_judgement, lambda rows: rows.select(["query_id", "doc_id", "value"]))
 
 
-def _hit(cells: list[str]) -> tuple[str, str, float] | str:
+def _parse_run_line(cells: list[str]) -> tuple[str, str, float] | str:
     if len(cells) != 6:
         return f"{len(cells)} columns, not 6"
     try:
@@ -73,7 +81,7 @@ def _hit(cells: list[str]) -> tuple[str, str, float] | str:
     return (cells[0], cells[2], score) if abs(score) <= LARGEST else f"score {cells[4][:40]} is not a finite number"
 
 
-def _judgement(cells: list[str]) -> tuple[str, str, int] | str:
+def _parse_judgement(cells: list[str]) -> tuple[str, str, int] | str:
     if len(cells) != 4:
         return f"{len(cells)} columns, not 4"
     grade = grade_of(cells[3])
@@ -84,60 +92,60 @@ def _read(path: str, what: str, parse: Callable[[list[str]], Any], finish: Calla
     name = last_name(path)
     kind = "candidates" if what == "run" else "qrels"
     value_type = tables.schema(kind).field("score" if what == "run" else "relevance").type
-    problems: list[Problem] = []
+    problems: list[LineProblem] = []
     parts: list[pa.Table] = []
     lines, width = 0, 6 if what == "run" else 4
     pending: list[list[Any]] = [[], [], [], []]  # line, query, document, value
 
     def flush() -> None:
         line, query, doc, value = (pa.array(c, t) for c, t in zip(pending, types, strict=True))
-        # ids come again and again: a run of ten million lines has few different ones
+        # ids repeat: a run of ten million lines has few different ones
         columns = {"line": line, "query_id": query.dictionary_encode(), "doc_id": doc.dictionary_encode()}
         parts.append(pa.table(columns | {"value": value}))
-        for each in pending:
-            each.clear()
+        for column in pending:
+            column.clear()
 
     types = (pa.int64(), tables.TEXT, tables.TEXT, value_type)
     for number, text in _lines(path, name, problems):
         lines += 1
         cells = text.split()
-        if len(cells) != width or not text.isascii():  # white space that is none to trec_eval may stand in an id
+        if len(cells) != width or not text.isascii():  # an id may have white space that trec_eval does not split at
             cells = _SPACE.split(text.strip(_BLANK))
-        found = parse(cells)
-        if isinstance(found, str):
-            problems.append(Problem(name, number, "broken-line", f"{found}: {text.strip()[:100]}"))
+        row = parse(cells)
+        if isinstance(row, str):
+            problems.append(LineProblem(name, number, "broken-line", f"{row}: {text.strip()[:100]}"))
             continue
         if "\\u" in text:
-            found = (tables.unescape_spaces(found[0]), tables.unescape_spaces(found[1]), found[2])
-        for column, cell in zip(pending, (number, *found), strict=True):
+            row = (tables.unescape_spaces(row[0]), tables.unescape_spaces(row[1]), row[2])
+        for column, cell in zip(pending, (number, *row), strict=True):
             column.append(cell)
         if len(pending[0]) == BATCH:
             flush()
     flush()
     lines += sum(problem.reason == "wrong-encoding" for problem in problems)
-    rows = _once(pa.concat_tables(parts).unify_dictionaries().combine_chunks(), name, problems)
+    rows = _deduplicate(pa.concat_tables(parts).unify_dictionaries().combine_chunks(), name, problems)
     problems.sort(key=lambda problem: problem.line)
-    bad = [problem for problem in problems if not problem.mended]
+    bad = [problem for problem in problems if not problem.repaired]
     if len(bad) > MAX_BAD_SHARE * lines:
         shown = "; ".join(f"line {p.line}: {p.reason} ({p.detail})" for p in bad[:3])
-        wanted = "query Q0 doc rank score tag" if what == "run" else "query 0 doc relevance"
+        expected = "query Q0 doc rank score tag" if what == "run" else "query 0 doc relevance"
         raise ConfigError(
-            f"{path}: {len(bad)} of {lines} lines are bad, over the limit of {MAX_BAD_SHARE:.0%} ({shown}); mend the "
-            f"file: a TREC {what} file has lines {wanted!r}"
+            f"{path}: {len(bad)} of {lines} lines are bad, over the limit of {MAX_BAD_SHARE:.0%} ({shown}); repair the "
+            f"file: a TREC {what} file has lines {expected!r}"
         )
     if not rows.num_rows:
-        raise ConfigError(f"{path}: no line in it; give a TREC {what} file")
-    made = finish(rows)
+        raise ConfigError(f"{path} has no line; give a TREC {what} file")
+    finished = finish(rows)
     schema = tables.schema(kind)
-    columns = [column.cast(kind.type) for column, kind in zip(made.columns, schema, strict=True)]
+    columns = [column.cast(field.type) for column, field in zip(finished.columns, schema, strict=True)]
     return TrecFile(tables.check(kind, pa.table(columns, schema=schema)), lines, problems)
 
 
-def _lines(path: str, name: str, problems: list[Problem]) -> Iterator[tuple[int, str]]:
+def _lines(path: str, name: str, problems: list[LineProblem]) -> Iterator[tuple[int, str]]:
     fs, inside = filesystem(path)
     if not fs.get_file_info(inside).is_file:
         raise ConfigError(f"no file at {path!r}; give a TREC run or qrels file")
-    with opened(fs, inside) as stream:
+    with open_unpacked(fs, inside) as stream:
         try:
             for number, raw in enumerate(stream, 1):
                 if not raw.strip():
@@ -145,46 +153,46 @@ def _lines(path: str, name: str, problems: list[Problem]) -> Iterator[tuple[int,
                 try:
                     yield number, tables.clean(raw.decode("utf-8-sig" if number == 1 else "utf-8"))
                 except UnicodeDecodeError as error:
-                    problems.append(Problem(name, number, "wrong-encoding", f"byte {error.start} is not UTF-8"))
+                    problems.append(LineProblem(name, number, "wrong-encoding", f"byte {error.start} is not UTF-8"))
         except UNPACKING as error:
-            raise ConfigError(f"{path}: {not_whole(inside, error)}") from None
+            raise ConfigError(f"{path}: {describe_damage(inside, error)}") from None
 
 
 def _codes(column: pa.ChunkedArray) -> tuple[np.ndarray, pa.Array]:
-    """Numbers of the values of a dictionary column, and the values."""
+    """The codes and the values of a dictionary column."""
     whole = column.chunk(0) if column.num_chunks else pa.array([], column.type)
     return whole.indices.to_numpy().astype(np.int64), whole.dictionary
 
 
-def _once(rows: pa.Table, name: str, problems: list[Problem]) -> pa.Table:
-    """Each (query, document) once: the first line stands. One that says the same again is no mistake."""
+def _deduplicate(rows: pa.Table, name: str, problems: list[LineProblem]) -> pa.Table:
+    """Keeps the first line of each (query, document). An equal repetition counts as repaired, not as bad."""
     queries, _ = _codes(rows["query_id"])
     docs, names = _codes(rows["doc_id"])
     _, first, which = np.unique(queries * max(len(names), 1) + docs, return_index=True, return_inverse=True)
     if len(first) < rows.num_rows:
-        again = np.ones(rows.num_rows, bool)
-        again[first] = False
-        before = rows["value"].to_numpy()[first[which]][again]
-        for row, value in zip(rows.filter(pa.array(again)).to_pylist(), before.tolist(), strict=True):
+        repeated = np.ones(rows.num_rows, bool)
+        repeated[first] = False
+        before = rows["value"].to_numpy()[first[which]][repeated]
+        for row, value in zip(rows.filter(pa.array(repeated)).to_pylist(), before.tolist(), strict=True):
             detail, same = f"{row['query_id']} {row['doc_id']}", row["value"] == value
             detail += "" if same else f": {row['value']:g}, and {value:g} before"
-            problems.append(Problem(name, row["line"], "duplicate-id", detail, mended=same))
-        rows = rows.filter(pa.array(~again)).combine_chunks()
+            problems.append(LineProblem(name, row["line"], "duplicate-id", detail, repaired=same))
+        rows = rows.filter(pa.array(~repeated)).combine_chunks()
     return rows
 
 
-def _ranked(rows: pa.Table) -> pa.Table:
+def _rank(rows: pa.Table) -> pa.Table:
     """The rows as (query_id, doc_id, rank, score), in trec_eval's order."""
     queries, _ = _codes(rows["query_id"])
     docs, names = _codes(rows["doc_id"])
-    place = np.empty(len(names), np.int64)
-    # by bytes of UTF-8, as trec_eval's strcmp
-    place[pc.sort_indices(names).to_numpy()] = np.arange(len(names))
+    name_order = np.empty(len(names), np.int64)
+    # by bytes of UTF-8, like trec_eval's strcmp
+    name_order[pc.sort_indices(names).to_numpy()] = np.arange(len(names))
     scores = rows["value"].to_numpy()
     _, first, which = np.unique(queries, return_index=True, return_inverse=True)
-    seen = first[which]  # the row in which a row's query is first
-    order = np.lexsort((-place[docs], -scores, seen))
-    starts = np.flatnonzero(np.diff(seen[order], prepend=-1))
+    first_row = first[which]  # the first row of each row's query
+    order = np.lexsort((-name_order[docs], -scores, first_row))
+    starts = np.flatnonzero(np.diff(first_row[order], prepend=-1))
     ranks = np.arange(len(order)) - np.repeat(starts, np.diff(starts, append=len(order))) + 1
     rows = rows.take(pa.array(order))
     return pa.table(
@@ -192,7 +200,7 @@ def _ranked(rows: pa.Table) -> pa.Table:
     )
 
 
-# -- written ------------------------------------------------------------------------------------------------------------
+# -- writing ------------------------------------------------------------------------------------------------------------
 
 
 def run_lines(rows: Iterable[tuple[str, str, int, float]], tag: str) -> Iterator[str]:

@@ -1,1 +1,1 @@
-"""Texts that resemble each other, found without comparing all pairs."""
+"""Finds similar texts without comparing all pairs."""

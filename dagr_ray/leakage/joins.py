@@ -1,9 +1,9 @@
-"""Pairs of texts that share something, without the square of the texts that share what all have.
+"""Pairs of texts that share a key, without quadratic cost for keys that all texts share.
 
-A header, a licence or a template makes a pair of any two texts. So a key (a run of words, a band of MinHash, a word) that
-more than ``COMMON`` texts have leads to the first ``FEW`` of them alone: a pair is found by any key that is rarer. The idea
-is prefix filtering's (Chaudhuri, Ganti and Kaushik 2006; Bayardo, Ma and Srikant 2007): rare keys find, all keys score.
-Scores are exact, and what is held at once has a bound that no data move.
+A header, a licence or a template would pair any two texts. A key (a run of words, a band of MinHash, a word) of more than
+``COMMON`` texts therefore leads only to the first ``FEW`` of them; other pairs are found by rarer keys. This is the idea of
+prefix filtering (Chaudhuri, Ganti and Kaushik 2006; Bayardo, Ma and Srikant 2007): rare keys select pairs, all keys score
+them. Scores are exact, and memory has a bound that does not depend on the data.
 """
 
 from __future__ import annotations
@@ -16,48 +16,48 @@ import numpy.typing as npt
 from dagr_ray.leakage import minhash
 from dagr_ray.leakage.minhash import Flags, Floats, Kind, Longs, Places, Sets, Words
 
-COMMON = 64  # texts that may share a key
-RARE = 16  # and a longer piece of a sketch or a word, which are asked where shorter pieces are common
-FEW = 4  # texts of a common key that are looked at all the same
-SCORED = 64  # texts that are scored for a row: those that share most with it
-ENTRIES = 1 << 20  # of keys, pairs or words at once
+COMMON = 64  # a key of more texts is common
+RARE = 16  # the same limit for longer keys, which are used if the shorter keys are common
+FEW = 4  # texts of a common key that are still compared
+SCORED = 64  # texts that are scored for a row: those with the most shared keys
+ENTRIES = 1 << 20  # keys, pairs or words in memory at once
 ROWS_AT_ONCE = 2048
-WIDER = (2, 4, 8)  # bands in a row that are a key where one band is common
+WIDER = (2, 4, 8)  # numbers of consecutive bands that form a key if a single band is common
 
 Pairs = tuple[Places, Places]
 Marks = npt.NDArray[np.uint16]
 
 
 def matching(left: Longs, right: Longs, most: int | None = None) -> Pairs:
-    """All pairs of places (in ``left``, in ``right``) with equal keys.
+    """All pairs of positions (in ``left``, in ``right``) with equal keys.
 
-    With ``most``, of a key's pairs those with one of its first ``most`` on either side: each place keeps partners, and n
-    equal ones on both sides give 2 x n x ``most`` pairs and not n x n.
+    With ``most``, only a key's pairs with one of its first ``most`` positions on either side: each position keeps partners,
+    and n equal keys on both sides give 2 x n x ``most`` pairs instead of n x n.
     """
     order = np.argsort(right, kind="stable")
     ordered = right[order]
     first, last = np.searchsorted(ordered, left, "left"), np.searchsorted(ordered, left, "right")
     every = last if most is None else np.minimum(last, first + most)
     rows, at = _ranges(first, every)
-    found = rows, order[at]
+    pairs = rows, order[at]
     if most is None or not (last > every).any():
-        return found
+        return pairs
     long = np.flatnonzero(last > every)
-    # the first lefts of a key take the rest of its rights, too
+    # the first left positions of a key also get the remaining right ones
     long = long[np.argsort(first[long], kind="stable")]
     long = long[_rank(first[long]) < most]
     rows, at = _ranges(first[long] + most, last[long])
-    return np.concatenate([found[0], long[rows]]), np.concatenate([found[1], order[at]])
+    return np.concatenate([pairs[0], long[rows]]), np.concatenate([pairs[1], order[at]])
 
 
 def count_matching(left: Longs, right: Longs) -> int:
-    """How many pairs ``matching`` would give without a limit."""
+    """The number of pairs of ``matching`` without a limit."""
     ordered = np.sort(right)
     return int((np.searchsorted(ordered, left, "right") - np.searchsorted(ordered, left, "left")).sum())
 
 
 def _ranges(first: Places, last: Places) -> Pairs:
-    """The whole numbers from each ``first`` to before its ``last``, and which range each is of."""
+    """The range number and value of every integer from each ``first`` to before its ``last``."""
     counts = last - first
     ends = np.cumsum(counts)
     inside = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - counts, counts)
@@ -65,13 +65,13 @@ def _ranges(first: Places, last: Places) -> Pairs:
 
 
 def _rank(groups: Places) -> Places:
-    """The place of each entry among those of its group, from 0; ``groups`` are sorted."""
+    """The position of each entry in its group, from 0; ``groups`` are sorted."""
     begins = np.concatenate([np.ones(min(len(groups), 1), bool), groups[1:] != groups[:-1]])
     return np.arange(len(groups)) - np.flatnonzero(begins)[np.cumsum(begins) - 1]
 
 
 def best(groups: Places, scores: Floats | Places, most: int) -> Flags:
-    """Which entries are among the ``most`` best of their group; of equal ones the first."""
+    """Flags of the ``most`` best entries of each group; ties are broken by order."""
     order = np.lexsort((-scores, groups))
     kept = np.zeros(len(groups), bool)
     kept[order[_rank(groups[order]) < most]] = True
@@ -79,7 +79,7 @@ def best(groups: Places, scores: Floats | Places, most: int) -> Flags:
 
 
 def _most(rows: Places, shared: Places) -> Flags:
-    """Which pairs are among the ``SCORED`` of their row that share most; ``rows`` are sorted."""
+    """Flags of the ``SCORED`` pairs of each row that share most; ``rows`` are sorted."""
     kept = np.ones(len(rows), bool)
     many = np.bincount(rows) > SCORED if len(rows) else kept
     some = np.flatnonzero(many[rows])
@@ -89,13 +89,13 @@ def _most(rows: Places, shared: Places) -> Flags:
 
 
 def distinct(numbers: npt.NDArray[Kind]) -> npt.NDArray[Kind]:
-    """Sorted, each once. Sorting is several times as fast as the table of hashes that numpy makes."""
+    """Sorted unique numbers. Sorting is several times as fast as numpy's hash table."""
     numbers = np.sort(numbers)
     return numbers[np.concatenate([np.ones(min(len(numbers), 1), bool), numbers[1:] != numbers[:-1]])]
 
 
 def chunks(sizes: Places, most: int = ENTRIES) -> Iterator[tuple[int, int]]:
-    """Ranges of entries whose ``sizes`` are at most ``most`` in all; a larger one stands alone."""
+    """Ranges of entries with total ``sizes`` of at most ``most``; a larger entry is a range by itself."""
     ends = np.cumsum(sizes)
     first = 0
     while first < len(sizes):
@@ -106,7 +106,7 @@ def chunks(sizes: Places, most: int = ENTRIES) -> Iterator[tuple[int, int]]:
 
 
 class Postings:
-    """Which of some texts have a key. One that more than ``common`` of them have leads to the first ``few`` alone."""
+    """The texts of each key. A key of more than ``common`` texts leads only to the first ``few``."""
 
     def __init__(self, keys: Longs, texts: Places, common: int = COMMON, few: int = FEW) -> None:
         order = np.lexsort((texts, keys))
@@ -122,11 +122,11 @@ class Postings:
 
     @property
     def places(self) -> Places:
-        """The key of each of ``texts``, by its place."""
+        """For each entry of ``texts``, the position of its key."""
         return np.repeat(np.arange(len(self.keys)), self.sizes)
 
     def known(self, keys: Longs, rows: Places) -> Pairs:
-        """Rows and places of those of their keys that a text has, each once, row by row."""
+        """Rows and the positions of their known keys, each once, row by row."""
         if not len(self.keys):
             return np.zeros(0, np.int64), np.zeros(0, np.int64)
         place = np.searchsorted(self.keys, keys)
@@ -135,9 +135,9 @@ class Postings:
         return rows, place
 
     def pairs(self, rows: Places, places: Places) -> Iterator[tuple[Places, Places, Places]]:
-        """Rows and texts with a key in common, each pair once, and how many keys that are not common they share.
+        """Rows and texts that share a key, each pair once, and the number of rare keys that they share.
 
-        ``rows`` and ``places`` are as from ``known``.
+        ``rows`` and ``places`` are the result of ``known``.
         """
         rare = ~self.common[places]
         takes = np.where(rare, self.sizes[places], self.few)
@@ -157,7 +157,7 @@ class Postings:
                 yield pair[new] >> 32, pair[new] & 0xFFFFFFFF, counts
 
     def _of_one(self, rows: Places, places: Places, rare: Flags, takes: Places) -> tuple[Places, Places, Places]:
-        """The pairs of one row, which may have any number of keys: they are counted, text by text."""
+        """The pairs of one row, which may have any number of keys, counted text by text."""
         counts, seen = np.zeros(int(self.texts.max(initial=-1)) + 1, np.int64), np.zeros(0, np.int64)
         for first, last in chunks(takes):
             mine = slice(first, last)
@@ -168,7 +168,7 @@ class Postings:
 
 
 class Grams:
-    """The runs of words of some texts, and how many of them others have, too."""
+    """The runs of words of texts, and the numbers of runs that they share with others."""
 
     def __init__(self, keys: Longs, texts: Places, count: int) -> None:
         self.postings = Postings(keys, texts)
@@ -177,9 +177,9 @@ class Grams:
         self._common = _lists(self.postings.texts, places, self.postings.common[places], count)
 
     def shared(self, keys: Longs, rows: Places, count: int) -> Iterator[tuple[Places, Places, Places]]:
-        """Rows, of ``count``, and texts, and how many different runs they share.
+        """Rows (of ``count``) and texts, with the number of different runs that they share.
 
-        Of a row's texts those are looked at with which it shares most runs that are not common.
+        For each row, only the texts that share the most rare runs are scored.
         """
         rows, places = self.postings.known(keys, rows)
         own = _lists(rows, places, self.postings.common[places], count)
@@ -190,28 +190,28 @@ class Grams:
             for first, last in chunks(sizes, 4 * ENTRIES):
                 mine = slice(first, last)
                 counts[mine] += minhash.shared(
-                    *minhash.picked(*own, left[mine]), *minhash.picked(*self._common, right[mine])
+                    *minhash.take_lists(*own, left[mine]), *minhash.take_lists(*self._common, right[mine])
                 )
             yield left, right, counts
 
     def only_common(self) -> int:
-        """How many texts have no run but common ones."""
+        """The number of texts with only common runs."""
         return int(np.count_nonzero((self.sizes > 0) & (np.diff(self._common[1]) == self.sizes)))
 
 
 def _lists(rows: Places, values: Places, some: Flags, count: int) -> tuple[npt.NDArray[np.uint32], Places]:
-    """Some values by row, one row after the other, and where each of ``count`` rows starts."""
+    """The flagged values grouped by row, and the start of each of ``count`` rows."""
     order = np.argsort(rows[some], kind="stable")
     starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.bincount(rows[some], minlength=count))])
     return values[some][order].astype(np.uint32), starts
 
 
-class Alike:
-    """Texts by their sets of words, and what is like them: candidates by MinHash, the Jaccard similarity exact.
+class SimilarSets:
+    """Finds similar sets of words: candidates by MinHash, then the exact Jaccard similarity.
 
-    A band that is common is no key; then several bands in a row are, and words and runs of three words that few texts
-    have. Longer pieces of a sketch where short ones are common: Bawa, Condie and Ganesan 2005 (LSH forest). Of a row's
-    candidates those are scored that agree with it in most bands.
+    A common band is not used as a key. Instead, several consecutive bands are, and rare words and runs of three words.
+    Longer keys in place of common short ones: Bawa, Condie and Ganesan 2005 (LSH forest). Of a row's candidates, those that
+    agree with it in most bands are scored.
     """
 
     def __init__(self, words: Words, bands: int, rows: int) -> None:
@@ -223,7 +223,7 @@ class Alike:
         self.rare: Postings | None = None
         again = self._unclear(self.levels[0], len(words))
         if len(again):
-            self.rare = Postings(*_telling(words.take(again), again), RARE, 0)
+            self.rare = Postings(*_words_and_triples(words.take(again), again), RARE, 0)
         for width in WIDER:
             if not len(again):
                 break
@@ -238,7 +238,7 @@ class Alike:
         return np.flatnonzero(np.bincount(level.texts[level.common[level.places]], minlength=count))
 
     def to(self, found: Words, least: float) -> Iterator[tuple[Places, Places, Floats]]:
-        """Rows of ``found``, texts, and similarities from ``least`` on."""
+        """Rows of ``found`` and texts with a similarity of at least ``least``, with the similarity."""
         sizes = np.diff(self.sets.starts)
         for first in range(0, len(found), ROWS_AT_ONCE):
             some = found.slice(first, min(first + ROWS_AT_ONCE, len(found)))
@@ -252,15 +252,15 @@ class Alike:
             for start, stop in chunks(both, 4 * ENTRIES):
                 left, right = rows[start:stop], texts[start:stop]
                 shared = minhash.shared(
-                    *minhash.picked(sets.words, sets.starts, left),
-                    *minhash.picked(self.sets.words, self.sets.starts, right),
+                    *minhash.take_lists(sets.words, sets.starts, left),
+                    *minhash.take_lists(self.sets.words, self.sets.starts, right),
                 )
                 scores = (shared / np.maximum(both[start:stop] - shared, 1)).astype(np.float32)
                 over = scores >= least - 1e-6
                 yield left[over] + first, right[over], scores[over]
 
     def _nearest(self, marks: Marks, rows: Places, texts: Places) -> Flags:
-        """Which pairs to score, of rows with many: those that agree in most bands."""
+        """Flags of the pairs to score: for rows with many candidates, those that agree in most bands."""
         many = np.flatnonzero((np.bincount(rows) > SCORED)[rows]) if len(rows) else rows
         agree = np.zeros(len(rows), np.int64)
         for first in range(0, len(many), ENTRIES // 4):
@@ -279,7 +279,7 @@ class Alike:
             found += [left << 32 | right for left, right, _ in level.pairs(rows, places)]
             unclear = np.unique(rows[level.common[places]])
             if width == 1 and self.rare is not None and len(unclear):
-                rows, places = self.rare.known(*_telling(some.take(unclear), unclear))
+                rows, places = self.rare.known(*_words_and_triples(some.take(unclear), unclear))
                 found += [left << 32 | right for left, right, _ in self.rare.pairs(rows, places)]
             if not len(unclear):
                 break
@@ -288,20 +288,20 @@ class Alike:
 
 
 def _marks(keys: Longs, at: Places, count: int) -> Marks:
-    """16 bits of each band of ``count`` texts, [count, bands]: enough to guess which of many are alike."""
+    """16 bits of each band of ``count`` texts, [count, bands]: enough to estimate which of many are similar."""
     marks = np.zeros((count, keys.shape[1]), np.uint16)
     marks[at] = keys.astype(np.uint16)
     return marks
 
 
 def wider(keys: Longs, width: int) -> Longs:
-    """Keys [m, bands] of ``width`` bands in a row, from those of single ones; the last are followed by the first."""
+    """Keys [m, bands] of ``width`` consecutive bands, from the keys of single bands, in a circle."""
     with np.errstate(over="ignore"):
         factors = minhash.constants(width, 8)
-        return minhash.mixed(sum(np.roll(keys, -i, axis=1) * factors[i] for i in range(width)) + np.uint64(width))
+        return minhash.mix_bits(sum(np.roll(keys, -i, axis=1) * factors[i] for i in range(width)) + np.uint64(width))
 
 
-def _telling(words: Words, rows: Places) -> tuple[Longs, Places]:
-    """Words and runs of three, and the rows that they are of: what ``words`` are of, by its place."""
+def _words_and_triples(words: Words, rows: Places) -> tuple[Longs, Places]:
+    """The words and runs of three words of texts, and their rows (``rows`` maps each text to its row)."""
     triples, at = words.ngrams(3)
     return np.concatenate([words.hashes, triples]), rows[np.concatenate([words.rows, words.rows[at]])]

@@ -1,7 +1,7 @@
-"""Texts as numbers, column by column: hashes of words, MinHash bands, and overlaps of pairs. What near-duplicates are told by.
+"""Hashes of words, MinHash bands and set overlaps of texts, column by column, to find near-duplicates.
 
-Millions of short texts go through numpy here, none through a Python loop but those with letters outside ASCII. Hashes
-depend on nothing but the text, so they are the same on any machine.
+numpy processes millions of short texts; only texts with letters outside ASCII go through a Python loop. Hashes depend only
+on the text, so they are equal on all machines.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ Flags = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float32]
 Kind = TypeVar("Kind", bound=np.generic)
 
-BLOCK = 1 << 20  # bytes or words that are hashed at once: their numbers stay near a processor
+BLOCK = 1 << 20  # bytes or words that are hashed at once, so that their numbers stay in the cache
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _WORDLESS = np.uint64(0x5851F42D4C957F2D)
-# byte -> the byte that it counts as; 0 stands between words. Bytes over 127 are parts of words that are folded already.
+# byte -> its folded byte; 0 separates words. Bytes over 127 are parts of words that are already folded.
 _FOLD = np.zeros(256, np.uint8)
 for _byte in range(256):
     if _byte >= 128 or chr(_byte).isalnum() or chr(_byte) == "_":
         _FOLD[_byte] = ord(chr(_byte).lower()) if _byte < 128 else _byte
 
 
-def mixed(values: Longs) -> Longs:
-    """A permutation of the 64-bit numbers after which near ones are far apart (splitmix64's last steps)."""
+def mix_bits(values: Longs) -> Longs:
+    """A permutation of the 64-bit numbers that separates similar ones (the last steps of splitmix64)."""
     with np.errstate(over="ignore"):
         values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -43,9 +43,9 @@ def mixed(values: Longs) -> Longs:
 
 
 def constants(count: int, seed: int) -> Longs:
-    """``count`` odd numbers that look random, the same everywhere (splitmix64)."""
+    """``count`` pseudo-random odd numbers, equal on all machines (splitmix64)."""
     with np.errstate(over="ignore"):
-        return mixed((np.arange(1, count + 1, dtype=np.uint64) + np.uint64(seed << 32)) * _GOLDEN) | np.uint64(1)
+        return mix_bits((np.arange(1, count + 1, dtype=np.uint64) + np.uint64(seed << 32)) * _GOLDEN) | np.uint64(1)
 
 
 def _sums(values: Longs, starts: Places) -> Longs:
@@ -55,10 +55,10 @@ def _sums(values: Longs, starts: Places) -> Longs:
 
 
 def _in_order(values: npt.NDArray[np.unsignedinteger], starts: Places, seed: int) -> Longs:
-    """A hash of each range of ``values`` that depends on their order.
+    """An order-dependent hash of each range of ``values``.
 
-    Multilinear hashing (Lemire and Kaser, arXiv 1202.4961): two ranges have one hash with odds under 2**-55. Works block
-    by block, so that bytes do not take eight times their place several times over.
+    Multilinear hashing (Lemire and Kaser, arXiv 1202.4961): two ranges collide with a probability under 2**-55. Works block
+    by block, because each intermediate array takes eight times the memory of the bytes.
     """
     lengths = np.diff(starts)
     factors = constants(int(lengths.max(initial=0)), seed)
@@ -72,11 +72,11 @@ def _in_order(values: npt.NDArray[np.unsignedinteger], starts: Places, seed: int
             begins = np.repeat(starts[low:high], np.diff(edges))
             place = np.arange(first, last, dtype=np.int64) - begins
             sums[low:high] += _sums((values[first:last].astype(np.uint64) + np.uint64(1)) * factors[place], edges)
-        return mixed(sums + lengths.astype(np.uint64) * _GOLDEN)
+        return mix_bits(sums + lengths.astype(np.uint64) * _GOLDEN)
 
 
 def _bytes(texts: pa.Array) -> tuple[npt.NDArray[np.uint8], Places]:
-    """The bytes of a large_string array, and where each row starts."""
+    """The bytes of a large_string array, and the start of each row."""
     if not len(texts):
         return np.zeros(0, np.uint8), np.zeros(1, np.int64)
     _, offsets, data = texts.buffers()
@@ -90,17 +90,17 @@ def _one(texts: pa.Array | pa.ChunkedArray) -> pa.Array:
     return texts.cast(pa.large_string())
 
 
-def hashed(texts: pa.Array | pa.ChunkedArray) -> Longs:
+def hash_texts(texts: pa.Array | pa.ChunkedArray) -> Longs:
     """A hash of each text by its bytes."""
     return _in_order(*_bytes(_one(texts)), 1)
 
 
 @dataclass(frozen=True)
 class Words:
-    """The words of n texts as hashes, one text after the other; ``starts`` [n + 1] are the places of their first ones.
+    """The hashed words of n texts, one text after the other; ``starts`` [n + 1] are the positions of their first words.
 
-    ``whole`` [n] is a hash of each text's words in order. Case, spacing and signs do not count; a text without any word
-    is known by its bytes.
+    ``whole`` [n] is a hash of each text's words in order. Case, spacing and punctuation do not count; a text without words is
+    hashed by its bytes.
     """
 
     hashes: Longs
@@ -116,20 +116,20 @@ class Words:
 
     @property
     def rows(self) -> Places:
-        """The text that each word is of."""
+        """The text of each word."""
         return np.repeat(np.arange(len(self), dtype=np.int64), self.counts)
 
     def slice(self, first: int, last: int) -> Words:
-        """The words of some texts that stand together."""
+        """The words of consecutive texts."""
         starts = self.starts[first : last + 1]
         return Words(self.hashes[starts[0] : starts[-1]], starts - starts[0], self.whole[first:last])
 
     def take(self, rows: Places) -> Words:
-        """The words of some texts."""
-        return Words(*picked(self.hashes, self.starts, rows), self.whole[rows])
+        """The words of the texts ``rows``."""
+        return Words(*take_lists(self.hashes, self.starts, rows), self.whole[rows])
 
     def blocks(self) -> Iterator[tuple[int, Words]]:
-        """Texts of about ``BLOCK`` words in all, and the first one's place: what is made of them takes so much and no more."""
+        """Blocks of about ``BLOCK`` words with the position of their first text, to bound the memory of processing them."""
         first = 0
         while first < len(self):
             last = int(np.searchsorted(self.starts, self.starts[first] + BLOCK, "right")) - 1
@@ -138,11 +138,11 @@ class Words:
             first = last
 
     def bags(self) -> Longs:
-        """A hash of each text's words in any order, repeated ones counted: sums of ``weights``."""
+        """An order-independent hash of each text's words with repetitions: sums of ``weights``."""
         return _sums(self.weights, self.starts)
 
     def prefixes(self, backwards: bool = False) -> Callable[[Places, Places], Longs]:
-        """Hashes of the first words of texts, by rows and how many; of the last ones where ``backwards``."""
+        """A function that hashes the first n words of texts (rows, n), or the last n if ``backwards``."""
         values = self.hashes[::-1] if backwards else self.hashes
         starts = (len(self.hashes) - self.starts[1:]) if backwards else self.starts[:-1]
         factors = constants(int(self.counts.max(initial=0)), 9)
@@ -158,11 +158,11 @@ class Words:
 
     @property
     def weights(self) -> Longs:
-        """What each word adds to the hash of its bag, so that a bag without it is a subtraction."""
-        return mixed(self.hashes ^ _GOLDEN)
+        """The summand of each word in the hash of its bag. Subtracting it removes the word."""
+        return mix_bits(self.hashes ^ _GOLDEN)
 
     def ngrams(self, n: int) -> tuple[Longs, Places]:
-        """A hash of each run of ``n`` words that lies in one text, and the place of its first word."""
+        """A hash of each run of ``n`` words within a text, and the position of its first word."""
         if len(self.hashes) < n:
             return np.zeros(0, np.uint64), np.zeros(0, np.int64)
         runs = len(self.hashes) - n + 1
@@ -173,7 +173,7 @@ class Words:
             for i in range(n):
                 found += (self.hashes[i : i + runs] + np.uint64(1)) * factors[i]
         at = np.flatnonzero(inside)
-        return mixed(found[at]), at
+        return mix_bits(found[at]), at
 
 
 def split_words(texts: pa.Array | pa.ChunkedArray) -> Words:
@@ -195,12 +195,12 @@ def split_words(texts: pa.Array | pa.ChunkedArray) -> Words:
     whole = _in_order(found, rows, 4)
     wordless = np.diff(rows) == 0
     if wordless.any():
-        whole[wordless] = hashed(given.filter(pa.array(wordless))) ^ _WORDLESS
+        whole[wordless] = hash_texts(given.filter(pa.array(wordless))) ^ _WORDLESS
     return Words(found, rows, whole)
 
 
 def _pieces(data: npt.NDArray[np.uint8], row_starts: Places) -> Iterator[tuple[int, int]]:
-    """Ranges of about ``BLOCK`` bytes that no word lies across."""
+    """Ranges of about ``BLOCK`` bytes that split no word."""
     first = 0
     while first < len(data):
         last = first + BLOCK
@@ -217,7 +217,7 @@ def _pieces(data: npt.NDArray[np.uint8], row_starts: Places) -> Iterator[tuple[i
 
 
 def _words(low: npt.NDArray[np.uint8], row_starts: Places, offset: int) -> tuple[Longs, Places]:
-    """Hashes of the words of folded bytes, and their places; ``offset`` is the place of the first byte."""
+    """Hashes of the words of folded bytes, and their positions; ``offset`` is the position of the first byte."""
     is_word = low != 0
     first = np.zeros(len(low) + 1, bool)
     inside = row_starts[np.searchsorted(row_starts, offset) : np.searchsorted(row_starts, offset + len(low), "right")]
@@ -225,14 +225,14 @@ def _words(low: npt.NDArray[np.uint8], row_starts: Places, offset: int) -> tuple
     first[0] = True  # a piece begins between words
     begins = is_word & (first[:-1] | ~np.concatenate([np.zeros(1, bool), is_word[:-1]]))
     at = np.flatnonzero(begins)
-    # letters alone, word after word: the place of a word's first letter among them
+    # the positions of the words' first letters in the sequence of letters without separators
     before = np.cumsum(is_word) - is_word
     word_starts = np.append(before[at], np.count_nonzero(is_word)).astype(np.int64)
     return _in_order(low[is_word], word_starts, 3), at + offset
 
 
 def _folded(texts: pa.Array) -> pa.Array:
-    """Texts outside ASCII as their words in small letters with spaces between; others as they are."""
+    """Non-ASCII texts as folded words separated by spaces; ASCII texts unchanged."""
     other = pc.invert(pc.string_is_ascii(texts))
     if not pc.any(other).as_py():
         return texts
@@ -256,10 +256,10 @@ class Sets:
         return cls(keys.astype(np.uint32), starts.astype(np.int64))
 
     def bands(self, bands: int, rows: int) -> tuple[Longs, Places]:
-        """Keys [m, bands] by MinHash, and the m texts that have words: equal keys say that texts are probably alike.
+        """MinHash keys [m, bands] of the m texts with words. Texts with an equal key are probably similar.
 
-        Texts of Jaccard similarity s share a key with odds 1 - (1 - s**rows)**bands. Source: Broder 1997, On the
-        resemblance and containment of documents; the bands are those of Leskovec et al., Mining of Massive Datasets, 3.4.
+        Texts of Jaccard similarity s share a key with probability 1 - (1 - s**rows)**bands. Source: Broder 1997, On the
+        resemblance and containment of documents; the bands follow Leskovec et al., Mining of Massive Datasets, 3.4.
         """
         some = np.flatnonzero(np.diff(self.starts))
         keys = np.zeros((len(some), bands), np.uint64)
@@ -271,13 +271,13 @@ class Sets:
             for i in range(bands * rows):
                 least = np.minimum.reduceat((values * scale[i] + shift[i]) >> np.uint64(32), self.starts[some])
                 keys[:, i // rows] += (least + np.uint64(1)) * scale[i]
-            return mixed(keys + constants(bands, 7)), some
+            return mix_bits(keys + constants(bands, 7)), some
 
 
 def shared(
     left: npt.NDArray[np.uint32], left_starts: Places, right: npt.NDArray[np.uint32], right_starts: Places
 ) -> Places:
-    """How many words the i-th set on the left shares with the i-th on the right."""
+    """The number of words that the i-th set on the left shares with the i-th set on the right."""
     lengths, others = np.diff(left_starts), np.diff(right_starts)
     pairs = np.arange(len(lengths), dtype=np.uint64) << np.uint64(32)
     keys = np.concatenate([np.repeat(pairs, lengths) | left, np.repeat(pairs, others) | right])
@@ -286,17 +286,17 @@ def shared(
     return np.bincount(both.astype(np.int64), minlength=len(lengths))
 
 
-def picked(flat: npt.NDArray[Kind], starts: Places, rows: Places) -> tuple[npt.NDArray[Kind], Places]:
-    """The values of some rows of a column of lists, one row after the other, and where each starts."""
+def take_lists(flat: npt.NDArray[Kind], starts: Places, rows: Places) -> tuple[npt.NDArray[Kind], Places]:
+    """The values of the given rows of a column of lists, one row after the other, and the start of each row."""
     lengths = starts[rows + 1] - starts[rows]
     ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
     at = np.arange(ends[-1], dtype=np.int64) - np.repeat(ends[:-1] - starts[rows], lengths)
     return flat[at], ends
 
 
-def repeated(keys: Longs) -> Places:
-    """The places of the keys that occur more than once; now and then one that does not, too."""
-    # the places go along in the low bits: numbers sort several times as fast as their order is found
+def find_repeated(keys: Longs) -> Places:
+    """The positions of keys that occur more than once, and rarely of one that does not."""
+    # the positions are in the low bits, because sorting numbers is several times as fast as argsort
     bits = np.uint64(len(keys).bit_length())
     at = np.sort((keys >> bits << bits) | np.arange(len(keys), dtype=np.uint64))
     same = at[1:] >> bits == at[:-1] >> bits
@@ -305,9 +305,9 @@ def repeated(keys: Longs) -> Places:
 
 
 class Spill:
-    """Rows by key on disk, for groups of equal keys among more rows than memory holds.
+    """(key, row) records on disk, to group equal keys among more rows than fit into memory.
 
-    ``parts`` files split the keys by their first bits; the keys have to be hashes, so that parts are of one size.
+    Files split the keys by their first bits. The keys must be hashes, so that the files have similar sizes.
     """
 
     _KIND = np.dtype([("key", "<u8"), ("row", "<u4")])
@@ -332,7 +332,7 @@ class Spill:
                 file.write(records[first:last].tobytes())
 
     def parts(self) -> Iterator[tuple[Longs, npt.NDArray[np.uint32]]]:
-        """Keys and rows, part by part; all rows of a key are in one part. Each part is gone once it is read."""
+        """Keys and rows, part by part; all rows of a key are in one part. Each file is deleted after it is read."""
         for file, path in zip(self._files, self._paths, strict=True):
             file.close()
             records = np.fromfile(path, self._KIND)

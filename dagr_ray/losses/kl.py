@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from dagr_ray.losses import Loss, Scored, Temperature
+from dagr_ray.losses import Loss, LossBatch, Temperature
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -14,8 +14,8 @@ class KL(Loss):
     """Kullback-Leibler divergence of the student's softmax over positive and own negatives from the teacher's.
 
     Student: cosine / ``temperature``; teacher: score / ``teacher_temperature``. Sources: Lin et al. 2020, arXiv
-    2010.11386; listwise over mined negatives: Ren et al. 2021 (RocketQAv2), arXiv 2110.07367. Not multiplied by the squared
-    temperature as in Hinton et al.: at 0.05 that would make it 400 times as small as InfoNCE beside it.
+    2010.11386; listwise over mined negatives: Ren et al. 2021 (RocketQAv2), arXiv 2110.07367. Unlike in Hinton et al., the
+    loss is not multiplied by the squared temperature, which at 0.05 would make it 400 times as small as InfoNCE.
     """
 
     abstract: ClassVar[bool] = False
@@ -24,12 +24,12 @@ class KL(Loss):
     teacher_temperature: Temperature = 0.5
     temperature: Temperature = 0.05
 
-    def value(self, batch: Scored) -> Tensor:
+    def value(self, batch: LossBatch) -> Tensor:
         import torch
         from torch.nn.functional import kl_div
 
-        cosine, there = batch.candidates()
-        # not infinite: nothing times infinity is no number
-        student = (cosine / self.temperature).masked_fill(~there, -1e9).log_softmax(1)
-        teacher = (batch.teacher / self.teacher_temperature).masked_fill(~there, -torch.inf).softmax(1)
+        cosine, mask = batch.candidates()
+        # finite, because 0 times infinity is NaN
+        student = (cosine / self.temperature).masked_fill(~mask, -1e9).log_softmax(1)
+        teacher = (batch.teacher / self.teacher_temperature).masked_fill(~mask, -torch.inf).softmax(1)
         return kl_div(student, teacher, reduction="batchmean")

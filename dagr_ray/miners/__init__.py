@@ -1,14 +1,15 @@
-"""Retrievers by name: what is near a query. They mine hard negatives, check round trips, and are rows of every table."""
+"""Miners: first-stage retrievers. They mine hard negatives, check round trips, and are baselines in every table."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import pyarrow as pa
 
 from dagr_ray.core.config import Config
+from dagr_ray.moved import rename_methods
 
 Self = TypeVar("Self", bound="Miner")
 Build = Callable[[Iterable[pa.Table], Path], None]
@@ -18,22 +19,27 @@ class Searcher(Protocol):
     """An opened index."""
 
     def search(self, queries: Sequence[str], k: int) -> list[list[tuple[str, float]]]:
-        """For each query at most ``k`` (doc_id, score), best first; ties by doc_id, descending, as trec_eval breaks them."""
+        """For each query at most ``k`` (doc_id, score), best first; ties by descending doc_id, like trec_eval."""
         ...
 
 
 class Miner(Config):
-    """Base of the miners. ``model`` is the folder of a fine-tuned encoder, which a miner without one ignores.
+    """Base of the miners. ``model`` is the folder of a fine-tuned encoder; miners without an encoder ignore it.
 
-    ``part`` says how many passages one part of an index holds, in rows of a placement's shard; None for a miner that can
-    only search what was built in one piece.
+    ``shards_per_part`` is the size of one part of an index, in shards of the placement. None means that the index must be
+    built in one part.
     """
 
     abstract: ClassVar[bool] = True
-    part: ClassVar[int | None] = None
+    shards_per_part: ClassVar[int | None] = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        names = {"settled": "for_language", "read_as": "describe_analyzer", "objection": "language_mismatch"}
+        rename_methods(cls, names | {"built": "index_settings", "part": "shards_per_part"})
 
     def builder(self, model: Path | None = None) -> Build:
-        """Loads what is heavy; returns the function that writes the index of some passages as files below a folder."""
+        """Loads the model or library; returns the function that writes the index of passages as files below a folder."""
         raise NotImplementedError
 
     def build(self, corpus: Iterable[pa.Table], folder: Path, model: Path | None = None) -> None:
@@ -41,21 +47,21 @@ class Miner(Config):
         self.builder(model)(corpus, folder)
 
     def open(self, *parts: Path, model: Path | None = None) -> Searcher:
-        """Loads an index from the folders of its parts. What it finds does not depend on how it was cut."""
+        """Loads an index from the folders of its parts. The results do not depend on the partition."""
         raise NotImplementedError
 
-    def settled(self: Self, language: str | None) -> Self:
-        """The miner for a collection in ``language`` (ISO 639; None where that cannot be told beforehand)."""
+    def for_language(self: Self, language: str | None) -> Self:
+        """The miner for a collection in ``language`` (ISO 639; None if the language is not known yet)."""
         return self
 
-    def read_as(self) -> str:
-        """How texts are made into words, for people; empty for a miner that has no words."""
+    def describe_analyzer(self) -> str:
+        """A description of how texts are split into words; empty if the miner does not use words."""
         return ""
 
-    def objection(self, language: str | None) -> str | None:
-        """Why the miner is not for a collection in ``language``; None where it is."""
+    def language_mismatch(self, language: str | None) -> str | None:
+        """Why the miner does not fit a collection in ``language``; None if it does."""
         return None
 
-    def built(self: Self) -> Self:
-        """The miner without what only decides how its index is searched: all that have this in common share the index."""
+    def index_settings(self: Self) -> Self:
+        """The miner without the settings that only affect searching. Miners that are equal in this share one index."""
         return self

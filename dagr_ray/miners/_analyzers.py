@@ -1,4 +1,4 @@
-"""Which of Lucene's analyzers BM25 reads a collection with: one for each language, by the codes of ISO 639-1."""
+"""Lucene's analyzers for BM25: one for each language, by ISO 639-1 code."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dagr_ray.core.words import searchable, spaced
 
 AUTO, ENGLISH = "auto", "en"
 _LUCENE = "org.apache.lucene.analysis"
-# Analyzers with stop words and a stemmer of their own, or for Chinese and Korean with pairs of letters, for Japanese and
+# Analyzers with their own stop words and stemmer; for Chinese and Korean with pairs of letters; for Japanese and
 # Ukrainian with a dictionary. Polish is stemmed by a dictionary and keeps its stop words.
 _CLASSES = {
     code: f"{_LUCENE}.{code}.{name}Analyzer"
@@ -31,21 +31,21 @@ _CLASSES = {
     "zh": f"{_LUCENE}.cjk.CJKAnalyzer",
 }
 _STANDARD = f"{_LUCENE}.standard.StandardAnalyzer"
-# Read with the points of vowels left out: most people type without them, and the points are no part of a word's spelling.
+# Languages whose vowel points are removed: most people type without them, and they are not part of the spelling.
 _POINTED = ("he", "yi")
 
 
 class Analyzer(NamedTuple):
-    """How passages and queries become the words that BM25 counts. ``java`` is the class; None for Anserini's English one."""
+    """Splits passages and queries into the words that BM25 counts. ``java`` is the class; None for Anserini's English."""
 
     language: str
     java: str | None
 
     @property
-    def described(self) -> str:
-        """For people.
+    def description(self) -> str:
+        """A description for people.
 
-        >>> Analyzer("en", None).described
+        >>> Analyzer("en", None).description
         'English words, Porter stems, without stop words'
         """
         if self.java is None:
@@ -54,8 +54,8 @@ class Analyzer(NamedTuple):
             return f"Lucene's {self.java.rpartition('.')[2]}"
         return "words by Unicode's rules and ICU's dictionaries, as they are written"
 
-    def reads(self, text: str) -> str:
-        """What is given to Lucene for a text: one spelling for equal texts, and spaces between the words where it sees none."""
+    def preprocess(self, text: str) -> str:
+        """The text for Lucene: one spelling for equal texts, and spaces between words of scripts without spaces."""
         if text.isascii():
             return text
         text = searchable(text)
@@ -65,24 +65,24 @@ class Analyzer(NamedTuple):
 
 
 def analyzer(language: str) -> Analyzer:
-    """The analyzer for a language; one that only knows words where Lucene has none for it.
+    """The analyzer for a language; if Lucene has none for it, an analyzer that only splits words.
 
-    >>> analyzer("th").described, analyzer("fr").described
+    >>> analyzer("th").description, analyzer("fr").description
     ("words by Unicode's rules and ICU's dictionaries, as they are written", "Lucene's FrenchAnalyzer")
     """
     return Analyzer(language, None if language == ENGLISH else _CLASSES.get(language, _STANDARD))
 
 
-def known(language: str) -> str:
-    """The code of a language without its region. Raises ConfigError for what is no code.
+def canonical_code(language: str) -> str:
+    """The code of a language without its region. Raises ConfigError for an unknown code.
 
-    >>> known("pt-BR"), known("nb"), known("auto")
+    >>> canonical_code("pt-BR"), canonical_code("nb"), canonical_code("auto")
     ('pt', 'no', 'auto')
     """
     code = base_language(language)
     if code not in (AUTO, ENGLISH, UNDETERMINED) and code not in _CLASSES and code not in languages():
         raise ConfigError(
-            f"language = {language!r} is no ISO 639 code that is known; give {AUTO}, {ENGLISH}, "
-            f"{', '.join(sorted({*_CLASSES, *languages()} - {ENGLISH}))}, or {UNDETERMINED} for several"
+            f"language = {language!r} is not a known ISO 639 code; give {AUTO}, {ENGLISH}, "
+            f"{', '.join(sorted({*_CLASSES, *languages()} - {ENGLISH}))}, or {UNDETERMINED} for several languages"
         )
     return code

@@ -16,7 +16,7 @@ from dagr_ray.miners import Build, Miner
 from dagr_ray.retrieval import approximate
 from dagr_ray.retrieval.approximate import Approximation, Exact, Method
 from dagr_ray.retrieval.encoder import WINDOW, Encoder, encode, load
-from dagr_ray.retrieval.vectors import Hits, VectorIndex, VectorWriter
+from dagr_ray.retrieval.vectors import Ranking, VectorIndex, VectorWriter
 
 QUERIES_AT_ONCE = 16384
 MINILM_COMMIT = "c9745ed1d9f207416be6d2e6f8de32d1f16199bf"
@@ -35,7 +35,7 @@ class Dense(Miner):
     """
 
     abstract: ClassVar[bool] = False
-    part: ClassVar[int] = 32
+    shards_per_part: ClassVar[int] = 32
     encoder: Encoder = Encoder(revision=MINILM_COMMIT)
     storage: Literal["float32", "float16"] = "float32"
     search: Annotated[Method, OmitWhenDefault()] = Exact()
@@ -43,7 +43,7 @@ class Dense(Miner):
     def label(self) -> str:
         return self.encoder.label()
 
-    def built(self) -> Dense:
+    def index_settings(self) -> Dense:
         """The vectors are the same however they are searched."""
         return self.model_copy(update={"search": Exact()})
 
@@ -71,7 +71,7 @@ class DenseIndex:
 
     def __init__(self, encoder: Encoder, vectors: VectorIndex, model: Path | None = None) -> None:
         self.encoder, self.vectors = encoder, vectors
-        self._find: Callable[[np.ndarray, int], list[Hits]] = vectors.search
+        self._find: Callable[[np.ndarray, int], list[Ranking]] = vectors.search
         self._model = load(encoder, model=model)
 
     def over(self, parts: Sequence[Path]) -> DenseIndex:
@@ -92,9 +92,9 @@ class DenseIndex:
         prompt, dtype = self.encoder.prompts()[0], self.encoder.dtype
         return encode(self._model, queries, prompt, dtype, "query")
 
-    def search(self, queries: Sequence[str], k: int) -> list[Hits]:
+    def search(self, queries: Sequence[str], k: int) -> list[Ranking]:
         """See ``Searcher``."""
-        found: list[Hits] = []
+        found: list[Ranking] = []
         for start in range(0, len(queries), QUERIES_AT_ONCE):
             found += self._find(self.encoded(queries[start : start + QUERIES_AT_ONCE]), k)
         return found

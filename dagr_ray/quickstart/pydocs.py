@@ -1,8 +1,8 @@
-"""The documentation inside the user's own Python as a search corpus, and the queries and judgements written for it.
+"""The documentation in the user's own Python as a search corpus, with queries and judgements written for it.
 
 Passages are the docstrings of the running interpreter's standard library and the chunked texts of
-``pydoc_data.topics``; out of distribution, those of numpy and pandas. It is always there, real, and different enough
-from what language models were shown as search data.
+``pydoc_data.topics``; the out-of-distribution part has the docstrings of numpy and pandas. The corpus is always
+available, real, and unlike the search data that language models were trained on.
 """
 
 from __future__ import annotations
@@ -28,27 +28,27 @@ from typing import Any, NamedTuple
 DATA = Path(__file__).parent / "data" / "pydocs"
 MIN_WORDS = 12
 CHUNK_WORDS = 180
-# A docstring's first pieces say what a thing does and takes; the rest is examples and notes.
+# The first chunks of a docstring describe the object and its arguments; the rest is examples and notes.
 CHUNKS = 1
-# Importing these opens a window, a browser or a server, prints, or is the interpreter's own business; the last two
-# lines are os and os.path under the names of their platforms, and what Python 3.12 no longer has.
+# Importing these opens a window, a browser or a server, prints, or concerns the interpreter itself. The last two
+# lines are os and os.path under the names of their platforms, and modules that Python 3.12 removed.
 SKIPPED = {
     *("antigravity", "this", "idlelib", "turtle", "turtledemo", "tkinter", "test", "lib2to3", "__main__"),
     *("ensurepip", "pip", "pydoc_data"),
     *("posix", "nt", "ntpath", "posixpath", "genericpath", "nturl2path"),
     *("asynchat", "asyncore", "distutils", "imp", "smtpd"),
 }
-# numpy loads its parts when asked, so what a module happens to hold says nothing. Masked arrays, array types and typing
-# repeat the documentation of what stands here.
+# numpy loads its parts on demand, so the attributes of a module do not list them. Masked arrays, array types and typing
+# repeat the documentation of these parts.
 PARTS = {
     "numpy": ("exceptions", "fft", "lib.scimath", "lib.stride_tricks", "linalg", "polynomial", "random"),
     "pandas": ("api.indexers", "api.types", "api.typing"),
 }
-# A text that several classes inherit goes to the ones that people look in first.
+# A text that several classes inherit is attributed to the best-known class.
 KNOWN_FIRST = ("pandas.DataFrame.", "pandas.Series.")
 
 
-class Passage(NamedTuple):
+class DocEntry(NamedTuple):
     """One row of the ``corpus`` table."""
 
     doc_id: str
@@ -57,10 +57,10 @@ class Passage(NamedTuple):
 
 
 @dataclass
-class Judged:
-    """Queries by id, judgements by split, and what was dropped because this Python lacks the passage.
+class JudgedQueries:
+    """Queries by id, judgements by split, and the judgements dropped because this Python lacks the passage.
 
-    ``lost`` names the queries that no judgement is left of.
+    ``lost`` names the queries without any remaining judgement.
     """
 
     queries: dict[str, str] = field(default_factory=dict)
@@ -69,33 +69,34 @@ class Judged:
     lost: list[str] = field(default_factory=list)
 
 
-def stdlib_passages() -> list[Passage]:
+def stdlib_passages() -> list[DocEntry]:
     """Passages of the standard library and of the language's help topics, sorted by doc_id."""
     return _passages(())
 
 
-def package_passages(names: tuple[str, ...] = ("numpy", "pandas")) -> list[Passage]:
-    """Passages of installed packages: what their public top-level names and public sub-modules document."""
+def package_passages(names: tuple[str, ...] = ("numpy", "pandas")) -> list[DocEntry]:
+    """Passages of installed packages: the documentation of their public top-level names and public sub-modules."""
     return _passages(names)
 
 
 @lru_cache(maxsize=4)
-def _passages(names: tuple[str, ...]) -> list[Passage]:
-    """Collected by an interpreter of its own.
+def _passages(names: tuple[str, ...]) -> list[DocEntry]:
+    """Collects passages in a separate interpreter.
 
-    Packages replace functions of others when they are imported (torch does it to inspect, ray and vllm to more), so the
-    texts in this process depend on what it has done; and importing the whole standard library is not harmless here.
+    Packages replace functions of others when they are imported (torch replaces some of inspect, ray and vllm more), so
+    the texts in this process depend on its imports. Importing the whole standard library here would also have side
+    effects.
     """
     done = subprocess.run([sys.executable, "-P", __file__, *names], capture_output=True, check=False)
     if done.returncode:
         raise RuntimeError(f"cannot read the documentation of {names or 'Python'}: {done.stderr.decode()[-2000:]}")
-    return [Passage(*row) for row in json.loads(done.stdout)]
+    return [DocEntry(*row) for row in json.loads(done.stdout)]
 
 
-def _collect(names: list[str]) -> list[Passage]:
+def _collect(names: list[str]) -> list[DocEntry]:
     if names:
-        wanted = [f"{name}.{part}".rstrip(".") for name in names for part in ("", *PARTS.get(name, ()))]
-        modules = [m for m in map(_load, wanted) if m is not None]
+        paths = [f"{name}.{part}".rstrip(".") for name in names for part in ("", *PARTS.get(name, ()))]
+        modules = [m for m in map(_load, paths) if m is not None]
         return sorted(_documented(modules, lambda module: module.split(".")[0] in names).values())
     ours = sys.stdlib_module_names
     tops = sorted(n for n in ours if not n.startswith("_") and n not in SKIPPED)
@@ -103,12 +104,12 @@ def _collect(names: list[str]) -> list[Passage]:
     return sorted({**_documented(modules, lambda module: module.split(".")[0] in ours), **_topics()}.values())
 
 
-def judgements(part: str, doc_ids: Collection[str]) -> Judged:
-    """The committed queries and qrels of ``part``, less the judgements of passages that are not in ``doc_ids``."""
+def read_judgements(part: str, doc_ids: Collection[str]) -> JudgedQueries:
+    """The committed queries and qrels of ``part``, without judgements of passages that are not in ``doc_ids``."""
     folder = DATA / part
     lines = (folder / "queries.jsonl").read_text().splitlines()
     texts = {row["_id"]: row["text"] for row in map(json.loads, lines)}
-    judged = Judged()
+    judged = JudgedQueries()
     for path in sorted((folder / "qrels").glob("*.tsv")):
         rows = judged.qrels.setdefault(path.stem, [])
         for line in path.read_text().splitlines()[1:]:
@@ -127,7 +128,7 @@ def _load(name: str) -> ModuleType | None:
         warnings.simplefilter("ignore")
         try:
             return importlib.import_module(name)
-        except (Exception, SystemExit):  # a platform's module raises what it likes where it does not run
+        except (Exception, SystemExit):  # a module of another platform may raise anything
             return None
 
 
@@ -142,8 +143,8 @@ def _tree(name: str) -> Iterator[ModuleType]:
             yield from _tree(f"{name}.{info.name}")
 
 
-def _documented(modules: list[ModuleType], ours: Callable[[str], bool]) -> dict[str, Passage]:
-    """Every documented public object, once: under the best of the names that lead to it, which is the shortest."""
+def _documented(modules: list[ModuleType], ours: Callable[[str], bool]) -> dict[str, DocEntry]:
+    """Every documented public object once, under the best of its names, usually the shortest."""
     public = {kind for m in modules for name, kind in vars(m).items() if inspect.isclass(kind) and name[0] != "_"}
     best: dict[str, tuple[tuple[Any, ...], str]] = {}
     for module in modules:
@@ -158,22 +159,22 @@ def _documented(modules: list[ModuleType], ours: Callable[[str], bool]) -> dict[
             key = _norm(text)
             if key not in best or home < best[key][0]:
                 best[key] = (home, text)
-    made: dict[str, Passage] = {}
+    entries: dict[str, DocEntry] = {}
     for (*_, name), text in best.values():
         for number, chunk in enumerate(_chunks(text)[:CHUNKS], 1):
             doc_id = name if number == 1 else f"{name}#{number}"
-            made[doc_id] = Passage(doc_id, name, chunk)
-    return made
+            entries[doc_id] = DocEntry(doc_id, name, chunk)
+    return entries
 
 
 def _members(module: ModuleType, ours: Callable[[str], bool], public: set[type]) -> Iterator[tuple[str, Any, bool]]:
-    """Name, object, and whether the module only imported it: few list in ``__all__`` what is their own."""
+    """Name, object, and whether the module only imported it, because many modules have no ``__all__``."""
     own = "os.path" if module is os.path else module.__name__
     prefix = "" if own == "builtins" else own + "."
     listed = set(getattr(module, "__all__", None) or vars(module))
     for name, value in sorted(vars(module).items()):
         maker = str(getattr(value, "__module__", None) or own)
-        # asyncio forgets TaskGroup in its __all__
+        # asyncio's __all__ lacks TaskGroup
         shown = name in listed or (inspect.isclass(value) and maker.startswith(own + "."))
         if name.startswith("_") or not shown or not ours(maker) or not callable(value):
             continue
@@ -184,7 +185,7 @@ def _members(module: ModuleType, ours: Callable[[str], bool], public: set[type])
 
 
 def _attributes(name: str, kind: type, public: set[type]) -> Iterator[tuple[str, Any]]:
-    """What a class defines, and what it inherits from classes that no public module shows (pandas' ``NDFrame``)."""
+    """The attributes of a class, with those inherited from classes that no public module has (pandas' ``NDFrame``)."""
     root = name.split(".")[0]
     for parent in kind.__mro__:
         hidden = root in PARTS and parent.__module__.startswith(root) and parent not in public
@@ -198,21 +199,21 @@ def _attributes(name: str, kind: type, public: set[type]) -> Iterator[tuple[str,
         yield from _attributes(f"{name}.{accessor}", getattr(kind, accessor), public)
 
 
-def _topics() -> dict[str, Passage]:
-    """The help topics in pieces. Long topics contain short ones, so a piece that shorter topics said is left out."""
+def _topics() -> dict[str, DocEntry]:
+    """The help topics in chunks. Long topics contain short ones, so chunks that mostly repeat shorter topics are skipped."""
     from pydoc_data.topics import topics
 
-    made: dict[str, Passage] = {}
-    said: set[str] = set()
+    entries: dict[str, DocEntry] = {}
+    seen: set[str] = set()
     for name, text in sorted(topics.items(), key=lambda item: (len(item[1]), item[0])):
         new = set()
         for number, chunk in enumerate(_chunks(text), 1):
             paragraphs = [(_norm(p), len(p.split())) for p in re.split(r"\n\s*\n", chunk)]
-            if 2 * sum(words for p, words in paragraphs if p not in said) > sum(words for _, words in paragraphs):
-                made[f"topic:{name}#{number}"] = Passage(f"topic:{name}#{number}", name, chunk)
+            if 2 * sum(words for p, words in paragraphs if p not in seen) > sum(words for _, words in paragraphs):
+                entries[f"topic:{name}#{number}"] = DocEntry(f"topic:{name}#{number}", name, chunk)
             new |= {p for p, _ in paragraphs}
-        said |= new
-    return made
+        seen |= new
+    return entries
 
 
 def _norm(text: str) -> str:
@@ -220,22 +221,22 @@ def _norm(text: str) -> str:
 
 
 def _chunks(text: str) -> list[str]:
-    """Pieces of about ``CHUNK_WORDS`` words that end where paragraphs end; one too short to stand joins the last."""
-    made: list[list[str]] = [[]]
+    """Chunks of about ``CHUNK_WORDS`` words that end with a paragraph. A short last chunk is joined to the one before."""
+    chunks: list[list[str]] = [[]]
     size = 0
     for paragraph in re.split(r"\n\s*\n", text.strip()):
         words = len(paragraph.split())
         if size and size + words > CHUNK_WORDS:
-            made.append([])
+            chunks.append([])
             size = 0
-        made[-1].append(paragraph)
+        chunks[-1].append(paragraph)
         size += words
-    joined = ["\n\n".join(piece) for piece in made]
+    joined = ["\n\n".join(chunk) for chunk in chunks]
     if len(joined) > 1 and len(joined[-1].split()) < MIN_WORDS:
         joined[-2:] = ["\n\n".join(joined[-2:])]
     most = 2 * CHUNK_WORDS
-    cut = [" ".join(piece.split()[:most]) if len(piece.split()) > most else piece for piece in joined]
-    return [piece for piece in cut if len(piece.split()) >= MIN_WORDS]
+    cut = [" ".join(chunk.split()[:most]) if len(chunk.split()) > most else chunk for chunk in joined]
+    return [chunk for chunk in cut if len(chunk.split()) >= MIN_WORDS]
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def augment(
     max_tokens: int = 32,
     extra_filters: Sequence[Filter] = (),
     accepted: int | None = None,
-    max_candidates: int | None = None,
+    max_completions: int | None = None,
     max_cost: float | None = None,
     held_out: Sequence[Stage] = (),
     split: str = "test",
@@ -69,6 +69,7 @@ def augment(
     without: Collection[str] = (),
     people: Stage | None = None,
     tuned: Stage | None = None,
+    max_candidates: int | None = None,
 ) -> tuple[Select | GenerateUntil | WithHumanLabels | LeakGate, Mine]:
     """Queries for ``passages``, filtered and with BM25 negatives from ``corpus``: the selected queries and the examples.
 
@@ -77,8 +78,9 @@ def augment(
     encoder ``base`` also those that only mean the same. ``without`` names filters, by type, that are left out. What
     ``people`` said (``People``) wins over the filters, in both directions. A cropped query is a copy of its passage by
     design, so the filter against copies is left out for it. The model of ``tuned`` (a ``TuneGenerator``) answers in place of
-    the engine's own, and needs no exemplars.
+    the engine's own, and needs no exemplars. ``max_candidates`` is the name of ``max_completions`` in 0.1.
     """
+    max_completions = max_candidates if max_completions is None else max_completions
     sampling = Sampling(max_tokens=max_tokens)
     shown = None if strategy.copies_its_passage or tuned else exemplars
     raw = Generate(
@@ -103,7 +105,7 @@ def augment(
     selected: Select | GenerateUntil | WithHumanLabels | LeakGate = every
     search = every.scores[-1].search
     if accepted is not None:
-        selected = GenerateUntil(selected=every, accepted=accepted, max_candidates=max_candidates, max_cost=max_cost)
+        selected = GenerateUntil(selected=every, accepted=accepted, max_completions=max_completions, max_cost=max_cost)
         search = Search(index=Index(corpus=corpus, miner=BM25()), queries=selected, depth=100)
     assert search is not None
     if people is not None:

@@ -35,11 +35,11 @@ def load_judgements(data: str, split: str) -> Judgements:
     """The judgements of a folder's split, or of a file (TREC or BEIR). Raises ConfigError if there are none."""
     fs, path = filesystem(data)
     if fs.get_file_info(path).is_file:
-        qrels = beir.judgement_file(data)
+        qrels = beir.read_qrels_file(data)
         if not qrels.num_rows:
             raise ConfigError(f"{data!r} has no judgements; give a file of judgements, or the folder of a collection")
         return Judgements(data, as_qrels(qrels), {})
-    qrels, queries = beir.judgements(data, split)
+    qrels, queries = beir.read_qrels(data, split)
     if not qrels.num_rows:
         raise ConfigError(f"split {split!r} of {data!r} has no judgements; choose another --split")
     return Judgements(f"{data} ({split})", as_qrels(qrels), tables.texts_of(queries))

@@ -30,7 +30,7 @@ def lexical(folders: Folders, cards: Iterable[str], warnings: list[str]) -> list
                 if miner.get("type") != "bm25":
                     continue
                 language = miner.get("language", ENGLISH)
-                read_as = "its own language" if language == AUTO else analyzer(language).described
+                read_as = "its own language" if language == AUTO else analyzer(language).description
                 line = {"data": data, "language": language, "read_as": read_as}
                 if (data, read_as) not in lines and (
                     none := search_manifest["counts"]["no_hits"]

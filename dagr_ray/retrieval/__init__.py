@@ -1,1 +1,1 @@
-"""Encoders, vectors, exact search and fusion. No Ray here."""
+"""Encoders, vectors, exact search and fusion, independent of Ray."""

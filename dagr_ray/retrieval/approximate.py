@@ -12,7 +12,7 @@ from pydantic import Field
 
 from dagr_ray.core.config import Config, ConfigError
 from dagr_ray.retrieval import exact_search
-from dagr_ray.retrieval.vectors import BLOCK_ROWS, Hits, VectorIndex
+from dagr_ray.retrieval.vectors import BLOCK_ROWS, Ranking, VectorIndex
 
 FILE = "approximate.faiss"
 # Fewer are searched exactly in no time, and 256 of them are needed to learn product codes from.
@@ -148,7 +148,7 @@ def write(method: Approximation, vectors: VectorIndex, folder: Path) -> bool:
     return True
 
 
-def opened(method: Approximation, vectors: VectorIndex, file: Path) -> Callable[[np.ndarray, int], list[Hits]]:
+def opened(method: Approximation, vectors: VectorIndex, file: Path) -> Callable[[np.ndarray, int], list[Ranking]]:
     """A search by the structure in ``file``: for each row of queries [m, dimension] the ``k`` best that it finds.
 
     Scores and their order are those of exact search.
@@ -157,9 +157,9 @@ def opened(method: Approximation, vectors: VectorIndex, file: Path) -> Callable[
 
     index = faiss.read_index(str(file))
 
-    def search(queries: np.ndarray, k: int) -> list[Hits]:
+    def search(queries: np.ndarray, k: int) -> list[Ranking]:
         ready, wider = method.opened(index, k)
-        found: list[Hits] = []
+        found: list[Ranking] = []
         for start in range(0, len(queries), QUERIES_AT_ONCE):
             some = np.ascontiguousarray(queries[start : start + QUERIES_AT_ONCE], np.float32)
             _, near = ready.search(some, min(k * wider, len(vectors)))
@@ -173,7 +173,7 @@ def opened(method: Approximation, vectors: VectorIndex, file: Path) -> Callable[
     return search
 
 
-def recall(found: list[Hits], truth: list[Hits]) -> float:
+def recall(found: list[Ranking], truth: list[Ranking]) -> float:
     """The share of the true hits that were found, by query, on average; 1 where there are none."""
     shares = [
         len({d for d, _ in hits} & {d for d, _ in true}) / len(true)

@@ -35,8 +35,8 @@ Names = Callable[[np.ndarray], pa.ChunkedArray]
 class Nearest:
     """The ``k`` nearest of vectors that are added block by block, for each of ``queries`` [m, dimension].
 
-    ``names`` gives the ids of rows, by which ties are broken: falling, as trec_eval does. Works on CUDA where there is a
-    device, and else on the threads that torch has.
+    ``names`` gives the ids of rows, by which ties are broken, descending like trec_eval. Uses CUDA if there is a
+    device, otherwise the threads of torch.
     """
 
     def __init__(self, queries: np.ndarray, k: int, names: Names) -> None:
@@ -45,7 +45,7 @@ class Nearest:
         self.k, self.names, self.rows = k, names, 0
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.dtype = rough_dtype(self.device.type)
-        # few queries at once where each keeps many
+        # fewer queries at once if each keeps many
         step = max(1, min(QUERIES, ENTRIES // (4 * k)))
         whole = torch.from_numpy(np.ascontiguousarray(queries, np.float32)).to(self.device)
         self.tiles = [_Tile(self, part) for part in whole.split(step)]
@@ -228,7 +228,7 @@ def _keys(queries: np.ndarray, scores: np.ndarray) -> np.ndarray:
 
 
 def _kth(queries: np.ndarray, scores: np.ndarray, count: int, k: int) -> np.ndarray:
-    """The k-th best score of each of ``count`` queries; -inf where there are fewer."""
+    """The k-th best score of each of ``count`` queries; -inf if there are fewer."""
     keys = np.sort(_keys(queries, scores))
     starts = np.searchsorted(keys, np.arange(count + 1, dtype=np.int64) << 32)
     found = np.full(count, -np.inf, np.float32)

@@ -56,7 +56,7 @@ class Lists:
         of = np.repeat(np.arange(len(searches)), [found.num_rows for found in searches])
         pairs, place = np.unique(query * max(len(self.doc_ids), 1) + doc, return_inverse=True)
         self.query, self.doc = np.divmod(pairs, max(len(self.doc_ids), 1))
-        # by search and pair; no rank and no score where a search did not find the passage
+        # by search and pair; no rank and no score if a search did not return the passage
         self.ranks = np.full((len(searches), len(pairs)), np.inf)
         self.scores = np.full((len(searches), len(pairs)), np.nan)
         self.ranks[of, place] = whole["rank"].to_numpy()

@@ -1,4 +1,4 @@
-"""Vectors on disk with their ids, read block by block for exact search, so that a corpus may exceed memory."""
+"""Vectors on disk with their ids. Exact search reads them block by block, so a corpus may exceed memory."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from dagr_ray.retrieval.exact_search import Nearest
 BLOCK_ROWS = 131072
 VECTORS, IDS = "vectors.npy", "ids.parquet"
 
-Hits = list[tuple[str, float]]
+Ranking = list[tuple[str, float]]
 
 
-def best_first(hits: Iterable[tuple[str, float]], k: int | None = None) -> Hits:
-    """Hits by falling score, ties by falling doc_id, which is trec_eval's order; the first ``k``.
+def best_first(hits: Iterable[tuple[str, float]], k: int | None = None) -> Ranking:
+    """The first ``k`` hits by descending score, ties by descending doc_id, which is trec_eval's order.
 
     >>> best_first([("a", 1.0), ("c", 1.0), ("b", 2.0)], 2)
     [('b', 2.0), ('c', 1.0)]
@@ -32,7 +32,7 @@ def best_first(hits: Iterable[tuple[str, float]], k: int | None = None) -> Hits:
 class VectorWriter:
     """Appends vectors to a folder: ``vectors.npy`` [n, dimension] and ``ids.parquet`` in the same order.
 
-    A context manager; the number of rows is written into the header of the .npy at the end.
+    A context manager. The number of rows is written into the header of the .npy file at the end.
     """
 
     def __init__(self, folder: Path, dimension: int, dtype: str = "float32") -> None:
@@ -44,7 +44,7 @@ class VectorWriter:
         self._write_header()
 
     def _write_header(self) -> None:
-        # numpy leaves room in the header for the first dimension to grow, so this one is as long as the last
+        # numpy reserves space in the header for a larger first dimension, so both headers have the same length
         header = {"descr": self.dtype.str, "fortran_order": False, "shape": (self.rows, self.dimension)}
         np.lib.format.write_array_header_1_0(self._file, header)
 
@@ -66,7 +66,7 @@ class VectorWriter:
 
 
 class VectorIndex:
-    """Vectors [n, dimension] in one or several parts (arrays or memory maps), with their ids. Scores are inner products."""
+    """Vectors [n, dimension] in one or more parts (arrays or memory maps), with their ids. Scores are inner products."""
 
     def __init__(self, ids: Sequence[str] | pa.ChunkedArray, *parts: np.ndarray) -> None:
         self.ids = ids if isinstance(ids, pa.ChunkedArray) else pa.chunked_array([pa.array(ids, pa.large_string())])
@@ -76,11 +76,11 @@ class VectorIndex:
 
     @classmethod
     def open(cls, *folders: Path) -> VectorIndex:
-        """The index that VectorWriters wrote into these folders, one after the other; the vectors stay on disk."""
+        """The index that VectorWriters wrote into these folders, one after the other. The vectors stay on disk."""
         ids = [pq.read_table(folder / IDS)["doc_id"] for folder in folders]
-        chunks = [chunk for each in ids for chunk in each.chunks]
-        # a memory map of no rows is refused by the operating system
-        filled = [folder for folder, each in zip(folders, ids, strict=True) if len(each)]
+        chunks = [chunk for column in ids for chunk in column.chunks]
+        # the operating system refuses an empty memory map
+        filled = [folder for folder, column in zip(folders, ids, strict=True) if len(column)]
         parts = [np.load(folder / VECTORS, mmap_mode="r") for folder in filled]
         return cls(pa.chunked_array(chunks, pa.large_string()), *parts)
 
@@ -88,37 +88,37 @@ class VectorIndex:
         return len(self.ids)
 
     def blocks(self, step: int | None = None) -> Iterator[np.ndarray]:
-        """All vectors in order as float32, ``step`` (BLOCK_ROWS) of them at once."""
+        """All vectors in order as float32, ``step`` (default BLOCK_ROWS) at once."""
         step = step or BLOCK_ROWS
         for start in range(0, len(self), step):
             yield self.rows(start, min(start + step, len(self)))
 
     def rows(self, start: int, stop: int) -> np.ndarray:
-        """The vectors ``start`` to ``stop`` as float32: a copy."""
-        found, first = np.empty((stop - start, self.parts[0].shape[1]), np.float32), start
+        """A float32 copy of the vectors ``start`` to ``stop``."""
+        vectors, first = np.empty((stop - start, self.parts[0].shape[1]), np.float32), start
         while first < stop:
             part = int(np.searchsorted(self.starts, first, side="right")) - 1
             last = min(stop, int(self.starts[part + 1]))
             inside = slice(first - int(self.starts[part]), last - int(self.starts[part]))
-            found[first - start : last - start] = self.parts[part][inside]
+            vectors[first - start : last - start] = self.parts[part][inside]
             first = last
-        return found
+        return vectors
 
     def take(self, rows: np.ndarray) -> np.ndarray:
         """The vectors of any rows as float32 [len(rows), dimension]."""
-        found = np.empty((len(rows), self.parts[0].shape[1]), np.float32)
+        vectors = np.empty((len(rows), self.parts[0].shape[1]), np.float32)
         part_of = np.searchsorted(self.starts, rows, side="right") - 1
         for part in np.unique(part_of):
             inside = part_of == part
-            found[inside] = self.parts[part][rows[inside] - self.starts[part]]
-        return found
+            vectors[inside] = self.parts[part][rows[inside] - self.starts[part]]
+        return vectors
 
     def names(self, rows: np.ndarray) -> pa.ChunkedArray:
         """The ids of rows."""
         return self.ids.take(pa.array(rows))
 
-    def search(self, queries: np.ndarray, k: int) -> list[Hits]:
-        """For each row of ``queries`` [m, dimension] the ``k`` nearest, best first, ties by falling doc_id. Exact."""
+    def search(self, queries: np.ndarray, k: int) -> list[Ranking]:
+        """Exact search: for each row of ``queries`` [m, dimension] the ``k`` nearest, ties by descending doc_id."""
         k = min(k, len(self))
         if k < 1 or not len(queries):
             return [[] for _ in queries]
@@ -127,8 +127,8 @@ class VectorIndex:
             nearest.add(block)
         return self.hits(len(queries), *nearest.best())
 
-    def hits(self, count: int, queries: np.ndarray, rows: np.ndarray, scores: np.ndarray) -> list[Hits]:
-        """The hits of each of ``count`` queries, from entries that are sorted by query."""
-        named = list(zip(self.names(rows).to_pylist(), scores.tolist(), strict=True))
+    def hits(self, count: int, queries: np.ndarray, rows: np.ndarray, scores: np.ndarray) -> list[Ranking]:
+        """The ranking of each of ``count`` queries, from entries that are sorted by query."""
+        entries = list(zip(self.names(rows).to_pylist(), scores.tolist(), strict=True))
         ends = np.searchsorted(queries, np.arange(count + 1)).tolist()
-        return [named[start:stop] for start, stop in pairwise(ends)]
+        return [entries[start:stop] for start, stop in pairwise(ends)]

@@ -1,4 +1,4 @@
-"""What is changed of a transformer's weights before it is used: fewer layers, layers that were never trained."""
+"""Changes to a transformer's weights after loading: fewer layers, or re-initialised layers."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from dagr_ray.core.tables import seed_of
 
 
 def keep_layers(transformer: Any, layers: int) -> None:
-    """Drops all but the first layers, in place. Raises ConfigError where there are not so many."""
+    """Drops all but the first ``layers`` layers, in place. Raises ConfigError if the model has fewer."""
     import torch
 
     stack = next((m for m in transformer.modules() if isinstance(m, torch.nn.ModuleList)), None)
     if stack is None or len(stack) < layers:
-        raise ConfigError(f"encoder: layers = {layers}: the model has {len(stack or [])}; give no more than that")
+        raise ConfigError(f"encoder: layers = {layers}, but the model has {len(stack or [])}; give at most that many")
     del stack[layers:]
     transformer.config.num_hidden_layers = layers
 
 
 def reinitialise(transformer: Any, seed: int) -> None:
-    """Draws all weights outside the embeddings as BERT does: matrices from N(0, initializer_range), norms 1, biases 0.
+    """Re-initialises all weights outside the embeddings like BERT: matrices from N(0, initializer_range), norms 1, biases 0.
 
-    Source: Devlin et al., arXiv 1810.04805, and the initialisation in its code. Each matrix has a seed of its own, made
-    from its name, so that the order in which a library lists them does not matter.
+    Source: Devlin et al., arXiv 1810.04805, and the initialisation in its code. The seed of each matrix depends on its
+    name, so that the library's order of the weights does not matter.
     """
     import torch
 
@@ -36,7 +36,6 @@ def reinitialise(transformer: Any, seed: int) -> None:
                 continue
             if parameter.ndim > 1:
                 generator = torch.Generator().manual_seed(seed_of(seed, name))
-                drawn = torch.empty(parameter.shape).normal_(0, deviation, generator=generator)
-                parameter.copy_(drawn)
+                parameter.copy_(torch.empty(parameter.shape).normal_(0, deviation, generator=generator))
             else:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)

@@ -12,7 +12,7 @@ from dagr_ray.core.artifact import Artifact
 from dagr_ray.core.placement import Pool
 from dagr_ray.core.stage import Inputs, Output, Run, Stage
 from dagr_ray.core.words import word_count
-from dagr_ray.strategies.crop import LEAST_REST, without
+from dagr_ray.strategies.crop import LEAST_REMAINDER, without
 
 CLOZE = "crop/inverse-cloze"
 
@@ -52,7 +52,7 @@ class Cloze(Stage):
             for row, doc_id in enumerate(tables.texts(rows["doc_id"])):
                 for sentence in taken.get(doc_id, ()):
                     rest = without(sentence, texts[row])
-                    if word_count(rest) >= LEAST_REST:
+                    if word_count(rest) >= LEAST_REMAINDER:
                         texts[row], removed = rest, removed + 1
             ids, titles = (rows[name] for name in ("doc_id", "title"))
             made = tables.columns("corpus", rows.num_rows, doc_id=ids, title=titles, text=texts)

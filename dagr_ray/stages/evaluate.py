@@ -18,13 +18,13 @@ from dagr_ray.core.placement import Pool
 from dagr_ray.core.stage import Inputs, Output, Run, Stage
 from dagr_ray.core.words import wording
 from dagr_ray.formats import trec
-from dagr_ray.retrieval.vectors import Hits, best_first
+from dagr_ray.retrieval.vectors import Ranking, best_first
 
 MEASURES = ("nDCG@10", "R@100", "RR@10", "AP", "Success@1", "Success@5", "Success@10")
 TREC_RUN = "run.trec"
 
 Qrels = dict[str, dict[str, int]]
-Rankings = dict[str, Hits]
+Rankings = dict[str, Ranking]
 
 
 def measure(qrels: Qrels, run: Rankings) -> dict[str, dict[str, float]]:
@@ -163,7 +163,7 @@ def rankings(candidates: pa.Table, qrels: Qrels) -> tuple[Rankings, int]:
 
     As BEIR does it (``ignore_identical_ids``), but for passages that were judged for the query of their id.
     """
-    hits: dict[str, Hits] = defaultdict(list)
+    hits: dict[str, Ranking] = defaultdict(list)
     itself = 0
     columns = (candidates[name].to_pylist() for name in ("query_id", "doc_id", "score"))
     for query_id, doc_id, score in zip(*columns, strict=True):

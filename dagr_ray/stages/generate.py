@@ -20,7 +20,7 @@ from dagr_ray.core.config import ConfigError, OmitWhenDefault
 from dagr_ray.core.placement import Pool
 from dagr_ray.core.stage import Inputs, Output, Run, Stage
 from dagr_ray.engines import Completion, Engine, Sampling, token_usage
-from dagr_ray.prompts import Dice, Exemplar, Passage, Prompt
+from dagr_ray.prompts import Exemplar, LazyRandom, Passage, Prompt
 from dagr_ray.strategies import Strategy
 
 READS = {"corpus": "passages", "pairs": "Pairs or LinkedPairs"}
@@ -78,16 +78,16 @@ class Generate(Stage):
 
     def per_passage(self) -> int:
         """Completions of one passage: ``samples`` for each strategy that asks."""
-        return self.samples * len(self.strategy.asked())
+        return self.samples * len(self.strategy.members())
 
     def per_request(self) -> int:
         """Completions of one prompt: one, where a strategy words each sample's prompt anew."""
-        return 1 if any(strategy.draws() for strategy in self.strategy.asked()) else self.samples
+        return 1 if any(strategy.per_sample() for strategy in self.strategy.members()) else self.samples
 
     @property
     def keeps_logprob(self) -> bool:
         """Whether the engine is asked for log-probabilities."""
-        return self.sampling.logprob or any(strategy.by_logprob for strategy in self.strategy.asked())
+        return self.sampling.logprob or any(strategy.by_logprob for strategy in self.strategy.members())
 
     def skip_row(self, inputs: Inputs, row: int, reason: str, detail: str) -> Output:
         """A passage that is given up: no completions, and a row in ``rejected``."""
@@ -147,8 +147,8 @@ class Generate(Stage):
         self, corpus: pa.Table, start: bytes, shown: tuple[Exemplar, ...], held_out: set[str]
     ) -> tuple[_Asked, tables.Rejected]:
         """What to ask of the passages, and those that nothing is asked of. ``start`` is the first part of all ids."""
-        asked, rejected, dice, strategies = _Asked(), tables.Rejected(), Dice(), self.strategy.asked()
-        apart = any(strategy.draws() for strategy in strategies)
+        asked, rejected, rng, strategies = _Asked(), tables.Rejected(), LazyRandom(), self.strategy.members()
+        apart = any(strategy.per_sample() for strategy in strategies)
         plain = (
             partial(special_tokens.escape_special_tokens, own=self.engine.special_tokens())
             if self.engine.reads_markers
@@ -173,10 +173,10 @@ class Generate(Stage):
                 passage = Passage(doc_id, *(plain(each or "") for each in passage[1:]))
             # side by side, so that what they have in common is still in the engine's cache
             if apart:
-                each = enumerate(drawn(strategies, dice, seed, self.samples))
-                asked.prompts += [one.prompt(passage, shown, dice.thrown(seed + i)) for i, one in each]
+                each = enumerate(strategies_of_samples(strategies, rng, seed, self.samples))
+                asked.prompts += [one.prompt(passage, shown, rng.seeded(seed + i)) for i, one in each]
             else:
-                asked.prompts += [strategy.prompt(passage, shown, dice.thrown(seed)) for strategy in strategies]
+                asked.prompts += [strategy.prompt(passage, shown, rng.seeded(seed)) for strategy in strategies]
         return asked, rejected
 
     def _seeds(self, asked: _Asked) -> list[int]:
@@ -214,10 +214,10 @@ class Generate(Stage):
         )
 
 
-def drawn(strategies: Sequence[Strategy], dice: Dice, seed: int, samples: int) -> list[Strategy]:
+def strategies_of_samples(strategies: Sequence[Strategy], rng: LazyRandom, seed: int, samples: int) -> list[Strategy]:
     """The strategy of each completion of a passage whose seed is ``seed``: the same when asked and when read."""
     each = enumerate(strategies)
-    return [one for i, strategy in each for one in strategy.drawn(dice.thrown(seed + i * samples), samples)]
+    return [one for i, strategy in each for one in strategy.strategies_for(rng.seeded(seed + i * samples), samples)]
 
 
 @dataclass

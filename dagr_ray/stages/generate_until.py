@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import Field
+from pydantic import AliasChoices, Field
 
 from dagr_ray.core import tables
 from dagr_ray.core.artifact import Artifact
@@ -30,7 +30,7 @@ class GenerateUntil(Stage):
 
     Steps are disjoint slices of the corpus in the order of a hash, each a stage of its own: a run that was ended goes
     on, and a larger goal begins with the steps of a smaller one as far as they are the same. Stops early at
-    ``max_candidates`` completions, before ``max_cost`` dollars would be spent (what the first step costs tells), or at
+    ``max_completions`` completions, before ``max_cost`` dollars would be spent (what the first step costs tells), or at
     the end of the corpus; ``counts.stopped`` names which. Queries equal but for case and spacing count once over all
     steps, and what the last step gives beyond the goal is refused as ``surplus``.
     """
@@ -40,7 +40,9 @@ class GenerateUntil(Stage):
     outputs: ClassVar[tuple[str, ...]] = ("queries", "qrels", "lineage", "rejected")
     selected: Select
     accepted: Annotated[int, Field(ge=1)]
-    max_candidates: Annotated[int, Field(ge=1)] | None = None
+    max_completions: Annotated[int, Field(ge=1)] | None = Field(
+        None, validation_alias=AliasChoices("max_completions", "max_candidates")
+    )  # its name in 0.1 works until 0.3
     max_cost: Annotated[float, Field(gt=0)] | None = None
     first_step: Annotated[int, Field(ge=1)] = 512
 
@@ -72,7 +74,7 @@ class GenerateUntil(Stage):
     def dynamic_inputs(self, inputs: Inputs, build: Callable[[Stage], Artifact]) -> Inputs:
         """Builds the steps, and returns their folders by name."""
         passages, samples = inputs["corpus"].count("corpus"), self._generate().per_passage()
-        limit = passages if self.max_candidates is None else min(passages, self.max_candidates // samples)
+        limit = passages if self.max_completions is None else min(passages, self.max_completions // samples)
         steps: Inputs = {}
         seen: set[str] = set()
         done, spent, ask = 0, 0.0, min(self.first_step, limit)
@@ -93,12 +95,12 @@ class GenerateUntil(Stage):
         return steps
 
     def stopped(self, kept: int, candidates: int, corpus: int) -> str:
-        """What ended the steps: ``accepted``, ``max_candidates``, ``corpus`` or ``max_cost``."""
+        """What ended the steps: ``accepted``, ``max_completions``, ``corpus`` or ``max_cost``."""
         samples = self._generate().per_passage()
         if kept >= self.accepted:
             return "accepted"
-        if self.max_candidates is not None and candidates + samples > self.max_candidates:
-            return "max_candidates"
+        if self.max_completions is not None and candidates + samples > self.max_completions:
+            return "max_completions"
         return "corpus" if candidates >= corpus * samples else "max_cost"
 
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:

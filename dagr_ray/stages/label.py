@@ -18,8 +18,8 @@ from dagr_ray.core.config import ConfigError
 from dagr_ray.core.cost import with_remaining_budget
 from dagr_ray.core.placement import Pool, PricedEngine
 from dagr_ray.core.stage import Inputs, Output, Run, Stage
-from dagr_ray.teachers import Hit, Pair, Spread, Teacher, by_query
-from dagr_ray.teachers.attention_rerank import AttentionRerank, AttentionSession, Judged, best_heads, head_scores
+from dagr_ray.teachers import QueryPassage, ScoreSpread, SearchHit, Teacher, by_query
+from dagr_ray.teachers.attention_rerank import AttentionRerank, AttentionSession, LabelledQuery, best_heads, head_scores
 
 
 class Label(Stage):
@@ -167,7 +167,7 @@ class RetrievalHeads(Stage):
             order = sorted(relevant, key=lambda query_id: tables.unit_of("heads", self.seed, query_id))
             pairs = {own[0].query_id: own for own in by_query(source.of_ids(order[: self.sample]))}
             session = AttentionSession(self.teacher.model_copy(update={"heads": ()}))
-            judged = [Judged(own, frozenset(relevant[query_id])) for query_id, own in pairs.items()]
+            judged = [LabelledQuery(own, frozenset(relevant[query_id])) for query_id, own in pairs.items()]
             scores = head_scores([(session.masses(each.pairs), each) for each in judged], self.temperature)
             rows = [
                 {"measure": f"core@{layer}.{head}", "value": float(scores[layer, head])}
@@ -224,16 +224,16 @@ class _PairTexts:
                     columns.append(part["doc_id"].filter(pc.less_equal(part["rank"], self.stage.depth)))
         return pa.chunked_array([column.unique() for column in columns], tables.TEXT).unique()
 
-    def of(self, start: int, stop: int) -> list[Pair]:
+    def of(self, start: int, stop: int) -> list[QueryPassage]:
         """The pairs of queries ``start`` to ``stop``, those of one query together."""
         return self._of(self.queries.slice("queries", start, stop))
 
-    def of_ids(self, query_ids: list[str]) -> list[Pair]:
+    def of_ids(self, query_ids: list[str]) -> list[QueryPassage]:
         """The pairs of these queries."""
         rows = self.queries.read("queries")
         return self._of(rows.filter(pc.is_in(rows["query_id"], value_set=pa.array(query_ids, tables.TEXT))))
 
-    def _of(self, rows: pa.Table) -> list[Pair]:
+    def _of(self, rows: pa.Table) -> list[QueryPassage]:
         texts = dict(zip(rows["query_id"].to_pylist(), rows["text"].to_pylist(), strict=True))
         found = [search.of(texts) for search in self.searches]
         asked: list[tuple[str, str, Any, Any]] = []
@@ -245,14 +245,14 @@ class _PairTexts:
                 asked.append((query_id, doc_id, tuple(hits.get(doc_id) for hits in lists), spreads))
         passages = self.passages.of([doc_id for _, doc_id, _, _ in asked])
         return [
-            Pair(query_id, texts[query_id], doc_id, passage, hits, spreads)
+            QueryPassage(query_id, texts[query_id], doc_id, passage, hits, spreads)
             for (query_id, doc_id, hits, spreads), passage in zip(asked, passages, strict=True)
         ]
 
-    def _hits(self, rows: list[dict[str, Any]]) -> dict[str, Hit]:
-        return {row["doc_id"]: Hit(row["rank"], row["score"]) for row in rows if row["rank"] <= self.stage.depth}
+    def _hits(self, rows: list[dict[str, Any]]) -> dict[str, SearchHit]:
+        return {row["doc_id"]: SearchHit(row["rank"], row["score"]) for row in rows if row["rank"] <= self.stage.depth}
 
-    def _docs(self, own: list[dict[str, Any]], lists: list[dict[str, Hit]]) -> list[str]:
+    def _docs(self, own: list[dict[str, Any]], lists: list[dict[str, SearchHit]]) -> list[str]:
         if self.examples is not None:
             return list(dict.fromkeys(doc for row in own for doc in (row["positive_id"], *row["negative_ids"])))
         return list(dict.fromkeys([row["doc_id"] for row in own] + [doc for hits in lists for doc in hits]))
@@ -262,11 +262,11 @@ def _flat(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return pa.chunked_array([pc.list_flatten(chunk) for chunk in column.chunks], tables.TEXT)
 
 
-def _spread(hits: dict[str, Hit]) -> Spread | None:
+def _spread(hits: dict[str, SearchHit]) -> ScoreSpread | None:
     if not hits:
         return None
     scores = np.array([hit.score for hit in hits.values()], np.float64)
-    return Spread(float(scores.mean()), float(scores.std()), float(scores.min()), float(scores.max()))
+    return ScoreSpread(float(scores.mean()), float(scores.std()), float(scores.min()), float(scores.max()))
 
 
 class _ByQuery:

@@ -18,7 +18,7 @@ from dagr_ray.core.config import ConfigError
 from dagr_ray.core.placement import Pool
 from dagr_ray.core.stage import Inputs, Output, Run, Stage
 from dagr_ray.leakage.joins import count_matching, matching
-from dagr_ray.leakage.matching import BEST, FLOORS, MECHANISMS, SAME, Answered, HeldOut, Matches, Telling
+from dagr_ray.leakage.matching import BEST, FLOORS, MECHANISMS, SAME, HeldOut, Matches, SharedAnswers, WordInformation
 from dagr_ray.leakage.minhash import Floats, Places, split_words
 from dagr_ray.retrieval.encoder import TASKS, Encoder, encode, load
 
@@ -83,9 +83,9 @@ class LeakScan(Stage):
             positives = _Positives(inputs, start, stop, ids)
             vectors, passage_vectors = encoded(texts, True), encoded(positives.texts, False)
             for each in sets:
-                alike = positives.by_query(each.passages.resembling(positives.texts, passage_vectors))
+                alike = positives.by_query(each.passages.find_similar(positives.texts, passage_vectors))
                 about = each.asked_of(alike[0], pc.index_in(alike[1], value_set=ids).to_numpy())
-                found.add("query-query", each, each.queries.resembling(texts, vectors, about), ids, texts)
+                found.add("query-query", each, each.queries.find_similar(texts, vectors, about), ids, texts)
                 found.add("query-passage", each, each.passages.quoted(texts), ids, texts)
                 found.add("positive-query", each, *positives.by_query(each.queries.quoting(positives.texts)))
                 found.add("positive-passage", each, *alike)
@@ -94,9 +94,9 @@ class LeakScan(Stage):
                 ids, texts, passages = (_flat(shown[name]) for name in ("query_id", "query", "passage"))
                 vectors, passage_vectors = encoded(texts, True), encoded(passages, False)
                 for each in sets:
-                    shared = each.passages.resembling(passages, passage_vectors)
+                    shared = each.passages.find_similar(passages, passage_vectors)
                     about = each.asked_of(shared, np.arange(len(ids)))
-                    found.add("exemplar-query", each, each.queries.resembling(texts, vectors, about), ids, texts)
+                    found.add("exemplar-query", each, each.queries.find_similar(texts, vectors, about), ids, texts)
                     found.add("exemplar-passage", each, shared, ids, passages)
             made = found.table()
             counts: dict[str, Any] = {"in": queries.num_rows, "out": made.num_rows, "compared": _by_mechanism(made)}
@@ -205,7 +205,7 @@ class _Set:
         asks = pc.index_in(pairs["query_id"], value_set=self.query_ids).to_numpy().astype(np.int64)
         answers = pc.index_in(pairs["doc_id"], value_set=self.passage_ids).fill_null(-1).to_numpy().astype(np.int64)
         texts, bodies = _flat(queries["text"]), _texts(passages)
-        telling = Telling(split_words(texts), [split_words(_texts(data.slice("corpus", 0, PASSAGES)))])
+        telling = WordInformation(split_words(texts), [split_words(_texts(data.slice("corpus", 0, PASSAGES)))])
         self.queries = HeldOut(texts, telling=telling, vectors=encoded(texts, True))
         self.passages = HeldOut(bodies, ngram=PASSAGE_NGRAM, vectors=encoded(bodies, False))
         there = answers >= 0
@@ -217,11 +217,11 @@ class _Set:
         """How much of the texts many of them have in common."""
         return {"query": self.queries.common(), "passage": self.passages.common()}
 
-    def asked_of(self, alike: Matches, rows: Places) -> Answered:
+    def asked_of(self, alike: Matches, rows: Places) -> SharedAnswers:
         """Which test queries a passage answers that ``alike`` finds the same as a text's; ``rows`` has the text's place."""
         same = alike.over(SAME)
         of = self.passages.same[same.held_out]
-        return Answered(rows[same.rows].astype(np.int64), of, self._asks, self._answers)
+        return SharedAnswers(rows[same.rows].astype(np.int64), of, self._asks, self._answers)
 
     def ids(self, kind: str) -> tuple[pa.Array, pa.Array]:
         """Ids and beginnings of what is held out, for a kind of comparison."""

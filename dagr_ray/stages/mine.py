@@ -18,7 +18,7 @@ from pydantic import Field
 from dagr_ray.core import tables
 from dagr_ray.core.artifact import Artifact
 from dagr_ray.core.config import OmitWhenDefault
-from dagr_ray.core.joins import Candidates, Positives, Twins, rows_beside
+from dagr_ray.core.joins import Positives, SearchResults, Twins, rows_beside
 from dagr_ray.core.placement import Pool
 from dagr_ray.core.stage import Inputs, Output, Run, Stage, derived
 from dagr_ray.stages.relabel import _share_of
@@ -63,9 +63,9 @@ class Mine(Stage):
         """The order of these queries tells where in a search those of a shard are."""
         return [search.shards_of() for search in self.searches]
 
-    def _candidates(self, inputs: Inputs) -> list[Candidates]:
+    def _candidates(self, inputs: Inputs) -> list[SearchResults]:
         names = [f"searches.{i}" for i in range(len(self.searches))]
-        return [Candidates(inputs[name], inputs.get(f"{name}.queries"), inputs["selected"]) for name in names]
+        return [SearchResults(inputs[name], inputs.get(f"{name}.queries"), inputs["selected"]) for name in names]
 
     def ranges(self, inputs: Inputs, step: int) -> list[tuple[int, int]]:
         """Whole shards of the queries, several where they are small; all as one where a search is not in shards of queries."""

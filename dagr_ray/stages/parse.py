@@ -13,21 +13,21 @@ from dagr_ray.core.artifact import Artifact
 from dagr_ray.core.config import ConfigError
 from dagr_ray.core.placement import Pool
 from dagr_ray.core.stage import Inputs, Output, Run, Stage
-from dagr_ray.prompts import Dice, Passage
-from dagr_ray.stages.generate import Generate, drawn
+from dagr_ray.prompts import LazyRandom, Passage
+from dagr_ray.stages.generate import Generate, strategies_of_samples
 from dagr_ray.strategies import Strategy
-from dagr_ray.strategies._control_checks import controlled, missed
+from dagr_ray.strategies._control_checks import controls_of, first_violation
 from dagr_ray.strategies._controls import Controls
 
 
-def _drawn_again(
+def _strategies_of_rows(
     strategies: Sequence[Strategy], seeds: list[int], numbers: list[int], samples: int
 ) -> Iterator[Strategy]:
     """The strategy of each completion, from its seed and number. Those of a passage stand together: drawn once for all."""
-    dice, last, found = Dice(), -1, list[Strategy]()
+    rng, last, found = LazyRandom(), -1, list[Strategy]()
     for seed, number in zip(seeds, numbers, strict=True):
         if seed - number != last:
-            last, found = seed - number, drawn(strategies, dice, seed - number, samples)
+            last, found = seed - number, strategies_of_samples(strategies, rng, seed - number, samples)
         yield found[number]
 
 
@@ -62,9 +62,9 @@ class Parse(Stage):
         return self.generations.strategy.type
 
     def identity(self) -> dict[str, Any]:
-        versions = [strategy.parse_version for strategy in self.generations.strategy.asked()]
+        versions = [strategy.parse_version for strategy in self.generations.strategy.members()]
         found = super().identity() | {"parse_version": versions[0] if len(versions) == 1 else versions}
-        if any(map(controlled, self.generations.strategy.asked())):
+        if any(map(controls_of, self.generations.strategy.members())):
             found["check_version"] = Controls.check_version
         return found
 
@@ -76,9 +76,9 @@ class Parse(Stage):
         return inputs["generations"].ranges("generations", step)
 
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
-        strategies, engine = self.generations.strategy.asked(), self.generations.engine
+        strategies, engine = self.generations.strategy.members(), self.generations.engine
         samples, columns = self.generations.samples, ["gen_id", "source_id", "raw", "error", "sample", "seed"]
-        apart = any(strategy.draws() for strategy in strategies)
+        apart = any(strategy.per_sample() for strategy in strategies)
         made_by = {"engine": engine.type, "model": self.generations.model_name()}
 
         def run(start: int, stop: int) -> Output:
@@ -86,7 +86,7 @@ class Parse(Stage):
             numbers = rows["sample"].to_pylist()
             asked_by: Iterable[Strategy] = (strategies[number // samples] for number in numbers)
             if apart:
-                asked_by = _drawn_again(strategies, rows["seed"].to_pylist(), numbers, samples)
+                asked_by = _strategies_of_rows(strategies, rows["seed"].to_pylist(), numbers, samples)
             passages = inputs["corpus"].slice("corpus", *inputs["generations"].source_rows("generations", start, stop))
             ids, titles, texts = map(tables.texts, passages.columns)
             place = dict(zip(ids, range(len(ids)), strict=True))
@@ -105,9 +105,9 @@ class Parse(Stage):
                 at = place[source_id]
                 parsed = strategy.parse(Passage(source_id, titles[at] or "", texts[at]), raw)
                 if strategy is not last:
-                    last, controls = strategy, controlled(strategy)
+                    last, controls = strategy, controls_of(strategy)
                 for i, text in enumerate(parsed.kept):
-                    if controls and (miss := missed(controls, text)):
+                    if controls and (miss := first_violation(controls, text)):
                         rejected.add(gen_id, "control", miss[0], tables.clean(f"{miss[1]}: {text}"[:200]))
                         continue
                     query_ids.append(tables.id_of(gen_id, i))

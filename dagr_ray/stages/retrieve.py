@@ -29,7 +29,7 @@ from dagr_ray.miners import Miner, Searcher
 from dagr_ray.miners.dense import Dense, DenseIndex
 from dagr_ray.retrieval import approximate
 from dagr_ray.retrieval.approximate import Approximation
-from dagr_ray.retrieval.vectors import Hits
+from dagr_ray.retrieval.vectors import Ranking
 
 log = logging.getLogger("dagr")
 ROWS_AT_ONCE = 8192
@@ -50,7 +50,7 @@ class Index(Stage):
     """The index of a corpus as files below ``index/``, in parts. ``trained`` (a training stage) replaces the encoder's weights.
 
     A part is a shard: it is built once, on any worker, and what is built stays when others fail. How the corpus is cut
-    into parts (``Miner.part``) changes nothing that a search finds. Miners that differ only in how they search share it.
+    into parts (``Miner.shards_per_part``) changes nothing that a search finds. Miners that differ only in how they search share it.
     Cost: ``passages`` and ``index_s``, the seconds spent on them (for a dense miner, encoding).
     """
 
@@ -65,7 +65,7 @@ class Index(Stage):
 
     def identity(self) -> dict[str, Any]:
         """The miner by what its index is made of."""
-        return super().identity() | {"miner": self.settled().built().fingerprint()}
+        return super().identity() | {"miner": self.settled().index_settings().fingerprint()}
 
     def to_json(self) -> dict[str, Any]:
         """With the miner as it was settled, so that a plan says how its index was made and is built so again."""
@@ -75,7 +75,7 @@ class Index(Stage):
 
     def settled(self) -> Miner:
         """The miner for the language of the corpus."""
-        return self.miner.settled(_spoken(self.corpus))
+        return self.miner.for_language(_spoken(self.corpus))
 
     def _told(self, inputs: Inputs) -> Miner:
         """``settled``, by the passages themselves where no source tells beforehand."""
@@ -85,25 +85,25 @@ class Index(Stage):
             language = language_of_all(
                 tables.passage_text(row["title"], row["text"])[:PASSAGE_CHARACTERS] for row in rows
             )
-        return self.miner.settled(language)
+        return self.miner.for_language(language)
 
     def remark(self, counts: Json) -> str | None:
         """That the passages are in another language than the miner reads."""
-        return self.miner.objection(_spoken(self.corpus))
+        return self.miner.language_mismatch(_spoken(self.corpus))
 
     def size(self, inputs: Inputs) -> int | None:
-        return None if self.miner.part is None else inputs["corpus"].count("corpus")
+        return None if self.miner.shards_per_part is None else inputs["corpus"].count("corpus")
 
     def ranges(self, inputs: Inputs, step: int) -> list[tuple[int, int]]:
         """An empty corpus has an empty index."""
-        return super().ranges(inputs, step * (self.miner.part or 1)) or [(0, 0)]
+        return super().ranges(inputs, step * (self.miner.shards_per_part or 1)) or [(0, 0)]
 
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
         build = self._told(inputs).builder(_model(inputs, "trained"))
 
         def run(start: int, stop: int) -> Output:
             started = time.time()
-            if self.miner.part is None:
+            if self.miner.shards_per_part is None:
                 stop = inputs["corpus"].count("corpus")
             files = _written(folder, f"index/{start:010d}", lambda place: build(_passages(inputs, start, stop), place))
             cost = {"passages": stop - start, "index_s": time.time() - started}
@@ -243,7 +243,7 @@ class SearchBase(Stage):
     def identity(self) -> dict[str, Any]:
         """The miner too, where its index stands for several."""
         miner = self.index.settled()
-        shared = miner.built().fingerprint() != miner.fingerprint()
+        shared = miner.index_settings().fingerprint() != miner.fingerprint()
         return super().identity() | ({"miner": miner.fingerprint()} if shared else {})
 
     @derived("index.trained")
@@ -300,7 +300,7 @@ class RecallProbe(SearchBase):
         return run
 
 
-def _timed(searcher: Searcher, texts: Sequence[str], depth: int) -> tuple[list[Hits], float]:
+def _timed(searcher: Searcher, texts: Sequence[str], depth: int) -> tuple[list[Ranking], float]:
     began = time.time()
     return searcher.search(texts, depth), time.time() - began
 
@@ -420,7 +420,7 @@ class Search(SearchBase):
         none, every = counts["no_hits"], counts["in"]
         if none <= NO_HITS * every:
             return None
-        read = self.index.settled().read_as()
+        read = self.index.settled().describe_analyzer()
         return f"{none:,} of {every:,} queries found nothing" + (
             f"; passages and queries are read as {read}" if read else ""
         )
@@ -461,7 +461,7 @@ class Search(SearchBase):
             )
 
 
-def _table(query_ids: Sequence[str], found: Sequence[Hits]) -> pa.Table:
+def _table(query_ids: Sequence[str], found: Sequence[Ranking]) -> pa.Table:
     """The candidates of queries."""
     return tables.columns(
         "candidates",

@@ -16,7 +16,7 @@ from dagr_ray.core.placement import Pool
 from dagr_ray.core.stage import Inputs, Output, Run, Stage, derived
 from dagr_ray.prompts import Parsed, Passage
 from dagr_ray.strategies import Strategy
-from dagr_ray.strategies._control_checks import controlled, missed
+from dagr_ray.strategies._control_checks import controls_of, first_violation
 from dagr_ray.strategies._controls import Controls
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Rewrite(Stage):
 
     def identity(self) -> dict[str, Any]:
         found = super().identity() | {"parse_version": self.made.strategy.parse_version}
-        return found | ({"check_version": Controls.check_version} if controlled(self.made.strategy) else {})
+        return found | ({"check_version": Controls.check_version} if controls_of(self.made.strategy) else {})
 
     @derived("asked")
     def _asked(self) -> Stage:
@@ -71,7 +71,7 @@ class Rewrite(Stage):
 
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
         strategy, engine = self.made.strategy, self.made.engine
-        controls = controlled(strategy)
+        controls = controls_of(strategy)
         made_by = {"strategy": strategy.type, "engine": engine.type, "model": self.made.model_name()}
 
         def run(start: int, stop: int) -> Output:
@@ -90,7 +90,7 @@ class Rewrite(Stage):
                 parsed = strategy.parse(passage_of[answer["source_id"]], answer["raw"])
                 for reason, detail in parsed.rejected:
                     rejected.add(answer["gen_id"], "parse", reason, tables.clean(detail))
-                found = (missed(controls, text) for text in parsed.kept) if controls else ()
+                found = (first_violation(controls, text) for text in parsed.kept) if controls else ()
                 if miss := next(filter(None, found), None):
                     rejected.add(answer["gen_id"], "control", miss[0], tables.clean(miss[1]))
                     continue

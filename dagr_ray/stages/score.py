@@ -15,10 +15,10 @@ from pydantic import model_validator
 from dagr_ray.core import tables
 from dagr_ray.core.artifact import Artifact
 from dagr_ray.core.config import ConfigError, OmitWhenDefault
-from dagr_ray.core.joins import Candidates, Twins, rows_beside
+from dagr_ray.core.joins import SearchResults, Twins, rows_beside
 from dagr_ray.core.placement import Pool
 from dagr_ray.core.stage import Inputs, Output, Run, Stage, derived
-from dagr_ray.filters import Candidate, Filter
+from dagr_ray.filters import Filter, ScoredQuery
 
 WINDOW = 8192  # rows of a table that are looked at together: a row group
 
@@ -108,7 +108,7 @@ class Score(Stage):
         parsed, total = inputs["parsed"], max(inputs["parsed"].count("qrels"), 1)
         passages = _Lookup(inputs["corpus"], "corpus", "doc_id") if self.filter.needs_passage else None
         made_by = _Lookup(inputs["generations"], "generations", "gen_id") if "generations" in inputs else None
-        found = Candidates(inputs["search"], inputs.get("search.queries"), parsed) if "search" in inputs else None
+        found = SearchResults(inputs["search"], inputs.get("search.queries"), parsed) if "search" in inputs else None
         twins = lru_cache(maxsize=1)(lambda: Twins(inputs["corpus"]))
 
         def run(start: int, stop: int) -> Output:
@@ -135,7 +135,7 @@ class Score(Stage):
                 lineage = _beside(parsed, "lineage", start, stop)
                 beside = _logprobs(lineage, made_by, start / total)
             ids = map(tables.texts, (*qrels.columns, first))
-            rows = [Candidate(q, text_of[q], same, passage_of.get(d, "")) for q, d, same in zip(*ids, strict=True)]
+            rows = [ScoredQuery(q, text_of[q], same, passage_of.get(d, "")) for q, d, same in zip(*ids, strict=True)]
             scores = self.filter.score(rows, beside)
             assert len(scores) == len(rows), f"{self.filter.type} gave {len(scores)} scores for {len(rows)} rows"
             return self._stored(qrels, scores)

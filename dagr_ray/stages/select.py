@@ -26,9 +26,9 @@ log = logging.getLogger("dagr")
 class Select(Stage):
     """The queries that every filter keeps, asked in the order of ``scores``; the first refusal is the reason.
 
-    Cheap: reads stored scores, so another threshold makes another folder of this stage and no new scoring. A filter that
-    keeps so many of the best (``room``) counts among what all filters before it keep; equal scores are drawn by hash. A
-    filter that mends texts leaves the query its id, and what it did is in ``masked``.
+    Cheap: reads stored scores, so another threshold makes another folder of this stage and no new scoring. A
+    filter with a ``quota`` keeps so many of the best rows that all filters before it keep; ties are broken by hash. If a
+    filter rewrites a text, the query keeps its id, and ``masked`` records the change.
     """
 
     abstract: ClassVar[bool] = False
@@ -56,7 +56,7 @@ class Select(Stage):
     @derived("scores.{}.corpus")
     def _sized(self) -> list[Stage | None]:
         """The corpus of each filter that is stricter on a large one."""
-        return [score.corpus if score.filter.by_size else None for score in self.scores]
+        return [score.corpus if score.filter.needs_corpus_size else None for score in self.scores]
 
     def size(self, inputs: Inputs) -> int:
         return inputs["parsed"].count("qrels")
@@ -84,8 +84,8 @@ class Select(Stage):
                 "lineage": lineage.filter(pc.is_in(lineage["id"], value_set=ids)),
                 "rejected": rejected.table(),
             }
-            if any(_mends(score.filter) for score in self.scores):
-                made["queries"], made["masked"] = decisions.mended(queries, part)
+            if any(_rewrites_texts(score.filter) for score in self.scores):
+                made["queries"], made["masked"] = decisions.rewritten(queries, part)
             counts = {"in": len(part.ids), "out": kept.num_rows, "rejected": rejected.counts_by_reason()}
             if "masked" in made:
                 counts["masked"] = made["masked"].num_rows
@@ -94,8 +94,8 @@ class Select(Stage):
         return run
 
 
-def _mends(filter: Filter) -> bool:
-    return type(filter).mend is not Filter.mend
+def _rewrites_texts(filter: Filter) -> bool:
+    return type(filter).rewrite is not Filter.rewrite
 
 
 class _Cut(NamedTuple):
@@ -127,11 +127,11 @@ class _Decisions:
             inputs[name].count("corpus") if (name := f"scores.{i}.corpus") in inputs else 0
             for i in range(len(self.filters))
         ]
-        self.settled = [
-            lru_cache(maxsize=None)(lambda form, f=f, n=n: f.settled(form, n))
+        self.filters_for = [
+            lru_cache(maxsize=None)(lambda query_type, f=f, n=n: f.with_thresholds_for(query_type, n))
             for f, n in zip(self.filters, passages, strict=True)
         ]
-        self.by_form = any(type(f).settled is not Filter.settled for f in self.filters)
+        self.by_query_type = any(type(f).with_thresholds_for is not Filter.with_thresholds_for for f in self.filters)
         self.cuts: list[_Cut | None] = []
         for i in range(len(self.filters)):
             self.cuts.append(self._cut(i))
@@ -142,23 +142,23 @@ class _Decisions:
         ids = tables.texts(qrels["query_id"])
         by = np.full(len(ids), -1, np.int32)
         part = _Part(qrels, ids, by, {}, {}, [])
-        forms = self._forms(ids, start, stop)
+        query_types = self._rows_by_query_type(ids, start, stop)
         for i in range(len(self.filters) if filters is None else filters):
             scores = self._scores(i, qrels, start, stop)
             part.scores.append(scores)
-            for form, rows in forms.items():
+            for query_type, rows in query_types.items():
                 asked = rows[by[rows] < 0]
-                self._ask(part, i, self.settled[i](form), asked, scores[asked])
+                self._ask(part, i, self.filters_for[i](query_type), asked, scores[asked])
             self._cut_off(part, i, scores)
         return part
 
-    def _forms(self, ids: list[str], start: int, stop: int) -> dict[str, np.ndarray]:
-        if not self.by_form:
+    def _rows_by_query_type(self, ids: list[str], start: int, stop: int) -> dict[str, np.ndarray]:
+        if not self.by_query_type:
             return {"": np.arange(len(ids))}
         lineage = _beside(self.parsed, "lineage", start, stop)
-        form_of = dict(zip(tables.texts(lineage["id"]), tables.texts(lineage["strategy"]), strict=True))
-        forms = np.array([form_of[query_id] for query_id in ids], object)
-        return {form: np.flatnonzero(forms == form) for form in sorted(set(forms))}
+        query_type_of = dict(zip(tables.texts(lineage["id"]), tables.texts(lineage["strategy"]), strict=True))
+        query_types = np.array([query_type_of[query_id] for query_id in ids], object)
+        return {query_type: np.flatnonzero(query_types == query_type) for query_type in sorted(set(query_types))}
 
     def _scores(self, i: int, qrels: pa.Table, start: int, stop: int) -> np.ndarray:
         rows = self.stored[i].slice("scores", start, stop, ["query_id", "doc_id", "score"])
@@ -185,21 +185,21 @@ class _Decisions:
                 part.by[row], part.reasons[row], part.values[row] = i, "not-among-best", float(scores[row])
 
     def _cut(self, i: int) -> _Cut | None:
-        """Where filter ``i`` ends what it keeps of the best; None where it keeps all or has room for all."""
+        """The last score that filter ``i`` keeps; None if it has no quota, or its quota is not reached."""
         filter, total = self.filters[i], self.parsed.count("qrels")
-        if filter.room(total) is None:
+        if filter.quota(total) is None:
             return None
         sign, found = 1 if filter.best == "high" else -1, [np.empty(0, np.float32)]
         for part in self._survey(i):
             found.append(sign * part.scores[i][part.by < 0])
         scores = np.concatenate(found)
-        room = filter.room(len(scores))
-        if room is None or room >= len(scores):
+        quota = filter.quota(len(scores))
+        if quota is None or quota >= len(scores):
             return None
-        if room == 0:
+        if quota == 0:
             return _Cut(float("inf"), -1.0)
-        last = float(np.partition(scores, len(scores) - room)[len(scores) - room])
-        spare = room - int((scores > last).sum())
+        last = float(np.partition(scores, len(scores) - quota)[len(scores) - quota])
+        spare = quota - int((scores > last).sum())
         draws = sorted(
             _draw(part.ids[row])
             for part in self._survey(i)
@@ -212,16 +212,16 @@ class _Decisions:
         for start, stop in self.parsed.ranges("qrels", 1):
             yield self.of(start, stop, i + 1)
 
-    def mended(self, queries: pa.Table, part: _Part) -> tuple[pa.Table, pa.Table]:
-        """The queries as the filters mend them, and a row of ``masked`` for each change."""
+    def rewritten(self, queries: pa.Table, part: _Part) -> tuple[pa.Table, pa.Table]:
+        """The queries as the filters rewrite them, and a row of ``masked`` for each change."""
         row_of = {query_id: row for row, query_id in enumerate(part.ids) if part.by[row] < 0}
         ids, texts = (tables.texts(queries[name]) for name in ("query_id", "text"))
         changed: dict[str, list[str]] = {"id": [], "by": [], "detail": []}
         for i, filter in enumerate(self.filters):
-            if not _mends(filter):
+            if not _rewrites_texts(filter):
                 continue
             for place, query_id in enumerate(ids):
-                done = filter.mend(texts[place], float(part.scores[i][row_of[query_id]]))
+                done = filter.rewrite(texts[place], float(part.scores[i][row_of[query_id]]))
                 if done is not None:
                     texts[place] = tables.clean(done[0])
                     for column, value in zip(changed.values(), (query_id, filter.type, done[1]), strict=True):

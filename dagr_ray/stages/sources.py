@@ -25,12 +25,12 @@ from dagr_ray.core.placement import Pool
 from dagr_ray.core.stage import Inputs, Output, Run, Stage, derived
 from dagr_ray.core.words import word_count
 from dagr_ray.formats import beir, parquet
-from dagr_ray.miners._analyzers import AUTO, analyzer, known
+from dagr_ray.miners._analyzers import AUTO, analyzer, canonical_code
 from dagr_ray.quickstart import pydocs
 
 log = logging.getLogger("dagr")
 UNUSABLE = "unusable"
-Spoken = Annotated[str, AfterValidator(known)]
+Spoken = Annotated[str, AfterValidator(canonical_code)]
 
 
 def _content(kind: ModuleType, path: str) -> str:
@@ -61,7 +61,7 @@ class PyDocs(Stage):
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
         def run(start: int, stop: int) -> Output:
             passages = pydocs.stdlib_passages() if self.part == "stdlib" else pydocs.package_passages()
-            judged = pydocs.judgements(self.part, {p.doc_id for p in passages})
+            judged = pydocs.read_judgements(self.part, {p.doc_id for p in passages})
             made = {
                 "corpus": tables.table("corpus", (p._asdict() for p in passages)),
                 "queries": tables.table("queries", ({"query_id": k, "text": v} for k, v in judged.queries.items())),
@@ -142,10 +142,10 @@ def _heard(head: Callable[[str, int], list[str]], path: str, content: str) -> st
 
 
 def _doubt(named: str, heard: str) -> str | None:
-    if named == AUTO or analyzer(named).described == analyzer(heard).described:
+    if named == AUTO or analyzer(named).description == analyzer(heard).description:
         return None
     return (
-        f"language = {named!r}, and the first passages look like {heard!r}; BM25 reads them as {analyzer(named).described}; "
+        f"language = {named!r}, and the first passages look like {heard!r}; BM25 reads them as {analyzer(named).description}; "
         f"leave language out, or give language={heard}"
     )
 

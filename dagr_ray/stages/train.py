@@ -125,7 +125,7 @@ class Train(Stage):
         if not self.base.local:
             return
         kinds = model_folders.kinds(self.base.folder, "train")
-        if not model_folders.learns(self.base.folder, "train"):
+        if not model_folders.has_trainable_weights(self.base.folder, "train"):
             raise ConfigError(
                 f"train: base = {self.base.model!r} has no weights that can be trained; give another base"
             )

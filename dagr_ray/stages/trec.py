@@ -33,7 +33,7 @@ class _TrecFile(Stage):
         return super().identity() | {"path": trec.content(self.path)}
 
     def _output(self, name: str, found: trec.TrecFile) -> Output:
-        for line in beir.told(found.problems):
+        for line in beir.summarise_problems(found.problems):
             log.warning("%s", line)
         rejected = tables.Rejected()
         for problem in found.problems:

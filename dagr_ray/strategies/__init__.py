@@ -1,17 +1,18 @@
-"""What to ask: a strategy turns a passage into a prompt and a completion into queries. Pure; one file each."""
+"""Strategies: each turns a passage into a prompt, and a completion into queries. Pure functions, one file each."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from dagr_ray.core.config import Config
+from dagr_ray.moved import rename_methods
 from dagr_ray.prompts import Exemplar, Parsed, Passage, Prompt
 
 
 class Strategy(Config):
-    """Base of the strategies. ``version`` changes with the prompt, ``parse_version`` with the parser alone.
+    """Base of the strategies. Raise ``version`` when the prompt changes, ``parse_version`` when only the parser changes.
 
     ``reads`` is the table that holds what is asked about: passages (``corpus``), or ``pairs`` of a passage with a query or
     another passage. ``writes`` says what the texts of ``parse`` are: ``queries`` that the passage answers, ``passages``
@@ -26,7 +27,7 @@ class Strategy(Config):
 
     abstract: ClassVar[bool] = True
     parse_version: ClassVar[int] = 1
-    by_logprob: ClassVar[bool] = False  # its completions are chosen by their log-probability, so that is kept
+    by_logprob: ClassVar[bool] = False  # completions are selected by log-probability, so engines must report it
     reads: ClassVar[str] = "corpus"
     writes: ClassVar[str] = "queries"
     own_engine: ClassVar[str] = ""
@@ -36,26 +37,30 @@ class Strategy(Config):
     changes_language: ClassVar[bool] = False
     reads_links: ClassVar[bool] = False
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        rename_methods(cls, {"asked": "members", "draws": "per_sample", "drawn": "strategies_for"})
+
     def name(self) -> str:
-        """What ``lineage`` calls it: the type, and after a slash the form where it has several."""
+        """The name in ``lineage``: the type, then a slash and the form if the strategy has several forms."""
         return self.type
 
-    def asked(self) -> tuple[Strategy, ...]:
-        """The strategies that each passage is asked with, in this order: itself, unless it is made of several."""
+    def members(self) -> tuple[Strategy, ...]:
+        """The strategies that each passage is prompted with, in order: this one, unless it combines several."""
         return (self,)
 
-    def draws(self) -> bool:
-        """Whether each sample of a passage has a prompt of its own; else all share one, which is cheaper."""
+    def per_sample(self) -> bool:
+        """Whether each sample of a passage has its own prompt. A prompt shared by all samples is cheaper."""
         return False
 
-    def drawn(self, rng: random.Random, samples: int) -> Sequence[Strategy]:
-        """The strategy that asks for each of a passage's samples, and reads its answer: drawn where there are several."""
+    def strategies_for(self, rng: random.Random, samples: int) -> Sequence[Strategy]:
+        """The strategy that prompts for and parses each sample of a passage. If there are several, ``rng`` chooses."""
         return [self] * samples
 
     def prompt(self, row: Passage, exemplars: tuple[Exemplar, ...], rng: random.Random) -> Prompt:
-        """The prompt for a passage; the same for the same row, exemplars and seed. Corpus text never becomes structure."""
+        """The prompt for a passage, equal for equal row, exemplars and seed. Corpus text must not become structure."""
         raise NotImplementedError
 
     def parse(self, row: Passage, raw: str) -> Parsed:
-        """Queries out of a raw completion. Never raises on any text; an unusable completion is a rejection."""
+        """Extracts queries from a raw completion. Never raises; an unusable completion is a rejection with a reason."""
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""Whether a written text is what ``strategies.controls`` asked for."""
+"""Checks that a generated text has the attributes that its strategy's controls require."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dagr_ray.core.language import language_of, likeness
 from dagr_ray.core.words import words
 from dagr_ray.strategies import Strategy
 from dagr_ray.strategies._controls import Controls
-from dagr_ray.strategies._written import Written
+from dagr_ray.strategies._one_query import OneQuery
 
-# Under it a text counts as in another language: the threshold of the filter on languages.
+# A text below this is in another language. The default threshold of the filter on languages.
 LEAST_LIKENESS = 0.1
 # Marks of involved, spoken language (Biber 1988, "Variation across Speech and Writing", dimension 1) and of chats.
 _CASUAL = re.compile(
@@ -30,37 +30,39 @@ _FUNCTION_WORDS = frozenset(
 )
 
 
-def controlled(strategy: Strategy) -> Controls | None:
-    """What a strategy asks its texts to be like; None where it does not care."""
-    controls = strategy.checked() if isinstance(strategy, Written) else getattr(strategy, "controls", None)
-    return controls if controls is not None and controls.given() else None
+def controls_of(strategy: Strategy) -> Controls | None:
+    """The controls that a strategy's texts must satisfy; None if it sets none."""
+    controls = strategy.effective_controls() if isinstance(strategy, OneQuery) else getattr(strategy, "controls", None)
+    return controls if controls is not None and controls.any_set() else None
 
 
-def missed(controls: Controls, text: str) -> tuple[str, str] | None:
-    """The first attribute that a text misses, and what was measured; None where it has all that was asked for.
+def first_violation(controls: Controls, text: str) -> tuple[str, str] | None:
+    """The first attribute that a text misses, and its measured value; None if the text has all required attributes.
 
     A query is broad up to three content words and specific from four: queries grow with how narrow a need is (Phan,
     Bailey and Wilkinson, SIGIR 2007).
 
-    >>> missed(Controls(language="de", length=(3, 8)), "wie kopiere ich einen Ordner") is None
+    >>> first_violation(Controls(language="de", length=(3, 8)), "wie kopiere ich einen Ordner") is None
     True
-    >>> missed(Controls(language="de"), "how do I copy a folder with everything in it")
+    >>> first_violation(Controls(language="de"), "how do I copy a folder with everything in it")
     ('language', 'en')
-    >>> missed(Controls(length=(3, 8)), "copy folder"), missed(Controls(formality="formal"), "how can't I copy this")
-    (('length', '2 words'), ('formality', "can't"))
+    >>> first_violation(Controls(length=(3, 8)), "copy folder")
+    ('length', '2 words')
+    >>> first_violation(Controls(formality="formal"), "how can't I copy this")
+    ('formality', "can't")
     """
     code = controls.code()
     if code is not None and likeness(text, code) < LEAST_LIKENESS:
         return "language", language_of(text)[0]
-    said = words(text)
-    if controls.length is not None and not controls.length[0] <= len(said) <= controls.length[1]:
-        return "length", f"{len(said)} words"
+    text_words = words(text)
+    if controls.length is not None and not controls.length[0] <= len(text_words) <= controls.length[1]:
+        return "length", f"{len(text_words)} words"
     if controls.formality is not None:
         mark = _CASUAL.search(text)
         if (mark is None) == (controls.formality == "casual"):
             return "formality", mark.group() if mark else "no mark of casual language"
     if controls.specificity is not None:
-        content = [word for word in said if word.casefold() not in _FUNCTION_WORDS]
+        content = [word for word in text_words if word.casefold() not in _FUNCTION_WORDS]
         if (len(content) >= 4) != (controls.specificity == "specific"):
             return "specificity", f"{len(content)} content words"
     return None

@@ -1,4 +1,4 @@
-"""What a written query is to be like: its language, length, register (formality) and specificity."""
+"""Attributes that a generated query must have: language, length, register (formality) and specificity."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LANGUAGES = {
     "sw": "Swahili", "ta": "Tamil", "te": "Telugu", "th": "Thai", "tr": "Turkish", "uk": "Ukrainian", "ur": "Urdu",
     "vi": "Vietnamese", "zh": "Chinese",
 }  # fmt: skip
-# How 31 December 2025, a number of four digits with a half, and prices are written: Unicode CLDR's patterns.
+# The forms of 31 December 2025, of a four-digit number with a half, and of prices: the patterns of Unicode CLDR.
 LOCALES = {
     "ar-EG": "Egypt: dates as 31/12/2025, Egyptian pounds",
     "cs-CZ": "Czechia: 1 234,5, dates as 31. 12. 2025, koruna",
@@ -54,20 +54,20 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class Controls(Config):
-    """What a strategy asks for besides its task. Every answer is measured afterwards: see ``filters.controls``.
+    """Attributes that a strategy requires besides its task. Every answer is checked (``_control_checks``).
 
-    ``language`` is a BCP-47 tag, a language ("de") or a locale ("de-CH"), whose conventions the prompt names; checked is
-    the language. ``length`` is (least, most) words, as the filters count them. ``formality``
-    (the register; pydantic keeps that word to itself) can be measured in English only.
+    ``language`` is a BCP-47 tag: a language ("de"), or a locale ("de-CH") whose conventions the prompt names. Only the
+    language is checked. ``length`` is (least, most) words, as the filters count them. ``formality`` is the register
+    (pydantic reserves that word); it can be measured in English only.
 
-    >>> Controls(language="de-CH", length=(3, 8)).wanted()
+    >>> Controls(language="de-CH", length=(3, 8)).requirement()
     'in German as in Switzerland: 1’234.5, dates as 31.12.2025, francs, ss in place of ß; 3 to 8 words'
-    >>> Controls().wanted()
+    >>> Controls().requirement()
     ''
     """
 
-    abstract: ClassVar[bool] = True  # no plugin: a value inside strategies
-    check_version: ClassVar[int] = 2  # words of any script
+    abstract: ClassVar[bool] = True  # not a plugin: a value inside strategies
+    check_version: ClassVar[int] = 2  # counts words of any script
     language: str | None = None
     length: tuple[Count, Count] | None = None
     formality: Literal["formal", "casual"] | None = None
@@ -85,15 +85,15 @@ class Controls(Config):
     @model_validator(mode="after")
     def _can_be_checked(self) -> Controls:
         if self.length is not None and self.length[0] > self.length[1]:
-            raise ConfigError(f"controls: length = {self.length} has more words at least than at most; turn them round")
+            raise ConfigError(f"controls: length = {self.length}: the minimum is over the maximum; swap them")
         if self.formality is not None and self.code() not in (None, "en"):
             raise ConfigError(
                 f"controls: formality = {self.formality!r} can be measured in English only, not in {self.language!r}; "
-                "leave one of them out"
+                "remove formality or language"
             )
         if self.specificity == "specific" and self.length is not None and self.length[1] < 4:
             raise ConfigError(
-                f"controls: a specific query has four words or more, and length = {self.length} allows fewer; raise it"
+                f"controls: length = {self.length} allows under 4 words, but a specific query has 4 or more; raise it"
             )
         return self
 
@@ -101,26 +101,26 @@ class Controls(Config):
         """The ISO 639 code of the language."""
         return None if self.language is None else self.language.split("-")[0]
 
-    def given(self) -> bool:
-        """Whether anything is asked for."""
+    def any_set(self) -> bool:
+        """Whether any attribute is required."""
         return (self.language or self.length or self.formality or self.specificity) is not None
 
-    def wanted(self) -> str:
-        """The line of the prompt that says so; empty where nothing is asked for."""
+    def requirement(self) -> str:
+        """The required attributes in words, for the prompt; empty if none is set."""
         parts = []
         if self.language is not None:
-            where = LOCALES.get(self.language)
-            parts.append(f"in {LANGUAGES[self.language.split('-')[0]]}" + (f" as in {where}" if where else ""))
+            region = LOCALES.get(self.language)
+            parts.append(f"in {LANGUAGES[self.language.split('-')[0]]}" + (f" as in {region}" if region else ""))
         if self.length is not None:
             parts.append(f"{self.length[0]} to {self.length[1]} words")
         parts += [_FORMALITY[self.formality]] if self.formality else []
         parts += [_SPECIFICITY[self.specificity]] if self.specificity else []
         return "; ".join(parts)
 
-    def line(self) -> str:
-        """``wanted`` as a line to stand between the passage and the label of what is to be written."""
-        wanted = self.wanted()
-        return f"\nWanted: {wanted}" if wanted else ""
+    def prompt_line(self) -> str:
+        """``requirement`` as a prompt line, placed between the passage and the label of the answer."""
+        requirement = self.requirement()
+        return f"\nWanted: {requirement}" if requirement else ""
 
     def identity(self) -> dict[str, Any]:
         """The controls that are set."""

@@ -1,4 +1,4 @@
-"""What strategies that rewrite have in common: a task, shown examples of three or more lines each, and one line to write."""
+"""Base of the strategies that rewrite a text: a task, examples of two or more lines each, and one line to write."""
 
 from __future__ import annotations
 
@@ -12,28 +12,31 @@ from pydantic import Field
 from dagr_ray.core import tables
 from dagr_ray.core.words import word_count
 from dagr_ray.prompts import Exemplar, Parsed, Passage, Prompt
-from dagr_ray.strategies._written import Written
+from dagr_ray.strategies._one_query import OneQuery
 
 _QUOTES = "\"'`“”‘’«»„* \t"
 _MARKUP = re.compile(r"<\|[^|<>]{1,40}\|>|\[/?INST\]")
 
 
 def one_line(text: str) -> str:
-    """White space folded: text that is one line cannot look like the next part of a prompt."""
+    """Folds white space. A text on one line cannot look like the next part of a prompt."""
     return " ".join(text.split())
 
 
-class Form(NamedTuple):
-    """The lines of an example: those that are ``given``, the first of which an engine may cut, and the one to write."""
+class FewShot(NamedTuple):
+    """The examples of a prompt. ``inputs`` and ``output`` are the labels of their lines, and keys of ``examples``.
 
-    given: tuple[str, ...]
-    label: str
-    shown: tuple[Mapping[str, str], ...]
+    An engine may cut the first input. ``least_words`` is the shortest output that is accepted.
+    """
+
+    inputs: tuple[str, ...]
+    output: str
+    examples: tuple[Mapping[str, str], ...]
     least_words: int = 2
 
 
-class Rewriting(Written):
-    """Base of the strategies that write one text for a pair, few-shot: a small model follows examples, not instructions."""
+class Rewriting(OneQuery):
+    """Base of the strategies that write one text for a pair, few-shot. Small models follow examples, not instructions."""
 
     abstract: ClassVar[bool] = True
     parse_version: ClassVar[int] = 2  # words of any script
@@ -41,50 +44,50 @@ class Rewriting(Written):
     task: str
     max_examples: Annotated[int, Field(ge=1, le=8)] = 8
 
-    def form(self) -> Form:
-        """How its examples look."""
+    def few_shot(self) -> FewShot:
+        """The examples of the prompt."""
         raise NotImplementedError
 
     def lines(self, row: Passage) -> tuple[str, ...]:
-        """What stands on the lines of ``given``."""
-        read = {
+        """The text of each input line for a row."""
+        text_of = {
             "Passage": tables.passage_text(row.title, row.text),
             "Query": row.query,
             "Second passage": row.other,
             "Problem": row.other,
         }
-        return tuple(one_line(read[name]) for name in self.form().given)
+        return tuple(one_line(text_of[name]) for name in self.few_shot().inputs)
 
     def prompt(self, row: Passage, exemplars: tuple[Exemplar, ...], rng: random.Random) -> Prompt:
-        """Task, examples, the pair. No use of ``exemplars``, which are queries, nor of ``rng``: the prefix is shared."""
-        form = self.form()
-        names, examples = (*form.given, form.label), form.shown[: self.max_examples]
+        """Task, examples, the pair. Ignores ``exemplars`` (they are queries) and ``rng`` (the prefix is shared)."""
+        few_shot = self.few_shot()
+        names, examples = (*few_shot.inputs, few_shot.output), few_shot.examples[: self.max_examples]
         blocks = ["\n".join(f"{name}: {example[name]}" for name in names) for example in examples]
         first, *others = self.lines(row)
-        after = "".join(f"\n{name}: {line}" for name, line in zip(form.given[1:], others, strict=True))
-        before = "\n\n".join([one_line(self.task), *blocks, f"{form.given[0]}: "])
-        return Prompt(before, first, f"{after}{self.controls.line()}\n{form.label}:", stop=("\n",))
+        after = "".join(f"\n{name}: {line}" for name, line in zip(few_shot.inputs[1:], others, strict=True))
+        before = "\n\n".join([one_line(self.task), *blocks, f"{few_shot.inputs[0]}: "])
+        return Prompt(before, first, f"{after}{self.controls.prompt_line()}\n{few_shot.output}:", stop=("\n",))
 
     def parse(self, row: Passage, raw: str) -> Parsed:
-        """The first line, without its label and quotes; rejected where it says nothing, or nothing of its own."""
-        form, shown = self.form(), raw.strip()[:200]
-        line = next((found for each in raw.splitlines() if (found := _bare(each, form.label))), "")
+        """The first line with text, without its label and quotes. Rejects copies of an example or of an input."""
+        few_shot, shown = self.few_shot(), raw.strip()[:200]
+        line = next((text for row_text in raw.splitlines() if (text := _bare(row_text, few_shot.output))), "")
         if not line:
             return Parsed(rejected=[("empty", shown)])
         if not any(c.isalpha() for c in line):
             return Parsed(rejected=[("no-text", shown)])
-        if _MARKUP.search(line) or any(f"{name}:" in line for name in (*form.given, form.label)):
+        if _MARKUP.search(line) or any(f"{name}:" in line for name in (*few_shot.inputs, few_shot.output)):
             return Parsed(rejected=[("template", shown)])
-        if line.casefold() in {example[form.label].casefold() for example in form.shown}:
+        if line.casefold() in {example[few_shot.output].casefold() for example in few_shot.examples}:
             return Parsed(rejected=[("exemplar-copy", shown)])
-        if word_count(line) < form.least_words:
+        if word_count(line) < few_shot.least_words:
             return Parsed(rejected=[("too-short", shown)])
-        if line.casefold() in {given.casefold() for given in self.lines(row)}:
+        if line.casefold() in {text.casefold() for text in self.lines(row)}:
             return Parsed(rejected=[("unchanged", shown)])
-        return self.judged(row, line)
+        return self.check_line(row, line)
 
-    def judged(self, row: Passage, line: str) -> Parsed:
-        """What a subclass makes of a line that is well formed."""
+    def check_line(self, row: Passage, line: str) -> Parsed:
+        """Accepts or rejects a well-formed line; a subclass adds its own rules here."""
         return Parsed(kept=[line])
 
 

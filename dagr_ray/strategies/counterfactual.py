@@ -1,4 +1,4 @@
-"""A passage with one thing changed, so that it no longer answers its query."""
+"""A passage with one detail changed, so that it no longer answers its query."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import ClassVar
 from dagr_ray.core import tables
 from dagr_ray.core.words import tokens, unspaced, word_count
 from dagr_ray.prompts import Parsed, Passage
-from dagr_ray.strategies._rewriting import Form, Rewriting, one_line
+from dagr_ray.strategies._rewriting import FewShot, Rewriting, one_line
 
 
 def changed_span(before: str, after: str) -> tuple[str, str] | None:
-    """The one span in which two texts differ, as (in the first, in the second); None where they are equal.
+    """The span in which two texts differ, as (in the first, in the second); None if they are equal.
 
-    From the first word that differs to the last one.
+    The span goes from the first differing word to the last one.
 
     >>> changed_span("The lake is 1,642 metres deep.", "The lake is 80 metres deep.")
     ('1,642', '80')
@@ -29,7 +29,7 @@ def changed_span(before: str, after: str) -> tuple[str, str] | None:
     return between.join(old[ops[0][1] : ops[-1][2]]), between.join(new[ops[0][3] : ops[-1][4]])
 
 
-_FORM = Form(
+_FEW_SHOT = FewShot(
     ("Passage", "Query"),
     "Changed passage",
     (
@@ -54,10 +54,10 @@ _FORM = Form(
 
 
 class Counterfactual(Rewriting):
-    """The passage with one entity, number or attribute changed: a negative that no word overlap tells from the positive.
+    """The passage with one entity, number or attribute changed: a negative with the same words as the positive.
 
-    Source: counterfactual data augmentation, arXiv 1909.12434 (one minimal edit turns the label). The changed span is
-    kept; an answer that changes more than ``max_span`` words, or none, is rejected.
+    Source: counterfactual data augmentation, arXiv 1909.12434 (one minimal edit inverts the label). The changed span is
+    recorded; an answer that changes over ``max_span`` words, or no word, is rejected.
 
     >>> import random
     >>> row = Passage("p1", "", "Lake Baikal is 1,642 metres deep.", query="how deep is lake baikal")
@@ -77,11 +77,11 @@ class Counterfactual(Rewriting):
     )
     max_span: int = 5
 
-    def form(self) -> Form:
-        return _FORM
+    def few_shot(self) -> FewShot:
+        return _FEW_SHOT
 
-    def judged(self, row: Passage, line: str) -> Parsed:
-        """One span changed, of a few words."""
+    def check_line(self, row: Passage, line: str) -> Parsed:
+        """Accepts a line that changes one span of at most ``max_span`` words."""
         span = changed_span(one_line(tables.passage_text(row.title, row.text)), line)
         if span is None:
             return Parsed(rejected=[("unchanged", line[:200])])

@@ -1,14 +1,14 @@
-"""What is wrong with a query, in a few words, or that nothing is."""
+"""A critique of a query: its problem in a few words, or "none"."""
 
 from __future__ import annotations
 
 from typing import ClassVar
 
 from dagr_ray.prompts import Parsed, Passage
-from dagr_ray.strategies._rewriting import Form, Rewriting
+from dagr_ray.strategies._rewriting import FewShot, Rewriting
 
 FINE = "none"
-_FORM = Form(
+_FEW_SHOT = FewShot(
     ("Passage", "Query"),
     "Problem",
     (
@@ -43,9 +43,9 @@ _FORM = Form(
 
 
 class Critique(Rewriting):
-    """The evaluator of a refinement loop: names what is wrong with a query, for ``Retry`` (MetaSynth, arXiv 2510.01523).
+    """The evaluator of a refinement loop: names the problem of a query, for ``Retry`` (MetaSynth, arXiv 2510.01523).
 
-    ``none`` says that nothing is; it is kept too, so that every pair has a verdict.
+    ``none`` means no problem. It is kept as well, so that every pair has a verdict.
 
     >>> import random
     >>> row = Passage("p1", "", "Bees of summer live for six weeks.", query="what are bees")
@@ -61,16 +61,16 @@ class Critique(Rewriting):
         "Each passage is followed by a search query that was written for it, and by what is wrong with the query."
     )
 
-    def form(self) -> Form:
-        return _FORM
+    def few_shot(self) -> FewShot:
+        return _FEW_SHOT
 
     def parse(self, row: Passage, raw: str) -> Parsed:
-        """As any rewriting, but a problem may be one of those shown."""
+        """Parses as every rewriting does, but the answer may equal the problem of an example."""
         parsed = super().parse(row, raw)
         if parsed.rejected and parsed.rejected[0][0] == "exemplar-copy":
             return Parsed(kept=[" ".join(raw.split("\n")[0].split()).strip(" .\"'").casefold()])
         return Parsed(kept=[line.rstrip(".") for line in parsed.kept], rejected=parsed.rejected)
 
-    def judged(self, row: Passage, line: str) -> Parsed:
-        said = line.casefold().strip(" .\"'")
-        return Parsed(kept=[FINE if said in (FINE, "nothing", "no problem") else line])
+    def check_line(self, row: Passage, line: str) -> Parsed:
+        problem = line.casefold().strip(" .\"'")
+        return Parsed(kept=[FINE if problem in (FINE, "nothing", "no problem") else line])

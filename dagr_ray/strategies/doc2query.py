@@ -10,10 +10,10 @@ from pydantic import Field
 from dagr_ray.core import tables
 from dagr_ray.core.words import first_words
 from dagr_ray.prompts import Exemplar, Parsed, Passage, Prompt
-from dagr_ray.strategies._written import Written, one_query
+from dagr_ray.strategies._one_query import OneQuery, one_query
 
 
-class Doc2Query(Written):
+class Doc2Query(OneQuery):
     """A passage and the label of its query, without a task and without examples (Nogueira et al. 2019, arXiv 1904.08375).
 
     Give it to ``TuneGenerator``, which learns from prompts of this form, and to the ``Generate`` that asks the tuned model.
@@ -33,7 +33,7 @@ class Doc2Query(Written):
     def prompt(self, row: Passage, exemplars: tuple[Exemplar, ...], rng: random.Random) -> Prompt:
         """The same for a passage whatever the exemplars and the numbers are."""
         passage = first_words(" ".join(tables.passage_text(row.title, row.text).split()), self.max_words)
-        return Prompt("Passage:\n", passage, f"{self.controls.line()}\nQuery:", stop=("\n",))
+        return Prompt("Passage:\n", passage, f"{self.controls.prompt_line()}\nQuery:", stop=("\n",))
 
     def parse(self, row: Passage, raw: str) -> Parsed:
         """The first line that says something."""

@@ -1,4 +1,4 @@
-"""A passage that looks right for a query and is not."""
+"""A passage that looks relevant to a query and is not."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import ClassVar
 
 from dagr_ray.core.words import folded
 from dagr_ray.prompts import Parsed, Passage
-from dagr_ray.strategies._rewriting import Form, Rewriting
+from dagr_ray.strategies._rewriting import FewShot, Rewriting
 
-_FORM = Form(
+_FEW_SHOT = FewShot(
     ("Passage", "Query"),
     "Wrong passage",
     (
@@ -38,9 +38,9 @@ _FORM = Form(
 class HardNegative(Rewriting):
     """A passage of the query's topic that does not answer it ("Don't Retrieve, Generate", arXiv 2504.21015).
 
-    That study found such negatives worse than mined ones; SyNeg (Li et al. 2024, arXiv 2412.17250) found them better where
-    they are mixed with mined ones. A teacher that reads them afterwards finds the false ones. A sample each, so
-    ``samples=n`` writes n of them.
+    That study found such negatives worse than mined ones; SyNeg (Li et al. 2024, arXiv 2412.17250) found a mixture with
+    mined negatives better than either. A teacher that scores them afterwards detects the false negatives. Each sample
+    is one negative, so ``samples=n`` writes n of them.
 
     >>> import random
     >>> row = Passage("p1", "", "Bees of summer live for six weeks.", query="how long do bees live")
@@ -59,12 +59,12 @@ class HardNegative(Rewriting):
         "not answer the query."
     )
 
-    def form(self) -> Form:
-        return _FORM
+    def few_shot(self) -> FewShot:
+        return _FEW_SHOT
 
-    def judged(self, row: Passage, line: str) -> Parsed:
-        """Rejected where most of it is the right passage."""
-        right, written = set(folded(row.text)), folded(line)
-        if sum(word in right for word in written) > 0.8 * len(written):
+    def check_line(self, row: Passage, line: str) -> Parsed:
+        """Rejects a line with over 80 % of its words from the right passage."""
+        positive, negative = set(folded(row.text)), folded(line)
+        if sum(word in positive for word in negative) > 0.8 * len(negative):
             return Parsed(rejected=[("copies-positive", line[:200])])
         return Parsed(kept=[line])

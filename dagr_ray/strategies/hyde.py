@@ -1,12 +1,12 @@
-"""A passage for a query: what an answer might look like, whether or not it is true."""
+"""A hypothetical passage for a query: it looks like an answer, but may not be true."""
 
 from __future__ import annotations
 
 from typing import ClassVar
 
-from dagr_ray.strategies._rewriting import Form, Rewriting
+from dagr_ray.strategies._rewriting import FewShot, Rewriting
 
-_FORM = Form(
+_FEW_SHOT = FewShot(
     ("Query",),
     "Passage",
     (
@@ -33,8 +33,8 @@ _FORM = Form(
 class Hyde(Rewriting):
     """A hypothetical document that answers the query (Gao et al. 2022, arXiv 2212.10496).
 
-    There it is encoded in the query's place; here it is a positive passage for the query, so a retriever can be tuned
-    to queries whose passages nobody has. Its facts are the model's own.
+    HyDE encodes the document in place of the query. Here the document is a positive passage of the query, so a retriever
+    can be trained on queries without known passages. The model invents its facts.
 
     >>> import random
     >>> from dagr_ray.strategies import Passage
@@ -51,5 +51,5 @@ class Hyde(Rewriting):
     writes: ClassVar[str] = "passages"
     task: str = "Each query is followed by a passage that answers it in two or three sentences."
 
-    def form(self) -> Form:
-        return _FORM
+    def few_shot(self) -> FewShot:
+        return _FEW_SHOT

@@ -6,9 +6,9 @@ from typing import ClassVar
 
 from dagr_ray.core.words import folded, long
 from dagr_ray.prompts import Parsed, Passage
-from dagr_ray.strategies._rewriting import Form, Rewriting
+from dagr_ray.strategies._rewriting import FewShot, Rewriting
 
-_FORM = Form(
+_FEW_SHOT = FewShot(
     ("Passage", "Second passage"),
     "Query that needs both",
     (
@@ -35,8 +35,8 @@ _FORM = Form(
 class MultiHop(Rewriting):
     """A query whose answer needs both passages, which a search by embeddings has linked (``LinkedPairs``).
 
-    Two linked passages and one question, as HotpotQA was made (arXiv 1809.09600, section 2). An answer whose words are
-    those of one passage alone is rejected; that both are needed, only a reader can tell.
+    Two linked passages and one question, as in the construction of HotpotQA (arXiv 1809.09600, section 2). A query is
+    rejected if all its words come from one passage. Whether it really needs both, only a reader can decide.
 
     >>> import random
     >>> row = Passage("p1", "", "The Angara flows out of Baikal.", other="Baikal is the deepest lake.")
@@ -52,13 +52,13 @@ class MultiHop(Rewriting):
     reads_links: ClassVar[bool] = True
     task: str = "Each pair of passages is followed by a search query that can only be answered with both of them."
 
-    def form(self) -> Form:
-        return _FORM
+    def few_shot(self) -> FewShot:
+        return _FEW_SHOT
 
-    def judged(self, row: Passage, line: str) -> Parsed:
-        """Rejected unless each of the passages has a word of it, of four letters or more, that the other lacks."""
+    def check_line(self, row: Passage, line: str) -> Parsed:
+        """Accepts a line that shares with each passage a word of four letters or more that the other passage lacks."""
         first, second = (set(folded(text)) for text in self.lines(row))
-        asked = {word for word in folded(line) if long(word)}
-        if not (asked & first - second and asked & second - first):
+        query = {word for word in folded(line) if long(word)}
+        if not (query & first - second and query & second - first):
             return Parsed(rejected=[("one-passage", line[:200])])
         return Parsed(kept=[line])

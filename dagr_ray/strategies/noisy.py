@@ -1,4 +1,4 @@
-"""Queries as they are typed in haste: for the engine that slips on the keyboard."""
+"""Queries with typing errors, for the keyboard engine."""
 
 from __future__ import annotations
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from dagr_ray.strategies._rewriting import Form, Rewriting
+from dagr_ray.strategies._rewriting import FewShot, Rewriting
 
-_FORM = Form(
+_FEW_SHOT = FewShot(
     ("Query",),
     "Same in other words",
     (
@@ -29,10 +29,10 @@ _FORM = Form(
 
 
 class Paraphrase(Rewriting):
-    """A query with the meaning of another (reformation in the survey arXiv 2403.02990, section 3; the passage stays).
+    """A query with the meaning of another (reformation in the survey arXiv 2403.02990, section 3; same passage).
 
-    Whether the meaning stayed is checked by round trips: the passage that the old query was for has to be found by words
-    (BM25) and by embedding (a dense search), which is what ``catalogue.arm`` asks of it.
+    Round trips check the meaning: BM25 and a dense search must both find the passage of the original query.
+    ``recipes.strategies`` sets up these filters.
 
     >>> import random
     >>> from dagr_ray.strategies import Passage
@@ -49,5 +49,5 @@ class Paraphrase(Rewriting):
     keeps_meaning: ClassVar[bool] = True
     task: str = "Each search query is followed by another one that means the same and uses other words."
 
-    def form(self) -> Form:
-        return _FORM
+    def few_shot(self) -> FewShot:
+        return _FEW_SHOT

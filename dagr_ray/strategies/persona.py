@@ -13,19 +13,19 @@ from dagr_ray.core import tables
 from dagr_ray.core.config import Config
 from dagr_ray.prompts import Exemplar, Parsed, Passage, Prompt
 from dagr_ray.strategies import Strategy
-from dagr_ray.strategies._written import Written, one_query
+from dagr_ray.strategies._one_query import OneQuery, one_query
 
 Words = Annotated[str, Field(min_length=1, max_length=200)]
 
 
 class Searcher(Config):
-    """Who searches: profession, skill in the matter, and goal.
+    """A described searcher: profession, skill in the subject, and goal.
 
     >>> Searcher(profession="nurse", skill="new to this", goal="wants a quick answer").text()
     'nurse, new to this, wants a quick answer'
     """
 
-    abstract: ClassVar[bool] = True  # no plugin: a value inside strategies
+    abstract: ClassVar[bool] = True  # not a plugin: a value inside strategies
     profession: Words
     skill: Words
     goal: Words
@@ -38,7 +38,7 @@ def _searchers(*rows: tuple[str, str, str]) -> tuple[Searcher, ...]:
     return tuple(Searcher(profession=a, skill=b, goal=c) for a, b, c in rows)
 
 
-# Any of them may come to any passage: skill and goal say how they ask, not about what.
+# Each may be paired with any passage: skill and goal describe how a person asks, not about what.
 PERSONAS = _searchers(
     ("software engineer", "expert in the field", "looks up one exact detail"),
     ("student", "first week of the course", "does not know the right terms yet"),
@@ -57,7 +57,7 @@ PERSONAS = _searchers(
     ("tester", "sceptical", "looks for limits and odd cases"),
     ("translator", "careful with words", "wants to know what a term means"),
 )
-# Each passage with two searchers, so that the query is seen to follow from who asks.
+# Two searchers for each passage, so that the model sees that the query depends on the searcher.
 EXAMPLES: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
     (
         "os.replace Rename a file or directory. If the target exists and is a file, it is replaced silently. The "
@@ -90,22 +90,22 @@ EXAMPLES: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
         ),
     ),
 )
-_SHOWN = frozenset(query.casefold() for _, asked in EXAMPLES for _, query in asked)
+_EXAMPLE_QUERIES = frozenset(query.casefold() for _, searches in EXAMPLES for _, query in searches)
 
 
-class Persona(Written):
-    """A query by a searcher with a profession, a skill and a goal, drawn for each sample: no two alike for one passage.
+class Persona(OneQuery):
+    """A query by a searcher with a profession, a skill and a goal, chosen at random for each sample.
 
-    Personas make what a model writes differ (Persona Hub: Ge et al. 2024, arXiv 2406.20094, section 2). Each passage's
-    samples take other searchers as long as the list has any, and each has the same chance. Lineage names the
-    profession: ``persona/nurse``.
+    Personas diversify what a model writes (Persona Hub: Ge et al. 2024, arXiv 2406.20094, section 2). The samples of a
+    passage have different searchers until the list is used up, and every searcher is equally likely. Lineage names
+    the profession: ``persona/nurse``.
 
-    The searcher stands before the passage, after the examples that all prompts share: behind the passage, a model of 135M
-    parameters wrote about the searcher (24 % of its queries shared a word with their passage, and 53 % so). The price is
-    that a passage is computed anew for each of its samples.
+    The searcher comes before the passage, after the examples that all prompts share. When it came after the passage, a
+    model of 135M parameters wrote about the searcher: 24 % of its queries shared a word with their passage, against
+    53 % in this order. The cost is that the engine recomputes the passage for each sample.
 
     >>> row = Passage("d1", "shutil.copytree", "Recursively copy a directory tree.")
-    >>> first, second = Persona().drawn(random.Random(0), 2)
+    >>> first, second = Persona().strategies_for(random.Random(0), 2)
     >>> first.name(), second.name()
     ('persona/technician', 'persona/translator')
     >>> print(first.prompt(row, (), random.Random(0)).text.rpartition("\\n\\n")[2])
@@ -125,33 +125,33 @@ class Persona(Written):
             return self.type
         return f"{self.type}/{re.sub(r'[^a-z0-9]+', '-', self.personas[0].profession.casefold()).strip('-')}"
 
-    def draws(self) -> bool:
+    def per_sample(self) -> bool:
         return len(self.personas) > 1
 
-    def drawn(self, rng: random.Random, samples: int) -> Sequence[Strategy]:
-        """A searcher for each sample; one comes again only after all others have."""
-        if not self.draws():
+    def strategies_for(self, rng: random.Random, samples: int) -> Sequence[Strategy]:
+        """A searcher for each sample. None is used again before all others have been used."""
+        if not self.per_sample():
             return [self] * samples
-        found: list[Searcher] = []
-        while len(found) < samples:
-            found += rng.sample(self.personas, min(len(self.personas), samples - len(found)))
-        return [self.model_copy(update={"personas": (one,)}) for one in found]
+        searchers: list[Searcher] = []
+        while len(searchers) < samples:
+            searchers += rng.sample(self.personas, min(len(self.personas), samples - len(searchers)))
+        return [self.model_copy(update={"personas": (searcher,)}) for searcher in searchers]
 
     def prompt(self, row: Passage, exemplars: tuple[Exemplar, ...], rng: random.Random) -> Prompt:
-        """Examples, the searcher, the passage. No use of ``exemplars``: nobody knows who asked those."""
-        if self.draws():
-            [one] = self.drawn(rng, 1)
-            return one.prompt(row, exemplars, rng)
+        """Examples, the searcher, the passage. Ignores ``exemplars``, because their searchers are unknown."""
+        if self.per_sample():
+            [strategy] = self.strategies_for(rng, 1)
+            return strategy.prompt(row, exemplars, rng)
         parts = [
-            f"Searcher: {who}\nPassage: {passage}\nQuery: {query}"
-            for passage, asked in EXAMPLES
-            for who, query in asked
+            f"Searcher: {searcher}\nPassage: {passage}\nQuery: {query}"
+            for passage, searches in EXAMPLES
+            for searcher, query in searches
         ]
         passage = " ".join(tables.passage_text(row.title, row.text).split())
         before = "\n\n".join(["What different people type to find a passage.", *parts, "Searcher: "])
-        who = f"{self.personas[0].text()}\nPassage: "
-        return Prompt(before, who + passage, f"{self.controls.line()}\nQuery:", stop=("\n",))
+        searcher = f"{self.personas[0].text()}\nPassage: "
+        return Prompt(before, searcher + passage, f"{self.controls.prompt_line()}\nQuery:", stop=("\n",))
 
     def parse(self, row: Passage, raw: str) -> Parsed:
-        """The first line that says something."""
-        return one_query(raw, _SHOWN)
+        """The first line with text."""
+        return one_query(raw, _EXAMPLE_QUERIES)

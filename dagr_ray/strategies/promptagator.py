@@ -1,4 +1,4 @@
-"""Few-shot prompts: a handful of passages with queries that people wrote for them, then the passage to ask about."""
+"""Few-shot prompts: a few passages with queries that people wrote for them, then the passage that needs a query."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pydantic import Field
 from dagr_ray.core import tables
 from dagr_ray.core.words import first_words
 from dagr_ray.prompts import Exemplar, Parsed, Passage, Prompt
-from dagr_ray.strategies._written import Written, one_query
+from dagr_ray.strategies._one_query import OneQuery, one_query
 
-# Shown where a data set has no human queries to show. Four kinds of text and four ways to ask, none from a benchmark.
+# Used if a data set has no human queries. Four kinds of text and four ways to ask, none from a benchmark.
 GENERIC = (
     Exemplar(
         "os.replace Rename a file or directory. If the target exists and is a file, it is replaced silently. The "
@@ -35,16 +35,16 @@ GENERIC = (
         "how long to rest a sprained ankle",
     ),
 )
-_SHOWN = {exemplar.query.casefold() for exemplar in GENERIC}
+_EXAMPLE_QUERIES = {exemplar.query.casefold() for exemplar in GENERIC}
 
 
-class Promptagator(Written):
-    """Queries in the manner of a few examples (Dai et al. 2022, arXiv 2209.11755, section 3.1: at most 8 exemplars).
+class Promptagator(OneQuery):
+    """Queries in the style of a few examples (Dai et al. 2022, arXiv 2209.11755, section 3.1: at most 8 exemplars).
 
-    Done again with open models of 1 to 14 billion parameters in arXiv 2510.02241, where 3 billion were about as good as 14.
-    Instructions and exemplars come first and are the same for all passages, so that engines compute them once; they are
-    over 128 tokens long, the block of vLLM's prefix cache on a CPU. White space is folded, so a passage is one line
-    whatever it holds, and cannot look like the next part of the prompt.
+    arXiv 2510.02241 repeats the experiment with open models: 3 billion parameters were about as good as 14 billion.
+    Instructions and exemplars come first and are the same for all passages, so engines compute them once. They are over
+    128 tokens long, the block size of vLLM's prefix cache on a CPU. White space is folded: a passage on one line cannot
+    look like the next part of the prompt.
 
     >>> row = Passage("d1", "shutil.copytree", "Recursively copy a directory tree and return its destination.")
     >>> prompt = Promptagator().prompt(row, (), random.Random(0))
@@ -57,24 +57,23 @@ class Promptagator(Written):
     """
 
     abstract: ClassVar[bool] = False
-    version: ClassVar[int] = 2  # words of any script
+    version: ClassVar[int] = 2  # counts words of any script
     task: str = "Each passage is followed by a search query that someone typed to find it."
     max_exemplars: Annotated[int, Field(ge=0, le=8)] = 8
     exemplar_words: Annotated[int, Field(ge=8)] = 60
     task_last: bool = False
 
     def prompt(self, row: Passage, exemplars: tuple[Exemplar, ...], rng: random.Random) -> Prompt:
-        """Task, exemplars (generic ones for want of better), passage. No use of ``rng``: the prefix is shared."""
-        shown = (exemplars or GENERIC)[: self.max_exemplars]
+        """Task, exemplars (generic ones if there are none), passage. Ignores ``rng``, because the prefix is shared."""
         task = " ".join(self.task.split())
         parts = [] if self.task_last else [task]
-        for exemplar in shown:
+        for exemplar in (exemplars or GENERIC)[: self.max_exemplars]:
             passage = first_words(exemplar.passage, self.exemplar_words)
             parts.append(f"Passage:\n{passage}\nQuery: {' '.join(exemplar.query.split())}")
         passage = " ".join(tables.passage_text(row.title, row.text).split())
-        after = self.controls.line() + (f"\n{task}\nQuery:" if self.task_last else "\nQuery:")
+        after = self.controls.prompt_line() + (f"\n{task}\nQuery:" if self.task_last else "\nQuery:")
         return Prompt("\n\n".join([*parts, "Passage:\n"]), passage, after, stop=("\n",))
 
     def parse(self, row: Passage, raw: str) -> Parsed:
-        """The first line that says something, without label, number and quotes."""
-        return one_query(raw, _SHOWN)
+        """The first line with text, without label, number and quotes."""
+        return one_query(raw, _EXAMPLE_QUERIES)

@@ -1,12 +1,12 @@
-"""A query written again, by one who was told what was wrong with the first."""
+"""A better query, written from a query and its critique."""
 
 from __future__ import annotations
 
 from typing import ClassVar
 
-from dagr_ray.strategies._rewriting import Form, Rewriting
+from dagr_ray.strategies._rewriting import FewShot, Rewriting
 
-_FORM = Form(
+_FEW_SHOT = FewShot(
     ("Passage", "Query", "Problem"),
     "Better query",
     (
@@ -33,7 +33,7 @@ _FORM = Form(
 
 
 class Retry(Rewriting):
-    """The generator of a refinement loop: a better query than the pair's, given what ``Critique`` said of that.
+    """The generator of a refinement loop: a better query than the pair's, given its problem by ``Critique``.
 
     Source: the loop of generator and evaluator of MetaSynth, arXiv 2510.01523.
 
@@ -49,5 +49,5 @@ class Retry(Rewriting):
     abstract: ClassVar[bool] = False
     task: str = "Each passage has a search query with a problem. A better query for the passage follows."
 
-    def form(self) -> Form:
-        return _FORM
+    def few_shot(self) -> FewShot:
+        return _FEW_SHOT

@@ -6,9 +6,9 @@ from typing import ClassVar
 
 from dagr_ray.core.words import word_count
 from dagr_ray.prompts import Parsed, Passage
-from dagr_ray.strategies._rewriting import Form, Rewriting
+from dagr_ray.strategies._rewriting import FewShot, Rewriting
 
-_FORM = Form(
+_FEW_SHOT = FewShot(
     ("Passage",),
     "In plain words",
     (
@@ -36,7 +36,7 @@ _FORM = Form(
 class Simplify(Rewriting):
     """The passage in short sentences and everyday words (reformation in the survey arXiv 2403.02990, section 3).
 
-    It answers what the passage answers, so it is a further positive of the same query.
+    It answers the same queries as the passage, so it is a further positive for them.
 
     >>> import random
     >>> row = Passage("p1", "", "Apis mellifera workers eclosing in summer survive approximately six weeks.")
@@ -52,11 +52,11 @@ class Simplify(Rewriting):
     writes: ClassVar[str] = "passages"
     task: str = "Each passage is followed by the same content in plain words and short sentences."
 
-    def form(self) -> Form:
-        return _FORM
+    def few_shot(self) -> FewShot:
+        return _FEW_SHOT
 
-    def judged(self, row: Passage, line: str) -> Parsed:
-        """Rejected where it is longer than twice the passage: plain words need more room, but not other content."""
+    def check_line(self, row: Passage, line: str) -> Parsed:
+        """Rejects a line longer than twice the passage. Plain words need more space, but no other content."""
         if word_count(line) > 2 * max(word_count(row.text), 10):
             return Parsed(rejected=[("too-long", line[:200])])
         return Parsed(kept=[line])

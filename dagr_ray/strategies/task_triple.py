@@ -1,4 +1,4 @@
-"""A retrieval task, a query, a passage that answers it and one that does not: all of it written, from a topic alone."""
+"""A retrieval task, a query, a passage that answers it and one that does not, all generated from a topic."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import ClassVar
 
 from dagr_ray.core.words import word_count
 from dagr_ray.prompts import Exemplar, Parsed, Passage, Prompt
+from dagr_ray.strategies._one_query import OneQuery
 from dagr_ray.strategies._rewriting import one_line
-from dagr_ray.strategies._written import Written
 
 _EXAMPLES = (
     (
@@ -36,15 +36,15 @@ _EXAMPLES = (
     ),
 )
 _LINES = ("Topic", "Task", "Query", "Right passage", "Wrong passage")
-_NAMED = re.compile(r"^\s*(task|query|right passage|wrong passage)\s*:\s*(.*)$", re.IGNORECASE)
+_LABELLED = re.compile(r"^\s*(task|query|right passage|wrong passage)\s*:\s*(.*)$", re.IGNORECASE)
 
 
-class TaskTriple(Written):
+class TaskTriple(OneQuery):
     """Task, query, positive and hard negative with no corpus (Wang et al. 2024, arXiv 2401.00368, section 3.1).
 
-    The row's text is the topic that the task is drawn from, so that answers differ. What it knows is what the model
-    knows: facts may be wrong, which matters little where a retriever only learns what belongs together. Controls hold for
-    all three texts.
+    The row's text is the topic of the task, so that answers differ. The model writes from its own knowledge: facts may
+    be wrong, which matters little, because a retriever only learns which texts belong together. Controls apply to all
+    three texts.
 
     >>> row = Passage("t1", "", "astronomy")
     >>> TaskTriple().prompt(row, (), random.Random(0)).text.splitlines()[-2:]
@@ -66,16 +66,16 @@ class TaskTriple(Written):
         blocks = ["\n".join(f"{k}: {v}" for k, v in zip(_LINES, example, strict=True)) for example in _EXAMPLES]
         before = "\n\n".join([one_line(self.task), *blocks, "Topic: "])
         return Prompt(
-            before, one_line(row.text or row.title), f"{self.controls.line()}\nTask:", stop=("\n\n", "\nTopic:")
+            before, one_line(row.text or row.title), f"{self.controls.prompt_line()}\nTask:", stop=("\n\n", "\nTopic:")
         )
 
     def parse(self, row: Passage, raw: str) -> Parsed:
-        """Query, right and wrong passage, where all of them are there and none is another or an example's."""
-        found = {"task": one_line(raw.lstrip().partition("\n")[0])}
+        """Query, right and wrong passage, if all are present, all differ, and none is copied from an example."""
+        text_of = {"task": one_line(raw.lstrip().partition("\n")[0])}
         for line in raw.splitlines():
-            if (named := _NAMED.match(line)) and named[2].strip():
-                found.setdefault(named[1].casefold(), one_line(named[2]))
-        triple = [found.get(name, "") for name in ("query", "right passage", "wrong passage")]
+            if (labelled := _LABELLED.match(line)) and labelled[2].strip():
+                text_of.setdefault(labelled[1].casefold(), one_line(labelled[2]))
+        triple = [text_of.get(name, "") for name in ("query", "right passage", "wrong passage")]
         shown = one_line(raw)[:200]
         if not all(any(c.isalpha() for c in text) for text in triple):
             return Parsed(rejected=[("incomplete", shown)])

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from dagr_ray.core import tables
 from dagr_ray.prompts import Passage
 from dagr_ray.strategies._controls import Controls
-from dagr_ray.strategies._rewriting import Form, Rewriting, one_line
+from dagr_ray.strategies._rewriting import FewShot, Rewriting, one_line
 
 NAMES = {"de": "German", "es": "Spanish", "fr": "French"}
 _QUERIES: tuple[Mapping[str, str], ...] = (
@@ -48,20 +48,20 @@ _PASSAGES: tuple[Mapping[str, str], ...] = (
 
 
 class _Translation(Rewriting):
-    """Base: examples are there for three languages; another needs some of its own. The answer's language is measured."""
+    """Base of the translations into three languages; another language needs its own examples. The language is checked."""
 
     abstract: ClassVar[bool] = True
     language: Literal["de", "es", "fr"] = "de"
     task: str = "Each line in English is followed by its translation."
 
-    def checked(self) -> Controls:
-        """The language is asked for by the task itself."""
+    def effective_controls(self) -> Controls:
+        """The controls, with the target language if they name none."""
         return self.controls.model_copy(update={"language": self.controls.language or self.language})
 
-    def _form(self, lines: tuple[Mapping[str, str], ...]) -> Form:
+    def _few_shot(self, lines: tuple[Mapping[str, str], ...]) -> FewShot:
         name = NAMES[self.language]
         shown = tuple({"English": line["en"], name: line[self.language]} for line in lines)
-        return Form(("English",), name, shown, least_words=1)
+        return FewShot(("English",), name, shown, least_words=1)
 
 
 class Translate(_Translation):
@@ -80,8 +80,8 @@ class Translate(_Translation):
     abstract: ClassVar[bool] = False
     changes_language: ClassVar[bool] = True
 
-    def form(self) -> Form:
-        return self._form(_QUERIES)
+    def few_shot(self) -> FewShot:
+        return self._few_shot(_QUERIES)
 
     def lines(self, row: Passage) -> tuple[str, ...]:
         return (one_line(row.query),)
@@ -101,8 +101,8 @@ class TranslatePassage(_Translation):
     abstract: ClassVar[bool] = False
     writes: ClassVar[str] = "passages"
 
-    def form(self) -> Form:
-        return self._form(_PASSAGES)
+    def few_shot(self) -> FewShot:
+        return self._few_shot(_PASSAGES)
 
     def lines(self, row: Passage) -> tuple[str, ...]:
         return (one_line(tables.passage_text(row.title, row.text)),)

@@ -1,4 +1,4 @@
-"""Queries of several forms, one drawn for each sample."""
+"""Queries of several forms, one form chosen at random for each sample."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from dagr_ray.core import tables
 from dagr_ray.core.config import ConfigError, JsonObject
 from dagr_ray.prompts import Exemplar, Parsed, Passage, Prompt
 from dagr_ray.strategies import Strategy
-from dagr_ray.strategies._written import Written, one_query
+from dagr_ray.strategies._one_query import OneQuery, one_query
 
 Form = Literal["question", "keywords", "claim", "title", "situation", "conversational", "error-message"]
 FORMS: tuple[str, ...] = get_args(Form)
-# What stands before a query of the form; a small model goes by the examples, a larger one by the words as well.
+# The label before a query of each form. Small models follow the examples; larger ones also use the label.
 LABELS: Mapping[str, str] = {
     "question": "Question",
     "keywords": "Keywords",
@@ -67,24 +67,24 @@ EXAMPLES: tuple[tuple[str, Mapping[str, str]], ...] = (
         },
     ),
 )
-_SHOWN = frozenset(text.casefold() for _, written in EXAMPLES for text in written.values())
+_EXAMPLE_QUERIES = frozenset(text.casefold() for _, written in EXAMPLES for text in written.values())
 
 
-class Typed(Written):
-    """One of several forms of query, drawn for each sample with the weights of ``mix``.
+class Typed(OneQuery):
+    """One of several forms of query, chosen at random for each sample with the weights of ``mix``.
 
-    Retrievers that are tuned to one form of query lose on the others: CADET (arXiv 2502.19712, section 3) asks for
-    questions, claims, titles and keywords, and BEIR's tasks also have situations and turns of a talk. NVIDIA's generator for
-    retrievers (NeMo Curator, tutorials/nemo-retriever-synthetic-data-generation) asks for several types at once. The samples of
-    one passage are spread over the forms as evenly as the weights allow, so a form has its share of all queries. ``form``
-    asks for one form alone. Lineage names it: ``typed/claim``.
+    A retriever tuned to one form of query loses on the others. CADET (arXiv 2502.19712, section 3) generates questions,
+    claims, titles and keywords; BEIR's tasks also have situations and turns of a conversation. NVIDIA's generator for
+    retrievers (NeMo Curator, tutorials/nemo-retriever-synthetic-data-generation) generates several types at once. The
+    samples of a passage are spread over the forms as evenly as the weights allow, so each form has its share of all
+    queries. If ``form`` is set, all queries have that form. Lineage names the form: ``typed/claim``.
 
-    Examples of all forms come first, then the passage, and only the label of the form after it: engines compute the
-    examples once for all, and a passage once for all its samples. Error messages fit technical passages only.
+    Examples of all forms come first, then the passage, then the label of the form. Engines therefore compute the
+    examples once for all passages, and a passage once for all its samples. Error messages fit technical passages only.
 
     >>> row = Passage("d1", "shutil.copytree", "Recursively copy a directory tree.")
     >>> typed = Typed(mix={"claim": 2, "keywords": 1})
-    >>> sorted(one.name() for one in typed.drawn(random.Random(0), 3))
+    >>> sorted(one.name() for one in typed.strategies_for(random.Random(0), 3))
     ['typed/claim', 'typed/claim', 'typed/keywords']
     >>> Typed(form="claim").prompt(row, (), random.Random(0)).after
     '\\nClaim:'
@@ -99,19 +99,19 @@ class Typed(Written):
     @field_validator("mix")
     @classmethod
     def _weights(cls, value: JsonObject) -> JsonObject:
-        good = all(isinstance(weight, int | float) and weight >= 0 for weight in value.values())
-        if not set(value) <= set(FORMS) or not good or not sum(value.values()):
-            raise ConfigError(f"give weights of 0 or more, one over 0, for some of {', '.join(FORMS)}")
+        valid = all(isinstance(weight, int | float) and weight >= 0 for weight in value.values())
+        if not set(value) <= set(FORMS) or not valid or not sum(value.values()):
+            raise ConfigError(f"give weights of at least 0, one of them over 0, for some of {', '.join(FORMS)}")
         return value
 
     def name(self) -> str:
         return f"{self.type}/{self.form}" if self.form else self.type
 
-    def draws(self) -> bool:
+    def per_sample(self) -> bool:
         return self.form is None
 
-    def drawn(self, rng: random.Random, samples: int) -> Sequence[Strategy]:
-        """Systematic sampling: points at equal distances on the line of all weights, begun at random, in any order."""
+    def strategies_for(self, rng: random.Random, samples: int) -> Sequence[Strategy]:
+        """Systematic sampling: equidistant points on the line of all weights, from a random start, then shuffled."""
         if self.form is not None:
             return [self] * samples
         forms, start = [form for form in FORMS if self.mix.get(form)], rng.random()
@@ -120,15 +120,15 @@ class Typed(Written):
             end += self.mix[form] / total
             ends.append(end)
         points = [(start + i) / samples for i in range(samples)]
-        found = [next((f for f, end in zip(forms, ends, strict=True) if point < end), forms[-1]) for point in points]
-        rng.shuffle(found)
-        return [self.model_copy(update={"form": form}) for form in found]
+        sampled = [next((f for f, end in zip(forms, ends, strict=True) if point < end), forms[-1]) for point in points]
+        rng.shuffle(sampled)
+        return [self.model_copy(update={"form": form}) for form in sampled]
 
     def prompt(self, row: Passage, exemplars: tuple[Exemplar, ...], rng: random.Random) -> Prompt:
-        """Examples of each form in the mix, the passage, the form. No use of ``exemplars``: people's are of one form."""
+        """Examples of each form in the mix, the passage, the form. Ignores ``exemplars``, which have only one form."""
         if self.form is None:
-            [one] = self.drawn(rng, 1)
-            return one.prompt(row, exemplars, rng)
+            [strategy] = self.strategies_for(rng, 1)
+            return strategy.prompt(row, exemplars, rng)
         forms = [form for form in FORMS if self.mix.get(form) or form == self.form]
         parts = []
         for passage, written in EXAMPLES:
@@ -136,18 +136,18 @@ class Typed(Written):
             parts.append("\n".join([f"Passage: {passage}", *lines]))
         passage = " ".join(tables.passage_text(row.title, row.text).split())
         before = "\n\n".join([*parts, "Passage: "])
-        return Prompt(before, passage, f"{self.controls.line()}\n{LABELS[self.form]}:", stop=("\n",))
+        return Prompt(before, passage, f"{self.controls.prompt_line()}\n{LABELS[self.form]}:", stop=("\n",))
 
     def parse(self, row: Passage, raw: str) -> Parsed:
-        """The first line that says something, without its label; error messages keep their quotes."""
-        parsed = one_query(raw, _SHOWN, LABELS[self.form] if self.form else "")
+        """The first line with text, without its label; error messages keep their quotes."""
+        parsed = one_query(raw, _EXAMPLE_QUERIES, LABELS[self.form] if self.form else "")
         if self.form == "error-message":
-            parsed.kept = [_closed(text, raw) for text in parsed.kept]
+            parsed.kept = [_restore_quote(text, raw) for text in parsed.kept]
         return parsed
 
 
-def _closed(text: str, raw: str) -> str:
-    """A text with the quote that it lost at one end, where the other end of the pair is left inside."""
+def _restore_quote(text: str, raw: str) -> str:
+    """Restores a quote that was stripped from one end of a text, if the other quote of the pair is still inside."""
     for quote in "'\"`":
         if text.count(quote) % 2 and f"{text}{quote}" in raw:
             return f"{text}{quote}"

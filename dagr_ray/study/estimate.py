@@ -229,7 +229,7 @@ class _Estimator:
         if rows is None:
             return stage.n if isinstance(stage, Take) else None
         if isinstance(stage, Generate):
-            return rows * stage.samples * len(stage.strategy.asked())
+            return rows * stage.samples * len(stage.strategy.members())
         rates = self.rates(stage)
         if stage.type in ("parse", "select", "mine") and rates.records and rates.basis != BASES[2]:
             rows = round(rows * rates.mean("yielded"))

@@ -1,4 +1,4 @@
-"""Attention as a re-ranker: where a language model looks when it reads a query after many passages."""
+"""Attention as a re-ranker: the attention of a query's tokens to the passages before it in the prompt."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dagr_ray.core.paths import ModelName
 from dagr_ray.core.placement import Pool
 from dagr_ray.core.words import first_words
 from dagr_ray.retrieval.encoder import Dtype, Pinned, compute_dtype
-from dagr_ray.teachers import Cost, Pair, Scorer, Teacher, by_query
+from dagr_ray.teachers import Cost, QueryPassage, Scorer, Teacher, by_query
 
 if TYPE_CHECKING:
     import torch
@@ -31,17 +31,16 @@ Head = tuple[int, int]
 
 
 class AttentionRerank(Pinned, Teacher):
-    """The attention that a query's tokens pay to each passage, all passages of the query in one prompt before it.
+    """The attention of a query's tokens to each of its passages, which precede the query in one prompt.
 
-    Attention as a ranking is Chen et al. 2024 (arXiv 2410.02642), with its calibration: what the content-free query
-    "N/A" attends to is taken off, token by token, and tokens that fall more than two standard deviations under the mean
-    are left out. ``heads`` are the contrastive retrieval heads of Tran et al. 2025 (arXiv 2510.02219): a few (layer,
-    head) that the stage ``Heads`` finds on a labelled sample; none given means all heads. Layers above the last of them are
-    not even loaded.
+    The method is Chen et al. 2024 (arXiv 2410.02642) with its calibration: the attention of the content-free query "N/A"
+    is subtracted, token by token, and tokens more than two standard deviations below the mean are dropped. ``heads`` are
+    the contrastive retrieval heads of Tran et al. 2025 (arXiv 2510.02219): a few (layer, head) that the stage
+    ``RetrievalHeads`` selects on a labelled sample; an empty value means all heads. Layers above the last of these heads are
+    not loaded.
 
-    The passages stand in the order of a hash, so that where a pair comes from says nothing; each is one line of up to
-    ``max_words`` words. A query with more than ``window`` passages is asked in several prompts. Scores compare within a
-    query.
+    The passages are in the order of a hash, so that their origin has no effect; each is one line of up to ``max_words``
+    words. A query with more than ``window`` passages is split over several prompts. Scores compare within a query.
 
     >>> AttentionRerank(heads=((7, 2), (11, 0))).layers()
     12
@@ -49,7 +48,7 @@ class AttentionRerank(Pinned, Teacher):
 
     abstract: ClassVar[bool] = False
     reads_heads: ClassVar[bool] = True
-    version: ClassVar[int] = 2  # texts are cut by words of any script
+    version: ClassVar[int] = 2  # cuts texts by words of any script
     pool: ClassVar[str] = "retrieve"
     model: ModelName = "HuggingFaceTB/SmolLM2-135M-Instruct"
     heads: tuple[tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]], ...] = ()
@@ -61,17 +60,17 @@ class AttentionRerank(Pinned, Teacher):
         return f"{len(self.heads)}heads" if self.heads else "all"
 
     def layers(self) -> int | None:
-        """How many layers are computed; None for all."""
+        """The number of layers to compute; None for all."""
         return max(layer for layer, _ in self.heads) + 1 if self.heads else None
 
     def open(self, pool: Pool) -> Scorer:
         return AttentionSession(self)
 
 
-class Judged(NamedTuple):
-    """A query's passages, of which at least one is known to be relevant; the others are hard negatives."""
+class LabelledQuery(NamedTuple):
+    """A query's passages with labels: at least one is known to be relevant, the others are hard negatives."""
 
-    pairs: Sequence[Pair]
+    pairs: Sequence[QueryPassage]
     relevant: frozenset[str]
 
 
@@ -85,12 +84,12 @@ def best_heads(scores: np.ndarray, keep: int) -> tuple[Head, ...]:
     return tuple((int(i // scores.shape[1]), int(i % scores.shape[1])) for i in best)
 
 
-def head_scores(measured: Sequence[tuple[np.ndarray, Judged]], temperature: float) -> np.ndarray:
-    """The contrastive score [layers, heads] of each head, 0 to 1: the mean over queries of the share that a relevant
-    passage has in a softmax over the attention masses of it and the query's other passages, at ``temperature``.
+def head_scores(measured: Sequence[tuple[np.ndarray, LabelledQuery]], temperature: float) -> np.ndarray:
+    """The contrastive score [layers, heads] of each head, 0 to 1, by arXiv 2510.02219.
 
-    ``measured`` has the masses [layers, heads, passages] of each query. After arXiv 2510.02219, whose heads are scored
-    with such a softmax; several relevant passages of a query count in turn, each against the negatives alone.
+    The score is the mean over queries of a relevant passage's share in a softmax over the attention masses of that
+    passage and the query's negatives, at ``temperature``. ``measured`` has the masses [layers, heads, passages] of each
+    query. Several relevant passages of a query count separately, each against the negatives only.
     """
     total, shares = 0, 0.0
     for masses, labelled in measured:
@@ -107,7 +106,7 @@ def head_scores(measured: Sequence[tuple[np.ndarray, Judged]], temperature: floa
 
 
 class AttentionSession:
-    """A language model without its head, cut after the last layer that is looked at."""
+    """A language model without its output head, cut after the last layer with a selected head."""
 
     def __init__(self, config: AttentionRerank) -> None:
         self.config, self.lock = config, threading.Lock()
@@ -118,7 +117,8 @@ class AttentionSession:
         beyond = next((head for head in wanted if head[0] >= self.shape[0] or head[1] >= self.shape[1]), None)
         if beyond is not None:
             raise ConfigError(
-                f"attention-rerank: heads hold {beyond}, and {config.model!r} has {self.shape}; find them anew"
+                f"attention-rerank: heads has {beyond}, but {config.model!r} has (layers, heads) = {self.shape}; "
+                "select heads of this model"
             )
         self.of_layer: dict[int, list[int]] = {}
         for layer, head in wanted:
@@ -132,30 +132,30 @@ class AttentionSession:
             module.dagr_look = self._look if module.layer_idx in self.of_layer else None
         self.looking = 0
 
-    def score(self, pairs: Sequence[Pair], cost: Cost | None = None) -> list[float]:
-        """See ``Scorer``: the sum over the kept heads of the calibrated attention to the passage. Cost: ``prompt_tokens``."""
-        before, found = self.tokens, []
-        for own in by_query(pairs):
-            found += self.masses(own).sum(axis=(0, 1)).tolist()
+    def score(self, pairs: Sequence[QueryPassage], cost: Cost | None = None) -> list[float]:
+        """See ``Scorer``: the sum over the heads of the calibrated attention to the passage. Cost: ``prompt_tokens``."""
+        before, scores = self.tokens, []
+        for group in by_query(pairs):
+            scores += self.masses(group).sum(axis=(0, 1)).tolist()
         if cost is not None:
             cost["prompt_tokens"] = cost.get("prompt_tokens", 0) + self.tokens - before
-        return found
+        return scores
 
-    def masses(self, pairs: Sequence[Pair]) -> np.ndarray:
-        """Calibrated attention [layers, heads, passages] to the passages of one query; 0 for heads that are not kept."""
+    def masses(self, pairs: Sequence[QueryPassage]) -> np.ndarray:
+        """Calibrated attention [layers, heads, passages] to the passages of one query; 0 for heads that are not used."""
         order = sorted(range(len(pairs)), key=lambda i: tables.unit_of("attention", pairs[i].query_id, pairs[i].doc_id))
-        found = np.zeros((*self.shape, len(pairs)))
+        masses = np.zeros((*self.shape, len(pairs)))
         windows = -(-len(pairs) // self.config.window)
         for w in range(windows):
             rows = order[w::windows]
             with self.lock:
-                found[..., rows] = self._window([pairs[i] for i in rows])
-        return found
+                masses[..., rows] = self._window([pairs[i] for i in rows])
+        return masses
 
-    def _window(self, pairs: Sequence[Pair]) -> np.ndarray:
+    def _window(self, pairs: Sequence[QueryPassage]) -> np.ndarray:
         import torch
 
-        start = self.tokenizer("").input_ids[:1]  # what the tokenizer puts before every text, if anything
+        start = self.tokenizer("").input_ids[:1]  # the tokenizer's start token, if it has one
         tokens, spans = start + self._ids(BEFORE), []
         for number, pair in enumerate(pairs, 1):
             tokens += self._ids(f"\n\n[{number}] ")
@@ -166,24 +166,25 @@ class AttentionSession:
         limit = self.model.config.max_position_embeddings
         if len(tokens) + len(ask) + len(query) > limit:
             raise ConfigError(
-                f"attention-rerank: {len(pairs)} passages make {len(tokens)} tokens, and {self.config.model!r} reads "
+                f"attention-rerank: {len(pairs)} passages have {len(tokens)} tokens, but {self.config.model!r} reads "
                 f"{limit}; lower window or max_words"
             )
         self.tokens += len(tokens) + 2 * len(ask) + len(query) + len(nothing)
         with torch.inference_mode():
             cache = self.model(input_ids=self._tensor(tokens), use_cache=True).past_key_values
-            paid = self._paid(cache, len(tokens), ask, query) - self._paid(cache, len(tokens), ask, nothing)
-            found = torch.zeros(*self.shape, len(pairs))
+            asked = self._mean_attention(cache, len(tokens), ask, query)
+            calibrated = asked - self._mean_attention(cache, len(tokens), ask, nothing)
+            masses = torch.zeros(*self.shape, len(pairs))
             for at, (first, last) in enumerate(spans):
-                own = paid[..., first:last]
-                if last - first > 1:  # a token that the content-free query wants far more says nothing about this one
-                    low = own.mean(dim=-1, keepdim=True) - 2 * own.std(dim=-1, keepdim=True)
-                    own = own.masked_fill(own < low, 0.0)
-                found[..., at] = own.sum(dim=-1)
-        return found.numpy()
+                span = calibrated[..., first:last]
+                if last - first > 1:  # tokens that the content-free query attends to far more are noise
+                    low = span.mean(dim=-1, keepdim=True) - 2 * span.std(dim=-1, keepdim=True)
+                    span = span.masked_fill(span < low, 0.0)
+                masses[..., at] = span.sum(dim=-1)
+        return masses.numpy()
 
-    def _paid(self, cache: Any, prefix: int, ask: list[int], query: list[int]) -> torch.Tensor:
-        """The mean attention [layers, heads, prefix] of the tokens of ``query`` to what stands before."""
+    def _mean_attention(self, cache: Any, prefix: int, ask: list[int], query: list[int]) -> torch.Tensor:
+        """The mean attention [layers, heads, prefix] of the tokens of ``query`` to the tokens before it."""
         import torch
 
         self.seen, self.looking = {}, len(query)
@@ -192,14 +193,14 @@ class AttentionSession:
         finally:
             self.looking = 0
         cache.crop(-len(ask) - len(query))
-        found = torch.zeros(*self.shape, prefix)
+        attention = torch.zeros(*self.shape, prefix)
         for layer, weights in self.seen.items():
-            found[layer, self.of_layer[layer]] = weights[:, :prefix].cpu()
+            attention[layer, self.of_layer[layer]] = weights[:, :prefix].cpu()
         self.seen = {}
-        return found
+        return attention
 
     def _look(self, module: Any, query: torch.Tensor, key: torch.Tensor, scaling: float | None) -> None:
-        """Notes the attention of the last ``looking`` rows: the softmax that fused attention keeps to itself."""
+        """Records the attention of the last ``looking`` rows: the softmax that fused attention does not return."""
         import torch
 
         if not self.looking:
@@ -214,7 +215,7 @@ class AttentionSession:
         self.seen[module.layer_idx] = scores.masked_fill(later, -torch.inf).softmax(dim=-1).mean(dim=1)
 
     def _ids(self, text: str) -> list[int]:
-        # chat markers inside a text are characters
+        # special tokens inside a text are tokenised as characters
         ids = self.tokenizer(tables.clean(text), add_special_tokens=False, split_special_tokens=True, verbose=False)
         return list(ids.input_ids)
 
@@ -234,7 +235,7 @@ class AttentionSession:
 def _attend(
     module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **more: Any
 ) -> tuple[torch.Tensor, None]:
-    """Fused attention, with a look at some rows of the weights that it does not hand out."""
+    """Fused attention that also records some rows of the attention weights, which it does not return."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     look: Callable[..., None] | None = getattr(module, "dagr_look", None)
@@ -244,7 +245,7 @@ def _attend(
 
 
 def _load(config: AttentionRerank) -> tuple[Any, Any]:
-    """The model's layers up to the last one needed, and its tokenizer. Raises ConfigError where it cannot be loaded."""
+    """The model's layers up to the last one needed, and its tokenizer. Raises ConfigError if it cannot be loaded."""
     import torch
     from transformers import AttentionInterface, AutoConfig, AutoModel, AutoTokenizer
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -260,12 +261,12 @@ def _load(config: AttentionRerank) -> tuple[Any, Any]:
     try:
         shape = AutoConfig.from_pretrained(name, trust_remote_code=False, **source)
         whole = shape.num_hidden_layers
-        # layers that the config does not name are not loaded; the heads' own check comes later
+        # layers above this number are not loaded; the session checks the heads later
         shape.num_hidden_layers = min(config.layers() or whole, whole)
         if getattr(shape, "layer_types", None):
             shape.layer_types = shape.layer_types[: shape.num_hidden_layers]
         before = logging.get_verbosity()
-        logging.set_verbosity_error()  # it warns of the layers that are left out
+        logging.set_verbosity_error()  # transformers warns about the layers that are not loaded
         try:
             model = AutoModel.from_pretrained(
                 name,
@@ -284,7 +285,7 @@ def _load(config: AttentionRerank) -> tuple[Any, Any]:
         raise ConfigError(f"attention-rerank: model = {config.model!r} cannot be loaded: {reason}") from error
     if not any(hasattr(module, "layer_idx") and hasattr(module, "q_proj") for module in model.modules()):
         raise ConfigError(
-            f"attention-rerank: {config.model!r} computes attention in a way that is not known here; give a model of the "
-            "Llama, Qwen, Mistral or Gemma kind"
+            f"attention-rerank: the attention of {config.model!r} is not supported; give a model of the Llama, Qwen, "
+            "Mistral or Gemma family"
         )
     return model.eval().to(device), tokenizer

@@ -1,4 +1,4 @@
-"""Cross-encoders: one model that reads query and passage together."""
+"""Cross-encoders: a model that reads query and passage together."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dagr_ray.core.config import ConfigError
 from dagr_ray.core.paths import ModelName, last_name, part_of_name
 from dagr_ray.core.placement import Pool
 from dagr_ray.retrieval.encoder import Dtype, Pinned, compute_dtype
-from dagr_ray.teachers import Cost, Pair, Scorer, Teacher
+from dagr_ray.teachers import Cost, QueryPassage, Scorer, Teacher
 
 if TYPE_CHECKING:
     from sentence_transformers import CrossEncoder as Model
@@ -25,8 +25,8 @@ class CrossEncoder(Pinned, Teacher):
     """Any sentence-transformers CrossEncoder with one output, such as the ms-marco models (safetensors, no remote code).
 
     Source: Nogueira and Cho, Passage Re-ranking with BERT, arXiv 1901.04085; as the teacher of a retriever: Hofstätter
-    et al., arXiv 2010.02666. ``activation`` ``none`` gives the logit that distillation by margins wants, ``sigmoid`` a
-    number in [0, 1]. A pair is cut to ``max_length`` tokens, its longer text first.
+    et al., arXiv 2010.02666. ``activation`` ``none`` returns the logit, for distillation by margins; ``sigmoid`` returns
+    a number in [0, 1]. A pair is cut to ``max_length`` tokens, its longer text first.
 
     >>> CrossEncoder(model="/models/ms-marco-MiniLM-L6-v2").scorer()
     'cross-encoder-ms-marco-minilm-l6-v2'
@@ -43,15 +43,15 @@ class CrossEncoder(Pinned, Teacher):
         return part_of_name(last_name(self.model).lower())
 
     def open(self, pool: Pool) -> Scorer:
-        return _Session(self)
+        return _CrossEncoderSession(self)
 
 
-class _Session:
+class _CrossEncoderSession:
     def __init__(self, config: CrossEncoder) -> None:
         self.config, self.lock = config, threading.Lock()
         self.model: Any = load(config)
 
-    def score(self, pairs: Sequence[Pair], cost: Cost | None = None) -> list[float]:
+    def score(self, pairs: Sequence[QueryPassage], cost: Cost | None = None) -> list[float]:
         """See ``Scorer``. Cost: ``pairs_scored``."""
         import torch
 
@@ -60,15 +60,15 @@ class _Session:
         amp = compute_dtype(config.dtype, device)
         texts = [(pair.query, pair.passage) for pair in pairs]
         with self.lock, torch.autocast(device, dtype=amp, enabled=amp != torch.float32):
-            found = self.model.predict(
+            outputs = self.model.predict(
                 texts,
                 batch_size=BATCH.get(device, BATCH["cpu"]),
                 activation_fn=activation,
                 show_progress_bar=False,
             )
-        scores = np.asarray(found, np.float32).reshape(-1)
+        scores = np.asarray(outputs, np.float32).reshape(-1)
         if not np.isfinite(scores).all():
-            raise FloatingPointError(f"cross-encoder: {config.model!r} gives scores that are not finite")
+            raise FloatingPointError(f"cross-encoder: {config.model!r} returns scores that are not finite")
         if cost is not None:
             cost["pairs_scored"] = cost.get("pairs_scored", 0) + len(pairs)
         return scores.tolist()
@@ -78,14 +78,14 @@ class _Session:
 
 
 def load(config: CrossEncoder, device: str | None = None) -> Model:
-    """The model with float32 weights, on ``device`` (CUDA where there is one). Raises ConfigError where it cannot be."""
+    """The model with float32 weights, on ``device`` (CUDA if available). Raises ConfigError if it cannot be loaded."""
     from sentence_transformers import CrossEncoder as Model
 
-    loaded = config.opened(Model, device, max_length=config.max_length)
+    loaded = config.load_with(Model, device, max_length=config.max_length)
     outputs = loaded.config.num_labels
     if outputs != 1:
         raise ConfigError(
-            f"cross-encoder: {config.model!r} has {outputs} outputs, and a teacher needs one score; give a re-ranker"
+            f"cross-encoder: {config.model!r} has {outputs} outputs, but a teacher needs one score; give a re-ranker"
         )
     limit = getattr(loaded.config, "max_position_embeddings", None)
     if limit is not None and config.max_length > limit:

@@ -1,1 +1,1 @@
-"""Training of a bi-encoder without Ray: texts by id, batches, losses, one step on any number of workers, the loop."""
+"""Training of a bi-encoder, independent of Ray: texts by number, batches, one step on any number of workers, the loop."""

@@ -1,4 +1,4 @@
-"""nDCG@10 of the model as it is, on a dev set that shares no passage with the training set."""
+"""nDCG@10 of the current model on a dev set that shares no passage with the training set."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from dagr_ray.training.texts import Data, ranges
 
 MEASURE = "nDCG@10"
 CUT = 10
-# Texts and whether they are queries -> unit vectors [len(texts), dimension].
+# (texts, whether they are queries) -> unit vectors [len(texts), dimension].
 Embed = Callable[[Sequence[str], bool], np.ndarray]
 
 
 class Dev:
-    """Queries with judgements, searched in ``corpus``, which is read anew each time and never held."""
+    """Queries with judgements, searched in ``corpus``. Each evaluation reads the corpus again instead of holding it."""
 
     def __init__(self, data: Artifact, split: str, corpus: Artifact) -> None:
         name = tables.qrels_table(data.table_names(), split, "train: dev", data.name)
@@ -32,30 +32,32 @@ class Dev:
         for row in tables.relevant(data.read(name)).to_pylist():
             self.qrels[row["query_id"]][row["doc_id"]] = row["relevance"]
         if not self.qrels:
-            raise ConfigError(f"train: dev = {data.name!r} has no judged query in {split!r}; give one that has some")
+            raise ConfigError(
+                f"train: dev = {data.name!r} has no judged query in split {split!r}; give another dev set"
+            )
         text_of = tables.texts_of(data.read("queries"))
         self.queries = {query_id: text_of[query_id] for query_id in self.qrels}
 
     def check(self, training: Data) -> None:
-        """Raises ConfigError where a dev query's passage is one that the training learns from, under whatever id."""
+        """Raises ConfigError if a dev query's passage is also a positive of the training, under any id."""
         relevant = pa.array({doc_id for docs in self.qrels.values() for doc_id in docs}, tables.TEXT)
-        said: dict[str, str] = {}
+        doc_of: dict[str, str] = {}
         for part in ranges(self.corpus, "corpus"):
             for row in part.filter(pc.is_in(part["doc_id"], value_set=relevant)).to_pylist():
-                said[wording(tables.passage_text(row["title"], row["text"]))] = row["doc_id"]
-        found = set()
+                doc_of[wording(tables.passage_text(row["title"], row["text"]))] = row["doc_id"]
+        shared = set()
         for number in np.unique(training.examples.positive):
-            doc_id = said.get(wording(training.passages.read([number])[0]))
+            doc_id = doc_of.get(wording(training.passages.read([number])[0]))
             if doc_id is not None:
-                found.add(doc_id)
-        if found:
+                shared.add(doc_id)
+        if shared:
             raise ConfigError(
-                f"train: dev = {self.data.name!r}: {len(found)} of its passages are positives of the training, such as "
-                f"{min(found)!r}; split by passage (DevSplit), or give another dev set"
+                f"train: dev = {self.data.name!r}: {len(shared)} of its passages are positives of the training, such as "
+                f"{min(shared)!r}; split by passage (DevSplit), or give another dev set"
             )
 
     def score(self, embed: Embed) -> float:
-        """The mean over the queries; a passage with the id of its query is no answer, unless it was judged as one."""
+        """The mean over the queries. A passage with the id of its query is ignored unless it is judged."""
         import ir_measures
 
         ids: list[str] = []
@@ -64,10 +66,10 @@ class Dev:
             ids += part["doc_id"].to_pylist()
             rows = zip(part["title"].to_pylist(), part["text"].to_pylist(), strict=True)
             vectors.append(embed([tables.passage_text(*row) for row in rows], False))
-        found = VectorIndex(ids, np.concatenate(vectors)).search(embed(list(self.queries.values()), True), CUT + 1)
+        results = VectorIndex(ids, np.concatenate(vectors)).search(embed(list(self.queries.values()), True), CUT + 1)
         run = []
-        for query_id, hits in zip(self.queries, found, strict=True):
-            kept = [d for d, _ in hits if d != query_id or d in self.qrels[query_id]]
-            run += [ir_measures.ScoredDoc(query_id, doc_id, float(-rank)) for rank, doc_id in enumerate(kept)]
-        judged = [ir_measures.Qrel(q, d, r) for q, docs in self.qrels.items() for d, r in docs.items()]
-        return float(ir_measures.calc_aggregate([ir_measures.parse_measure(MEASURE)], judged, run).popitem()[1])
+        for query_id, hits in zip(self.queries, results, strict=True):
+            ranking = [d for d, _ in hits if d != query_id or d in self.qrels[query_id]]
+            run += [ir_measures.ScoredDoc(query_id, doc_id, float(-rank)) for rank, doc_id in enumerate(ranking)]
+        qrels = [ir_measures.Qrel(q, d, r) for q, docs in self.qrels.items() for d, r in docs.items()]
+        return float(ir_measures.calc_aggregate([ir_measures.parse_measure(MEASURE)], qrels, run).popitem()[1])

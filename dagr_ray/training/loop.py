@@ -1,4 +1,4 @@
-"""The loop: sentence-transformers' trainer over planned batches, with checkpoints and the choice of the best weights."""
+"""The training loop: sentence-transformers' trainer over planned batches, with checkpoints and best weights."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ from dagr_ray.training.batches import plan, repeats
 from dagr_ray.training.checkpoints import Checkpoints
 from dagr_ray.training.dev import Dev
 from dagr_ray.training.settings import Settings
-from dagr_ray.training.step import TEXTS, Collator, Objective, cached, gathered
+from dagr_ray.training.step import TEXTS, Collator, Objective, cached, gather
 from dagr_ray.training.texts import Data
 
 log = logging.getLogger("dagr")
 LOG_EVERY = 4
-EVALUATIONS = 10  # in a training, unless `eval_every` says otherwise
+EVALUATIONS = 10  # in a training, unless `eval_every` is set
 WEIGHTS, BEST, PROGRESS = "weights.safetensors", "best.safetensors", "progress.json"
 Weights = dict[str, torch.Tensor]
 
 
 @dataclass
-class Fitted:
-    """What a training came to. ``weights`` are those that it trained, on rank 0 and where the model itself is in shares."""
+class TrainingResult:
+    """The result of a training. ``weights`` has the trained weights only on rank 0 of a sharded model."""
 
     weights: Weights
     losses: list[tuple[int, float]]  # (step, mean since the last one)
@@ -60,9 +60,9 @@ class Fitted:
 
 @dataclass
 class _Progress:
-    """What a checkpoint holds besides weights, optimizer and random states."""
+    """The state in a checkpoint besides weights, optimizer and random states."""
 
-    losses: list[Any] = field(default_factory=list)  # of each step
+    losses: list[Any] = field(default_factory=list)  # one per step
     dev: list[tuple[int, float]] = field(default_factory=list)
     best: Weights = field(default_factory=dict)
     waited: int = 0  # evaluations since the best one
@@ -80,10 +80,11 @@ def fit(
     dev: Dev | None = None,
     checkpoints: Checkpoints | None = None,
     callbacks: Sequence[TrainerCallback] = (),
-) -> Fitted:
-    """Trains the model in place, as one of ``workers`` that have a process group where there are several.
+) -> TrainingResult:
+    """Trains the model in place, as one of ``workers``; several workers need a process group.
 
-    Goes on from the last checkpoint, if there is one. With ``dev``, the model ends with its best weights of all evaluations.
+    Resumes from the last checkpoint if there is one. With ``dev``, the model ends with its best weights of all
+    evaluations.
     """
     examples, device = data.examples, model.device.type
     per_epoch = -(-len(examples) // settings.batch_size)
@@ -116,13 +117,13 @@ def fit(
             trainer.add_callback(callback)
         resume = None
         if checkpoints is not None:
-            found = Path(scratch) / "last"
-            if checkpoints.last(found) is not None:
-                resume = found
-                trainer.restore(found)
+            last = Path(scratch) / "last"
+            if checkpoints.last(last) is not None:
+                resume = last
+                trainer.restore(last)
         started = time.time()
         if not progress.stopped:
-            # On a CPU the fused attention's backward pass takes longer than the plain one: 15.0 against 11.7 s.
+            # On a CPU the fused attention's backward pass is slower than the plain one: 15.0 s, not 11.7 s.
             backend = torch.nn.attention.SDPBackend.MATH
             with torch.nn.attention.sdpa_kernel([backend]) if device == "cpu" else contextlib.nullcontext():
                 trainer.train(resume_from_checkpoint=str(resume) if resume else None)
@@ -130,20 +131,20 @@ def fit(
         weights: Weights = {}
         if trainer.sharded:
             weights = progress.best if progress.dev else trainer.weights()
-        tally = _summed(collator.tally, model.device)
+        tally = _sum_over_workers(collator.tally, model.device)
     if progress.best and not trainer.sharded:
         model.load_state_dict(progress.best, strict=False)
-    done = len(progress.losses)
-    return Fitted(
+    steps = len(progress.losses)
+    return TrainingResult(
         weights=weights,
         losses=_curve([float(loss) for loss in progress.losses]),
         dev=progress.dev,
-        best_step=max(progress.dev, key=lambda each: (each[1], -each[0]))[0] if progress.dev else done,
+        best_step=max(progress.dev, key=lambda score: (score[1], -score[0]))[0] if progress.dev else steps,
         counts={
             "examples": len(examples),
-            "steps": done,
+            "steps": steps,
             "negatives": len(examples.negatives) / len(examples),
-            "repeats": repeats(examples, batches[:done]),
+            "repeats": repeats(examples, batches[:steps]),
             "effective_negatives": {k: v / tally["samples"] for k, v in objective.tally.items()},
             "padding": 1 - tally["tokens"] / max(tally["padded"], 1),
         },
@@ -153,9 +154,9 @@ def fit(
 
 
 class _Trainer(SentenceTransformerTrainer):
-    """The library's trainer, over batches that are planned and dealt out already.
+    """The library's trainer, over batches that are already planned and distributed.
 
-    A checkpoint holds the weights that are trained, and no copy of a base that can be loaded again.
+    A checkpoint has only the trained weights, without a copy of the base, which can be loaded again.
     """
 
     def __init__(self, *, data_collator: Collator, loss: Objective, **options: Any) -> None:
@@ -164,34 +165,34 @@ class _Trainer(SentenceTransformerTrainer):
         self.sharded = False
 
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
-        """The library's card counts the data's tokens and asks the hub about the base; ours is `model_card`."""
+        """Disabled: the library's card counts the data's tokens and queries the hub about the base. See `model_card`."""
 
     def preprocess_dataset(self, dataset: Any = None, dataset_name: str | None = None) -> Any:
         """Batches of numbers have no columns."""
         return dataset
 
     def get_train_dataloader(self) -> DataLoader:
-        """Not dealt out by accelerate: each item is this worker's share of a step."""
+        """Not distributed by accelerate: each item is this worker's share of a step."""
         return DataLoader(self.train_dataset, batch_size=1, collate_fn=lambda items: self.collator(items[0]))
 
     def training_step(self, *args: Any, **options: Any) -> torch.Tensor:
-        """The loss of every step is kept: it is that of the whole batch, on each worker."""
+        """Records the loss of every step, which is the loss of the whole batch on each worker."""
         loss = super().training_step(*args, **options)
         self.progress.losses.append(loss)
         return loss
 
     def shard(self) -> None:
-        """Spreads the model over the workers. To be called before it is trained."""
+        """Shards the model over the workers. Call it before training."""
         sharded.shard(self.model)
-        # the library's word for a model whose placement is its own affair: not to be wrapped in DDP
+        # tells the library that the model handles its own placement, so that it is not wrapped in DDP
         self.is_distributed_loading_by_transformers = self.sharded = True
 
     def weights(self) -> Weights:
-        """A copy of the weights that are trained. Where they are sharded, the first worker alone has them."""
+        """A copy of the trained weights. If they are sharded, only the first worker has them."""
         if self.sharded:
             return sharded.weights(self.model)
-        found = self.model.named_parameters()
-        return {name: p.detach().cpu().clone() for name, p in found if p.requires_grad}
+        parameters = self.model.named_parameters()
+        return {name: p.detach().cpu().clone() for name, p in parameters if p.requires_grad}
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         weights = self.weights()
@@ -202,14 +203,14 @@ class _Trainer(SentenceTransformerTrainer):
         save_file({name: value.contiguous() for name, value in weights.items()}, folder / WEIGHTS)
         if progress.best:
             save_file({name: value.contiguous() for name, value in progress.best.items()}, folder / BEST)
-        kept = {
+        state = {
             "losses": [float(loss) for loss in progress.losses],
             "dev": progress.dev,
             "waited": progress.waited,
             "stopped": progress.stopped,
             "negatives": self.objective.tally,
         }
-        (folder / PROGRESS).write_text(json.dumps(kept))
+        (folder / PROGRESS).write_text(json.dumps(state))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.sharded:
@@ -235,13 +236,13 @@ class _Trainer(SentenceTransformerTrainer):
         Path(output_dir, f"tally-{self.args.process_index}.json").write_text(json.dumps(self.collator.tally))
 
     def restore(self, folder: Path) -> None:
-        """Reads back what the library does not know of."""
-        kept, progress = json.loads((folder / PROGRESS).read_text()), self.progress
-        progress.losses, progress.waited, progress.stopped = kept["losses"], kept["waited"], kept["stopped"]
-        progress.dev = [(step, value) for step, value in kept["dev"]]
+        """Restores the state that the library does not handle."""
+        state, progress = json.loads((folder / PROGRESS).read_text()), self.progress
+        progress.losses, progress.waited, progress.stopped = state["losses"], state["waited"], state["stopped"]
+        progress.dev = [(step, value) for step, value in state["dev"]]
         progress.best = load_file(folder / BEST) if (folder / BEST).exists() else {}
-        self.objective.tally = Counter(kept["negatives"])
-        if self.args.process_index == 0:  # what all workers counted, however many there were
+        self.objective.tally = Counter(state["negatives"])
+        if self.args.process_index == 0:  # adds the counts of all former workers, whose number may differ
             for file in folder.glob("tally-*.json"):
                 self.collator.tally.update(json.loads(file.read_text()))
 
@@ -254,23 +255,23 @@ class _Trainer(SentenceTransformerTrainer):
 
 
 class _Saver(TrainerCallback):
-    """Brings what the library has saved to where it outlives this machine."""
+    """Copies the library's checkpoints to the stage's folder, which outlives this machine."""
 
     def __init__(self, checkpoints: Checkpoints) -> None:
         self.checkpoints = checkpoints
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step % args.save_steps:  # the library saves at the end too, where the model itself is saved
+        if state.global_step % args.save_steps:  # the library also saves at the end, but then the model itself is saved
             control.should_save = False
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        written = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        self.checkpoints.put(state.global_step, written)
-        shutil.rmtree(written)
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        self.checkpoints.put(state.global_step, folder)
+        shutil.rmtree(folder)
 
 
 class _Evaluator(TrainerCallback):
-    """nDCG@10 on the dev set before the first step, every so many steps, and after the last; keeps the best weights."""
+    """nDCG@10 on the dev set before the first step, at regular intervals and after the last; keeps the best weights."""
 
     def __init__(self, trainer: _Trainer, dev: Dev, lengths: list[int], settings: Settings, steps: int) -> None:
         self.trainer, self.dev, self.lengths, self.patience = trainer, dev, lengths, settings.patience
@@ -288,7 +289,7 @@ class _Evaluator(TrainerCallback):
     def _evaluate(self, step: int) -> None:
         progress = self.trainer.progress
         value = self.dev.score(self._embed)
-        if value > max((each for _, each in progress.dev), default=-1.0):
+        if value > max((score for _, score in progress.dev), default=-1.0):
             progress.best, progress.waited = self.trainer.weights(), 0
         else:
             progress.waited += 1
@@ -296,36 +297,36 @@ class _Evaluator(TrainerCallback):
         progress.stopped = self.patience is not None and progress.waited >= self.patience
 
     def _embed(self, texts: Sequence[str], queries: bool) -> np.ndarray:
-        """Unit vectors, in the order of the texts; each worker computes its share."""
+        """Unit vectors in the order of the texts. Each worker computes its share."""
         model, collator = self.trainer.model, self.trainer.collator
         prompt, task = collator.prompts[0 if queries else 1], TASKS[0 if queries else 1]
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         share = order[collator.rank :: collator.workers]
-        # with FSDP, all workers have to make the same number of passes
+        # FSDP requires the same number of passes on all workers
         share += order[:1] * (-(-len(texts) // collator.workers) - len(share))
         parts, training = [], model.training
         at_once = TEXTS.get(model.device.type, TEXTS["cuda"])
         model.eval()
-        with _cut(model, self.lengths), torch.no_grad():
+        with _max_lengths(model, self.lengths), torch.no_grad():
             for start in range(0, len(share), at_once):
-                some = [texts[i] for i in share[start : start + at_once]]
-                tokens = model.preprocess(some, prompt=prompt or None, task=task)
+                window = [texts[i] for i in share[start : start + at_once]]
+                tokens = model.preprocess(window, prompt=prompt or None, task=task)
                 tokens = {k: v.to(model.device) if torch.is_tensor(v) else v for k, v in tokens.items()}
                 vectors = model(tokens | {"task": task})["sentence_embedding"].float()
                 parts.append(normalize(truncate_embeddings(vectors, model.truncate_dim), dim=1))
         model.train(training)
-        found = gathered(torch.cat(parts), len(texts)).cpu().numpy()
-        placed = np.empty_like(found)
-        placed[order] = found
-        return placed
+        by_length = gather(torch.cat(parts), len(texts)).cpu().numpy()
+        vectors = np.empty_like(by_length)
+        vectors[order] = by_length
+        return vectors
 
 
 def _arguments(
     settings: Settings, encoder: Encoder, device: str, workers: int, steps: int, scratch: str, saves: bool
 ) -> SentenceTransformerTrainingArguments:
-    rough = settings.precision == "bf16"
+    bf16 = settings.precision == "bf16"
     if settings.precision == "auto":
-        rough = compute_dtype(encoder.dtype, device) == torch.bfloat16
+        bf16 = compute_dtype(encoder.dtype, device) == torch.bfloat16
     schedule = "constant_with_warmup" if settings.schedule == "constant" else settings.schedule
     arguments = SentenceTransformerTrainingArguments(
         output_dir=scratch,
@@ -339,13 +340,13 @@ def _arguments(
         lr_scheduler_type=schedule,
         max_grad_norm=1.0,
         seed=settings.seed,
-        bf16=rough,
+        bf16=bf16,
         gradient_checkpointing=settings.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
         use_cpu=device == "cpu",
         ddp_backend=None if workers == 1 else "gloo" if device == "cpu" else "nccl",
         ddp_find_unused_parameters=False,
-        ddp_broadcast_buffers=False,  # at each pass, of which workers do not make the same number
+        ddp_broadcast_buffers=False,  # it happens at each pass, and workers make different numbers of passes
         save_strategy="steps" if saves and settings.checkpoint_every else "no",
         save_steps=settings.checkpoint_every or 1,
         eval_strategy="no",
@@ -355,39 +356,39 @@ def _arguments(
         log_level="error",
     )
     if workers == 1 and arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # else the library would spread the model over all GPUs that it sees
+        arguments._n_gpu = 1  # otherwise the library would use all visible GPUs
     return arguments
 
 
 @contextlib.contextmanager
 def _prepared(model: SentenceTransformer, length: int) -> Iterator[None]:
-    """Texts are cut for training, no later than for search, and padded at the end, where it can be cut off, pass by pass.
+    """Sets the text length for training, at most the length for search, and pads at the end, so that passes can cut it.
 
-    The pooling of decoders finds the last token by the mask, on either side.
+    The pooling of decoders finds the last token by the mask, so the padding side does not matter to it.
     """
-    found = transformers(model)
-    sides = [module.tokenizer.padding_side for module in found]
-    for module in found:
+    modules = transformers(model)
+    sides = [module.tokenizer.padding_side for module in modules]
+    for module in modules:
         module.tokenizer.padding_side = "right"
     try:
-        with _cut(model, [min(length, module.max_seq_length) for module in found]):
+        with _max_lengths(model, [min(length, module.max_seq_length) for module in modules]):
             yield
     finally:
-        for module, side in zip(found, sides, strict=True):
+        for module, side in zip(modules, sides, strict=True):
             module.tokenizer.padding_side = side
 
 
 @contextlib.contextmanager
-def _cut(model: SentenceTransformer, lengths: Sequence[int]) -> Iterator[None]:
-    """Each transformer reads so many tokens."""
-    found = transformers(model)
-    before = [module.max_seq_length for module in found]
-    for module, length in zip(found, lengths, strict=True):
+def _max_lengths(model: SentenceTransformer, lengths: Sequence[int]) -> Iterator[None]:
+    """Inside, each transformer reads at most so many tokens."""
+    modules = transformers(model)
+    before = [module.max_seq_length for module in modules]
+    for module, length in zip(modules, lengths, strict=True):
         module.max_seq_length = length
     try:
         yield
     finally:
-        for module, length in zip(found, before, strict=True):
+        for module, length in zip(modules, before, strict=True):
             module.max_seq_length = length
 
 
@@ -395,29 +396,29 @@ def _set_dropout(model: SentenceTransformer, share: float) -> None:
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Dropout) and "lora" not in name:
             module.p = share
-        for number in ("attention_dropout", "attn_dropout", "dropout_prob"):  # given to fused attention
-            if isinstance(getattr(module, number, None), float):
-                setattr(module, number, share)
+        for attribute in ("attention_dropout", "attn_dropout", "dropout_prob"):  # arguments of fused attention
+            if isinstance(getattr(module, attribute, None), float):
+                setattr(module, attribute, share)
 
 
 def _freeze_unused(model: SentenceTransformer, encoder: Encoder) -> None:
-    """Weights that no embedding depends on (BERT's pooler) get no gradient, on which workers would wait for ever."""
+    """Freezes weights without effect on embeddings (BERT's pooler), for whose gradients DDP would wait for ever."""
     model.train()
     for prompt, task in zip(encoder.prompts(), TASKS, strict=True):
         tokens = model.preprocess(["a text"], prompt=prompt or None, task=task)
         tokens = {k: v.to(model.device) if torch.is_tensor(v) else v for k, v in tokens.items()}
-        found = model(tokens | {"task": task})["sentence_embedding"]
-        if found.requires_grad:
-            truncate_embeddings(found, model.truncate_dim).sum().backward()
+        embedding = model(tokens | {"task": task})["sentence_embedding"]
+        if embedding.requires_grad:
+            truncate_embeddings(embedding, model.truncate_dim).sum().backward()
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.grad is not None)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ConfigError(f"train: base = {encoder.model!r} has no weights that can be trained; give another base")
+        raise ConfigError(f"train: base = {encoder.model!r} has no trainable weights; give another base")
     model.zero_grad(set_to_none=True)
 
 
-def _summed(tally: Counter[str], device: torch.device) -> Counter[str]:
-    """The counts of all workers."""
+def _sum_over_workers(tally: Counter[str], device: torch.device) -> Counter[str]:
+    """The sum of the counts of all workers."""
     if not torch.distributed.is_initialized():
         return tally
     names = ("samples", "tokens", "padded")
@@ -427,7 +428,7 @@ def _summed(tally: Counter[str], device: torch.device) -> Counter[str]:
 
 
 def _curve(losses: Sequence[float]) -> list[tuple[int, float]]:
-    """(step, mean of the steps since the last one) every few steps and at the end."""
+    """(step, mean loss since the last entry) every few steps and at the end."""
     ends = [*range(LOG_EVERY, len(losses), LOG_EVERY), len(losses)] if losses else []
     starts = [0, *ends]
     return [(end, sum(losses[start:end]) / (end - start)) for start, end in zip(starts, ends, strict=False)]

@@ -1,4 +1,4 @@
-"""Low-rank adapters: a large base is trained by a few new weights, which are put into its own at the end."""
+"""Low-rank adapters: train a large base through a few new weights, and merge them into the base at the end."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 class LoRA(Config):
-    """Adapters of ``rank`` on the linear layers whose names end in one of ``targets`` (all, where none is named).
+    """Adapters of ``rank`` on the linear layers whose names end in one of ``targets`` (all layers if it is empty).
 
-    Source: Hu et al. 2021, arXiv 2106.09685, by peft. The trained model is saved with the adapters merged in, so nothing
-    that reads it needs peft.
+    Source: Hu et al. 2021, arXiv 2106.09685, implemented by peft. The trained model is saved with merged adapters, so it
+    can be loaded without peft.
     """
 
     type: ClassVar[str] = "lora"
@@ -27,7 +27,7 @@ class LoRA(Config):
     targets: tuple[str, ...] = ()
 
     def check(self) -> None:
-        """Raises ConfigError where peft is not installed."""
+        """Raises ConfigError if peft is not installed."""
         try:
             import peft  # noqa: F401
         except ImportError:
@@ -35,7 +35,7 @@ class LoRA(Config):
 
 
 def adapt(model: SentenceTransformer, lora: LoRA, seed: int) -> None:
-    """Puts adapters on the transformer and freezes all other weights, in place."""
+    """Adds adapters to the transformer and freezes all other weights, in place."""
     import peft
     import torch
 
@@ -55,6 +55,6 @@ def adapt(model: SentenceTransformer, lora: LoRA, seed: int) -> None:
 
 
 def merge(model: SentenceTransformer) -> None:
-    """Adds the adapters' products to the weights that they stand beside and removes them, in place."""
+    """Merges the adapters into the weights of their layers and removes them, in place."""
     for transformer in transformers(model):
         transformer.model = transformer.model.merge_and_unload()

@@ -1,4 +1,4 @@
-"""What a training does, as the loop wants to be told."""
+"""The settings of a training for the loop."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dagr_ray.training.lora import LoRA
 
 @dataclass(frozen=True)
 class Settings:
-    """Fields of ``Train``, where they are described, and of the pool."""
+    """Fields of the stage ``Train``, which documents them, and of the pool."""
 
     losses: tuple[Loss, ...] = (InfoNCE(),)
     epochs: int = 1

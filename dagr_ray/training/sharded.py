@@ -1,6 +1,6 @@
-"""Weights and optimizer state in shares, one for each worker: PyTorch's FSDP2, on GPUs and, with gloo, on CPUs.
+"""Weights and optimizer state sharded over the workers by PyTorch's FSDP2, on GPUs and, with gloo, on CPUs.
 
-Not by accelerate, which takes DDP on a CPU without a word, so that nothing of it could be tested there.
+accelerate is not used for this: on a CPU it silently falls back to DDP, so that nothing could be tested there.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from dagr_ray.retrieval.encoder import transformers
 
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
+FULL = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
 
 
 def shard(model: SentenceTransformer) -> None:
-    """Spreads the weights over the workers, layer by layer, in place; each is whole only while its layer is at work."""
+    """Shards the weights over the workers, layer by layer, in place. A layer is gathered only while it computes."""
     mesh = init_device_mesh(model.device.type, (torch.distributed.get_world_size(),))
     layers = {name for module in transformers(model) for name in module.auto_model._no_split_modules or ()}
     for module in list(model.modules()):
@@ -33,30 +33,30 @@ def shard(model: SentenceTransformer) -> None:
     fully_shard(model, mesh=mesh)
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.set_force_sum_reduction_for_comms(True)  # and then divided: gloo cannot average
+            module.set_force_sum_reduction_for_comms(True)  # sums and then divides, because gloo cannot average
 
 
 def weights(model: SentenceTransformer) -> dict[str, torch.Tensor]:
-    """The weights that are trained, whole, on the first worker; all workers have to ask."""
-    first, found = torch.distributed.get_rank() == 0, {}
+    """The full trained weights on the first worker. All workers must call this."""
+    first, full = torch.distributed.get_rank() == 0, {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            whole = parameter.detach().full_tensor()
+            tensor = parameter.detach().full_tensor()
             if first:
-                found[name] = whole.cpu()
-    return found
+                full[name] = tensor.cpu()
+    return full
 
 
-def load_weights(model: SentenceTransformer, whole: dict[str, torch.Tensor]) -> None:
-    """Puts whole weights, which every worker gives, into the shares."""
-    set_model_state_dict(model, whole, options=WHOLE)
+def load_weights(model: SentenceTransformer, full: dict[str, torch.Tensor]) -> None:
+    """Loads full weights, which every worker passes, into the shards."""
+    set_model_state_dict(model, full, options=FULL)
 
 
 def optimizer_state(model: SentenceTransformer, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The optimizer's state, whole, on the first worker; all workers have to ask."""
-    return get_optimizer_state_dict(model, optimizer, options=WHOLE)
+    """The full optimizer state on the first worker. All workers must call this."""
+    return get_optimizer_state_dict(model, optimizer, options=FULL)
 
 
-def load_optimizer_state(model: SentenceTransformer, optimizer: torch.optim.Optimizer, whole: dict[str, Any]) -> None:
-    """Puts a whole state, which every worker gives, into the shares."""
-    set_optimizer_state_dict(model, optimizer, whole, options=WHOLE)
+def load_optimizer_state(model: SentenceTransformer, optimizer: torch.optim.Optimizer, full: dict[str, Any]) -> None:
+    """Loads a full optimizer state, which every worker passes, into the shards."""
+    set_optimizer_state_dict(model, optimizer, full, options=FULL)

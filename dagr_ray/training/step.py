@@ -1,9 +1,9 @@
-"""One step on any number of workers: a batch dealt out by its texts, embedded, gathered, and one loss over all of it.
+"""One training step on any number of workers: distribute the texts of a batch, embed them, gather, compute one loss.
 
-Every worker computes the loss of the whole global batch from all embeddings, of which only its own carry gradients; the
-workers' gradients then add up to those of one worker. Since DDP and FSDP average gradients, each is multiplied by the number of
-workers first. So the workers' number changes the order of additions and nothing else: negatives are found by index and
-not by place (sentence-transformers #3453, #3862), and a batch need not be divisible.
+Every worker computes the loss of the whole global batch from all embeddings, of which only its own carry gradients. The
+workers' gradients then add up to the gradients of a single worker. DDP and FSDP average gradients, so each is first
+multiplied by the number of workers. The number of workers therefore changes only the order of additions: negatives are
+addressed by index instead of position (sentence-transformers #3453, #3862), and a batch need not be divisible.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from sentence_transformers.base.losses.gradcache import CachedLossMixin, _create
 from sentence_transformers.util import truncate_embeddings
 from torch import Tensor, nn
 
-from dagr_ray.losses import Loss, Scored
+from dagr_ray.losses import Loss, LossBatch
 from dagr_ray.losses.info_nce import InfoNCE
 from dagr_ray.retrieval.encoder import TASKS, Task
 from dagr_ray.training.batches import rows_of
 from dagr_ray.training.texts import Data, Texts
 
-# Texts of one forward pass, sorted by length: at least and at most so many. A pass ends where its padding would exceed a
-# share of its tokens. On a CPU small ones cost nothing; a GPU wants them large.
+# The least and most texts of one forward pass, sorted by length. A pass ends when its padding would exceed a share of its
+# tokens. Small passes cost nothing on a CPU; a GPU needs large ones.
 LEAST, TEXTS = {"cpu": 4, "cuda": 32}, {"cpu": 16, "cuda": 128}
 SLACK = 0.04
 
 
 class Collator:
-    """A batch of example numbers as the share of one worker: its texts as tokens, and what the loss has to know.
+    """Turns a batch of example numbers into one worker's share: its texts as tokens, and the labels for the loss.
 
-    The different passages of a batch are embedded once. Sorted by length, they are dealt out in turn, so workers get
-    the same amount of tokens. A worker without a text of its own takes the first, whose embedding is not used.
+    The different passages of a batch are embedded once. They are sorted by length and distributed in turn, so that workers
+    get similar numbers of tokens. A worker without any text takes the first one, whose embedding is not used.
     """
 
     def __init__(
@@ -45,8 +45,8 @@ class Collator:
         prompts: tuple[str, str],
         rank: int = 0,
         workers: int = 1,
-        texts: int | None = None,  # of one pass; None: by their lengths
-        even: bool = False,  # as many passes on each worker, which have to meet in each where they share the weights
+        texts: int | None = None,  # texts of one pass; None means by their lengths
+        even: bool = False,  # the same number of passes on each worker, as sharded weights require
     ) -> None:
         self.model, self.data, self.prompts = model, data, prompts
         self.rank, self.workers, self.even = rank, workers, even
@@ -63,17 +63,18 @@ class Collator:
         rows, queries = [rows[i] for i in by_length], queries[by_length]
         column = {int(p): i for i, p in enumerate(passages)}
         widest = max(len(row.negatives) for row in rows)
-        own, given = torch.zeros(len(rows), widest, dtype=torch.long), torch.zeros(len(rows), widest, dtype=torch.bool)
+        negative = torch.zeros(len(rows), widest, dtype=torch.long)
+        has_negative = torch.zeros(len(rows), widest, dtype=torch.bool)
         teacher = torch.full((len(rows), 1 + widest), torch.nan)
-        known = []
+        other_positives = []
         for i, (row, number) in enumerate(zip(rows, np.asarray(numbers)[by_length], strict=True)):
-            own[i, : len(row.negatives)] = torch.tensor([column[p] for p in row.negatives], dtype=torch.long)
-            given[i, : len(row.negatives)] = True
+            negative[i, : len(row.negatives)] = torch.tensor([column[p] for p in row.negatives], dtype=torch.long)
+            has_negative[i, : len(row.negatives)] = True
             first, last = examples.starts[number], examples.starts[number + 1]
             teacher[i, 0] = float(examples.positive_score[number])
             teacher[i, 1 : 1 + last - first] = torch.from_numpy(examples.negative_scores[first:last].copy())
             relevant = set(examples.relevant(row.query).tolist()) - {row.positive}
-            known += [(i, column[p]) for p in relevant if p in column]
+            other_positives += [(i, column[p]) for p in relevant if p in column]
         features: dict[str, Any] = {"return_loss": True}
         back, cuts = {}, []
         for name, texts, of, prompt, task in zip(
@@ -85,9 +86,9 @@ class Collator:
             features |= {f"{name}_{key}": value for key, value in tokens.items()}
         features["label"] = {
             "positive": torch.tensor([column[row.positive] for row in rows]),
-            "own": own,
-            "given": given,
-            "known": torch.tensor(known, dtype=torch.long).reshape(-1, 2),
+            "negative": negative,
+            "has_negative": has_negative,
+            "other_positives": torch.tensor(other_positives, dtype=torch.long).reshape(-1, 2),
             "teacher": teacher,
             "back": [back["query"], back["passage"]],
             "total": [len(queries), len(passages)],
@@ -99,13 +100,13 @@ class Collator:
     def _tokens(
         self, texts: Texts, numbers: np.ndarray, prompt: str, task: Task
     ) -> tuple[dict[str, Any], Tensor, list[tuple[int, int]]]:
-        """This worker's texts, short ones first, the place of each of its embeddings, and the passes over them."""
+        """This worker's texts, short ones first, the position of each of its embeddings, and the passes over them."""
         share = numbers[self.rank :: self.workers]
         least = -(-len(numbers) // self.workers) if self.even else 1
         share = np.concatenate([share, np.repeat(numbers[:1], max(least - len(share), 0))])
         tokens = self.model.preprocess(texts.read(share), prompt=prompt or None, task=task)
-        tokens["task"] = task  # a router that does not stand first reads it here
-        if "attention_mask" not in tokens:  # a table of words: nothing is padded, and nothing can be cut
+        tokens["task"] = task  # a router that is not the first module reads it here
+        if "attention_mask" not in tokens:  # static word embeddings: nothing is padded, and nothing can be split
             return tokens, torch.arange(len(share)), [(0, len(share))]
         lengths = tokens["attention_mask"].sum(1)
         order = lengths.argsort(stable=True)
@@ -116,51 +117,51 @@ class Collator:
         cut = passes(sizes, LEAST.get(device, LEAST["cuda"]), TEXTS.get(device, TEXTS["cuda"]))
         if self.texts is not None:
             cut = [(i, min(i + self.texts, len(sizes))) for i in range(0, len(sizes), self.texts)]
-        # what the model computes: each pass is as wide as its longest text (padding stands at the end, see `loop`)
+        # computed tokens: each pass is as wide as its longest text (padding is at the end, see `loop`)
         self.tally["padded"] += sum((stop - start) * sizes[stop - 1] for start, stop in cut)
         self.tally["tokens"] += sum(sizes)
         return tokens, order.argsort(), cut
 
 
 def passes(lengths: Sequence[int], least: int, most: int) -> list[tuple[int, int]]:
-    """Ranges of texts of rising length, of ``least`` to ``most`` texts (the last of what is left), with little padding.
+    """Splits texts of ascending length into ranges of ``least`` to ``most`` texts with little padding.
 
     >>> passes([5, 5, 5, 9, 9, 10], 2, 4)
     [(0, 3), (3, 5), (5, 6)]
     """
-    found, start, real = [], 0, 0
+    ranges, start, real = [], 0, 0
     for stop, length in enumerate(lengths):
         rows = stop - start
         if rows == most or (rows >= least and (rows + 1) * length > (1 + SLACK) * (real + length)):
-            found.append((start, stop))
+            ranges.append((start, stop))
             start, real = stop, 0
         real += length
-    return [*found, (start, len(lengths))]
+    return [*ranges, (start, len(lengths))]
 
 
 class Objective(CachedLossMixin, nn.Module):
     """The weighted sum of ``losses`` over the global batch of all workers, as a loss of sentence-transformers.
 
-    With ``cached`` in a loss, by gradient caching (Gao et al. 2021, arXiv 2101.06983), in the library's own way.
-    ``tally`` counts the (query, negative) pairs that entered each loss.
+    If a loss is ``cached``, gradients are cached (Gao et al. 2021, arXiv 2101.06983) by the library's implementation.
+    ``tally`` counts the (query, negative) pairs of each loss.
     """
 
     def __init__(self, model: SentenceTransformer, losses: Sequence[Loss]) -> None:
         super().__init__()
         self.model, self.losses = model, tuple(losses)
-        self.truncate_dim = model.truncate_dim  # what is searched is what is trained
+        self.truncate_dim = model.truncate_dim  # training uses the same dimensions as search
         self.mini_batch_size = cached(losses) or 0
         self.uses_gradient_cache = cached(losses) is not None
         self.tally: Counter[str] = Counter()
 
     def forward(self, sentence_features: Any, labels: dict[str, Any]) -> Tensor:
-        """The loss; the same on every worker, with the gradients of all of them."""
+        """The loss of the global batch, equal on every worker."""
         features = list(sentence_features)
         if self.uses_gradient_cache:
             return self.forward_cached(features, labels)
         parts = [
-            [self.model(_part(each, start, stop))["sentence_embedding"] for start, stop in cut]
-            for each, cut in zip(features, labels["passes"], strict=True)
+            [self.model(_part(texts, start, stop))["sentence_embedding"] for start, stop in ranges]
+            for texts, ranges in zip(features, labels["passes"], strict=True)
         ]
         loss = self._value(parts, labels)
         workers = _workers()
@@ -179,14 +180,14 @@ class Objective(CachedLossMixin, nn.Module):
         from torch.nn.functional import normalize
 
         own = [
-            truncate_embeddings(torch.cat(each)[back], self.truncate_dim)
-            for each, back in zip(parts, labels["back"], strict=True)
+            truncate_embeddings(torch.cat(passes)[back], self.truncate_dim)
+            for passes, back in zip(parts, labels["back"], strict=True)
         ]
         queries, passages = (
-            normalize(gathered(each, total), dim=1) for each, total in zip(own, labels["total"], strict=True)
+            normalize(gather(share, total), dim=1) for share, total in zip(own, labels["total"], strict=True)
         )
         cosine = queries.float() @ passages.float().T
-        batch = Scored(cosine, *(labels[name] for name in Scored._fields[1:]))
+        batch = LossBatch(cosine, *(labels[name] for name in LossBatch._fields[1:]))
         for loss in self.losses:
             self.tally[loss.type] += loss.negatives(batch)
         return torch.stack([loss.weight * loss.value(batch) for loss in self.losses]).sum()
@@ -197,16 +198,16 @@ def _part(features: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
 
 
 def cached(losses: Sequence[Loss]) -> int | None:
-    """The mini-batch of gradient caching, if a loss asks for it."""
-    return min((each.cached for each in losses if isinstance(each, InfoNCE) and each.cached), default=None)
+    """The smallest mini-batch for gradient caching among the losses; None if no loss uses it."""
+    return min((loss.cached for loss in losses if isinstance(loss, InfoNCE) and loss.cached), default=None)
 
 
 def _workers() -> int:
     return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
-def gathered(own: Tensor, total: int) -> Tensor:
-    """The ``total`` embeddings of all workers in the order in which they were dealt; gradients flow to this worker's own."""
+def gather(own: Tensor, total: int) -> Tensor:
+    """The ``total`` embeddings of all workers in the order of distribution. Gradients flow to this worker's own only."""
     workers = _workers()
     if workers == 1:
         return own[:total]

@@ -1,7 +1,7 @@
-"""The texts of a training on this machine's disk, by number: fetched by id from Parquet, a range of rows at a time.
+"""The texts of a training in files on this machine's disk, addressed by number.
 
-Neither the corpus nor the texts are ever in memory: a training holds numbers (some bytes an example) and reads the texts
-of a batch from a file. The file is made once for all workers of a machine.
+Neither the corpus nor the texts are in memory: a training holds numbers (a few bytes per example) and reads the texts of a
+batch from a file. The file is written once for all workers of a machine, from Parquet, a range of rows at a time.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dagr_ray.core.artifact import Artifact
 from dagr_ray.core.config import digest
 from dagr_ray.core.storage import own_folder, scratch
 
-ROWS = 65536  # of a table, read at once
+ROWS = 65536  # rows of a table that are read at once
 DIGEST = 16  # bytes of a text's hash: equal hashes are equal texts
 
 
@@ -40,22 +40,22 @@ class Texts:
 
     def read(self, numbers: Iterable[int]) -> list[str]:
         """The texts with these numbers."""
-        # a mapped file would count as memory of the process, page by page
+        # a memory-mapped file would count as memory of the process, page by page
         return [os.pread(self._file, int(self.bytes[i]), int(self._starts[i])).decode() for i in numbers]
 
     def close(self) -> None:
-        """Gives the file back."""
+        """Closes the file."""
         os.close(self._file)
 
 
 class Examples(NamedTuple):
-    """Examples as numbers of their texts, ordered by query and positive: ``negatives[starts[i]:starts[i + 1]]``."""
+    """Examples as text numbers, ordered by query and positive. Example i has ``negatives[starts[i]:starts[i + 1]]``."""
 
     query: np.ndarray  # [n]
     positive: np.ndarray  # [n]
     negatives: np.ndarray
     starts: np.ndarray  # [n + 1]
-    positive_score: np.ndarray  # [n], NaN where there is none
+    positive_score: np.ndarray  # [n], NaN if missing
     negative_scores: np.ndarray
 
     def __len__(self) -> int:
@@ -66,13 +66,13 @@ class Examples(NamedTuple):
         return self.negatives[self.starts[row] : self.starts[row + 1]]
 
     def relevant(self, query: int) -> np.ndarray:
-        """All passages that some example gives as positives of a query's text."""
+        """All passages that are positives of a query's text in any example."""
         first, last = np.searchsorted(self.query, [query, query + 1])
         return self.positive[first:last]
 
 
 class Data(NamedTuple):
-    """What a training reads, and the folder of this machine where it lies."""
+    """The texts and examples of a training, and their folder on this machine."""
 
     queries: Texts
     passages: Texts
@@ -80,7 +80,7 @@ class Data(NamedTuple):
     folder: Path
 
     def remove(self) -> None:
-        """Deletes the files; other workers that have them open can read on."""
+        """Deletes the files. Other workers that have them open can continue to read."""
         self.queries.close()
         self.passages.close()
         with _locked(self.folder):
@@ -88,14 +88,14 @@ class Data(NamedTuple):
 
 
 def fetch(examples: Artifact, queries: Artifact, corpus: Artifact) -> Data:
-    """The texts of the examples. Made by the first worker of a machine, and found by the others and after a restart."""
-    # by content: a part that was damaged and built again may hold other texts
-    key = digest([(each.manifest or {})["tables"] for each in (examples, queries, corpus)])
+    """The texts of the examples. The first worker of a machine writes the files; others, and restarts, reuse them."""
+    # by content, because a part that was damaged and rebuilt may have other texts
+    key = digest([(artifact.manifest or {})["tables"] for artifact in (examples, queries, corpus)])
     folder = Path(own_folder(f"{scratch()}/training")) / key
     with _locked(folder):
         if not (folder / "done").exists():
             shutil.rmtree(folder, ignore_errors=True)
-            _make(folder, examples, queries, corpus)
+            _write_files(folder, examples, queries, corpus)
             (folder / "done").touch()
         arrays = {name: np.load(folder / f"{name}.npy") for name in Examples._fields}
         return Data(Texts(folder / "queries"), Texts(folder / "passages"), Examples(**arrays), folder)
@@ -109,36 +109,36 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _make(folder: Path, examples: Artifact, queries: Artifact, corpus: Artifact) -> None:
+def _write_files(folder: Path, examples: Artifact, queries: Artifact, corpus: Artifact) -> None:
     columns: dict[str, list[pa.Array]] = {name: [] for name in tables.schema("examples").names}
     for part in ranges(examples, "examples"):
         for name, chunks in columns.items():
             chunks.append(part[name].combine_chunks())
     negatives = [chunk.flatten() for chunk in columns["negative_ids"]]
-    asked = pa.chunked_array(columns["query_id"], tables.TEXT)
-    wanted = pa.chunked_array([*columns["positive_id"], *negatives], tables.TEXT)
-    query = _numbers(folder / "queries", queries, "queries", asked)
-    passage = _numbers(folder / "passages", corpus, "corpus", wanted)
-    each = np.concatenate([np.diff(_offsets(chunk)) for chunk in columns["negative_ids"]] or [np.zeros(0, np.int64)])
+    query_ids = pa.chunked_array(columns["query_id"], tables.TEXT)
+    passage_ids = pa.chunked_array([*columns["positive_id"], *negatives], tables.TEXT)
+    query = _numbers(folder / "queries", queries, "queries", query_ids)
+    passage = _numbers(folder / "passages", corpus, "corpus", passage_ids)
+    counts = np.concatenate([np.diff(_offsets(chunk)) for chunk in columns["negative_ids"]] or [np.zeros(0, np.int64)])
     positive, negative = passage[: len(query)], passage[len(query) :]
-    # whatever order the rows came in
+    # a fixed order, independent of the order of the rows
     order = np.lexsort((positive, query))
-    starts = np.concatenate([[0], np.cumsum(each)])
-    own = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in order] or [np.zeros(0, np.int64)])
-    made = Examples(
+    starts = np.concatenate([[0], np.cumsum(counts)])
+    reordered = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in order] or [np.zeros(0, np.int64)])
+    numbered = Examples(
         query[order],
         positive[order],
-        negative[own],
-        np.concatenate([[0], np.cumsum(each[order])]),
+        negative[reordered],
+        np.concatenate([[0], np.cumsum(counts[order])]),
         _floats(columns["positive_score"])[order],
-        _listed(columns["negative_scores"], each)[own],
+        _negative_scores(columns["negative_scores"], counts)[reordered],
     )
-    for name, array in made._asdict().items():
+    for name, array in numbered._asdict().items():
         np.save(folder / f"{name}.npy", array)
 
 
 def ranges(source: Artifact, name: str, columns: list[str] | None = None) -> Iterator[pa.Table]:
-    """A table by ranges of rows: what holds a few row groups, however long its parts are."""
+    """A table in ranges of rows, so that memory holds only a few row groups, however long the parts are."""
     for start in range(0, source.count(name), ROWS):
         yield source.slice(name, start, start + ROWS, columns)
 
@@ -151,33 +151,33 @@ def _floats(chunks: list[pa.Array]) -> np.ndarray:
     return np.concatenate([np.zeros(0, np.float32), *(c.to_numpy(zero_copy_only=False) for c in chunks)])
 
 
-def _listed(chunks: list[pa.ListArray], each: np.ndarray) -> np.ndarray:
-    """The scores of all negatives; NaN for those of a list that is null or of another length."""
-    whole = np.full(int(each.sum()), np.nan, np.float32)
-    starts, row = np.concatenate([[0], np.cumsum(each)]), 0
+def _negative_scores(chunks: list[pa.ListArray], counts: np.ndarray) -> np.ndarray:
+    """The scores of all negatives; NaN if a list of scores is null or has another length than the negatives."""
+    scores = np.full(int(counts.sum()), np.nan, np.float32)
+    starts, row = np.concatenate([[0], np.cumsum(counts)]), 0
     for chunk in chunks:
         values = _floats([chunk.flatten()])
         lengths = pc.fill_null(pc.list_value_length(chunk), 0).to_numpy()
         begin = np.concatenate([[0], np.cumsum(lengths)])
         for i in np.flatnonzero(lengths):
-            if lengths[i] == each[row + i]:
-                whole[starts[row + i] : starts[row + i + 1]] = values[begin[i] : begin[i + 1]]
+            if lengths[i] == counts[row + i]:
+                scores[starts[row + i] : starts[row + i + 1]] = values[begin[i] : begin[i + 1]]
         row += len(chunk)
-    return whole
+    return scores
 
 
 def _numbers(folder: Path, source: Artifact, name: str, ids: pa.ChunkedArray) -> np.ndarray:
-    """Writes the texts of a table that have these ids; returns the number of the text of each id."""
+    """Writes the texts of these ids to files; returns the number of each id's text."""
     folder.mkdir(parents=True)
-    wanted = ids.unique()
+    unique_ids = ids.unique()
     key = tables.schema(name).field(0).name
-    starts, sizes = np.full(len(wanted), -1, np.int64), np.zeros(len(wanted), np.int64)
-    hashes, at = np.zeros(len(wanted), f"S{DIGEST}"), 0
+    starts, sizes = np.full(len(unique_ids), -1, np.int64), np.zeros(len(unique_ids), np.int64)
+    hashes, at = np.zeros(len(unique_ids), f"S{DIGEST}"), 0
     with open(folder / "texts", "wb") as file:
         for part in ranges(source, name):
-            found = pc.index_in(part[key], value_set=wanted)
-            part = part.filter(found.is_valid())
-            for i, text in zip(found.drop_null().to_pylist(), _said(name, part), strict=True):
+            index = pc.index_in(part[key], value_set=unique_ids)
+            part = part.filter(index.is_valid())
+            for i, text in zip(index.drop_null().to_pylist(), _texts_of(name, part), strict=True):
                 data = text.encode()
                 if starts[i] < 0:
                     starts[i], sizes[i] = at, len(data)
@@ -185,15 +185,15 @@ def _numbers(folder: Path, source: Artifact, name: str, ids: pa.ChunkedArray) ->
                     at += file.write(data)
     missing = np.flatnonzero(starts < 0)
     assert not len(missing), (
-        f"{len(missing)} rows of the examples are not in {name} of {source.path}, such as {wanted[missing[0]].as_py()!r}"
+        f"{len(missing)} ids of the examples are not in {name} of {source.path}, such as {unique_ids[missing[0]].as_py()!r}"
     )
     _, first, number = np.unique(hashes, return_index=True, return_inverse=True)
     np.save(folder / "starts.npy", starts[first])
     np.save(folder / "bytes.npy", sizes[first])
-    return number[pc.index_in(ids, value_set=wanted).to_numpy()].astype(np.int32)
+    return number[pc.index_in(ids, value_set=unique_ids).to_numpy()].astype(np.int32)
 
 
-def _said(name: str, rows: pa.Table) -> list[str]:
+def _texts_of(name: str, rows: pa.Table) -> list[str]:
     texts = tables.texts(rows["text"])
     if name != "corpus":
         return texts

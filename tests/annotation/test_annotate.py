@@ -190,9 +190,9 @@ def test_an_export_never_writes_over_grades(folders, tmp_path):
     export.export(folders, str(tmp_path), items=3)
     filled = (tmp_path / "items.csv").read_text().replace("\r\n", "\n") + "4,q,d,,,,,2,me\n"
     (tmp_path / "items.csv").write_text(filled)
-    with pytest.raises(ConfigError, match=r"items.csv is there and holds something else"):
+    with pytest.raises(ConfigError, match=r"items.csv exists with other content"):
         export.export(folders, str(tmp_path), items=3)
-    with pytest.raises(ConfigError, match=r"items.jsonl is there and holds something else"):
+    with pytest.raises(ConfigError, match=r"items.jsonl exists with other content"):
         export.export(folders, str(tmp_path), items=4)
     assert (tmp_path / "items.csv").read_text() == filled and len(asked(tmp_path)) == 3
 
@@ -317,7 +317,7 @@ def test_text_of_the_corpus_stays_text(page, browser):
     assert any("Content Security Policy" in line for line in browser.console)
 
 
-def test_the_page_works_where_nothing_can_be_kept(page, browser):
+def test_the_page_works_without_browser_storage(page, browser):
     script = "Object.defineProperty(window, 'indexedDB', {get() { throw new DOMException('no') }})"
     added = browser.call("Page.addScriptToEvaluateOnNewDocument", source=script)["identifier"]
     opened(browser, page)
@@ -331,7 +331,7 @@ def test_the_page_works_where_nothing_can_be_kept(page, browser):
     browser.call("Page.removeScriptToEvaluateOnNewDocument", identifier=added)
 
 
-def test_what_teachers_said_is_not_on_the_page_nor_in_the_csv(page):
+def test_teachers_scores_are_not_on_the_page_or_in_the_csv(page):
     for name in ("annotate.html", "items.csv"):
         text = (page / name).read_text()
         assert "cross-encoder" not in text and "99.0" not in text
@@ -363,7 +363,7 @@ def rated(tmp_path):
         ([line(), "\n", line(grade=1)], ["r.jsonl:3", "(q0, d0)", "by 'a' in r.jsonl:1", "keep one"]),
         (
             [line(doc_id="nowhere"), line()],
-            ["r.jsonl:1", "(q0, nowhere)", "is no pair of", "folders that were exported"],
+            ["r.jsonl:1", "(q0, nowhere)", "is not a pair of", "give the exported folders"],
         ),
         ([line(), "{cut off"], ["r.jsonl:2", "not JSON"]),
         ([line(query_id=7)], ["r.jsonl:1", "no query_id"]),
@@ -428,7 +428,7 @@ def test_what_an_import_says(folders, runs, rated):
     assert folder.read_json("agreement.json") == report
     assert {r["at"] for r in folder.read("ratings").to_pylist()} == {"now", None}
     shown = import_.text(report)
-    assert "18 pairs rated (ann 18, bob 2)" in shown and "of 2 pairs that the data call relevant" in shown
+    assert "18 pairs rated (ann 18, bob 2)" in shown and "of 2 pairs that the data label as relevant" in shown
     assert "fewer than 20 labels" in shown and "people \\ teacher" in shown
     again, _ = import_.import_ratings(folders, [other, mine], runs)
     assert again.name == folder.name, "the order of the files means nothing"
@@ -437,7 +437,7 @@ def test_what_an_import_says(folders, runs, rated):
         import_.import_ratings(folders, [other, other], runs)
 
 
-def test_the_next_export_leaves_out_what_is_rated_and_takes_the_new_thresholds(folders, runs, rated, tmp_path):
+def test_the_next_export_skips_rated_pairs(folders, runs, rated, tmp_path):
     grades = {pair: min(3, i // 4) for i, pair in enumerate(PAIRS[:12])}
     folder, report = import_.import_ratings(folders, [rated(*(line(q, d, g) for (q, d), g in grades.items()))], runs)
     export.export(folders, str(tmp_path / "next"), people=folder)

@@ -293,7 +293,7 @@ def test_an_outage_fails_the_stage_and_the_next_run_asks_again_only_what_failed(
 
     with served(react) as server:
         stage = asked(tmp_path / "set", server, in_flight=1, max_attempts=1)
-        with pytest.raises(StageFailed, match="serves nobody.*no row was skipped"):
+        with pytest.raises(StageFailed, match="answers no request.*no row was skipped"):
             materialize(stage, runs, HERE)
         assert 40 <= len(server.seen) <= 43, "soon: a request may have been begun beside the one that failed"
     first = adds_up(runs, stage.folder_name())

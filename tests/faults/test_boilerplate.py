@@ -13,7 +13,7 @@ from dagr_ray.core.joins import Positives
 from dagr_ray.filters.diversity import facility, hashed
 from dagr_ray.filters.duplicate import Duplicate, _before
 from dagr_ray.leakage import joins, minhash
-from dagr_ray.leakage.matching import BEST, MECHANISMS, Answered, HeldOut
+from dagr_ray.leakage.matching import BEST, MECHANISMS, HeldOut, SharedAnswers
 from dagr_ray.report.leaks import _bounds
 from dagr_ray.stages.aggregate import rank
 from dagr_ray.stages.leakage import LeakGate, LeakScan
@@ -59,7 +59,7 @@ FORMS = ("replaced", "case", "turned")
 
 
 def scanned(held, mine):
-    return HeldOut(array(held), ngram=13).resembling(array(mine))
+    return HeldOut(array(held), ngram=13).find_similar(array(mine))
 
 
 def scored(table):
@@ -138,7 +138,7 @@ def test_what_two_texts_share_beyond_boilerplate_is_found_and_boilerplate_alone_
     own = " ".join(f"secret{i}" for i in range(20))
     held = [passage("footer", "held", i) for i in range(200)] + [f"{own} {FOOTER}"]
     texts = HeldOut(array(held), ngram=13)
-    row = texts.resembling(array([f"{own} {NOTICE}", f"{' '.join(f'other{i}' for i in range(30))} {FOOTER}"]))
+    row = texts.find_similar(array([f"{own} {NOTICE}", f"{' '.join(f'other{i}' for i in range(30))} {FOOTER}"]))
     assert 200 not in row.held_out[row.rows == 1].tolist()
     contained = [(MECHANISMS[h], o) for h, o in zip(row.how, row.held_out, strict=True)]
     assert contained and texts.common()["ngrams"] == 48 and texts.common()["texts"] == 0
@@ -147,7 +147,7 @@ def test_what_two_texts_share_beyond_boilerplate_is_found_and_boilerplate_alone_
     assert 0 < len(quoted) <= BEST and quoted.scores.min() == 1
     alone = HeldOut(array([" ".join(FOOTER.split()[i % 3 :]) for i in range(3)] + held), ngram=13)
     assert alone.common()["texts"] == 3
-    assert len(alone.resembling(array([FOOTER])).rows), "equal words are found whatever they are"
+    assert len(alone.find_similar(array([FOOTER])).rows), "equal words are found whatever they are"
 
 
 def test_pairs_of_equal_keys_leave_everyone_a_partner():
@@ -204,7 +204,7 @@ def test_hashes_do_not_depend_on_blocks(monkeypatch):
             words.hashes.tolist(),
             words.starts.tolist(),
             words.whole.tolist(),
-            minhash.hashed(array(texts)).tolist(),
+            minhash.hash_texts(array(texts)).tolist(),
         ]
 
     whole = made()
@@ -230,8 +230,8 @@ def test_cosines_are_kept_for_the_best_and_for_everyone(monkeypatch):
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     held, mine = vectors[:300], vectors[300:]
     texts = HeldOut(array([f"held {i}" for i in range(300)]), vectors=held)
-    about = Answered(np.array([5, 6, 6]), np.array([0, 1, 1]), np.array([10, 11, 12]), np.array([0, 1, 9]))
-    found = texts.resembling(array([f"mine {i}" for i in range(400)]), mine, about)
+    about = SharedAnswers(np.array([5, 6, 6]), np.array([0, 1, 1]), np.array([10, 11, 12]), np.array([0, 1, 9]))
+    found = texts.find_similar(array([f"mine {i}" for i in range(400)]), mine, about)
     cosines = mine @ held.T
     near = found.those(found.how == MECHANISMS.index("embedding"))
     assert len(near) <= BEST * 400 + 300 < np.count_nonzero(cosines >= 0.8)

@@ -18,7 +18,7 @@ from dagr_ray.core.stage import load_stage
 from dagr_ray.core.words import characters, folded, pieces, sentences, unspaced, word_count, words
 from dagr_ray.engines.crop import sentences as crops
 from dagr_ray.engines.keyboard import slip
-from dagr_ray.filters import Candidate
+from dagr_ray.filters import ScoredQuery
 from dagr_ray.filters.copied import Copied
 from dagr_ray.filters.duplicate import Duplicate
 from dagr_ray.filters.length import Length
@@ -55,8 +55,8 @@ def _part(text: str, first: int, last: int) -> str:
     return "".join(pieces(text)[first:last]).strip(" .。།៕។၊။։፡")
 
 
-def _candidates(*texts: str, passage: str = "") -> list[Candidate]:
-    return [Candidate(f"q{i}", text, "d1", passage) for i, text in enumerate(texts)]
+def _candidates(*texts: str, passage: str = "") -> list[ScoredQuery]:
+    return [ScoredQuery(f"q{i}", text, "d1", passage) for i, text in enumerate(texts)]
 
 
 @EVERY
@@ -181,7 +181,7 @@ def test_the_leak_gate(script: Script):
                       for one in (words(script.passages[i - 2])[0],)],
     }  # fmt: skip
     for how, others in tried.items():
-        found = held.resembling(pa.array(others, tables.TEXT))
+        found = held.find_similar(pa.array(others, tables.TEXT))
         own = {
             (int(row), MECHANISMS[m])
             for row, h, m in zip(found.rows, found.held_out, found.how, strict=True)
@@ -194,12 +194,12 @@ def test_the_leak_gate(script: Script):
         )
         assert all(row == other for row, other in zip(found.rows, found.held_out, strict=True)), "none is another's"
     near = pa.array([text.replace(words(text)[3], "2031", 1) for text in script.passages], tables.TEXT)
-    alike = held.resembling(near).over(dict.fromkeys(FLOORS, 0.6))
+    alike = held.find_similar(near).over(dict.fromkeys(FLOORS, 0.6))
     assert {int(row) for row in alike.rows[alike.rows == alike.held_out]} == set(range(8)), "one word is another"
     one, other = (pa.array([text], tables.TEXT) for text in script.apart)
-    apart = HeldOut(one).resembling(other)
+    apart = HeldOut(one).find_similar(other)
     assert not set(apart.how) & set(range(len(SAME_WORDS))), "different words are not equal ones"
-    assert not len(held.resembling(pa.array(list(script.asked.values()), tables.TEXT)))
+    assert not len(held.find_similar(pa.array(list(script.asked.values()), tables.TEXT)))
 
 
 @EVERY

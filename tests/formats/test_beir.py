@@ -68,7 +68,7 @@ def test_title_stands_in_for_an_empty_text(tmp_path) -> None:
     append(path / "corpus.jsonl", b'{"_id": "x", "title": "only a title", "text": ""}\n')
     data = beir.read(str(path))
     assert data.tables["corpus"]["text"].to_pylist()[-1] == "only a title"
-    assert [(p.reason, p.mended) for p in data.problems] == [("empty-text", True)]
+    assert [(p.reason, p.repaired) for p in data.problems] == [("empty-text", True)]
 
 
 def test_gzip_and_uri_read_the_same(tmp_path) -> None:
@@ -80,7 +80,7 @@ def test_gzip_and_uri_read_the_same(tmp_path) -> None:
     assert beir.read(path.as_uri()).tables == plain
     whole = (path / "corpus.jsonl.gz").read_bytes()
     (path / "corpus.jsonl.gz").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ConfigError, match="not a whole gzip file"):
+    with pytest.raises(ConfigError, match="not a complete gzip file"):
         beir.read(str(path))
 
 

@@ -25,7 +25,7 @@ def test_rows_with_uneven_negatives_are_valid_for_the_trainer(tmp_path, negative
         assert export.to_sentence_transformers(made, str(tmp_path / "runs"), str(target)) == {str(target): 8}
     rows = [json.loads(line) for line in target.read_text().splitlines()]
     assert {len(row) for row in rows} == {CASES[negatives]}
-    told = [record.getMessage() for record in caplog.records if "negatives and are filled" in record.getMessage()]
+    told = [record.getMessage() for record in caplog.records if "negatives; they repeat" in record.getMessage()]
     assert len(told) == (len({*negatives}) > 1)
     text_of = {row["doc_id"]: row["text"] for row in toy.rows()["corpus"]}
     for row, example in zip(rows, made.read("examples").to_pylist(), strict=True):

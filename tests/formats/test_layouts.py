@@ -44,7 +44,7 @@ def test_a_layout_is_read_right(tmp_path, name):
     expected = {"q1": {"d1": 1}, "q2": {"d2": 2, "7": 0}, "3": {"7": 1}}
     found = as_qrels(data.tables["qrels.test"])
     assert found == expected
-    assert not data.unusable and not [p for p in data.problems if not p.mended]
+    assert not data.unusable and not [p for p in data.problems if not p.repaired]
     assert comparing.load_judgements(path, "test").qrels == expected
     assert len(beir.content(path)) == 16
 
@@ -112,13 +112,13 @@ def test_what_cannot_be_read_for_certain_is_refused(tmp_path, name):
     assert "\n" not in str(refused.value)
 
 
-def test_judgements_of_what_is_not_there_are_counted_and_said(tmp_path, caplog):
+def test_judgements_with_unknown_ids_are_counted(tmp_path, caplog):
     qrels = lines([HEAD, *QRELS, ("q1", "gone", 1), ("q9", "d1", 1), ("q8", "d1", 1)])
     data = beir.read(write(tmp_path, classic(qrels=qrels)))
     assert data.tables["qrels.test"].num_rows == 4
-    assert beir.told(data.problems) == [
-        "qrels/test.tsv: 1 line left out: unknown-document (line 6: gone)",
-        "qrels/test.tsv: 2 lines left out: unknown-query (line 7: q9)",
+    assert beir.summarise_problems(data.problems) == [
+        "qrels/test.tsv: 1 line skipped: unknown-document (line 6: gone)",
+        "qrels/test.tsv: 2 lines skipped: unknown-query (line 7: q9)",
     ]
 
 
@@ -134,15 +134,17 @@ def test_a_split_that_is_not_used_does_not_decide(tmp_path):
 
 def test_a_file_in_place_of_its_folder_is_named_with_the_folder(tmp_path):
     path = write(tmp_path, classic())
-    with pytest.raises(ConfigError, match=f"is a file; give the folder that it lies in, as '{path}'"):
+    with pytest.raises(ConfigError, match=f"is a file; give the folder that contains it, '{path}'"):
         beir.content(f"{path}/corpus.jsonl")
     for address in ("s3://bucket/my set", "nothing://x/y"):
         with pytest.raises(ConfigError, match="is no address"):
             beir.content(address)
 
 
-def test_titles_without_a_text_are_texts_and_said_in_one_line(tmp_path):
+def test_titles_without_a_text_become_texts(tmp_path):
     corpus = jsonl({"_id": f"p{i}", "title": f"only a title {i}", "text": None} for i in range(30)) + CORPUS
     data = beir.read(write(tmp_path, classic(corpus=corpus)))
     assert data.tables["corpus"].to_pylist()[3] == {"doc_id": "p3", "title": "", "text": "only a title 3"}
-    assert beir.told(data.problems) == ["corpus.jsonl: 30 lines mended: empty-text (line 1: p0: the title stands in)"]
+    assert beir.summarise_problems(data.problems) == [
+        "corpus.jsonl: 30 lines repaired: empty-text (line 1: p0: the title is used as text)"
+    ]

@@ -47,7 +47,7 @@ def rejected(folder):
 @pytest.mark.parametrize(
     "shape", ["file", "folder", "uri", "large", "view", "coded", "numbers", "untitled", "more columns", "null titles"]
 )
-def test_what_is_good_arrives_whole(tmp_path, shape):
+def test_good_rows_arrive_complete(tmp_path, shape):
     table = passages()
     kinds = {"large": pa.large_string(), "view": pa.string_view(), "coded": pa.dictionary(pa.int32(), pa.string())}
     if shape in kinds:
@@ -103,7 +103,7 @@ def test_a_bad_row_is_left_out_and_named(tmp_path, table, row, reason, detail):
     assert folder.manifest["counts"] == {"in": 3 * N, "out": 3 * N - 1, "rejected": {f"parquet/{reason}": 1}}
 
 
-def test_ids_are_unique_over_all_files_and_the_first_good_row_stands(tmp_path):
+def test_of_repeated_ids_the_first_good_row_is_kept(tmp_path):
     first = passages(text={4: ""}, title={4: ""})  # d4 is bad there, so its second row is the first good one
     second = passages(1000, doc_id={0: "d4", 1: "d3", 2: "d4"})
     folder = made(source(tmp_path / "set", first, second), tmp_path / "runs")
@@ -145,7 +145,7 @@ def test_a_title_stands_in_for_an_empty_text_and_nul_is_replaced(tmp_path):
 )
 def test_over_one_percent_of_a_file_stops(tmp_path, changed, said):
     path = source(tmp_path / "set", passages(1000, 4000), passages(**changed))
-    with pytest.raises(ConfigError, match=f"(?s)bad, over the limit of 1% .*{said}.*mend the file"):
+    with pytest.raises(ConfigError, match=f"(?s)bad, over the limit of 1% .*{said}.*repair the file"):
         made(path, tmp_path / "runs")
 
 
@@ -154,7 +154,7 @@ def test_a_file_that_stands_there_twice_stops_too(tmp_path):
         made(source(tmp_path / "set", passages(), passages()), tmp_path / "runs")
 
 
-def test_mistakes_name_what_is_there_and_what_is_allowed(tmp_path):
+def test_errors_name_the_value_and_the_allowed_ones(tmp_path):
     def said(path):
         with pytest.raises(ConfigError) as error:
             parquet.check(str(path))
@@ -170,7 +170,7 @@ def test_mistakes_name_what_is_there_and_what_is_allowed(tmp_path):
     assert "'doc_id' is of type double; allowed: string or integer" in said(source(tmp_path / "c", wrong))
     whole = (source(tmp_path / "d", passages()) / "0.parquet").read_bytes()
     (tmp_path / "d" / "0.parquet").write_bytes(whole[:-100])
-    assert "not a whole Parquet file" in said(tmp_path / "d")
+    assert "not a complete Parquet file" in said(tmp_path / "d")
 
 
 def test_the_rows_are_the_same_in_any_number_of_pieces(tmp_path, monkeypatch):

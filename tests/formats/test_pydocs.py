@@ -15,12 +15,12 @@ def part(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def _all(part: str) -> pydocs.Judged:
+def _all(part: str) -> pydocs.JudgedQueries:
     """The judgements as they were committed: against every passage that they name."""
     named = set()
     for path in (pydocs.DATA / part / "qrels").glob("*.tsv"):
         named |= {line.split("\t")[1] for line in path.read_text().splitlines()[1:]}
-    return pydocs.judgements(part, named)
+    return pydocs.read_judgements(part, named)
 
 
 def _words(text: str) -> list[str]:
@@ -67,7 +67,7 @@ def test_a_package_that_is_not_there_is_nothing() -> None:
 
 @pytest.mark.parametrize(("name", "least"), [("stdlib", 150), ("numeric", 80)])
 def test_judgements_are_enough_and_almost_all_apply_here(name: str, least: int) -> None:
-    committed, here = _all(name), pydocs.judgements(name, {p.doc_id for p in PARTS[name]()})
+    committed, here = _all(name), pydocs.read_judgements(name, {p.doc_id for p in PARTS[name]()})
     assert len(committed.queries) >= least and not committed.rejected
     assert set(committed.qrels) == {"dev", "test"}
     rows = sum(map(len, committed.qrels.values()))
@@ -89,7 +89,7 @@ def test_no_passage_and_no_query_is_judged_in_two_splits(part: str) -> None:
 
 def test_queries_do_not_copy_their_passages(part: str) -> None:
     texts = {p.doc_id: f" {' '.join(_words(p.title + ' ' + p.text))} " for p in PARTS[part]()}
-    judged = pydocs.judgements(part, texts)
+    judged = pydocs.read_judgements(part, texts)
     for row in (row for rows in judged.qrels.values() for row in rows):
         words = _words(judged.queries[row["query_id"]])
         runs = [" ".join(words[i : i + 5]) for i in range(len(words) - 4)]
@@ -100,9 +100,9 @@ def test_a_judgement_of_an_absent_passage_is_dropped_and_counted(part: str) -> N
     committed = _all(part)
     lost = committed.qrels["test"][0]
     have = {row["doc_id"] for rows in committed.qrels.values() for row in rows} - {lost["doc_id"]}
-    judged = pydocs.judgements(part, have)
+    judged = pydocs.read_judgements(part, have)
     assert {row["detail"] for row in judged.rejected} == {lost["doc_id"]}
     assert not any(row["doc_id"] == lost["doc_id"] for rows in judged.qrels.values() for row in rows)
-    nothing = pydocs.judgements(part, set())
+    nothing = pydocs.read_judgements(part, set())
     assert not nothing.queries and len(nothing.rejected) == sum(map(len, committed.qrels.values()))
     assert nothing.lost == sorted(committed.queries) and not committed.lost

@@ -13,7 +13,7 @@ from dagr_ray.core.build import materialize
 from dagr_ray.core.placement import Placement, Pool
 from dagr_ray.core.stage import StageFailed
 from dagr_ray.engines import openai as module, token_usage
-from dagr_ray.engines._answers import BESIDES_BYTES, TEMPLATE_TOKENS, mean
+from dagr_ray.engines._answers import OVERHEAD_BYTES, TEMPLATE_TOKENS, mean
 from dagr_ray.engines.openai import OpenAIServer, retry_after_s
 from dagr_ray.stages.generate import Generate
 from dagr_ray.stages.sources import Beir
@@ -62,7 +62,7 @@ def endless(block, head="", status=200):
 
 
 A = {"text": "a"}
-NO = "no completion"
+NO = "not a completion"
 # name -> (what the server does, a part of the error or None, tokens of prompt and completion that are believed)
 ANSWERS = {
     # sizes
@@ -73,8 +73,8 @@ ANSWERS = {
     "a field of 1 MB beside": (told(A, more="x" * MB), "bytes", (0, 0)),
     "gzip, small": (raw(gzip.compress(b'{"choices": [{"text": "a"}]}'), headers=[("Content-Encoding", "gzip")]), None, (0, 0)),
     "zlib, small": (raw(zlib.compress(b'{"choices": [{"text": "a"}]}'), headers=[("Content-Encoding", "deflate")]), None, (0, 0)),
-    "gzip bomb": (raw(gzip.compress(b"[" + b" " * (50 * MB)), headers=[("Content-Encoding", "gzip")]), "unpacked", (0, 0)),
-    "deflate bomb": (raw(zlib.compress(b" " * (50 * MB)), headers=[("Content-Encoding", "deflate")]), "unpacked", (0, 0)),
+    "gzip bomb": (raw(gzip.compress(b"[" + b" " * (50 * MB)), headers=[("Content-Encoding", "gzip")]), "decompression", (0, 0)),
+    "deflate bomb": (raw(zlib.compress(b" " * (50 * MB)), headers=[("Content-Encoding", "deflate")]), "decompression", (0, 0)),
     "gzip of no gzip": (raw("nothing", headers=[("Content-Encoding", "gzip")]), "gzip", (0, 0)),
     "br": (raw(b"\x0b\x02\x80{}\x03", headers=[("Content-Encoding", "br")]), "'br'", (0, 0)),
     "zstd": (raw(b"\x28\xb5\x2f\xfd", headers=[("Content-Encoding", "zstd")]), "'zstd'", (0, 0)),
@@ -172,7 +172,7 @@ def server():
 
 
 @pytest.mark.parametrize("name", ANSWERS)
-def test_whatever_a_server_answers_is_a_row_with_its_reason_and_its_cost(server, name):
+def test_every_answer_of_a_server_has_a_reason_and_a_cost(server, name):
     running, doing = server
     doing["now"], words, tokens = ANSWERS[name]
     asked, peak = len(running.seen), Peak()
@@ -188,7 +188,7 @@ def test_whatever_a_server_answers_is_a_row_with_its_reason_and_its_cost(server,
     assert one.logprob is None
     tries = len(running.seen) - asked
     assert tries <= (8 if words == "broke" else 3), "each may have to be paid for"
-    if words in ("bytes", "unpacked", "characters"):
+    if words in ("bytes", "decompression", "characters"):
         assert tries == 1, "the same would come again"
     if one.error and "HTTP" not in one.error:
         assert one.failed_completion_tokens == 12 * tries and one.failed_prompt_tokens == 17 * tries
@@ -218,10 +218,10 @@ def test_what_has_no_end_is_cut_without_filling_the_memory(server, name):
 
 def test_the_size_follows_from_what_was_asked(server):
     running, doing = server
-    doing["now"] = told({"text": "w" * (BESIDES_BYTES + 20_000)})
+    doing["now"] = told({"text": "w" * (OVERHEAD_BYTES + 20_000)})
     [[short]] = ask(running, ["a"])
     [[long]] = ask(running, ["a"], sampling=SHORT.model_copy(update={"max_tokens": 1000}))
-    assert "bytes" in short.error and len(long.raw) == BESIDES_BYTES + 20_000
+    assert "bytes" in short.error and len(long.raw) == OVERHEAD_BYTES + 20_000
 
 
 def test_what_a_server_sets_is_not_sent_back(server):
@@ -231,7 +231,7 @@ def test_what_a_server_sets_is_not_sent_back(server):
     assert not any("Cookie" in headers for headers in running.headers)
 
 
-def test_log_probabilities_that_cannot_be_are_none():
+def test_impossible_log_probabilities_are_none():
     for odd in ([-1.0] * 10, [0.5], [-1e5], [True], ["-1"], [], [None], [float("nan")], [10**400], "x", {"0": -1}):
         assert mean({"token_logprobs": odd}, 8) is None, odd
     assert mean({"token_logprobs": [-1, -2.0, 0]}, 8) == -1.0
@@ -247,7 +247,7 @@ def test_a_wait_that_is_no_number_is_none_or_too_long(value):
     assert found == 0 or found > module.RETRY_AFTER_MAX_S
 
 
-def test_a_hostile_server_costs_no_shard_and_one_line_tells_of_it(tmp_path):
+def test_a_hostile_server_fails_in_one_line(tmp_path):
     """All rows of a stage are answered badly: no shard is tried again, each row says why, and the cost is kept."""
     corpus = Beir(path=str(tiny_beir(tmp_path / "set", docs=12)))
     kinds = [

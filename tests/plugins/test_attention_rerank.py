@@ -12,14 +12,14 @@ from dagr_ray.core.config import ConfigError
 from dagr_ray.core.placement import Pool
 from dagr_ray.quickstart.models import minilm
 from dagr_ray.stages.label import Label, RetrievalHeads
-from dagr_ray.teachers import Pair
+from dagr_ray.teachers import QueryPassage
 from dagr_ray.teachers.attention_rerank import (
     ASK,
     BEFORE,
     CONTENT_FREE,
     AttentionRerank,
     AttentionSession,
-    Judged,
+    LabelledQuery,
     best_heads,
     head_scores,
 )
@@ -33,7 +33,7 @@ TEXTS = [
     "a " * 500,
     "[1] <|im_start|> 日本語",
 ]
-PAIRS = [Pair("q1", "copy a dict", f"d{i}", text) for i, text in enumerate(TEXTS)]
+PAIRS = [QueryPassage("q1", "copy a dict", f"d{i}", text) for i, text in enumerate(TEXTS)]
 
 
 def test_the_prompt_is_as_committed():
@@ -73,7 +73,7 @@ def masses(teacher):
     return AttentionSession(teacher).masses(PAIRS)
 
 
-def test_masses_are_those_of_eager_attention(teacher, masses):
+def test_masses_equal_eager_attention(teacher, masses):
     """The definition, written out over one prompt: attention of the query's tokens less that of "N/A"'s."""
     session = AttentionSession(teacher)
     eager = AutoModel.from_pretrained(teacher.model, dtype=torch.float32, attn_implementation="eager").eval()
@@ -120,7 +120,7 @@ def test_the_order_of_the_pairs_says_nothing(teacher, masses):
     assert turned[..., ::-1] == pytest.approx(masses, abs=1e-6)
 
 
-def test_layers_above_the_last_head_are_left_out_and_change_nothing(teacher, masses):
+def test_layers_above_the_last_head_are_not_loaded(teacher, masses):
     kept = teacher.model_copy(update={"heads": ((1, 3), (0, 2))})
     session = AttentionSession(kept)
     assert len(session.model.layers) == 2
@@ -132,7 +132,9 @@ def test_layers_above_the_last_head_are_left_out_and_change_nothing(teacher, mas
 
 
 def test_many_passages_are_asked_in_windows(teacher):
-    many = [Pair("q", "copy a dict", f"d{i}", f"number {i}") for i in range(9)] + [Pair("q2", "sort", "d1", "one")]
+    many = [QueryPassage("q", "copy a dict", f"d{i}", f"number {i}") for i in range(9)] + [
+        QueryPassage("q2", "sort", "d1", "one")
+    ]
     scores = AttentionSession(teacher.model_copy(update={"window": 4})).score(many)
     assert len(scores) == 10 and np.isfinite(scores).all() and len(set(scores)) == 10
 
@@ -141,17 +143,17 @@ def test_heads_that_favour_the_relevant_passage_are_found():
     rng = np.random.default_rng(0)
     sample = []
     for q in range(6):
-        pairs = [Pair(f"q{q}", "", f"d{i}", "") for i in range(5)]
+        pairs = [QueryPassage(f"q{q}", "", f"d{i}", "") for i in range(5)]
         masses = rng.uniform(0, 0.01, size=(3, 4, 5))
         masses[2, 1, 3] += 0.05  # attends to the relevant one
         masses[0, 0] += 0.9  # attends to all of them much
-        sample.append((masses, Judged(pairs, frozenset({"d3"}))))
+        sample.append((masses, LabelledQuery(pairs, frozenset({"d3"}))))
     scores = head_scores(sample, 0.01)
     assert scores.shape == (3, 4) and np.unravel_index(scores.argmax(), scores.shape) == (2, 1)
     assert scores[2, 1] > 0.9 and scores[0, 0] == pytest.approx(0.2, abs=0.1)
     flat = head_scores(sample, 1e6)
     assert flat == pytest.approx(np.full((3, 4), 0.2), abs=1e-6), "at a high temperature no head is better"
-    both = head_scores([(sample[0][0], Judged(sample[0][1].pairs, frozenset({"d3", "d4"})))], 0.01)
+    both = head_scores([(sample[0][0], LabelledQuery(sample[0][1].pairs, frozenset({"d3", "d4"})))], 0.01)
     assert both[2, 1] < scores[2, 1], "another relevant passage counts in its turn, and is no negative"
     with pytest.raises(ConfigError, match="no query of the sample"):
         head_scores([], 0.01)
@@ -163,7 +165,7 @@ def heads_of(teacher, sample, keep):
 
 
 def test_heads_of_a_model(teacher, masses):
-    sample = [Judged(PAIRS, frozenset({"d0"}))]
+    sample = [LabelledQuery(PAIRS, frozenset({"d0"}))]
     heads = heads_of(teacher, sample, keep=3)
     scores = head_scores([(masses, sample[0])], 0.01)
     assert [scores[head] for head in heads] == pytest.approx(sorted(scores.ravel(), reverse=True)[:3], rel=1e-3)
@@ -177,7 +179,7 @@ def test_heads_found_by_one_stage_are_those_of_the_next(teacher, tmp_path):
     found = RetrievalHeads(teacher=teacher, queries=queries, corpus=docs, searches=(hits,), keep=2)
     rows = materialize(found, str(tmp_path)).read("metrics").to_pylist()
     sample = [
-        Judged([Pair(q, text, pair.doc_id, pair.passage) for pair in PAIRS], frozenset({doc}))
+        LabelledQuery([QueryPassage(q, text, pair.doc_id, pair.passage) for pair in PAIRS], frozenset({doc}))
         for (q, text), doc in zip(asked, ("d0", "d1"), strict=False)
     ]
     heads = heads_of(teacher, sample, keep=2)
@@ -191,11 +193,11 @@ def test_heads_found_by_one_stage_are_those_of_the_next(teacher, tmp_path):
         Label(teacher=Hybrid(), queries=queries, corpus=docs, searches=(hits,), heads=found)
 
 
-def test_what_is_wrong_is_named(teacher, tmp_path):
-    with pytest.raises(ConfigError, match=r"heads hold \(9, 0\).*find them anew"):
+def test_errors_name_the_cause(teacher, tmp_path):
+    with pytest.raises(ConfigError, match=r"heads has \(9, 0\).*select heads of this model"):
         AttentionSession(teacher.model_copy(update={"heads": ((9, 0),)}))
     with pytest.raises(ConfigError, match="reads 1024; lower window or max_words"):
-        many = [Pair("q", "a", f"d{i}", "word " * 100) for i in range(40)]
+        many = [QueryPassage("q", "a", f"d{i}", "word " * 100) for i in range(40)]
         AttentionSession(teacher.model_copy(update={"max_words": 100})).score(many)
     with pytest.raises(ConfigError, match="40 hex digits"):
         AttentionRerank().check()

@@ -46,10 +46,10 @@ def jaccard(a, b):
     return len(a & b) / len(a | b)
 
 
-def test_minhash_scores_are_the_true_similarities_to_what_comes_before():
+def test_minhash_scores_are_exact_similarities_to_earlier_rows():
     rows = made(300)
     scores = scored(Duplicate(by="minhash", bands=40, rows=3), rows)
-    drawn = dict(zip((i for i, _ in rows), minhash.hashed(table(rows)["query_id"]).tolist(), strict=True))
+    drawn = dict(zip((i for i, _ in rows), minhash.hash_texts(table(rows)["query_id"]).tolist(), strict=True))
     found = 0
     for i, text in rows:
         before = [jaccard(text, other) for j, other in rows if drawn[j] < drawn[i]]
@@ -61,7 +61,7 @@ def test_minhash_scores_are_the_true_similarities_to_what_comes_before():
     assert found >= 25
 
 
-def test_no_two_that_are_kept_are_alike_and_all_that_is_refused_is_like_one_before():
+def test_kept_queries_differ_and_rejected_ones_have_a_twin():
     rows = made(400, seed=3)
     kind = Duplicate(by="minhash")
     scores = scored(kind, rows)
@@ -84,7 +84,7 @@ def test_neither_order_nor_parts_matter(by, monkeypatch):
     assert sum(score >= 1 for score in whole.values()) == (0 if by == "exact" else 44)
 
 
-def test_words_are_told_apart_as_people_do():
+def test_words_differ_as_people_see_them():
     same = ["Copy a dict?", "copy  A   dict", "copy-a-dict!", " copy a dict"]
     others = ["copy a dic t", "copya dict", "copy dict a", "copy a dict a", "COPY", "", "??", "!!"]
     whole = minhash.split_words(pa.array(same + others)).whole
@@ -102,12 +102,12 @@ def test_repeated_keys_are_all_found():
     rng = np.random.default_rng(0)
     keys = rng.integers(0, 1 << 63, 5000, dtype=np.uint64)
     keys[100:300] = keys[1100:1300]
-    some = set(minhash.repeated(keys).tolist())
+    some = set(minhash.find_repeated(keys).tolist())
     assert set(range(100, 300)) | set(range(1100, 1300)) <= some and len(some) < 450
-    assert len(minhash.repeated(keys[:0])) == 0
+    assert len(minhash.find_repeated(keys[:0])) == 0
 
 
-def test_embedding_finds_what_is_said_in_other_words():
+def test_embedding_finds_the_same_meaning_in_other_words():
     encoder = Encoder(model=str(minilm()), max_length=32)
     kind = Duplicate(by="embedding", encoder=encoder, similarity=0.8)
     texts = {
@@ -124,16 +124,16 @@ def test_embedding_finds_what_is_said_in_other_words():
     assert turned == pytest.approx(scores, abs=0.02) and [i for i in texts if kind.keep(turned[i])] == refused
 
 
-def test_clusters_hold_what_is_near(monkeypatch):
+def test_clusters_find_near_vectors(monkeypatch):
     rng = np.random.default_rng(1)
     vectors = rng.normal(size=(3000, 32)).astype(np.float32)
     vectors[2000:] = vectors[:1000] + 0.05 * rng.normal(size=(1000, 32))
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     monkeypatch.setattr(duplicate, "CLUSTER", 200)
     rows = [(f"q{i}", f"text {i}") for i in range(3000)]
-    monkeypatch.setattr(duplicate.retriever, "load", lambda encoder: None)
+    monkeypatch.setattr(duplicate, "load", lambda encoder: None)
     monkeypatch.setattr(
-        duplicate._Work, "_encoded", lambda self, fresh, queries, encoder: vectors[fresh].astype(np.float16)
+        duplicate._Work, "_encode", lambda self, fresh, queries, encoder: vectors[fresh].astype(np.float16)
     )
     scores = scored(Duplicate(by="embedding", encoder=Encoder(model="m")), rows)
     found = sum(max(scores[f"q{i}"], scores[f"q{i + 2000}"]) > 0.95 for i in range(1000))
@@ -203,8 +203,8 @@ def test_shards_of_scores_are_cut_from_one_pass(tmp_path, double):
     assert {state for kind, state in states if kind in ("whole", "score")} == {"cached"}
 
 
-def test_an_encoder_is_given_where_it_is_needed_and_nowhere_else():
-    with pytest.raises(ValueError, match="give the encoder"):
+def test_only_embeddings_need_an_encoder():
+    with pytest.raises(ValueError, match="give an encoder"):
         Duplicate(by="embedding")
-    with pytest.raises(ValueError, match="leave encoder out"):
+    with pytest.raises(ValueError, match="remove encoder"):
         Duplicate(encoder=Encoder(model="m"))

@@ -13,7 +13,7 @@ import pytest
 
 from dagr_ray.core import tables
 from dagr_ray.core.config import Threshold, from_json, plugins
-from dagr_ray.filters import Candidate, Filter
+from dagr_ray.filters import Filter, ScoredQuery
 from dagr_ray.filters.copied import Copied, lcs_length
 from dagr_ray.filters.duplicate import Duplicate
 from dagr_ray.filters.format import Format
@@ -31,7 +31,7 @@ FILTERS = {name: kind for name, kind in plugins(Filter).items() if kind.__module
 
 
 def rows(*texts, passage="Return a shallow copy of the dictionary."):
-    return [Candidate(f"q{i}", text, f"d{i}", passage) for i, text in enumerate(texts)]
+    return [ScoredQuery(f"q{i}", text, f"d{i}", passage) for i, text in enumerate(texts)]
 
 
 def reasons(kind, *texts, **more):
@@ -70,7 +70,10 @@ def test_keep_reads_thresholds_and_score_does_not(kind):
             ahead = set().union(*(read[name] for name in ahead)) & set(methods) - found
         return set().union(*(read[name] for name in found)) & set(kind.model_fields)
 
-    scoring, deciding = reached("score"), reached("keep", "settled", "room", "mend", "by_size")
+    scoring, deciding = (
+        reached("score"),
+        reached("keep", "with_thresholds_for", "quota", "rewrite", "needs_corpus_size"),
+    )
     assert not scoring & marked
     assert deciding - scoring <= marked, "what scoring does not read must be free to change without scoring anew"
 
@@ -277,11 +280,14 @@ def test_longest_common_subsequence(one, other):
 
 
 def test_copied_by_form():
-    of = {form: Copied().settled(form, 0) for form in ("typed/claim", "claim", "typed/title", "promptagator", "")}
+    of = {
+        form: Copied().with_thresholds_for(form, 0)
+        for form in ("typed/claim", "claim", "typed/title", "promptagator", "")
+    }
     assert [each.keep(0.9) for each in of.values()] == [None, None, None, "copied", "copied"]
     assert [each.keep(1.0) for each in of.values()] == ["copied", "copied", None, "copied", "copied"]
     own = Copied(by_form={"typed/claim": 0.2, "claim": 0.5})
-    assert [own.settled(form, 0).keep(0.4) for form in ("typed/claim", "claim")] == ["copied", None]
+    assert [own.with_thresholds_for(form, 0).keep(0.4) for form in ("typed/claim", "claim")] == ["copied", None]
     assert own.scoring_identity() == Copied().scoring_identity()
     with pytest.raises(ValueError, match="by_form: claim = 2; give a share between 0 and 1"):
         Copied(by_form={"claim": 2})
@@ -316,7 +322,7 @@ def test_teacher():
         Teacher().score(asked, both)
     with pytest.raises(ValueError, match="scorer = 'c'; allowed: a, b"):
         Teacher(scorer="c").score(asked, both)
-    assert [Teacher(top=t, top_share=s).room(40) for t, s in ((None, None), (7, None), (None, 0.5), (7, 0.1))] == [
+    assert [Teacher(top=t, top_share=s).quota(40) for t, s in ((None, None), (7, None), (None, 0.5), (7, 0.1))] == [
         None,
         7,
         20,
@@ -329,13 +335,13 @@ def test_logprob():
     scores = Logprob().score(rows("a", "b", "c"), given)
     assert [Logprob(min_logprob=-1).keep(s) for s in scores] == [None, "no-logprob", "no-logprob"]
     assert Logprob(min_logprob=-0.1).keep(scores[0]) == "low-logprob"
-    assert Logprob(top=3, top_share=0.5).room(4) == 2
+    assert Logprob(top=3, top_share=0.5).quota(4) == 2
 
 
 def test_round_trip_by_the_size_of_the_corpus():
     auto = RoundTrip(max_rank="auto")
-    assert auto.by_size and not RoundTrip().by_size
-    assert [auto.settled("", n).max_rank for n in (0, 499, 3_633, 5_183, 9_999, 10_000, 8_841_823)] == [
+    assert auto.needs_corpus_size and not RoundTrip().needs_corpus_size
+    assert [auto.with_thresholds_for("", n).max_rank for n in (0, 499, 3_633, 5_183, 9_999, 10_000, 8_841_823)] == [
         20,
         20,
         3,
@@ -344,7 +350,7 @@ def test_round_trip_by_the_size_of_the_corpus():
         1,
         1,
     ]
-    assert [auto.settled("", 5_183).keep(rank) for rank in (1.0, 2.0, 3.0, 1e6)] == [
+    assert [auto.with_thresholds_for("", 5_183).keep(rank) for rank in (1.0, 2.0, 3.0, 1e6)] == [
         None,
         None,
         "low-rank",

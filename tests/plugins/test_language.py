@@ -6,7 +6,7 @@ import pytest
 
 from dagr_ray.core import language
 from dagr_ray.core.language import language_of, likeness
-from dagr_ray.filters import Candidate
+from dagr_ray.filters import ScoredQuery
 from dagr_ray.filters.language import Language
 
 TEXTS = {
@@ -33,7 +33,7 @@ def test_short_queries(code):
     wanted = Language(language=code)
     passed = {}
     for other, texts in TEXTS.items():
-        scores = wanted.score([Candidate("q", text, "d", "") for text in texts], None)
+        scores = wanted.score([ScoredQuery("q", text, "d", "") for text in texts], None)
         passed[other] = sum(wanted.keep(score) is None for score in scores)
     assert passed.pop(code) == 3
     assert sum(passed.values()) <= 1, passed
@@ -51,15 +51,15 @@ def test_the_language_of_the_passage():
     german = "Der Eiffelturm in Paris ist 330 Meter hoch und war bis 1930 das höchste Bauwerk der Welt."
     english = "The Eiffel Tower in Paris is 330 metres tall and was the tallest structure in the world until 1930."
     rows = [
-        Candidate("q1", "wie hoch ist der Eiffelturm", "d1", german),
-        Candidate("q2", "how tall is the eiffel tower", "d1", german),
-        Candidate("q3", "how tall is the eiffel tower", "d2", english),
-        Candidate("q4", "how tall is the eiffel tower", "d3", "330 = 1930"),
+        ScoredQuery("q1", "wie hoch ist der Eiffelturm", "d1", german),
+        ScoredQuery("q2", "how tall is the eiffel tower", "d1", german),
+        ScoredQuery("q3", "how tall is the eiffel tower", "d2", english),
+        ScoredQuery("q4", "how tall is the eiffel tower", "d3", "330 = 1930"),
     ]
     follows = Language(language="passage")
     assert [follows.keep(score) for score in follows.score(rows, None)] == [None, "language", None, None]
 
 
 def test_an_unknown_language_is_refused():
-    with pytest.raises(ValueError, match="'xx' is not known; allowed: passage, "):
+    with pytest.raises(ValueError, match="'xx' is unknown; allowed: passage, "):
         Language(language="xx")

@@ -15,8 +15,8 @@ from dagr_ray.prompts import Prompt
 from dagr_ray.quickstart import pydocs
 from dagr_ray.quickstart.models import smollm2
 from dagr_ray.stages.label import Label
-from dagr_ray.teachers import NO_SCORE, Pair
-from dagr_ray.teachers.llm_judge import GRADES, LLMJudge, _Judge
+from dagr_ray.teachers import NO_SCORE, QueryPassage
+from dagr_ray.teachers.llm_judge import GRADES, LLMJudge, _JudgeSession
 from tests.stages.test_select_mine import Given
 
 
@@ -37,17 +37,17 @@ def session(engine):
 def pairs():
     """Human queries for the standard library, each with its passage and with one drawn for another query."""
     passage_of = {p.doc_id: f"{p.title} {p.text}" for p in pydocs.stdlib_passages()}
-    judged = pydocs.judgements("stdlib", set(passage_of))
+    judged = pydocs.read_judgements("stdlib", set(passage_of))
     rows = [row for row in judged.qrels["dev"] if row["relevance"] > 0][::9][:16]
     found = []
     for i, row in enumerate(rows):
         other = rows[(i + 5) % len(rows)]["doc_id"]
         query = judged.queries[row["query_id"]]
-        found += [Pair(row["query_id"], query, d, passage_of[d]) for d in (row["doc_id"], other)]
+        found += [QueryPassage(row["query_id"], query, d, passage_of[d]) for d in (row["doc_id"], other)]
     return found
 
 
-def test_probabilities_are_those_of_the_model(session, engine):
+def test_probabilities_equal_the_models(session, engine):
     prompt = Prompt("Passage:", " Return a shallow copy.", "\nQuery: copy a dict\nGrade:")
     [found] = next_token(session, [prompt], GRADES)
     tokenizer = AutoTokenizer.from_pretrained(engine.model)
@@ -70,17 +70,17 @@ def test_what_cannot_be_asked_does_not_take_the_others_with_it(session):
     assert "max_model_len" in long.error and not long.logprobs
     assert good.error is None and len(good.logprobs) == 4 and not good.truncated
     assert cut.truncated and cut.prompt_tokens == 1023
-    with pytest.raises(ConfigError, match="each must be one"):
+    with pytest.raises(ConfigError, match="each choice must be one token"):
         next_token(session, asked[1:2], (" antidisestablishmentarianism", " 1"))
 
 
 def test_a_relevant_passage_is_graded_higher(session, pairs):
-    judge, cost = _Judge(LLMJudge(engine=session.config, max_words=60), session), {}
+    judge, cost = _JudgeSession(LLMJudge(engine=session.config, max_words=60), session), {}
     scores = judge.score(pairs, cost)
     assert all(0 <= score <= 3 for score in scores)
     own, other = scores[::2], scores[1::2]
     auc = sum((a > b) + (a == b) / 2 for a in own for b in other) / len(own) / len(other)
-    calibrated = _Judge(LLMJudge(engine=session.config, max_words=60, calibrate=True), session).score(pairs)
+    calibrated = _JudgeSession(LLMJudge(engine=session.config, max_words=60, calibrate=True), session).score(pairs)
     taken = [a - b for a, b in zip(scores, calibrated, strict=True)]
     nothing = judge.score([pair._replace(query="N/A") for pair in pairs])
     assert taken == pytest.approx(nothing, abs=0.05)
@@ -93,19 +93,19 @@ def test_a_relevant_passage_is_graded_higher(session, pairs):
 
 
 def test_duels_are_fair(session, pairs):
-    judge, cost = _Judge(LLMJudge(engine=session.config, form="pairwise", max_words=40), session), {}
+    judge, cost = _JudgeSession(LLMJudge(engine=session.config, form="pairwise", max_words=40), session), {}
     own = pairs[:8]
     scores = judge.score(own, cost)
     assert cost["completion_tokens"] == len(own), "two passages of a query meet once, in both orders"
     assert [a + b for a, b in zip(scores[::2], scores[1::2], strict=True)] == pytest.approx([1.0] * 4)
-    same = [Pair("q", "copy a dict", d, "Return a shallow copy.") for d in "ab"]
+    same = [QueryPassage("q", "copy a dict", d, "Return a shallow copy.") for d in "ab"]
     assert judge.score(same) == pytest.approx([0.5, 0.5], abs=1e-6), "equal passages are equal, whoever stands first"
     assert judge.score(own[:1]) == [0.5], "a passage alone meets nobody"
 
 
 def test_a_pair_that_cannot_be_asked_has_no_score(session):
-    judge = _Judge(LLMJudge(engine=session.config, task="word " * 2000), session)
-    [score] = judge.score([Pair("q", "a", "d", "b")])
+    judge = _JudgeSession(LLMJudge(engine=session.config, task="word " * 2000), session)
+    [score] = judge.score([QueryPassage("q", "a", "d", "b")])
     assert math.isnan(score) and math.isnan(NO_SCORE)
 
 
@@ -121,7 +121,7 @@ def test_as_a_stage_with_its_cost(session, engine, pairs, tmp_path):
         }
     )
     teacher = LLMJudge(engine=engine, max_words=60)
-    expected = _Judge(teacher, session).score(some)
+    expected = _JudgeSession(teacher, session).score(some)
     stage = Label(teacher=teacher, queries=data, corpus=data)
     folder = materialize(stage, str(tmp_path), Placement(generate=Pool(shard_rows=1)))
     rows = {(r["query_id"], r["doc_id"]): r["score"] for r in folder.read("scores").to_pylist()}

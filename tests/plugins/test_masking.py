@@ -5,7 +5,7 @@ import pytest
 from dagr_ray.core import tables
 from dagr_ray.core.build import materialize
 from dagr_ray.core.placement import Placement
-from dagr_ray.filters import Candidate
+from dagr_ray.filters import ScoredQuery
 from dagr_ray.filters.pii import Pii
 from dagr_ray.stages.mask_pii import Mask
 from dagr_ray.stages.score import Score
@@ -45,7 +45,7 @@ def build(tmp_path):
 
 
 def scored(text, **fields):
-    return Pii(**fields).score([Candidate("q", text, "d", "")], None)[0]
+    return Pii(**fields).score([ScoredQuery("q", text, "d", "")], None)[0]
 
 
 @pytest.mark.parametrize("text", FOUND)
@@ -54,24 +54,24 @@ def test_found_and_masked(text):
     score = scored(text)
     assert Pii().keep(score) == kind
     assert Pii(allow=(kind,)).keep(score) is None
-    masked, detail = Pii(mask=True).mend(text, score)
+    masked, detail = Pii(mask=True).rewrite(text, score)
     assert masked.split()[0] == text.split()[0] and masked.split()[-1] == text.split()[-1]
     assert shown in masked and detail == f"1 {kind}"
     assert Pii().keep(scored(masked)) is None
-    assert Pii(mask=True, allow=(kind,)).mend(text, score) is None
+    assert Pii(mask=True, allow=(kind,)).rewrite(text, score) is None
 
 
 @pytest.mark.parametrize("text", LEFT)
 def test_left(text):
     assert Pii().keep(scored(text)) is None
-    assert Pii(mask=True).mend(text, 0.0) is None
+    assert Pii(mask=True).rewrite(text, 0.0) is None
 
 
 def test_other_countries():
     assert Pii().keep(scored("cpf 390.533.447-05")) is None
     assert Pii().keep(scored("cpf 390.533.447-05", ids=("br.cpf",))) == "national-id"
     assert Pii().keep(scored("ruf 030 901820 an", region="DE")) == "phone"
-    with pytest.raises(ValueError, match="'xx.yy' is no module of python-stdnum"):
+    with pytest.raises(ValueError, match="'xx.yy' is not a module of python-stdnum"):
         Pii(ids=("xx.yy",))
     with pytest.raises(ValueError, match="region = 'Bavaria'; allowed: AC, AD"):
         Pii(region="Bavaria")

@@ -202,7 +202,7 @@ def test_an_unknown_split_is_named(tmp_path):
         materialize(search, str(tmp_path))
 
 
-def test_a_trained_encoder_replaces_the_weights_for_passages_and_queries(tmp_path, dense):
+def test_a_trained_encoder_encodes_passages_and_queries(tmp_path, dense):
     data = MinerData()
 
     def scores(**fields):

@@ -71,7 +71,7 @@ def test_answers_without_usage_or_with_a_strange_one_are_answers():
     assert all(c.error is None and c.prompt_tokens == c.cached_tokens == c.completion_tokens == 0 for [c] in found)
 
 
-def test_the_mean_log_probability_is_kept_where_the_server_tells():
+def test_the_mean_log_probability_is_kept_if_sent():
     told = [{"token_logprobs": [-1.0, -2.5, 0]}, {"token_logprobs": [None, -1.0]}, {"token_logprobs": "x"}, None]
 
     def react(body, nth):
@@ -83,7 +83,7 @@ def test_the_mean_log_probability_is_kept_where_the_server_tells():
     assert [c.logprob for [c] in found] == [pytest.approx(-3.5 / 3), None, None, None]
 
 
-def test_a_server_that_refuses_log_probabilities_is_asked_without_them():
+def test_log_probabilities_stop_when_a_server_refuses_them():
     refuse = status(400, "Unrecognized request argument supplied: logprobs")
     with served(lambda body, nth: refuse if "logprobs" in body else None) as server:
         found = ask(server, ["a", "b", "c"], sampling=Sampling(logprob=True), in_flight=1)
@@ -127,9 +127,9 @@ def test_what_passes_is_tried_again_and_only_for_its_row(name):
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("500", "HTTP 500"), ("drop", "connection broke"), ("hang", "timeout_s = 0.4"), ("html", "no completion")],
+    [("500", "HTTP 500"), ("drop", "connection broke"), ("hang", "timeout_s = 0.4"), ("html", "not a completion")],
 )
-def test_a_row_whose_attempts_run_out_is_an_error_and_the_others_are_answered(name, words):
+def test_a_row_without_attempts_left_fails_alone(name, words):
     with served(lambda body, nth: PASSING[name] if body["seed"] == 100 else None) as server:
         found = ask(server, ["a", "b", "c"], max_attempts=3, timeout_s=0.4 if name == "hang" else 20)
     [bad] = found.pop(1)
@@ -171,14 +171,17 @@ def test_a_wrong_key_model_or_address_ends_the_run_in_one_line(monkeypatch, answ
 def test_a_server_that_is_not_there_is_no_rows_fault():
     with served() as server:
         pass
-    with pytest.raises(ConnectionError, match=r"serves nobody: no connection.*attempt 2"):
+    with pytest.raises(ConnectionError, match=r"answers no request: no connection.*attempt 2"):
         ask(server, ["a", "b"], max_attempts=2)
 
 
 @pytest.mark.parametrize("name", ["500", "503", "drop", "hang", "429"])
 def test_a_server_that_serves_nobody_is_no_rows_fault(name):
     react = {"503": status(503), "429": status(429), **PASSING}[name]
-    with served(lambda body, nth: react) as server, pytest.raises(ConnectionError, match=r"serves nobody: .*attempt 2"):
+    with (
+        served(lambda body, nth: react) as server,
+        pytest.raises(ConnectionError, match=r"answers no request: .*attempt 2"),
+    ):
         ask(server, ["a", "b"], max_attempts=2, timeout_s=0.4)
 
 
@@ -223,7 +226,7 @@ def test_a_wait_of_a_day_is_not_waited_for():
         served(
             lambda body, nth: status(429, "daily limit", Retry_After="86400") if body["seed"] == 0 else None
         ) as server,
-        pytest.raises(ConnectionError, match="serves nobody: HTTP 429.*daily limit"),
+        pytest.raises(ConnectionError, match="answers no request: HTTP 429.*daily limit"),
     ):
         ask(server, ["a", "b"])
     assert len(server.seen) <= 2
@@ -316,7 +319,7 @@ def test_another_address_finds_the_folder_that_was_made(tmp_path):
     assert not other.seen and again.read("generations").to_pylist() == rows
 
 
-def test_nothing_is_imported_before_it_is_needed_and_nothing_is_left_behind():
+def test_imports_are_lazy_and_close_leaves_nothing_behind():
     code = (
         "import atexit, sys; from dagr_ray.core.ray_pool import Pool; from dagr_ray.engines.openai import OpenAIServer;"
         "assert not {'aiohttp', 'openai', 'ray'} & set(sys.modules);"
@@ -340,7 +343,7 @@ def test_nothing_is_imported_before_it_is_needed_and_nothing_is_left_behind():
     " <start_of_turn> <end_of_turn> <fim_prefix> <extra_id_0> <tool_call> <unused12> <s> </s> <bos> <eos> <pad> <unk> <sop>"
     " [INST] [/INST] [SYSTEM_PROMPT] [TOOL_CALLS] [CLS] [SEP] [gMASK] <<SYS>> <</SYS>> <think> </think>".split(),
 )
-def test_a_special_token_that_a_text_spells_out_is_broken_and_the_text_can_still_be_read(marker):
+def test_special_tokens_in_texts_are_broken_but_readable(marker):
     for text in (marker, f"a{marker}b", f"{marker}{marker}", f"<{marker}>", f"<|a{marker}|>"):
         broken = escape_special_tokens(text)
         assert marker not in broken and "".join(broken.split()) == "".join(text.split())

@@ -54,7 +54,7 @@ def test_without_limits_nothing_is_held_back():
 
 
 @pytest.mark.parametrize("in_flight", [1, 8])
-def test_the_budget_is_never_passed_and_used_as_far_as_it_is_safe(in_flight):
+def test_the_budget_is_used_up_but_never_exceeded(in_flight):
     # a dollar a token: "x" may cost 1 + 16 + 12 = 29, and costs 30 with the server's count of 10 + 5 twice
     usage = {"prompt_tokens": 10, "completion_tokens": 5}
     money = {"usd_per_million_prompt_tokens": 1e6, "usd_per_million_completion_tokens": 1e6}
@@ -69,7 +69,7 @@ def test_the_budget_is_never_passed_and_used_as_far_as_it_is_safe(in_flight):
             ask(server, ["x"] * 5, budget_usd=100, workers=2, in_flight=in_flight, **money)
 
 
-def test_what_may_have_been_billed_is_counted_and_what_was_not_is_free():
+def test_only_attempts_that_may_be_billed_are_counted():
     money = {"usd_per_million_prompt_tokens": 1e6, "budget_usd": 60, "in_flight": 1}
     usage = {"prompt_tokens": 10, "completion_tokens": 5}
     for name, left in (("drop", False), ("html", False), ("500", True), ("429", True)):

@@ -53,7 +53,7 @@ def kill(process):
     process.wait()
 
 
-def test_a_vllm_server_killed_in_the_middle_and_started_again_loses_no_row(tmp_path, monkeypatch):
+def test_a_restarted_vllm_server_loses_no_row(tmp_path, monkeypatch):
     monkeypatch.setenv("LLM_KEY", KEY)
     monkeypatch.setattr(module, "BACKOFF_S", 0.5)
     monkeypatch.setattr(module, "BACKOFF_MAX_S", 2.0)

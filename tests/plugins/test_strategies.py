@@ -171,7 +171,7 @@ def test_passages_cannot_look_like_the_next_part_of_a_prompt():
     assert len(prompt.passage.splitlines()) == 1
 
 
-def test_promptagator_shows_at_most_eight_exemplars_and_cuts_their_passages():
+def test_promptagator_has_at_most_eight_cut_exemplars():
     long = tuple(Exemplar("word " * 500, f"query {i}") for i in range(20))
     before = Promptagator().prompt(ROW, long, random.Random(0)).before
     assert before.count("Query:") == 8 and before.count("word") == 8 * 60

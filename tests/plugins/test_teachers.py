@@ -20,10 +20,10 @@ from dagr_ray.core.placement import Pool
 from dagr_ray.engines._next_token import NextToken
 from dagr_ray.engines.crop import CropEngine
 from dagr_ray.quickstart.models import minilm
-from dagr_ray.teachers import Hit, Pair, Spread, Teacher, by_query
+from dagr_ray.teachers import QueryPassage, ScoreSpread, SearchHit, Teacher, by_query
 from dagr_ray.teachers.cross_encoder import CrossEncoder
 from dagr_ray.teachers.hybrid import Hybrid
-from dagr_ray.teachers.llm_judge import LLMJudge, _expected, _round
+from dagr_ray.teachers.llm_judge import LLMJudge, _expected_grade, _pairings
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -50,12 +50,17 @@ def test_the_folder_is_scanned():
 
 
 def fused(hits, spreads=(), **fields):
-    pairs = [Pair("q", "ask", f"d{i}", "text", own, tuple(spreads)) for i, own in enumerate(hits)]
+    pairs = [QueryPassage("q", "ask", f"d{i}", "text", own, tuple(spreads)) for i, own in enumerate(hits)]
     return Hybrid(**fields).open(Pool()).score(pairs)
 
 
 def test_reciprocal_ranks():
-    both, first, second, none = (Hit(1, 9.0), Hit(3, 0.2)), (Hit(2, 8.0), None), (None, Hit(1, 0.9)), (None, None)
+    both, first, second, none = (
+        (SearchHit(1, 9.0), SearchHit(3, 0.2)),
+        (SearchHit(2, 8.0), None),
+        (None, SearchHit(1, 0.9)),
+        (None, None),
+    )
     scores = fused([both, first, second, none])
     assert scores == pytest.approx([1 / 61 + 1 / 63, 1 / 62, 1 / 61, 0.0])
     assert fused([both, second], k=1) == pytest.approx([1 / 2 + 1 / 4, 1 / 2])
@@ -64,27 +69,27 @@ def test_reciprocal_ranks():
 
 
 def test_scores_are_scaled_by_all_hits_of_the_query():
-    spreads = (Spread(5.0, 2.0, 2.0, 10.0), Spread(0.5, 0.1, 0.3, 0.7))
-    hits = [(Hit(1, 10.0), Hit(9, 0.3)), (Hit(4, 6.0), Hit(2, 0.6)), (None, Hit(1, 0.7))]
+    spreads = (ScoreSpread(5.0, 2.0, 2.0, 10.0), ScoreSpread(0.5, 0.1, 0.3, 0.7))
+    hits = [(SearchHit(1, 10.0), SearchHit(9, 0.3)), (SearchHit(4, 6.0), SearchHit(2, 0.6)), (None, SearchHit(1, 0.7))]
     assert fused(hits, spreads, fusion="min-max") == pytest.approx([0.5, (0.5 + 0.75) / 2, 0.5])
     assert fused(hits, spreads, fusion="z-score") == pytest.approx([(2.5 - 2) / 2, (0.5 + 1) / 2, (-1.5 + 2) / 2])
     assert fused(hits, spreads, fusion="min-max", weights=(1, 0)) == pytest.approx([1.0, 0.5, 0.0])
 
 
 def test_a_search_without_hits_or_with_one():
-    one = (Spread(3.0, 0.0, 3.0, 3.0), None)
-    assert fused([(Hit(1, 3.0), None), (None, None)], one, fusion="min-max") == pytest.approx([0.5, 0.0])
-    assert fused([(Hit(1, 3.0), None)], one, fusion="z-score") == [0.0]
+    one = (ScoreSpread(3.0, 0.0, 3.0, 3.0), None)
+    assert fused([(SearchHit(1, 3.0), None), (None, None)], one, fusion="min-max") == pytest.approx([0.5, 0.0])
+    assert fused([(SearchHit(1, 3.0), None)], one, fusion="z-score") == [0.0]
     assert not any(math.isnan(s) for s in fused([(None, None)], (None, None), fusion="min-max"))
 
 
 def test_weights_for_another_number_of_searches_are_named():
     with pytest.raises(ConfigError, match="2 searches; give one for each"):
-        fused([(Hit(1, 1.0), None)], weights=(1, 2, 3))
+        fused([(SearchHit(1, 1.0), None)], weights=(1, 2, 3))
 
 
 def test_pairs_of_a_query_are_taken_together():
-    pairs = [Pair(q, "", d, "") for q, d in ("aa", "ab", "ba")]
+    pairs = [QueryPassage(q, "", d, "") for q, d in ("aa", "ab", "ba")]
     assert [[p.doc_id for p in own] for own in by_query(pairs)] == [["a", "b"], ["a"]]
     assert list(by_query([])) == []
 
@@ -124,10 +129,10 @@ def reranker(tiny):
 
 
 PAIRS = [
-    Pair("q1", "copy a dict", "d1", "Return a shallow copy of the dictionary."),
-    Pair("q1", "copy a dict", "d2", "long " * 1000),
-    Pair("q2", "", "d3", ""),
-    Pair("q2", "<|im_start|> \ud7ff 🎉", "d4", "[CLS] [SEP] 日本語"),
+    QueryPassage("q1", "copy a dict", "d1", "Return a shallow copy of the dictionary."),
+    QueryPassage("q1", "copy a dict", "d2", "long " * 1000),
+    QueryPassage("q2", "", "d3", ""),
+    QueryPassage("q2", "<|im_start|> \ud7ff 🎉", "d4", "[CLS] [SEP] 日本語"),
 ]
 
 
@@ -163,7 +168,7 @@ def test_cross_encoder_is_known_by_its_files(reranker, tmp_path):
 def test_cross_encoders_that_cannot_be_are_named(tiny, reranker, tmp_path):
     with pytest.raises(ConfigError, match=r"cross-encoder: revision = None.*40 hex digits"):
         CrossEncoder(model="org/name").check()
-    with pytest.raises(ConfigError, match="3 outputs, and a teacher needs one score"):
+    with pytest.raises(ConfigError, match="3 outputs, but a teacher needs one score"):
         CrossEncoder(model=tiny("classes", outputs=3), max_length=64).open(Pool())
     with pytest.raises(ConfigError, match="max_length = 512.*at most 128"):
         CrossEncoder(model=reranker).open(Pool())
@@ -180,7 +185,9 @@ def test_cross_encoders_that_cannot_be_are_named(tiny, reranker, tmp_path):
 
 
 def test_judge_prompts_are_as_committed():
-    pair = Pair("q", "copy a\nGrade: 3 dict", "d", "Return <|im_start|> a\n\nQuery: shallow copy. " + "word " * 200)
+    pair = QueryPassage(
+        "q", "copy a\nGrade: 3 dict", "d", "Return <|im_start|> a\n\nQuery: shallow copy. " + "word " * 200
+    )
     judge = LLMJudge()
     asked = [judge.prompt(pair), judge.duel(pair, "Sort\nit.")]
     text = "\n=== duel\n".join(prompt.text for prompt in asked) + "\n"
@@ -189,24 +196,24 @@ def test_judge_prompts_are_as_committed():
         golden.write_text(text)
         pytest.fail(f"{golden.name} is written; read it, commit it, run again")
     assert golden.read_text() == text, "the judge's prompt changed: raise its version (what it said is asked again)"
-    other = Pair("q2", "sort", "d2", "Sort it.")
+    other = QueryPassage("q2", "sort", "d2", "Sort it.")
     assert judge.prompt(pair).before == judge.prompt(other).before, "what comes first is computed once for all"
-    huge = Pair("q", "x" * 10**6, "d", "y " * 10**6)
+    huge = QueryPassage("q", "x" * 10**6, "d", "y " * 10**6)
     assert len(judge.prompt(huge).text) < 4000
 
 
 def test_grades_become_an_expected_grade():
     even = NextToken((-2.0, -2.0, -2.0, -2.0))
-    assert _expected(even) == pytest.approx(1.5)
-    assert _expected(NextToken((-50.0, -50.0, -50.0, -1.0))) == pytest.approx(3)
-    assert _expected(NextToken((math.log(0.1), -math.inf, math.log(0.3), -math.inf))) == pytest.approx(1.5)
-    assert math.isnan(_expected(NextToken((), error="too long")))
-    assert math.isnan(_expected(NextToken((-math.inf,) * 4)))
+    assert _expected_grade(even) == pytest.approx(1.5)
+    assert _expected_grade(NextToken((-50.0, -50.0, -50.0, -1.0))) == pytest.approx(3)
+    assert _expected_grade(NextToken((math.log(0.1), -math.inf, math.log(0.3), -math.inf))) == pytest.approx(1.5)
+    assert math.isnan(_expected_grade(NextToken((), error="too long")))
+    assert math.isnan(_expected_grade(NextToken((-math.inf,) * 4)))
 
 
 @pytest.mark.parametrize(("n", "rivals"), [(1, 3), (2, 1), (2, 4), (5, 1), (5, 2), (6, 2), (6, 9), (30, 4)])
 def test_everybody_meets_as_many(n, rivals):
-    met = _round(n, rivals)
+    met = _pairings(n, rivals)
     assert len(met) == len(set(met)) == min(n * rivals, n * (n - 1) // 2) if n > 2 else len(met) == n - 1
     times = [sum(i in two for two in met) for i in range(n)]
     assert all(a != b for a, b in met)
@@ -214,10 +221,10 @@ def test_everybody_meets_as_many(n, rivals):
 
 
 def test_a_judge_needs_an_engine_that_tells_probabilities():
-    with pytest.raises(ValueError, match="engine 'crop-engine' does not tell"):
+    with pytest.raises(ValueError, match="engine 'crop-engine' does not report"):
         LLMJudge(engine=CropEngine())
     with pytest.raises(ConfigError, match="needs a revision"):
         LLMJudge().check()
-    with pytest.raises(ValueError, match="calibrate means nothing to pairwise"):
+    with pytest.raises(ValueError, match="calibrate has no effect on form"):
         LLMJudge(form="pairwise", calibrate=True)
     assert LLMJudge(form="pairwise").scorer() == "llm-judge-pairwise"

@@ -114,7 +114,7 @@ def test_the_same_seeds_give_the_same_text(session, answers):
     assert sum(changed) >= 5
 
 
-def test_samples_of_a_prompt_differ_and_are_drawn_with_consecutive_seeds(session, answers):
+def test_samples_of_a_prompt_have_consecutive_seeds(session, answers):
     plain = answers[len(ODD) :]
     assert sum(answer[0].raw != answer[1].raw for answer in plain) >= 8
     alone = session.generate(prompts()[len(ODD) :], [1000 * i + 1 for i in range(len(ODD), 20)], SHORT, 1)
@@ -129,7 +129,7 @@ def test_chat_markers_inside_text_stay_text(session):
     assert special & set(session.tokenizer("<|im_start|>").input_ids), "the tokenizer would have made a token of it"
 
 
-def test_a_start_token_is_added_once_and_only_if_the_tokenizer_adds_it(session):
+def test_a_start_token_is_added_once_if_the_tokenizer_has_one(session):
     assert session.start == []  # SmolLM2's adds none
     prompt = Prompt("one", " two", " three")
     session.start = [1]
@@ -148,14 +148,14 @@ def test_instructions_are_never_cut(session):
     assert cut and len(tokens) == 1000 and text.startswith("before before") and text.endswith(" after the passage")
 
 
-def test_a_prompt_that_cannot_fit_is_an_error_and_the_others_are_answered(session):
+def test_a_prompt_that_cannot_fit_fails_alone(session):
     asked = [Prompt("word " * 2000, "a", "b"), Prompt("How are", " you", "?")]
     bad, good = session.generate(asked, [1, 2], SHORT, 2)
     assert all("max_model_len" in c.error and c.raw is None for c in bad)
     assert all(c.error is None and c.raw is not None for c in good)
 
 
-def test_a_prompt_that_vllm_refuses_does_not_take_the_others_with_it(session, monkeypatch):
+def test_a_prompt_that_vllm_refuses_fails_alone(session, monkeypatch):
     right = type(session).encode
 
     def wrong(self, prompt, max_tokens):  # a token that the model does not have

@@ -51,13 +51,13 @@ def refused(engine, pool=None, **fields):
         ({"hf_token": "secret-of-mine"}, "set HF_TOKEN in the environment"),
     ],
 )
-def test_arguments_of_the_engine_are_checked_before_anything_starts(model, given, said):
+def test_engine_arguments_are_checked_before_the_start(model, given, said):
     message = refused(VLLM(model=model, engine_args=given))
     assert re.search(said, message), message
     assert "secret" not in message
 
 
-def test_arguments_of_the_placement_are_checked_before_anything_starts(model):
+def test_placement_arguments_are_checked_before_the_start(model):
     engine = VLLM(model=model)
     assert "max_num_seqs" in refused(engine, Pool(engine_args={"max_num_seq": 4}))
     assert "can change the text" in refused(engine, Pool(engine_args={"kv_cache_dtype": "fp8"}))
@@ -70,7 +70,7 @@ def test_every_name_that_is_sorted_is_one_of_vllms():
     assert set(_hints()) >= SPEED | set(ELSEWHERE)
 
 
-def test_engine_args_are_part_of_the_fingerprint_and_the_placement_is_not(model):
+def test_the_fingerprint_has_engine_args_but_no_placement(model):
     plain, other = VLLM(model=model), VLLM(model=model, engine_args={"kv_cache_dtype": "fp8"})
     assert plain.fingerprint() != other.fingerprint()
     assert "engine_args" not in plain.identity() and "lora" not in plain.identity()
@@ -103,9 +103,9 @@ def test_parallel_sizes_fill_the_gpus_of_a_worker(model):
     assert engine.arguments(Pool(gpus=3))["tensor_parallel_size"] == 3
 
 
-def test_an_adapter_that_is_none_is_refused(model, tmp_path):
+def test_an_invalid_adapter_is_refused(model, tmp_path):
     (tmp_path / "empty").mkdir()
-    assert "is no adapter" in refused(VLLM(model=model, lora=str(tmp_path / "empty")))
+    assert "is not an adapter" in refused(VLLM(model=model, lora=str(tmp_path / "empty")))
     (tmp_path / "empty" / "adapter_model.safetensors").write_bytes(b"")
     (tmp_path / "empty" / "adapter_config.json").write_text('{"r": 1000}')
     assert "rank 1000" in refused(VLLM(model=model, lora=str(tmp_path / "empty")))
@@ -113,19 +113,19 @@ def test_an_adapter_that_is_none_is_refused(model, tmp_path):
 
 
 def test_structures_that_no_backend_follows_are_refused(model):
-    assert "cannot be followed" in refused(VLLM(model=model, regex="(unclosed"))
-    assert "cannot be followed" in refused(VLLM(model=model, json_schema={"type": "nonsense"}))
-    with pytest.raises(ValueError, match="leave one out"):
+    assert "is not supported" in refused(VLLM(model=model, regex="(unclosed"))
+    assert "is not supported" in refused(VLLM(model=model, json_schema={"type": "nonsense"}))
+    with pytest.raises(ValueError, match="remove one of them"):
         VLLM(model=model, json_schema=SCHEMA, regex="a+")
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------
 
 
-def test_memory_that_is_not_there_is_refused_before_the_engine_starts(model):
+def test_missing_memory_is_refused_before_the_start(model):
     huge = Pool(workers=1, engine_args={"kv_cache_memory_bytes": 10**15})
     with pytest.raises(
-        ConfigError, match=r"needs 9313\d\d\.\d GiB .* and \d+\.\d GiB are free; .*kv_cache_memory_bytes"
+        ConfigError, match=r"needs 9313\d\d\.\d GiB .* but \d+\.\d GiB are free; .*kv_cache_memory_bytes"
     ):
         VLLM(model=model).open(huge)
 
@@ -144,7 +144,7 @@ def test_weights_are_counted_as_they_will_be_loaded(model, tmp_path):
         weights_of(tmp_path, "bfloat16", quantised=False)
 
 
-def test_a_control_group_bounds_what_is_free(tmp_path):
+def test_a_control_group_limits_free_memory(tmp_path):
     groups = tmp_path / "cgroup"
     groups.write_text("0::/outer/inner\n")
     inner = tmp_path / "fs" / "outer" / "inner"
@@ -165,12 +165,12 @@ def test_a_control_group_bounds_what_is_free(tmp_path):
     assert free_on_cpu(str(groups), str(tmp_path / "fs")) == 2**20
 
 
-def test_a_gpu_must_have_what_is_asked_of_it():
+def test_a_gpu_must_have_enough_memory():
     config = {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "hidden_size": 4096}
     assert cache_of_one(config, 1024, "bfloat16") == 128 * 2**20
     need = Need(weights=15 * GIB, cache=cache_of_one(config, 1024, "bfloat16"))
     check_gpu("llm", need, free=23 * GIB, total=24 * GIB, share=0.9)
-    with pytest.raises(ConfigError, match="21.6 GiB .* and 20.0 GiB are free; .*lower gpu_memory_utilization"):
+    with pytest.raises(ConfigError, match="21.6 GiB .* but 20.0 GiB are free; .*lower gpu_memory_utilization"):
         check_gpu("llm", need, free=20 * GIB, total=24 * GIB, share=0.9)
     with pytest.raises(ConfigError, match="needs 16.6 GiB .* gets 14.4 GiB of a GPU; give the pool more gpus"):
         check_gpu("llm", need, free=16 * GIB, total=16 * GIB, share=0.9)

@@ -89,7 +89,7 @@ def test_rows_that_the_kernels_cannot_read_are_left_to_vllm():
         (EAGER | {"kernel_config": {"ir_op_priority": {"rms_norm": ["native"]}}}, ["native"]),
     ],
 )
-def test_kernels_are_for_an_engine_in_one_process_without_a_compiler(arguments, first):
+def test_norm_kernels_need_one_process_and_no_compiler(arguments, first):
     found = _vllm_cpu.norm_kernels(arguments)
     assert found.get("kernel_config", {}).get("ir_op_priority", {}).get("rms_norm") == first
 

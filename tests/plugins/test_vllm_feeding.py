@@ -182,7 +182,7 @@ def adapter(folder):
     return folder
 
 
-def test_another_engine_opens_after_one_died_and_its_adapter_changes_the_text(session, alone, tmp_path):
+def test_an_engine_with_an_adapter_opens_after_one_died(session, alone, tmp_path):
     """The last test of this file: it ends the second engine with callers waiting."""
     plain = VLLM(model=str(smollm2()))
     tuned = VLLM(model=str(smollm2()), lora=str(adapter(tmp_path / "tuned")))

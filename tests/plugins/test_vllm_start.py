@@ -75,12 +75,12 @@ def gone(seconds=30):
     [
         (
             {"architectures": ["NoSuchModel"], "model_type": "nosuch"},
-            r"`nosuch` .*; vLLM does not know this model: take one",
+            r"`nosuch` .*; vLLM does not support this model: take one",
         ),
-        ({"num_hidden_layers": 31}, r"config\.json and the weights do not fit: copy both from one model"),
+        ({"num_hidden_layers": 31}, r"config\.json and the weights do not match: copy both from one model"),
     ],
 )
-def test_an_engine_that_cannot_start_ends_the_run_with_cause_and_remedy(tmp_path, config, said):
+def test_an_engine_that_cannot_start_names_cause_and_remedy(tmp_path, config, said):
     connect()
     folder = copy_of_the_model(tmp_path, **config)
     with pytest.raises(ConfigError, match=said) as caught:
@@ -89,7 +89,7 @@ def test_an_engine_that_cannot_start_ends_the_run_with_cause_and_remedy(tmp_path
     assert gone()
 
 
-def test_weights_that_are_cut_off_are_seen_before_an_engine_starts(tmp_path):
+def test_truncated_weights_are_refused_before_the_start(tmp_path):
     connect()
     folder = copy_of_the_model(tmp_path)
     os.truncate(folder / "model.safetensors", 10**8)
@@ -98,7 +98,7 @@ def test_weights_that_are_cut_off_are_seen_before_an_engine_starts(tmp_path):
     assert gone()
 
 
-def test_workers_that_die_while_they_start_are_not_replaced_for_ever(tmp_path):
+def test_workers_that_die_at_the_start_end_the_stage(tmp_path):
     connect()
     log = tmp_path / "opened"
     with pytest.raises(Exception, match="2 workers died while they opened the stage, most often for lack of memory"):
@@ -142,7 +142,7 @@ assert said()[0][0].raw == before[0][0].raw
 """
 
 
-def test_an_engine_shares_its_process_with_lucene_and_with_a_training_that_ended_all_groups():
+def test_an_engine_works_beside_lucene_and_after_a_training():
     """vLLM's start brings a handler of SIGSEGV, the signal that a Java machine works with; and its groups are torch's."""
     done = subprocess.run(
         [sys.executable, "-c", BESIDE_OTHERS], cwd=Path(__file__).parents[2], capture_output=True, text=True

@@ -105,7 +105,7 @@ def test_a_decoder_learns_by_adapters_and_is_saved_without_them(decoder, tmp_pat
         materialize(toy_train(Toy(n=8), base=base, lora=LoRA(targets=("nothing",))), str(tmp_path), HERE)
 
 
-def test_bases_that_number_positions_otherwise_are_read_trained_and_opened(numbered, tmp_path):
+def test_bases_with_other_position_numbers_are_trained(numbered, tmp_path):
     base = Encoder(model=str(numbered), max_length=64, query_prefix="query: ")
     model = encoder.load(base, device="cpu")
     np.testing.assert_allclose(*alone_and_together(model), atol=1e-5)
@@ -119,7 +119,7 @@ def test_bases_that_number_positions_otherwise_are_read_trained_and_opened(numbe
     assert np.abs(after - before).max() > 1e-2 and made.manifest["counts"]["steps"] == 2
 
 
-def test_prompts_are_those_of_the_models_card_unless_they_are_given(tmp_path):
+def test_prompts_come_from_the_card_by_default(tmp_path):
     shutil.copytree(models.minilm(), tmp_path / "m")
     card = tmp_path / "m" / "config_sentence_transformers.json"
     card.write_text(json.dumps({"prompts": {"query": "query: ", "document": "passage: ", "passage": "not used"}}))

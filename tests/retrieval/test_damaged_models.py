@@ -95,28 +95,28 @@ SEEN = {
     "weights that are text": (lambda f: (f / "model.safetensors").write_text("git-lfs\nversion 1\n"), "damaged"),
     "a head of no size": (lambda f: sized(f, 0), "model.safetensors is damaged"),
     "a head of all memory": (lambda f: sized(f, 2**62), "model.safetensors is damaged"),
-    "a head that is no JSON": (lambda f: head(f, lambda h: b"[" + h[1:]), "model.safetensors is damaged"),
+    "a head that is not JSON": (lambda f: head(f, lambda h: b"[" + h[1:]), "model.safetensors is damaged"),
     "a head of another type": (lambda f: head(f, lambda h: h.replace(b'"F32"', b'"F64"', 1)), "damaged"),
     "a head with other places": (lambda f: head(f, lambda h: re.sub(rb"\[0,", b"[8,", h, count=1)), "damaged"),
     "a head of an unknown type": (lambda f: head(f, lambda h: h.replace(b'"F32"', b'"Q99"', 1)), "damaged"),
-    "no weights inside": (lambda f: save_file({}, f / "model.safetensors"), "holds no weights"),
-    "a pickle": (pickled, "2_Dense/pytorch_model.bin is no safetensors file"),
-    "modules of somebody else": (foreign, "'builtins.print', a class of somebody else"),
-    "modules that are code beside": (lambda f: foreign(f, "modeling_mine.Mine"), "a class of somebody else"),
-    "modules that are no list": (lambda f: (f / "modules.json").write_text("{}"), "no list of modules"),
-    "modules without a path": (lambda f: edited(f / "modules.json", lambda m: m[0].pop("path")), "no list of modules"),
+    "no weights inside": (lambda f: save_file({}, f / "model.safetensors"), "has no weights"),
+    "a pickle": (pickled, "2_Dense/pytorch_model.bin is not a safetensors file"),
+    "modules of somebody else": (foreign, "'builtins.print', a third-party class"),
+    "modules that are code beside": (lambda f: foreign(f, "modeling_mine.Mine"), "a third-party class"),
+    "modules that are no list": (lambda f: (f / "modules.json").write_text("{}"), "not a list of modules"),
+    "modules without a path": (lambda f: edited(f / "modules.json", lambda m: m[0].pop("path")), "not a list of modules"),
     "modules elsewhere": (lambda f: edited(f / "modules.json", lambda m: m[1].update(path="../x")), "outside"),
-    "modules cut": (lambda f: (f / "modules.json").write_text('[{"idx": 0,'), "modules.json is no JSON"),
-    "a card cut": (lambda f: (f / "config_sentence_transformers.json").write_text('{"prompts"'), "is no JSON"),
-    "a card of bytes": (lambda f: (f / "config_sentence_transformers.json").write_bytes(b"\xff\xfe{}"), "is no JSON"),
-    "a card that is a list": (lambda f: (f / "config_sentence_transformers.json").write_text("[]"), "no object of names"),
-    "a card that nests": (lambda f: (f / "config.json").write_text("[" * 100_000), "config.json is no JSON"),
+    "modules cut": (lambda f: (f / "modules.json").write_text('[{"idx": 0,'), "modules.json is not JSON"),
+    "a card cut": (lambda f: (f / "config_sentence_transformers.json").write_text('{"prompts"'), "is not JSON"),
+    "a card of bytes": (lambda f: (f / "config_sentence_transformers.json").write_bytes(b"\xff\xfe{}"), "is not JSON"),
+    "a card that is a list": (lambda f: (f / "config_sentence_transformers.json").write_text("[]"), "not a JSON object"),
+    "a card that nests": (lambda f: (f / "config.json").write_text("[" * 100_000), "config.json is not JSON"),
     "prompts that are numbers": (lambda f: of_kind(f, "SentenceTransformer", prompts={"query": 3}), "must be texts"),
     "prompts that are a list": (lambda f: of_kind(f, "SentenceTransformer", prompts=["a"]), "must be texts by name"),
     "a sparse encoder": (lambda f: of_kind(f, "SparseEncoder"), "is a SparseEncoder"),
     "a cross-encoder": (lambda f: of_kind(f, "CrossEncoder"), "is a CrossEncoder"),
     "sparse modules": (
-        lambda f: foreign(f, "sentence_transformers.sparse_encoder.modules.SpladePooling"), "gives no dense vector",
+        lambda f: foreign(f, "sentence_transformers.sparse_encoder.modules.SpladePooling"), "returns no dense vector",
     ),
     "a classifier": (
         lambda f: ((f / "modules.json").unlink(), config(f, architectures=["BertForSequenceClassification"])),
@@ -125,9 +125,9 @@ SEEN = {
     "pictures": (lambda f: config(f, vision_config={"hidden_size": 8}), "reads more than texts"),
     "a vocabulary that is small": (lambda f: config(f, vocab_size=7), "vocab_size = 7 in config.json"),
     "an id above the vocabulary": (lambda f: new_id(f, 5000), "ids up to 5000"),
-    "adapters": (lambda f: (f / "adapter_config.json").write_text('{"peft_type": "LORA"}'), "holds adapters"),
+    "adapters": (lambda f: (f / "adapter_config.json").write_text('{"peft_type": "LORA"}'), "has adapters"),
     "no config": (lambda f: (f / "config.json").unlink(), "no config.json"),
-    "config cut": (lambda f: (f / "config.json").write_text('{"model_type": "be'), "config.json is no JSON"),
+    "config cut": (lambda f: (f / "config.json").write_text('{"model_type": "be'), "config.json is not JSON"),
 }  # fmt: skip
 # what is seen when the folder is opened
 OPENED = {
@@ -193,15 +193,15 @@ def test_damage_that_opening_shows_is_refused_in_one_line(sound, tmp_path, case)
     encoder = Encoder(model=str(damaged(sound, tmp_path, damage)))
     with pytest.raises(ConfigError) as error:
         encoder.check()
-        model_opening.tried(encoder)
+        model_opening.try_opening(encoder)
     one_line(error, encoder.model, says)
 
 
 @pytest.mark.parametrize("case", HARMLESS)
-def test_what_is_of_no_matter_is_not_refused(sound, tmp_path, case, caplog):
+def test_harmless_differences_are_accepted(sound, tmp_path, case, caplog):
     encoder = Encoder(model=str(damaged(sound, tmp_path, HARMLESS[case])), dtype="float32")
     encoder.check()
-    model_opening.tried(encoder)
+    model_opening.try_opening(encoder)
     said = [record.getMessage() for record in caplog.records if record.name == "dagr"]
     assert len(said) == ("readme" in case) and all(encoder.model in line and "README.md" in line for line in said)
     ours, theirs = (
@@ -221,10 +221,10 @@ def test_what_is_of_no_matter_is_not_refused(sound, tmp_path, case, caplog):
 def test_fields_that_do_not_fit_the_model_are_refused(sound, fields, says):
     encoder = Encoder(model=str(sound), **fields)
     if says is None:
-        model_opening.tried(encoder)
+        model_opening.try_opening(encoder)
         return
     with pytest.raises(ConfigError, match=says):
-        model_opening.tried(encoder)
+        model_opening.try_opening(encoder)
 
 
 def test_a_static_model_is_refused_what_it_has_not(tmp_path):
@@ -235,8 +235,8 @@ def test_a_static_model_is_refused_what_it_has_not(tmp_path):
             toy_train(base=base, **fields).check()
     for fields in ({"layers": 1}, {"reinitialise": 1}, {"pooling": "cls"}):
         with pytest.raises(ConfigError, match=re.escape(model)):
-            model_opening.tried(base.model_copy(update=fields))
-    model_opening.tried(base.model_copy(update={"max_length": 16}))
+            model_opening.try_opening(base.model_copy(update=fields))
+    model_opening.try_opening(base.model_copy(update={"max_length": 16}))
 
 
 def test_a_base_that_has_nothing_to_learn_is_refused(tmp_path):
@@ -251,7 +251,7 @@ def test_ways_of_other_dimensions_are_refused(tmp_path):
     wide = st.StaticEmbedding(static().tokenizer, embedding_dim=8)
     encoder = Encoder(model=str(put(tmp_path / "m", Router.for_query_document([static()], [wide]))))
     with pytest.raises(ConfigError, match="16 dimensions and documents 8"):
-        model_opening.tried(encoder)
+        model_opening.try_opening(encoder)
 
 
 JOB = """

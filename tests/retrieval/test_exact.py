@@ -78,7 +78,7 @@ def test_the_best_may_stand_anywhere(rough):
 
 
 @pytest.mark.parametrize("entries", [1 << 24, 64])
-def test_ties_are_broken_by_falling_id_also_where_there_are_too_many_to_remember(rough, monkeypatch, entries):
+def test_ties_are_broken_by_descending_id_however_many(rough, monkeypatch, entries):
     monkeypatch.setattr(exact_search, "ENTRIES", entries)
     rng = np.random.default_rng(4)
     vectors = rng.integers(-2, 3, (2000, 4)).astype(np.float32) / 2

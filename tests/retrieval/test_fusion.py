@@ -144,7 +144,7 @@ def searches(split="test"):
     return tuple(Search(index=Index(corpus=ZOO, miner=m), queries=ZOO, split=split, depth=20) for m in miners)
 
 
-def test_a_hybrid_is_judged_like_any_search_with_weights_tuned_on_other_queries(tmp_path):
+def test_a_hybrid_with_tuned_weights_is_evaluated(tmp_path):
     fused = Fuse(searches=searches(), method="weights", dev=ZOO, steps=10)
     made = materialize(Evaluate(search=fused, data=ZOO, split="test"), str(tmp_path))
     counts = fused.folder(str(tmp_path)).manifest["counts"]
@@ -162,7 +162,7 @@ def test_a_hybrid_is_judged_like_any_search_with_weights_tuned_on_other_queries(
     assert from_json(fused.to_json(), Stage) == fused
 
 
-def test_a_hybrid_in_a_study_is_judged_beside_bm25_and_the_hybrid_of_the_frozen_base():
+def test_a_study_evaluates_hybrids_beside_bm25():
     first, second = searches()
     trained = second.model_copy(update={"index": second.index.model_copy(update={"trained": Zoo()})})
     fused = Fuse(searches=(first, trained))

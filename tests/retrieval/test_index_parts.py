@@ -87,7 +87,7 @@ def test_bm25_over_parts_has_the_scores_of_one_index(tmp_path, miner):
     assert any(abs(score - scores[q].get(d, score)) > 0.01 for q, hits in enumerate(alone) for d, score in hits)
 
 
-def test_bm25_is_built_in_parts_and_searched_in_shards_of_queries(tmp_path):
+def test_bm25_is_built_in_parts_and_searched_in_shards(tmp_path):
     stage = search(1500, BM25())
     whole, parts = found(stage, tmp_path / "whole", here(2)), found(stage, tmp_path / "parts", here(1))
     assert (shards(stage.index, tmp_path / "whole"), shards(stage.index, tmp_path / "parts")) == (1, 2)
@@ -154,7 +154,7 @@ def test_vectors_are_encoded_in_shards(tmp_path, whole, storage):
     assert sum(sizes) == 4 * 128 + 100 * 384 * (4 if storage == "float32" else 2)
 
 
-def test_encoding_goes_on_where_it_stopped(tmp_path, whole, monkeypatch):
+def test_encoding_resumes_after_a_failure(tmp_path, whole, monkeypatch):
     stage, real, asked = search(100, Dense(encoder=SMALL)), encoder.encode, []
 
     def failing(model, texts, *rest):

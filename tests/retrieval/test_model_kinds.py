@@ -35,7 +35,7 @@ def folder(request, tmp_path_factory):
     return KINDS[request.param](tmp_path_factory.mktemp("kind") / "m")
 
 
-def test_vectors_are_those_of_the_library_for_queries_and_documents(folder):
+def test_vectors_equal_the_library_for_queries_and_documents(folder):
     encoder = Encoder(model=str(folder), dtype="float32")
     encoder.check()
     ours, theirs = load(encoder, "cpu"), SentenceTransformer(str(folder), device="cpu")
@@ -64,7 +64,7 @@ def base(request, tmp_path_factory):
     return Encoder(model=str(KINDS[request.param](tmp_path_factory.mktemp("base") / "m")), dtype="float32")
 
 
-def test_training_reads_texts_as_the_library_does_and_what_is_saved_is_what_was_trained(base, tmp_path):
+def test_training_reads_and_saves_like_the_library(base, tmp_path):
     """The first loss is that of the library's vectors; the folder has the base's length and the prompts that were used."""
     toy, before = Toy(n=12, negatives=(1, 2)), SentenceTransformer(base.model, device="cpu")
     if getattr(before.tokenizer, "pad_token", "") is None:
@@ -97,7 +97,7 @@ def test_training_reads_texts_as_the_library_does_and_what_is_saved_is_what_was_
         assert after.prompts[task] == prompt
 
 
-def test_prefixes_that_were_trained_with_are_saved_and_win_over_the_models_own(tmp_path):
+def test_trained_prefixes_are_saved_and_override_the_models(tmp_path):
     folder = KINDS["prompt for passages"](tmp_path / "m")
     base = Encoder(model=str(folder), query_prefix="where: ", doc_prefix="there: ", dtype="float32", max_length=16)
     toy = Toy(n=8)

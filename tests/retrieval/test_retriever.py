@@ -33,7 +33,7 @@ def weights(loaded):
     return {name: value.detach().numpy() for name, value in loaded[0].auto_model.named_parameters()}
 
 
-def test_vectors_are_those_of_sentence_transformers_in_the_order_of_the_texts():
+def test_vectors_equal_sentence_transformers_in_order():
     ours = encoder.encode(model(), TEXTS, dtype="float32", tokens_per_batch=64)
     theirs = model().encode(TEXTS, normalize_embeddings=True, show_progress_bar=False)
     assert ours.shape == (len(TEXTS), 384) and ours.dtype == np.float32
@@ -42,7 +42,7 @@ def test_vectors_are_those_of_sentence_transformers_in_the_order_of_the_texts():
 
 
 @pytest.mark.parametrize("cores", [2, 3, 9])
-def test_batches_side_by_side_give_the_same_vectors_and_leave_torch_as_it_was(cores):
+def test_parallel_batches_give_the_same_vectors(cores):
     """On any number of cores, and where there are fewer batches than cores."""
     import threading
 
@@ -72,7 +72,7 @@ def test_a_window_is_not_an_edge(monkeypatch):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_batches_are_those_of_the_tokenizer(monkeypatch, side):
+def test_batches_equal_the_tokenizers(monkeypatch, side):
     tokenizer, rows = model().tokenizer, np.array([3, 0, 5, 2])
     monkeypatch.setattr(tokenizer, "padding_side", side)
     ours = dict(encoder._Window(model(), TEXTS).batch(rows))
@@ -110,7 +110,7 @@ def test_diverged_weights_are_named():
         encoder.encode(broken, ["wing"])
 
 
-def test_reinitialising_is_deterministic_and_keeps_the_embeddings():
+def test_reinitialising_is_deterministic_and_keeps_embeddings():
     fresh = [weights(encoder.load(Encoder(model=MINILM, reinitialise=seed), device="cpu")) for seed in (1, 1, 2)]
     trained, matrix = weights(model()), "encoder.layer.3.attention.self.query.weight"
     once, again, other = (each[matrix] for each in fresh)
@@ -134,7 +134,7 @@ def test_a_saved_model_takes_the_place_of_the_weights(tmp_path):
     assert back.max_seq_length == 64
 
 
-def test_a_local_model_is_named_by_its_content_and_not_by_its_place(tmp_path):
+def test_a_local_model_is_identified_by_its_content(tmp_path):
     shutil.copytree(MINILM, tmp_path / "copy")
     here, there = Encoder(model=MINILM), Encoder(model=str(tmp_path / "copy"))
     assert here.fingerprint() == there.fingerprint()
@@ -152,7 +152,7 @@ def test_a_local_model_is_named_by_its_content_and_not_by_its_place(tmp_path):
         ({"model": "intfloat/e5-base", "revision": "main"}, "40 hex digits"),
     ],
 )
-def test_a_model_that_is_not_pinned_is_refused_before_anything_starts(fields, says):
+def test_a_model_without_a_commit_is_refused_early(fields, says):
     with pytest.raises(ConfigError, match=says):
         Encoder(**fields).fingerprint()
 

@@ -12,7 +12,7 @@ from dagr_ray.stages.pairs import Pairs
 from dagr_ray.stages.rewrite import Rewrite
 from dagr_ray.stages.sources import Beir
 from dagr_ray.strategies import Strategy
-from dagr_ray.strategies._control_checks import missed
+from dagr_ray.strategies._control_checks import first_violation
 from dagr_ray.strategies._controls import LANGUAGES, LOCALES, Controls
 from dagr_ray.strategies.hyde import Hyde
 from dagr_ray.strategies.promptagator import Promptagator
@@ -48,7 +48,7 @@ ANSWERS = {
 )
 def test_what_misses_a_control_is_rejected_with_the_attribute(controls, kept):
     wanted = Controls(**controls)
-    found = {kind: missed(wanted, text) for text, kind in ANSWERS.items()}
+    found = {kind: first_violation(wanted, text) for text, kind in ANSWERS.items()}
     if controls == {"formality": "formal"}:  # measured in English: the others are not asked about
         found = {kind: found[kind] for kind in ("formal", "casual", "broad")}
     assert {kind for kind, miss in found.items() if miss is None} == kept
@@ -119,7 +119,7 @@ def test_a_translation_is_measured_without_being_told_to(tmp_path):
             raw = Generate(corpus=asked, strategy=strategy, engine=Says(text=said))
             made = materialize(Rewrite(generations=raw), str(tmp_path / "runs"), HERE)
             kept = made.manifest["counts"]["out"] > 0
-            found.setdefault((strategy.type, strategy.checked().language), []).append(kept)
+            found.setdefault((strategy.type, strategy.effective_controls().language), []).append(kept)
             assert kept or set(made.manifest["counts"]["rejected"]) == {"control/language"}
     assert found == {
         ("translate", "de"): [True, False],
@@ -139,10 +139,10 @@ def test_every_language_that_can_be_asked_for_can_be_found():
     [
         ({"language": "de-FR"}, "de-FR.*allowed are de, de-AT, de-CH, de-DE"),
         ({"language": "klingon"}, "allowed are ar, bg"),
-        ({"length": (5, 2)}, "turn them round"),
+        ({"length": (5, 2)}, "swap them"),
         ({"length": (0, 2)}, "greater than or equal to 1"),
         ({"formality": "formal", "language": "de"}, "measured in English only"),
-        ({"specificity": "specific", "length": (1, 3)}, "four words or more"),
+        ({"specificity": "specific", "length": (1, 3)}, "allows under 4 words"),
     ],
 )
 def test_controls_that_cannot_be_held_or_checked_are_refused(fields, words):

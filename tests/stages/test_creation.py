@@ -149,16 +149,16 @@ def test_the_engine_draws_each_sample_with_the_seed_of_its_row(data, tmp_path, s
 @pytest.mark.parametrize("samples", [1, 2, 5])
 def test_forms_have_the_shares_of_their_weights(samples):
     typed = Typed(mix={"question": 5, "keywords": 3, "error-message": 2})
-    seen = Counter(one.form for seed in range(2000) for one in typed.drawn(random.Random(seed), samples))
+    seen = Counter(one.form for seed in range(2000) for one in typed.strategies_for(random.Random(seed), samples))
     for form, weight in typed.mix.items():
         assert abs(seen[form] / (2000 * samples) - weight / 10) < 0.03
     # every sample has the mix, not only all of a passage's together
-    first = Counter(typed.drawn(random.Random(seed), samples)[0].form for seed in range(2000))
+    first = Counter(typed.strategies_for(random.Random(seed), samples)[0].form for seed in range(2000))
     assert abs(first["question"] / 2000 - 0.5) < 0.05
 
 
 def test_the_forms_of_one_passage_are_asked_after_the_same_beginning():
-    prompts = [one.prompt(ROW, (), random.Random(0)) for one in Typed().drawn(random.Random(0), 20)]
+    prompts = [one.prompt(ROW, (), random.Random(0)) for one in Typed().strategies_for(random.Random(0), 20)]
     assert len({prompt.before + prompt.passage for prompt in prompts}) == 1 and len({p.after for p in prompts}) == 7
     shown = Typed(mix={"claim": 1, "title": 1}).prompt(ROW, (), random.Random(0)).before
     assert "Claim:" in shown and "Title:" in shown and "Keywords:" not in shown
@@ -166,18 +166,18 @@ def test_the_forms_of_one_passage_are_asked_after_the_same_beginning():
 
 @pytest.mark.parametrize("mix", [{}, {"claim": 0}, {"claim": -1, "title": 2}, {"clam": 1}, {"claim": "much"}])
 def test_a_mix_that_is_none_is_refused(mix):
-    with pytest.raises(ConfigError, match=r"mix = .*give weights of 0 or more"):
+    with pytest.raises(ConfigError, match=r"mix = .*give weights of at least 0"):
         from_json({"type": "typed", "mix": mix}, Strategy)
 
 
 def test_no_searcher_comes_twice_before_all_have_come():
-    drawn = Persona().drawn(random.Random(3), len(PERSONAS) + 2)
+    drawn = Persona().strategies_for(random.Random(3), len(PERSONAS) + 2)
     names = [one.name() for one in drawn]
     assert len(set(names[: len(PERSONAS)])) == len(PERSONAS) == len(set(names))
     own = from_json(
         {"type": "persona", "personas": [{"profession": "Deep-sea Diver", "skill": "a", "goal": "b"}]}, Strategy
     )
-    assert own.name() == "persona/deep-sea-diver" and not own.draws()
+    assert own.name() == "persona/deep-sea-diver" and not own.per_sample()
     prompt = own.prompt(ROW, (), random.Random(0))
     assert prompt.passage.startswith("Deep-sea Diver, a, b\nPassage: shutil") and prompt.after == "\nQuery:"
 
@@ -298,10 +298,10 @@ def test_prefixes_of_real_and_of_generated_queries(tmp_path):
 
 def test_prefixes_that_make_no_sense_are_refused(tmp_path):
     for fields, words in (
-        ({"log": "x", "lengths": (1,)}, "leave one out"),
+        ({"log": "x", "lengths": (1,)}, "remove one of them"),
         ({"lengths": (0, 0)}, "no weight over 0"),
-        ({"of": Promptagator(controls=Controls(length=(1, 3)))}, "hold for whole queries"),
-        ({"of": {"type": "hyde"}}, "give one that writes queries"),
+        ({"of": Promptagator(controls=Controls(length=(1, 3)))}, "apply to complete queries"),
+        ({"of": {"type": "hyde"}}, "give a strategy that writes queries"),
     ):
         with pytest.raises(ValueError, match=words):
             Prefix(**fields)

@@ -61,7 +61,7 @@ def test_a_goal_is_met_exactly_in_steps_that_share_nothing(selected, tmp_path):
 
 @pytest.mark.parametrize(
     ("limit", "why"),
-    [({"max_candidates": 90}, "max_candidates"), ({}, "corpus"), ({"max_cost": 1e-6}, "max_cost")],
+    [({"max_completions": 90}, "max_completions"), ({}, "corpus"), ({"max_cost": 1e-6}, "max_cost")],
 )
 def test_a_limit_that_is_reached_first_is_named(selected, tmp_path, caplog, limit, why):
     folder = materialize(
@@ -69,7 +69,7 @@ def test_a_limit_that_is_reached_first_is_named(selected, tmp_path, caplog, limi
     )
     counts = folder.manifest["counts"]
     assert counts["stopped"] == {why: 1}
-    assert counts["candidates"] == {"max_candidates": 90, "corpus": 600, "max_cost": 40}[why]
+    assert counts["candidates"] == {"max_completions": 90, "corpus": 600, "max_cost": 40}[why]
     assert f"stopped by {why}" in caplog.text and 0 < folder.count("queries") < 5000
 
 

@@ -12,7 +12,7 @@ from dagr_ray.core.config import ConfigError
 from dagr_ray.core.placement import Placement, Pool
 from dagr_ray.core.stage import Output, StageFailed, load_stage
 from dagr_ray.stages.label import Label
-from dagr_ray.teachers import NO_SCORE, Pair, Teacher
+from dagr_ray.teachers import NO_SCORE, QueryPassage, Teacher
 from dagr_ray.teachers.hybrid import Hybrid
 from tests.stages.test_select_mine import Given, search
 
@@ -28,7 +28,7 @@ class Words(Teacher):
     def open(self, pool: Pool) -> "Words":
         return self
 
-    def score(self, pairs: Sequence[Pair], cost=None) -> list[float]:
+    def score(self, pairs: Sequence[QueryPassage], cost=None) -> list[float]:
         with open(self.log, "a") as log:
             log.writelines(f"{pair.query_id} {pair.doc_id}\n" for pair in pairs)
         if self.stop_at and any(self.stop_at in pair.query for pair in pairs) and not os.path.exists(self.log + ".on"):
@@ -155,7 +155,7 @@ def test_a_teacher_that_fuses_sees_every_search(label):
     assert of_examples == pytest.approx({("q1", "d2"): (7 / 8 + 1) / 2, ("q1", "d0"): 0.0})
 
 
-def test_what_is_wrong_is_named(label, tmp_path):
+def test_errors_name_the_cause(label, tmp_path):
     with pytest.raises(ValueError, match="fuses at least 1; give it searches"):
         Label(teacher=Hybrid(), queries=QUERIES, corpus=DOCS)
     with pytest.raises(ValueError, match="leave one of them out"):

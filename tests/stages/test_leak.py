@@ -16,7 +16,7 @@ from dagr_ray.core.stage import Output, Stage, load_stage
 from dagr_ray.core.words import words
 from dagr_ray.leakage import minhash
 from dagr_ray.leakage.joins import matching
-from dagr_ray.leakage.matching import FLOORS, MECHANISMS, HeldOut, Matches, Telling
+from dagr_ray.leakage.matching import FLOORS, MECHANISMS, HeldOut, Matches, WordInformation
 from dagr_ray.quickstart import pydocs
 from dagr_ray.quickstart.models import minilm
 from dagr_ray.retrieval.encoder import Encoder
@@ -37,7 +37,7 @@ def queries():
     """The test and the dev queries of PyDocs."""
     found = {"test": [], "dev": []}
     for part in ("stdlib", "numeric"):
-        data = pydocs.judgements(part, _Every())
+        data = pydocs.read_judgements(part, _Every())
         for split, rows in data.qrels.items():
             found[split] += [data.queries[i] for i in dict.fromkeys(row["query_id"] for row in rows)]
     return found
@@ -53,7 +53,7 @@ class _Every(set):
 @pytest.fixture(scope="module")
 def held(queries):
     given = texts(*queries["test"])
-    return HeldOut(given, telling=Telling(minhash.split_words(given), []))
+    return HeldOut(given, telling=WordInformation(minhash.split_words(given), []))
 
 
 def by_form(queries, held):
@@ -75,7 +75,7 @@ def by_form(queries, held):
 
 def test_planted_leaks_are_found(queries, held):
     planted = list(by_form(queries, held))
-    found = held.resembling(texts(*(text for _, _, text in planted))).over(LEAST)
+    found = held.find_similar(texts(*(text for _, _, text in planted))).over(LEAST)
     hits = set(zip(found.rows.tolist(), found.held_out.tolist(), strict=True))
     recall = {}
     for form in ("exact", "normalised", "reordered", "edited", "contained"):
@@ -86,13 +86,13 @@ def test_planted_leaks_are_found(queries, held):
 
 
 def test_other_queries_of_the_same_kind_are_left(queries, held):
-    assert len(held.resembling(texts(*queries["dev"])).over(LEAST)) == 0
+    assert len(held.find_similar(texts(*queries["dev"])).over(LEAST)) == 0
 
 
 def one(held_out, text, **more):
     """Mechanisms by which a text resembles a held-out one, with scores."""
     held = HeldOut(texts(*held_out), **more)
-    found = held.resembling(texts(text)).over(LEAST)
+    found = held.find_similar(texts(text)).over(LEAST)
     return {
         (MECHANISMS[how], int(o)): round(float(s), 3)
         for how, o, s in zip(found.how, found.held_out, found.scores, strict=True)
@@ -112,10 +112,10 @@ def test_each_mechanism_alone():
 def test_a_frame_that_questions_share_is_no_leak():
     asked = ["what is the size of the cooktop", "what is the size of the trunk", "who wrote the anthem of Malta"]
     passages = texts(*["who wrote this anthem"] * 5, "Malta", "the cooktop of the size", "what is the trunk")
-    telling = Telling(minhash.split_words(texts(*asked)), [minhash.split_words(passages)])
+    telling = WordInformation(minhash.split_words(texts(*asked)), [minhash.split_words(passages)])
     assert one(asked, "what is the size of the holder", telling=telling) == {}
     colours = ["what is the weight of the blue cooktop", "what is the weight of the red cooktop", "a red or blue one"]
-    told = Telling(
+    told = WordInformation(
         minhash.split_words(texts(*colours)),
         [minhash.split_words(texts(*["red or blue, whatever the weight"] * 9, "x"))],
     )
@@ -128,10 +128,10 @@ def test_a_frame_that_questions_share_is_no_leak():
 def test_one_word_replaced_in_another_order_has_to_leave_more():
     asked = "who wrote the anthem of Malta"
     others = ["who wrote the song", *["of the anthem"] * 5, *["what is the use of it"] * 20]
-    held = HeldOut(texts(asked), telling=Telling(minhash.split_words(texts(asked, *others)), []))
+    held = HeldOut(texts(asked), telling=WordInformation(minhash.split_words(texts(asked, *others)), []))
 
     def found(text, **least):
-        matches = held.resembling(texts(text)).over({**LEAST, "contained": 2, "minhash": 2, **least})
+        matches = held.find_similar(texts(text)).over({**LEAST, "contained": 2, "minhash": 2, **least})
         return [(MECHANISMS[how], round(float(s), 2)) for how, s in zip(matches.how, matches.scores, strict=True)]
 
     assert found("who composed the anthem of Malta") == [("edited", 0.74)]
@@ -155,7 +155,7 @@ def test_matching_gives_all_pairs():
         (2, 1),
         (1, 2),
     }
-    assert all(len(x) == 0 for x in matching(left[:0], right)) and len(Matches.joined([])) == 0
+    assert all(len(x) == 0 for x in matching(left[:0], right)) and len(Matches.concat([])) == 0
 
 
 # -- stages -----------------------------------------------------------------------------------------------------------

@@ -118,7 +118,7 @@ def test_a_positive_in_one_row_is_a_negative_in_none(relabel):
     assert [(p, n) for _, p, n, *_ in rows] == [("p", ["z"]), ("x", ["z"])], "whatever the teacher says of it"
 
 
-def test_what_is_wrong_is_named(relabel):
+def test_errors_name_the_cause(relabel):
     with pytest.raises(ValueError, match="set share or threshold"):
         Relabel(mined=MINED, labels=labels(), relevant="drop")
     two = Given(rows={"scores": (("q0", "a", "one", 1.0), ("q0", "a", "two", 2.0))})

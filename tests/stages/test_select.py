@@ -11,7 +11,7 @@ from dagr_ray.core.placement import Placement, Pool
 from dagr_ray.core.stage import Output, Stage
 from dagr_ray.engines import Sampling
 from dagr_ray.engines.crop import CropEngine
-from dagr_ray.filters import Candidate, Filter
+from dagr_ray.filters import Filter, ScoredQuery
 from dagr_ray.filters.copied import Copied
 from dagr_ray.filters.diversity import Diversity, facility, hashed, k_centre
 from dagr_ray.filters.format import Format
@@ -284,7 +284,7 @@ def test_every_filter_says_what_it_is():
 def test_diversity_by_an_encoder():
     """Same meaning in other words: only an encoder knows that these are two topics, and the words say four."""
     texts = ("physician for children", "doctor who treats kids", "purchase an automobile", "buy a car")
-    rows = [Candidate(f"q{i}", each, "d0", "") for i, each in enumerate(texts)]
+    rows = [ScoredQuery(f"q{i}", each, "d0", "") for i, each in enumerate(texts)]
     encoder = Encoder(model=str(models.minilm()), max_length=16)
     for by in ("k-centre", "facility"):
         places = Diversity(by=by, encoder=encoder).score(rows, None)

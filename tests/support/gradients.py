@@ -68,7 +68,7 @@ def _resumed(
     return made.losses, done.gradients, made.counts, _means(made, model) if rank == 0 else {}
 
 
-def _means(made: loop.Fitted, model: Any) -> dict[str, tuple[float, float]]:
+def _means(made: loop.TrainingResult, model: Any) -> dict[str, tuple[float, float]]:
     ended = made.weights or {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     return {name: (w.mean().item(), w.abs().mean().item()) for name, w in ended.items()}
 

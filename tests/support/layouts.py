@@ -262,11 +262,11 @@ REFUSED = {
     "one column": (classic(qrels=b"q1\nq2\n"), "line 1: .*1 column; a row has query-id"),
     "a run for judgements": (
         classic(qrels=lines([(q, "Q0", d, 1, 2.5, "x") for q, d, _ in QRELS], " ")),
-        "6 columns; six are those of a run",
+        "6 columns; a TREC run has six",
     ),
     "names that nobody knows": (
         classic(qrels=lines([("frage", "treffer", "note"), *QRELS])),
-        "line 1: .*no known names",
+        "line 1: .*of known names",
     ),
     "a name for the query alone": (
         classic(qrels=lines([("query-id", "hit", "score"), *QRELS])),
@@ -282,11 +282,11 @@ REFUSED = {
     ),
     "four columns that are not TREC's": (
         classic(qrels=lines([(q, d, g, "me") for q, d, g in QRELS])),
-        "no score|no iteration",
+        "header of known names|not TREC.s iteration",
     ),
     "another collection's judgements": (
         classic(qrels=lines([HEAD, *(("x" + q, d, g) for q, d, g in QRELS)])),
-        "4 of 4 lines judge what is not there .line 2: no query has the id 'xq1'",
+        "4 of 4 lines have unknown ids .line 2: no query has the id 'xq1'",
     ),
     "columns the other way round": (classic(qrels=lines([(d, q, g) for q, d, g in QRELS])), "no query has the id 'd1'"),
     "no judgement": (classic(qrels=lines([HEAD])), "no judgement"),
@@ -322,44 +322,50 @@ REFUSED = {
         classic(qrels={"qrels/test.parquet": judged_parquet(kind=pa.timestamp("s"))}),
         "column 'score' is of type timestamp",
     ),
-    "a cut Parquet file": (classic(qrels={"qrels/test.parquet": judged_parquet()[:200]}), "not a whole Parquet file"),
+    "a cut Parquet file": (
+        classic(qrels={"qrels/test.parquet": judged_parquet()[:200]}),
+        "not a complete Parquet file",
+    ),
     "two files for one split": (
         classic(qrels={"qrels/test.csv": JUDGED, "qrels/test.jsonl": b""}),
-        "qrels/test.csv and qrels/test.jsonl may each be",
+        "it is unclear which of qrels/test.csv and qrels/test.jsonl",
     ),
     "no passages": ({"queries.jsonl": ASKED}, r"no corpus.jsonl in"),
     "no queries": ({"corpus.jsonl": CORPUS}, r"no queries.jsonl in"),
     "two sets of passages": (
         hugging_face({}, "en-corpus/test-00000-of-00001.parquet")
         | {"de-corpus/test-00000-of-00001.parquet": CORPUS_PARQUET},
-        "holds 2 sets of passages",
+        "has 2 sets of passages",
     ),
     "passages by split": (
         hugging_face({}) | {"corpus/dev-00000-of-00001.parquet": CORPUS_PARQUET},
-        "holds 2 sets of passages",
+        "has 2 sets of passages",
     ),
     "a shard that is not there": (
         hugging_face({}, "corpus/corpus-00000-of-00002.parquet"),
-        "1 of 2 parts are there, but not number 1",
+        "1 of 2 parts are present, number 1 is missing",
     ),
-    "an empty corpus": (classic(corpus=b""), "corpus.jsonl: no passage in it"),
+    "an empty corpus": (classic(corpus=b""), "corpus.jsonl has no passage"),
     "a pointer of Git LFS": (
         hugging_face({}) | {CORPUS_AT: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"},
         "pointer of Git LFS.*git lfs pull",
     ),
     "an archive": (classic(corpus=b"PK\x03\x04rest"), "ZIP archive; unpack it"),
-    "markup": (classic(corpus={"corpus.trec": b"<DOC>\n<DOCNO>d1</DOCNO>\n</DOC>\n"}), "markup .'<doc>.*is not read"),
+    "markup": (
+        classic(corpus={"corpus.trec": b"<DOC>\n<DOCNO>d1</DOCNO>\n</DOC>\n"}),
+        "markup .'<doc>.*is not supported",
+    ),
     "UTF-32": (classic(corpus=CORPUS.decode().encode("utf-32")), "UTF-32; save it as UTF-8"),
     "Latin-1": (classic(corpus='{"_id": "d1", "text": "café"}\n'.encode("latin-1")), "line 1: wrong-encoding"),
-    "half of a gzip file": (classic(corpus=gzip.compress(CORPUS * 50)[:90]), "not a whole gzip file"),
-    "a damaged gzip file": (classic(corpus=gzip.compress(CORPUS)[:14] + b"\xff" * 30), "not a whole gzip file"),
-    "half of a zstd file": (classic(corpus={"corpus.jsonl.zst": PACK["zst"](CORPUS)[:-9]}), "not a whole zstd file"),
+    "half of a gzip file": (classic(corpus=gzip.compress(CORPUS * 50)[:90]), "not a complete gzip file"),
+    "a damaged gzip file": (classic(corpus=gzip.compress(CORPUS)[:14] + b"\xff" * 30), "not a complete gzip file"),
+    "half of a zstd file": (classic(corpus={"corpus.jsonl.zst": PACK["zst"](CORPUS)[:-9]}), "not a complete zstd file"),
     "no _id": (
         classic(corpus=jsonl({"key": i, "text": x} for i, _, x in DOCS)),
         "line 1: broken-json .no _id among its names: key, text",
     ),
-    "an id that is null": (classic(corpus=jsonl([{"_id": None, "text": "a"}])), "no-id .None is no id"),
-    "an id that is a fraction": (classic(corpus=jsonl([{"_id": 1.5, "text": "a"}])), "no-id .1.5 is no id"),
+    "an id that is null": (classic(corpus=jsonl([{"_id": None, "text": "a"}])), "no-id .None is not an id"),
+    "an id that is a fraction": (classic(corpus=jsonl([{"_id": 1.5, "text": "a"}])), "no-id .1.5 is not an id"),
     "a list for a text": (
         classic(corpus=jsonl([{"_id": "d1", "text": ["a", "b"]}])),
         "_id, title and text must be strings",
@@ -375,19 +381,19 @@ REFUSED = {
     ),
     "an open quotation mark": (
         classic(corpus={"corpus.csv": b'id,text\nd1,"never closed\nd2,b\n'}),
-        "line 2: a quotation mark that is not closed",
+        "line 2: a quotation mark is not closed",
     ),
     "a TSV of three without names": (
         classic(corpus={"corpus.tsv": lines(DOCS)}),
-        "3 columns and no names; put a first line",
+        "3 columns and no header; add a first line",
     ),
     "a TSV whose names nobody knows": (
         classic(queries={"queries.tsv": lines([("nummer", "frage"), ("q1", "what runs"), ("q2", "what rings")])}),
-        "line 1: .*no known names",
+        "line 1: .*unknown column names",
     ),
     "a TSV with a name for the id alone": (
         classic(queries={"queries.tsv": lines([("id", "frage"), *QUERIES])}),
         "no text among the columns id, frage",
     ),
-    "text without a mark between columns": (classic(queries={"queries.txt": b"q1 what runs\n"}), "no tab in its lines"),
+    "text without a mark between columns": (classic(queries={"queries.txt": b"q1 what runs\n"}), "no tab in the lines"),
 }

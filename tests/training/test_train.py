@@ -17,7 +17,7 @@ from dagr_ray.losses.kl import KL
 from dagr_ray.quickstart import models
 from dagr_ray.stages.dev_split import DevSplit
 from dagr_ray.training import texts
-from dagr_ray.training.batches import Row, cut, margins, plan, repeats, rows_of
+from dagr_ray.training.batches import ExampleRow, margins, plan, repeats, rows_of, split_rows
 from dagr_ray.training.texts import Examples
 from tests.support.toys import HERE, TWO, Toy, distance, small, toy_train, weights
 
@@ -116,7 +116,7 @@ def test_fewer_negatives_and_none_are_fine(tmp_path):
     assert none.manifest["counts"]["steps"] == 2 and none.manifest["cost"]["samples"] == 10
 
 
-def test_a_training_goes_on_from_another_for_so_many_steps(here, tmp_path):
+def test_a_training_continues_another_for_some_steps(here, tmp_path):
     runs = here.runs
     more = materialize(toy_train(start=toy_train(), steps=2, lr=1e-5, schedule="constant"), runs, HERE)
     assert more.manifest["counts"]["steps"] == 2
@@ -146,7 +146,7 @@ def test_mistakes_are_one_line_before_anything_starts(tmp_path):
 # -- the dev set ------------------------------------------------------------------------------------------------------
 
 
-def test_the_best_step_on_the_dev_set_is_kept_and_the_base_is_one_of_them(tmp_path):
+def test_the_best_step_is_kept_and_may_be_the_base(tmp_path):
     toy = Toy(n=40, dev=16)
     made = materialize(toy_train(toy, dev=toy, eval_every=1, epochs=3, lr=1e-4), str(tmp_path), HERE)
     by_step = {
@@ -204,7 +204,7 @@ def read(data):
     ]
 
 
-def test_other_ids_and_another_order_of_rows_give_the_same_batches(tmp_path):
+def test_batches_do_not_depend_on_ids_or_row_order(tmp_path):
     found = []
     for shuffled in (None, 1, 2):
         folder = materialize(Toy(n=40, negatives=(2, 1), scored=True, shuffled=shuffled), str(tmp_path))
@@ -218,7 +218,7 @@ def test_other_ids_and_another_order_of_rows_give_the_same_batches(tmp_path):
     assert positive.startswith(f"number {number} ") and len(negatives) == (2, 1)[int(number) % 2]
 
 
-def test_a_corpus_is_read_in_ranges_and_a_missing_passage_is_named(tmp_path, monkeypatch):
+def test_a_corpus_is_read_in_ranges_without_missing_passages(tmp_path, monkeypatch):
     monkeypatch.setattr(texts, "ROWS", 7)
     toy = Toy(n=40)
     folder = materialize(toy, str(tmp_path))
@@ -251,7 +251,7 @@ def test_every_example_is_seen_once_in_every_epoch():
     assert [b.tolist() for b in batches] == [b.tolist() for b in same] != [b.tolist() for b in other]
 
 
-def test_no_batch_has_a_passage_twice_where_that_can_be():
+def test_no_batch_repeats_a_passage_if_possible():
     examples, length = dense(64, 8)
     assert repeats(examples, plan(examples, length, 16, 2, seed=0)) == 0
     assert repeats(examples, [np.arange(0, 512, 64)]) == 7, "the measure sees what it is for"
@@ -261,8 +261,8 @@ def test_no_batch_has_a_passage_twice_where_that_can_be():
 
 
 def test_cut_parts_rows_that_share_a_text():
-    rows = [Row(0, 0, (9,)), Row(1, 0, (8,)), Row(2, 9, (7,)), Row(3, 3, (6,))]
-    assert cut(rows, 2) == [[0, 3], [1, 2]]
+    rows = [ExampleRow(0, 0, (9,)), ExampleRow(1, 0, (8,)), ExampleRow(2, 9, (7,)), ExampleRow(3, 3, (6,))]
+    assert split_rows(rows, 2) == [[0, 3], [1, 2]]
 
 
 def test_a_curriculum_goes_from_easy_to_hard():

@@ -60,7 +60,7 @@ class Fault(TrainerCallback):
 
 
 @pytest.mark.parametrize("cached", [None, 4])
-def test_what_is_resumed_is_what_was_not_disturbed(tmp_path, cached):
+def test_a_resumed_training_equals_an_undisturbed_one(tmp_path, cached):
     """Optimizer, schedule, dropout's random numbers, order of the data, best weights, counts: all go on."""
     folder = materialize(Toy(n=40, dev=8), str(tmp_path))
     settings = Settings(
@@ -157,7 +157,7 @@ def test_a_killed_worker_is_replaced_and_the_curve_is_the_same(tmp_path):
     assert not Path(two.path, "checkpoints").exists()
 
 
-def test_a_checkpoint_that_is_not_whole_is_passed_over_on_an_object_store(tmp_path):
+def test_an_incomplete_checkpoint_is_skipped_on_a_store(tmp_path):
     with ObjectStore() as store:
         to = Checkpoints(Artifact(store.uri("runs"), "train-x"), "a")
         for step in (1, 2, 3):

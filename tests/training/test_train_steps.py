@@ -13,7 +13,7 @@ from sentence_transformers.util import pairwise_cos_sim
 from transformers import TrainerCallback
 
 from dagr_ray.core.build import materialize
-from dagr_ray.losses import Scored
+from dagr_ray.losses import LossBatch
 from dagr_ray.losses.info_nce import InfoNCE
 from dagr_ray.losses.kl import KL
 from dagr_ray.losses.margin_mse import MarginMSE
@@ -73,7 +73,7 @@ def found(tmp_path_factory):
 
 
 @pytest.mark.parametrize("case", EVERY)
-def test_the_number_of_workers_changes_neither_loss_nor_gradients(found, case):
+def test_loss_and_gradients_are_equal_for_any_workers(found, case):
     (((step, loss),), gradients, counts, weights) = found[1, 0][case]
     assert step == 1 and loss > 0
     assert max(np.abs(g).max() for g in gradients.values()) > 1e-3
@@ -156,7 +156,7 @@ def columns(b=5, k=3, d=8):
     teacher = torch.randn(b, 1 + k, generator=drawn)
     unit = [torch.nn.functional.normalize(part, dim=1) for part in parts]
     own = torch.arange(b * k).reshape(k, b).T + b
-    batch = Scored(
+    batch = LossBatch(
         unit[0] @ torch.cat(unit[1:]).T, torch.arange(b), own, torch.ones_like(own, dtype=torch.bool),
         torch.zeros(0, 2, dtype=torch.long), teacher,
     )  # fmt: skip
@@ -198,14 +198,21 @@ def test_a_loss_is_that_of_sentence_transformers(name):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
-def test_a_query_with_fewer_negatives_is_judged_by_those_that_it_has():
+def test_queries_with_fewer_negatives_are_not_padded():
     _, batch = columns(b=2, k=3)
     given = torch.tensor([[True, True, True], [True, False, False]])
-    short = batch._replace(given=given)
-    alone = Scored(
-        batch.cosine[1:], batch.positive[1:], batch.own[1:, :1], given[1:, :1], batch.known, short.teacher[1:, :2]
+    short = batch._replace(has_negative=given)
+    alone = LossBatch(
+        batch.cosine[1:],
+        batch.positive[1:],
+        batch.negative[1:, :1],
+        given[1:, :1],
+        batch.other_positives,
+        short.teacher[1:, :2],
     )
-    first = Scored(batch.cosine[:1], batch.positive[:1], batch.own[:1], given[:1], batch.known, short.teacher[:1])
+    first = LossBatch(
+        batch.cosine[:1], batch.positive[:1], batch.negative[:1], given[:1], batch.other_positives, short.teacher[:1]
+    )
     assert KL().value(short).item() == pytest.approx((KL().value(first) + KL().value(alone)).item() / 2, rel=1e-5)
     by_pair = (3 * MarginMSE().value(first) + MarginMSE().value(alone)) / 4
     assert MarginMSE().value(short).item() == pytest.approx(by_pair.item(), rel=1e-5)
@@ -215,7 +222,7 @@ def test_a_query_with_fewer_negatives_is_judged_by_those_that_it_has():
 def test_a_passage_that_is_known_to_be_relevant_is_no_negative(two_sided):
     _, batch = columns(b=3, k=1)
     loss = InfoNCE(two_sided=two_sided, temperature=1.0)
-    masked = batch._replace(known=torch.tensor([[0, 1]]))
+    masked = batch._replace(other_positives=torch.tensor([[0, 1]]))
     scores = batch.cosine.detach()
     kept = torch.tensor([True, False, True, True, True, True])
     first = torch.logsumexp(scores[0][kept], 0) - scores[0, 0]

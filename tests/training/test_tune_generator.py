@@ -161,7 +161,7 @@ def test_what_it_learnt_from_is_neither_asked_about_nor_judged(stage, tmp_path):
     assert not left_out and sample.count("corpus") == 48
 
 
-def test_generate_names_the_tuned_model_and_has_its_own_fingerprint(stage):
+def test_generate_with_a_tuned_model_has_its_own_fingerprint(stage):
     plain = Generate(corpus=stage.data, strategy=Doc2Query(), engine=stage.engine)
     tuned = Generate(corpus=stage.data, strategy=Doc2Query(), engine=stage.engine, tuned=stage)
     assert plain.fingerprint() != tuned.fingerprint()

@@ -1,4 +1,4 @@
-"""What strategies have in common that have a language model write one query: controls, and how an answer is read."""
+"""Base of the strategies that make a language model write one query: its controls, and its parser."""
 
 from __future__ import annotations
 
@@ -27,40 +27,40 @@ _TEMPLATE = re.compile(
 )
 
 
-class Written(Strategy):
-    """Base of the strategies whose answer is one query on one line. ``controls`` says what it is to be like besides."""
+class OneQuery(Strategy):
+    """Base of the strategies whose answer is one query on one line. ``controls`` are further required attributes."""
 
     abstract: ClassVar[bool] = True
     controls: Annotated[Controls, OmitWhenDefault()] = Controls()
 
-    def checked(self) -> Controls:
-        """What every answer is measured for: the controls, unless the task itself asks for more."""
+    def effective_controls(self) -> Controls:
+        """The controls that every answer is checked against. Override if the task itself requires more."""
         return self.controls
 
 
-def one_query(raw: str, shown: Collection[str], label: str = "") -> Parsed:
-    """The first line of a completion that says something, without number, quotes and label: ``label``, "Query:" or the like.
+def one_query(raw: str, example_queries: Collection[str], label: str = "") -> Parsed:
+    """The first line of a completion that has text, without number, quotes and label (``label``, "Query:" or similar).
 
-    ``shown`` are the queries of the prompt's examples, casefolded: a copy of one is refused.
+    ``example_queries`` are the queries of the prompt's examples, casefolded; a copy of one is rejected.
     """
     own = re.compile(rf"^{re.escape(label)}\s*:\s*", re.IGNORECASE) if label else None
-    text = next((found for line in raw.splitlines() if (found := _bare(line, own))), "")
-    said = raw.strip()[:200]
+    text = next((bare for line in raw.splitlines() if (bare := _bare(line, own))), "")
+    detail = raw.strip()[:200]
     if not text:
-        return Parsed(rejected=[("empty", said)])
+        return Parsed(rejected=[("empty", detail)])
     if not any(c.isalpha() for c in text):
-        return Parsed(rejected=[("no-text", said)])
+        return Parsed(rejected=[("no-text", detail)])
     if _TEMPLATE.search(text):
-        return Parsed(rejected=[("template", said)])
-    if text.casefold() in shown:
-        return Parsed(rejected=[("exemplar-copy", said)])
+        return Parsed(rejected=[("template", detail)])
+    if text.casefold() in example_queries:
+        return Parsed(rejected=[("exemplar-copy", detail)])
     if text.isascii() and len(text.split()) < 2:
-        return Parsed(rejected=[("too-short", said)])
+        return Parsed(rejected=[("too-short", detail)])
     return Parsed(kept=[text])
 
 
 def _bare(line: str, own: re.Pattern[str] | None) -> str:
-    """A line without what models put around a query; empty for a line that only announces one."""
+    """Strips numbers, quotes and labels from a line; empty if the line only announces a query."""
     text = " ".join(line.split())
     if _PREAMBLE.match(text):
         return ""
