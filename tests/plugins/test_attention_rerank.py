@@ -201,5 +201,5 @@ def test_errors_name_the_cause(teacher, tmp_path):
         AttentionSession(teacher.model_copy(update={"max_words": 100})).score(many)
     with pytest.raises(ConfigError, match="40 hex digits"):
         AttentionRerank().check()
-    with pytest.raises(ConfigError, match="computes attention in a way"):
+    with pytest.raises(ConfigError, match="is not supported; give a model of the Llama"):
         AttentionSession(AttentionRerank(model=str(minilm())))
