@@ -93,6 +93,6 @@ def _unread(data: Stage, split: str) -> int:
         return len(glanced[f"qrels.{named}"]["query_id"].unique()) if named else 0
     if isinstance(data, PyDocs):
         passages = pydocs.stdlib_passages() if data.part == "stdlib" else pydocs.package_passages()
-        rows = pydocs.judgements(data.part, {passage.doc_id for passage in passages}).qrels.get(split, [])
+        rows = pydocs.read_judgements(data.part, {passage.doc_id for passage in passages}).qrels.get(split, [])
         return len({row["query_id"] for row in rows})
     return 0
