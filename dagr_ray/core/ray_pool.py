@@ -20,6 +20,15 @@ Shard = dict[str, Any]
 Worker = Callable[[Shard], dict[str, Any]]
 
 
+def _tag(name: str) -> str:
+    r"""A folder's name as Ray's metrics take it: in ASCII.
+
+    >>> _tag("beir-é-0f")
+    'beir-\\xe9-0f'
+    """
+    return name.encode("ascii", "backslashreplace").decode()
+
+
 def _actor(factory: Callable[[], Worker], name: str) -> type:
     """An actor class that opens its worker once and feeds it shards.
 
@@ -32,7 +41,7 @@ def _actor(factory: Callable[[], Worker], name: str) -> type:
             from ray.util.metrics import Gauge
 
             self.in_flight = Gauge("dagr_shards_in_flight", "Shards at work in a worker", ("stage", "pid"))
-            self.in_flight.set_default_tags({"stage": name, "pid": str(os.getpid())})
+            self.in_flight.set_default_tags({"stage": _tag(name), "pid": str(os.getpid())})
             self.busy, self.lock = 0, threading.Lock()
             # returned with the first shard: an error raised here would reach the driver as a page of text
             self.open_error: dict[str, str | None] = {}
@@ -66,7 +75,7 @@ class _Meter:
     def __init__(self, name: str, shards: int) -> None:
         from ray.util.metrics import Counter, Gauge
 
-        self.tags, self.shards_left = {"stage": name}, shards
+        self.tags, self.shards_left = {"stage": _tag(name)}, shards
         self.rows = Counter("dagr_rows", "Rows read by finished shards", ("stage",))
         self.accepted = Counter("dagr_rows_accepted", "Rows that finished shards wrote", ("stage",))
         self.rejected = Counter("dagr_rows_rejected", "Rows rejected by finished shards", ("stage", "reason"))

@@ -226,7 +226,7 @@ def test_a_moved_data_set_has_its_new_name_in_the_mirror(tmp_path, monkeypatch, 
     os.rename("before", "after")
     assert verb("study", "job.py", "data=after", "--no-track", "--quiet") == 0
     capsys.readouterr()
-    [study] = [each.name for each in (tmp_path / "runs").glob("study-*")]
+    study = max((tmp_path / "runs").glob("study-*"), key=lambda each: each.stat().st_mtime).name
     assert mlflow_mirror.mirror(str(tmp_path / "runs"), study).problem is None
     client = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
     found = client.search_runs([each.experiment_id for each in client.search_experiments()])
