@@ -12,14 +12,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
-
 from dagr_ray.annotation.import_ import thresholds_named
 from dagr_ray.annotation.sampling import REASONS, pairs_of, rank
 from dagr_ray.core import tables
 from dagr_ray.core.artifact import Artifact
 from dagr_ray.core.config import ConfigError
+from dagr_ray.core.joins import rows_with
 from dagr_ray.core.storage import filesystem
 from dagr_ray.formats.export import ancestor, full_corpus
 from dagr_ray.retrieval.encoder import Encoder
@@ -78,9 +76,7 @@ def _texts(folders: Sequence[Artifact], table: str, key: str, ids: set[str]) -> 
     row_of: dict[str, dict[str, str]] = {}
     for folder in folders:
         source = full_corpus(folder) if table == "corpus" else ancestor(folder, table)
-        missing = pa.array(sorted(ids - row_of.keys()), tables.TEXT)
-        for part in source.scan(table) if len(missing) else ():
-            row_of |= {row[key]: row for row in part.filter(pc.is_in(part[key], value_set=missing)).to_pylist()}
+        row_of |= {row[key]: row for row in rows_with(source, table, key, ids - row_of.keys()).to_pylist()}
     if ids - row_of.keys():
         absent = sorted(ids - row_of.keys())
         raise ConfigError(

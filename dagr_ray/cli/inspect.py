@@ -6,8 +6,9 @@ import argparse
 import json
 from typing import Any
 
-from dagr_ray.core.artifact import Artifact, folders_of
+from dagr_ray.core.artifact import Artifact, Json, folders_of
 from dagr_ray.core.config import ConfigError, packed
+from dagr_ray.core.stage import origin_of
 from dagr_ray.core.storage import filesystem
 from dagr_ray.core.terminal import print_json, print_table, say
 
@@ -110,7 +111,10 @@ def show(args: Args) -> int | None:
     if args.json:
         print_json(manifest)
         return None
-    for key in ("fingerprint", "inputs", "counts", "cost", "price", "attempts", "placement", "packages"):
+    if manifest.get("inputs"):
+        say("inputs:")
+        print_inputs(manifest)
+    for key in ("fingerprint", "counts", "cost", "price", "attempts", "placement", "packages"):
         if key in manifest:
             say(f"{key}: {json.dumps(manifest[key], ensure_ascii=False)}")
     for name, entry in manifest.get("tables", {}).items():
@@ -120,6 +124,16 @@ def show(args: Args) -> int | None:
         say(f"file {name}: {entry['bytes']:,} bytes")
     say(f"stage: {json.dumps(packed(manifest.get('stage', manifest.get('axes'))), ensure_ascii=False)}")
     return None
+
+
+def print_inputs(made: Json) -> None:
+    """The folders that a stage reads, each with the name that the stage gives it: a field, or an input of another origin."""
+    notes = {"field": "", "declared": "  (declared by its class)", "built": "  (built by the stage)"}
+    inputs = made.get("inputs", {})
+    width = max(map(len, inputs), default=0)
+    for place, (name, folder) in enumerate(inputs.items(), 1):
+        corner = "`-" if place == len(inputs) else "|-"
+        say(f"{corner} {name.ljust(width)}  {folder}{notes[origin_of(made, name)]}")
 
 
 def bill(args: Args) -> int | None:

@@ -35,7 +35,7 @@ import pyarrow.parquet as pq
 
 from dagr_ray.core import checksums, disk, shapes, tables as schemas
 from dagr_ray.core.checksums import Damaged
-from dagr_ray.core.config import digest
+from dagr_ray.core.config import ConfigError, digest
 from dagr_ray.core.folder import Folder, folders_of
 from dagr_ray.core.shapes import Json
 
@@ -338,6 +338,23 @@ class Artifact(Folder):
     def count(self, name: str) -> int:
         """Rows of a table, from the manifest."""
         return self._finished().starts(name)[-1]
+
+    def qrels_table(self, split: str | None, reader: str) -> str:
+        """The name of the table of a split's judgements: ``qrels.<split>``, or ``qrels`` without a split.
+
+        Raises ConfigError, in the name of the stage ``reader``, if the folder has no such table.
+        """
+        names = self.table_names()
+        if split is not None:
+            return schemas.qrels_table(names, split, reader, self.name)
+        if "qrels" not in names:
+            splits = ", ".join(name.removeprefix("qrels.") for name in names if name.startswith("qrels."))
+            raise ConfigError(f"{reader}: no table 'qrels' in {self.name}; name a split: {splits or None}")
+        return "qrels"
+
+    def qrels(self, split: str | None, reader: str, columns: list[str] | None = None) -> pa.Table:
+        """The judgements of a split: see ``qrels_table``."""
+        return self.read(self.qrels_table(split, reader), columns)
 
     def scan(self, name: str, columns: list[str] | None = None) -> Iterator[pa.Table]:
         """A table part by part, in shard order."""

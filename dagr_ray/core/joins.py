@@ -1,15 +1,17 @@
-"""What stands beside some of the queries in other tables, so that a shard of them is worked on without the others.
+"""Rows of other tables that belong to some rows, read without holding those tables.
 
-Rows of the stage's other tables, candidates of a search, passages and queries that say the same as others. What is held
-for all rows is a hash of each, 8 bytes, and the texts of those alone whose hash recurs.
+``rows_with`` finds rows by a column's values, ``beside`` by the shard that wrote them, ``Lookup`` by a unique key and
+``RowsByQuery`` by query, both again and again. ``SearchResults``, ``Twins`` and ``Positives`` are what filters and miners ask of a
+search, a corpus and judgements: for all rows they hold a hash of each, 8 bytes, and only the texts whose hash recurs.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable
-from functools import cached_property
+from collections.abc import Iterable, Iterator
+from functools import cached_property, lru_cache
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,19 +21,110 @@ import pyarrow.compute as pc
 from dagr_ray.core import tables
 from dagr_ray.core.artifact import Artifact
 
+WINDOW = 8192  # rows of a table that are looked at together: a row group
 Hashes = npt.NDArray[np.int64]
 
 
-def rows_beside(folder: Artifact, name: str, start: int, stop: int) -> tuple[int, int]:
-    """The rows of another table from the shards whose ``qrels`` are rows ``start`` to ``stop``: a shard writes all its tables."""
+def rows_with(
+    folder: Artifact,
+    table: str,
+    key: str,
+    values: Iterable[str] | pa.Array | pa.ChunkedArray,
+    columns: list[str] | None = None,
+) -> pa.Table:
+    """The rows of a table whose ``key`` is one of ``values``, in the order of the table, which is read part by part."""
+    wanted = values if isinstance(values, pa.Array | pa.ChunkedArray) else pa.array(sorted(values), tables.TEXT)
+    empty = tables.empty(table)
+    parts = [empty if columns is None else empty.select(columns)]
+    for part in folder.scan(table, columns) if len(wanted) else ():
+        parts.append(part.filter(pc.is_in(part[key], value_set=wanted)))
+    return pa.concat_tables(parts)
+
+
+def rows_beside(folder: Artifact, known: str, other: str, start: int, stop: int) -> tuple[int, int]:
+    """The rows of table ``other`` from the shards of ``known``'s rows ``start`` to ``stop``: a shard writes all its tables."""
     made = (folder.manifest or {})["tables"]
-    known = [part["rows"] for part in made["qrels"]["parts"]]
-    other = [part["rows"] for part in made[name]["parts"]]
-    if len(known) != len(other):
-        return 0, folder.count(name)
-    starts, others = list(accumulate(known, initial=0)), list(accumulate(other, initial=0))
+    known_parts, other_parts = ([part["rows"] for part in made[name]["parts"]] for name in (known, other))
+    if len(known_parts) != len(other_parts):
+        return 0, folder.count(other)
+    starts, others = list(accumulate(known_parts, initial=0)), list(accumulate(other_parts, initial=0))
     first, last = bisect_right(starts, start) - 1, bisect_left(starts, stop)
     return others[first], others[max(first, last)]
+
+
+def beside(folder: Artifact, known: str, other: str, start: int, stop: int) -> pa.Table:
+    """The rows of ``rows_beside``. Shards are whole: they can hold rows of other queries too."""
+    return folder.slice(other, *rows_beside(folder, known, other, start, stop))
+
+
+class Lookup:
+    """Rows of a large table by a key that is unique. Looks first where the last rows stood, then ever further away.
+
+    The tables of one recipe stand in one order, so that shards read little besides what they want; a table in any other
+    order is read through.
+    """
+
+    def __init__(self, folder: Artifact, name: str, key: str) -> None:
+        self.folder, self.name, self.key = folder, name, key
+        self.windows = -(-folder.count(name) // WINDOW)
+        self.at: int | None = None
+        self.read = lru_cache(maxsize=4)(self._read)
+
+    def _read(self, window: int, columns: tuple[str, ...]) -> pa.Table:
+        return self.folder.slice(self.name, window * WINDOW, (window + 1) * WINDOW, [self.key, *columns])
+
+    def of(self, keys: pa.ChunkedArray, hint: float, columns: list[str]) -> Iterator[tuple[Any, ...]]:
+        """(key, *columns) of each key, in any order. ``hint`` in [0, 1): about where the first may stand."""
+        wanted = keys.unique()
+        missing = set(wanted.to_pylist())
+        near = int(hint * self.windows) if self.at is None else self.at
+        for window in sorted(range(self.windows), key=lambda w: (abs(w - near), w)) if missing else ():
+            rows = self.read(window, tuple(columns))
+            rows = rows.filter(pc.is_in(rows[self.key], value_set=wanted))
+            if len(rows):
+                self.at = window
+                missing.difference_update(rows[self.key].to_pylist())
+                yield from zip(*(column.to_pylist() for column in rows.columns), strict=True)
+            if not missing:
+                return
+        assert not missing, f"{len(missing)} rows of {self.name} are not in {self.folder.path}, such as {min(missing)}"
+
+
+class RowsByQuery:
+    """The rows of a table by query. Holds where they stand, and reads them when they are asked for."""
+
+    def __init__(self, source: Artifact, name: str, columns: list[str]) -> None:
+        self.source, self.name, self.columns = source, name, columns
+        self.ranges: dict[str, list[tuple[int, int]]] = {}
+        at = 0
+        for part in source.scan(name, ["query_id"]):
+            encoded = part["query_id"].combine_chunks().dictionary_encode()
+            codes, names = encoded.indices.to_numpy(), encoded.dictionary.to_pylist()
+            starts = np.flatnonzero(np.diff(codes, prepend=-1))
+            for first, last in zip(starts, np.append(starts, len(codes))[1:], strict=True):
+                self.ranges.setdefault(names[codes[first]], []).append((at + int(first), at + int(last)))
+            at += len(codes)
+
+    def of(self, query_ids: Any) -> dict[str, list[dict[str, Any]]]:
+        """Query id -> its rows, in the table's order, for those that have any."""
+        wanted = {query_id: self.ranges[query_id] for query_id in query_ids if query_id in self.ranges}
+        spans = _joined(sorted(span for each in wanted.values() for span in each))
+        found: dict[str, list[dict[str, Any]]] = {}
+        for start, stop in spans:
+            for row in self.source.slice(self.name, start, stop, self.columns).to_pylist():
+                found.setdefault(row["query_id"], []).append(row)
+        return found
+
+
+def _joined(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Spans that touch, as one: the queries of a shard mostly stand together, and each read has its price."""
+    found: list[tuple[int, int]] = []
+    for start, stop in spans:
+        if found and start <= found[-1][1]:
+            found[-1] = (found[-1][0], max(stop, found[-1][1]))
+        else:
+            found.append((start, stop))
+    return found
 
 
 class Rows:
@@ -68,11 +161,7 @@ class SearchResults:
     def of(self, query_ids: pa.ChunkedArray, start: int, stop: int) -> pa.Table:
         """Of queries that are rows ``start`` to ``stop``; with others of their shards. Any other search is read through."""
         if self.asked is None:
-            wanted = query_ids.unique()
-            parts = (
-                part.filter(pc.is_in(part["query_id"], value_set=wanted)) for part in self.search.scan("candidates")
-            )
-            return pa.concat_tables([tables.empty("candidates"), *parts])
+            return rows_with(self.search, "candidates", "query_id", query_ids.unique())
         rows = np.arange(start, stop) if self.asked == self.queries else self._rows.of(query_ids)
         made = (self.search.manifest or {})["tables"]["candidates"]["parts"]
         edges = list(accumulate((part["rows"] for part in made), initial=0))

@@ -183,6 +183,8 @@ class Plan(TypedDict, total=False):
     stage: dict[str, Any]
     fingerprint: str
     inputs: dict[str, FolderName]
+    role: str
+    rows_from: list[str]
     made_from: dict[str, str]
     rows: Count | None
 
@@ -233,6 +235,8 @@ class Manifest(TypedDict, total=False):
     stage: dict[str, Any]
     fingerprint: str
     inputs: dict[str, FolderName]
+    role: str
+    rows_from: list[str]
     made_from: dict[str, str]
     files: dict[Path, File]
     counts: Counts

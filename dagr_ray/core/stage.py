@@ -6,7 +6,8 @@ Its fields decide the result. Its fields that are stages, and the stages that it
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, ClassVar, TypeVar
@@ -14,7 +15,7 @@ from typing import Any, ClassVar, TypeVar
 import pyarrow as pa
 
 from dagr_ray.core.artifact import Artifact, Json
-from dagr_ray.core.config import Config, ConfigError, fingerprint_cache, from_json
+from dagr_ray.core.config import Config, ConfigError, fingerprint_cache, from_json, lookup
 from dagr_ray.core.placement import Pool, PricedEngine
 from dagr_ray.core.storage import plain_name
 
@@ -47,6 +48,8 @@ class Stage(Config):
     starts_workers: ClassVar[bool] = False  # opened in the calling process; the stage itself starts the pool's workers
     concurrent: ClassVar[bool] = False  # one worker runs several shards at once, in threads
     templates: ClassVar[tuple[str, ...]] = ()  # fields whose stages are patterns for others, and no inputs
+    role: ClassVar[str] = ""  # the part that it plays in a recipe, by which reports and estimates find it
+    rows_from: ClassVar[str] = ""  # the field whose stages hold the rows that it works on; without one, its first input
     outputs: ClassVar[tuple[str, ...]] = ()
     judged: ClassVar[dict[str, str]] = {}  # inputs whose judgements it reads, and the field that names their split
     max_error_rate: ClassVar[float] = 0.01
@@ -67,6 +70,11 @@ class Stage(Config):
             places: list[tuple[Any, Stage | None]] = list(enumerate(given)) if "{}" in name else [("", given)]
             found |= {name.replace("{}", str(i)): stage for i, stage in places if stage is not None}
         return found
+
+    def main_inputs(self) -> list[str]:
+        """The names of the inputs whose rows the stage works on; none for a stage without inputs."""
+        names = list(self.inputs())
+        return _of_field(self.rows_from, names) or names[:1]
 
     def shards_of(self) -> Stage | None:
         """The input of whose rows each shard is a range; None if that is not known before the stage is built."""
@@ -145,6 +153,47 @@ def derived_inputs(kind: type[Stage]) -> dict[str, str]:
     methods = dict.fromkeys(name for each in reversed(kind.__mro__) for name in vars(each))
     names = {method: getattr(getattr(kind, method, None), "derived_input", None) for method in methods}
     return {name: method for method, name in names.items() if name is not None}
+
+
+def _of_field(field: str, inputs: Iterable[str]) -> list[str]:
+    """The names of the inputs that a field holds."""
+    numbered = re.compile(rf"{re.escape(field)}(\.\d+)?")
+    return [name for name in inputs if numbered.fullmatch(name)]
+
+
+def role_of(made: Json) -> str:
+    """The role of the stage that a plan or manifest is of, as its class declares it; "" if it has none."""
+    if "role" in made:
+        return made["role"]
+    kind = _class_of(made)
+    return "" if kind is None else kind.role
+
+
+def main_inputs_of(made: Json) -> list[str]:
+    """The folders of the main inputs of the stage that a plan or manifest is of: see ``Stage.main_inputs``."""
+    inputs = made.get("inputs", {})
+    names = made.get("rows_from")
+    if names is None:
+        kind = _class_of(made)
+        names = _of_field("" if kind is None else kind.rows_from, inputs) or list(inputs)[:1]
+    return [inputs[name] for name in names if name in inputs]
+
+
+def origin_of(made: Json, name: str) -> str:
+    """Where an input of a plan or manifest comes from: ``field``, ``declared`` (``derived``) or ``built`` (dynamic inputs)."""
+    if any(_of_field(each, [name]) for each in made.get("stage", {})):
+        return "field"
+    kind = _class_of(made)
+    patterns = () if kind is None else (re.escape(each).replace(r"\{\}", r"\d+") for each in derived_inputs(kind))
+    return "declared" if kind is None or any(re.fullmatch(each, name) for each in patterns) else "built"
+
+
+def _class_of(made: Json) -> type[Stage] | None:
+    """The class of a folder that was made before plans recorded a role; None if it is not installed here."""
+    try:
+        return lookup(made.get("stage", {}).get("type"), Stage)
+    except ConfigError:
+        return None
 
 
 def _names(runs: str) -> dict[str, str]:

@@ -197,6 +197,7 @@ class TrialResult:
             "series": self.series(),
             "volume": self.params.get("volume"),
             "used": self.arm.used if arm else 0,
+            "trained_on": "pairs" if arm and self.arm.has_human_pairs else "queries",
             "frozen": frozen.id if frozen else None,
             "bm25": bm25.id if bm25 else None,
             "cost": self.arm.cost() if arm and self.arm.train else None,

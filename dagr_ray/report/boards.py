@@ -267,16 +267,12 @@ def _price(trial: Json) -> float:
 def _query_texts(row: TrialResult, name: str, wanted: set[str]) -> dict[str, str]:
     """The texts of some test queries, from the data that the evaluation of this name read."""
     folders = row.folders
-    for inner in folders.manifest_or_empty(row.trial["folder"])["inputs"].values():
-        manifest = folders.manifest_or_empty(inner)
-        data = manifest["inputs"].get("data")
-        if (
-            manifest["stage"].get("name") == name.split("/")[0]
-            and "queries" in folders.manifest_or_empty(data or "")["tables"]
-        ):
-            rows: list[Json] = folders.read_or(str(data), lambda read: read.read("queries").to_pylist(), [])
-            return {r["query_id"]: r["text"] for r in rows if r["query_id"] in wanted}
-    return {}
+    evaluations = dict(zip(row.set_names, folders.main(row.trial["folder"]), strict=False))
+    data = folders.judged_data(evaluations[name]) if name in evaluations else None
+    if data is None or "queries" not in folders.manifest_or_empty(data)["tables"]:
+        return {}
+    rows: list[Json] = folders.read_or(data, lambda read: read.read("queries").to_pylist(), [])
+    return {r["query_id"]: r["text"] for r in rows if r["query_id"] in wanted}
 
 
 # -- averages -----------------------------------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ def _bounds(folders: Folders, gate: str) -> Json:
     """``common``: how many word n-grams of the held-out texts are boilerplate, which is not used to find leaks.
     ``left_out``: pairs that are not listed because each of their texts resembles other texts more.
     """
-    counts = folders.manifest_or_empty(folders.manifest_or_empty(gate)["inputs"].get("scan", ""))["counts"]
+    counts = folders.manifest_or_empty(next(iter(folders.inputs_with(gate, "leak-scan")), ""))["counts"]
     common: Counter[str] = Counter()
     for kinds in counts.get("common", {}).values():
         for of in kinds.values():

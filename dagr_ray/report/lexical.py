@@ -21,7 +21,7 @@ def lexical(folders: Folders, cards: Iterable[str], warnings: list[str]) -> list
             continue
         for name in folders.ancestors(card):
             manifest = folders.manifest_or_empty(name)
-            if manifest["stage"].get("type") != "evaluate":
+            if folders.role(name) != "evaluate":
                 continue
             data = str(manifest["stage"].get("name") or "data")
             for search in manifest["inputs"].values():

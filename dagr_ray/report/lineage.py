@@ -1,7 +1,7 @@
 """Reads from manifests what a scorecard was built from: its ancestors, their roles, and their costs.
 
-A role is recognised by what a folder reads and writes, not by its class, so stages of plugins are recognised too. Nothing
-here opens a model or needs the machine that built the folders.
+A manifest records the role of its stage and the inputs whose rows the stage worked on (``Stage.role``, ``rows_from``), so
+stages of plugins are recognised too. Nothing here opens a model or needs the machine that built the folders.
 """
 
 from __future__ import annotations
@@ -15,12 +15,15 @@ from typing import TypeVar
 
 from dagr_ray.core import cost
 from dagr_ray.core.artifact import Artifact, Damaged, Json, add_up
+from dagr_ray.core.stage import main_inputs_of, role_of
 
 log = logging.getLogger("dagr")
 T = TypeVar("T")
 
 # Lines of a bill that the price does not include.
 NOT_IN_PRICE = ("setup", "waiting")
+# Role of a stage that rejects rows -> the step of the funnel.
+STEPS = {"parse": "parse", "select": "select", "leak-gate": "leaks", "mine": "mine", "relabel": "mine"}
 
 
 class Folders:
@@ -42,6 +45,25 @@ class Folders:
     def manifest_or_empty(self, name: str) -> Json:
         """The manifest of a folder; an empty manifest if the folder was deleted, for example to save space."""
         return self.manifest(name) or {"inputs": {}, "tables": {}, "counts": {}, "cost": {}, "stage": {}, "price": 0.0}
+
+    def role(self, name: str) -> str:
+        """The role of a folder's stage, as its class declares it."""
+        return role_of(self.manifest_or_empty(name))
+
+    def main(self, name: str) -> list[str]:
+        """The folders whose rows a folder's stage worked on."""
+        return main_inputs_of(self.manifest_or_empty(name))
+
+    def inputs_with(self, name: str, role: str) -> list[str]:
+        """The inputs of a folder whose stages have this role."""
+        return [inner for inner in self.manifest_or_empty(name)["inputs"].values() if self.role(inner) == role]
+
+    def judged_data(self, evaluation: str) -> str | None:
+        """The input of an evaluation that holds the judgements of a split."""
+        for name in self.manifest_or_empty(evaluation)["inputs"].values():
+            if any(table.startswith("qrels.") for table in self.manifest_or_empty(name)["tables"]):
+                return name
+        return None
 
     def read_or(self, name: str, read: Callable[[Artifact], T], default: T) -> T:
         """The result of ``read`` for a folder, or ``default`` if the folder is damaged, which is recorded in ``damaged``."""
@@ -102,24 +124,20 @@ class ArmFolders:
 
     @cached_property
     def train(self) -> str | None:
-        """The last ancestor that reads examples."""
-        return next(
-            (n for n in reversed(self.names) if "examples" in self.folders.manifest_or_empty(n)["inputs"]), None
-        )
+        """The last training."""
+        return next((n for n in reversed(self.names) if self.folders.role(n) == "train"), None)
 
     @cached_property
     def examples(self) -> str | None:
         """The examples that were trained on."""
-        return self.folders.manifest_or_empty(self.train)["inputs"]["examples"] if self.train else None
+        return next(iter(self.folders.main(self.train)), None) if self.train else None
 
     @cached_property
     def mined(self) -> str | None:
         """The examples that ``examples`` were drawn from; the same folder if none were drawn."""
-        return (
-            self.folders.manifest_or_empty(self.examples)["inputs"].get("mined", self.examples)
-            if self.examples
-            else None
-        )
+        if self.examples is None or self.folders.role(self.examples) not in ("take", "relabel"):
+            return self.examples
+        return next(iter(self.folders.main(self.examples)), self.examples)
 
     @cached_property
     def generations(self) -> list[str]:
@@ -127,6 +145,17 @@ class ArmFolders:
         every = [n for n in self.names if "generations" in self.folders.manifest_or_empty(n)["tables"]]
         intermediate = {name for last in every for name in self.folders.ancestors(last)[:-1]}
         return [name for name in every if name not in intermediate]
+
+    @cached_property
+    def before_generation(self) -> set[str]:
+        """The folders that the generations were built from."""
+        return {name for last in self.generations for name in self.folders.ancestors(last)[:-1]}
+
+    @cached_property
+    def has_human_pairs(self) -> bool:
+        """Whether the examples contain pairs that people judged. Pairs that a generator only read do not count."""
+        names = self.folders.ancestors(self.examples) if self.examples else []
+        return any(self.folders.role(name) == "human" for name in names if name not in self.before_generation)
 
     @cached_property
     def generation(self) -> str | None:
@@ -207,21 +236,15 @@ def funnel(arm: ArmFolders, label: str) -> Json:
 
 def _steps(arm: ArmFolders) -> list[tuple[str, str]]:
     """The folders that process the completions, each once, with its role."""
-    before = {name for last in arm.generations for name in arm.folders.ancestors(last)[:-1]}
     steps: dict[str, str] = {}
     for name in arm.data_stages:
-        manifest = arm.folders.manifest_or_empty(name)
-        inputs, tables = manifest["inputs"], manifest["tables"]
-        if name in before or "rejected" not in tables:
+        tables, role = arm.folders.manifest_or_empty(name)["tables"], arm.folders.role(name)
+        if name in arm.before_generation or "rejected" not in tables:
             continue
         if name in arm.generations:
             steps[name] = "generate"
-        elif "generations" in inputs and "lineage" in tables:
-            steps[name] = "parse"
-        elif "parsed" in inputs and "lineage" in tables:
-            steps[name] = "select"
-        elif "scan" in inputs and "leaks" in tables:
-            steps[name] = "leaks"
+        elif role in STEPS:
+            steps[name] = STEPS[role]
         elif name == arm.mined or "examples" in tables:
             steps[name] = "mine"
     return [(step, name) for name, step in steps.items()]
@@ -230,8 +253,7 @@ def _steps(arm: ArmFolders) -> list[tuple[str, str]]:
 def _parts(arm: ArmFolders) -> list[Json]:
     """The completions and accepted queries of each source of a mixture or round of a refinement; empty for other arms."""
     for name in reversed(arm.data_stages):
-        inputs = arm.folders.manifest_or_empty(name)["inputs"]
-        sources = [inner for field, inner in inputs.items() if field.startswith(("arms.", "queries."))]
+        sources = arm.folders.main(name) if arm.folders.role(name) == "mix" else []
         if len(sources) > 1:
             return [part for inner in sources if (part := _part(arm.folders, inner)) is not None]
     return []

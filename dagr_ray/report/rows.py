@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
-
 from dagr_ray.core import tables
 from dagr_ray.core.artifact import Artifact, Damaged, Json, folders_of
 from dagr_ray.core.config import ConfigError
+from dagr_ray.core.joins import rows_with
 from dagr_ray.core.stage import load_stage
 from dagr_ray.report.lineage import Folders
 
@@ -23,8 +21,7 @@ def trace(runs: str, row_id: str) -> Json:
     folders = Folders(runs)
     names = _complete(folders)
     for name in names:
-        manifest = folders.manifest_or_empty(name)
-        if "generations" not in manifest["inputs"] or "lineage" not in manifest["tables"]:
+        if folders.role(name) != "parse":
             continue
         lineage = _rows_if_sound(folders, name, "lineage", "id", [row_id]) or _rows_if_sound(
             folders, name, "lineage", "gen_id", [row_id]
@@ -51,16 +48,14 @@ def _rows(artifact: Artifact, table: str, key: str, values: Iterable[str]) -> li
     """The rows of a table whose ``key`` is one of ``values``; none if the folder has no such table."""
     if table not in artifact.table_names():
         return []
-    wanted = pa.array(list(values), tables.TEXT)
-    parts = [part.filter(pc.is_in(part[key], value_set=wanted)) for part in artifact.scan(table)]
-    return pa.concat_tables([tables.empty(table), *parts]).to_pylist()
+    return rows_with(artifact, table, key, values).to_pylist()
 
 
 def _trace_row(folders: Folders, names: list[str], parsed: str, gen_id: str, query_id: str | None) -> Json:
-    generation = folders.manifest_or_empty(parsed)["inputs"]["generations"]
+    [generation] = folders.main(parsed)
     manifest = folders.manifest_or_empty(generation)
     row = _rows(folders.artifact(generation), "generations", "gen_id", [gen_id])[0]
-    corpus = manifest["inputs"]["corpus"]
+    [corpus] = folders.main(generation)
     prompts = Prompts(folders, generation)
     queries = _rows(folders.artifact(parsed), "queries", "query_id", [query_id]) if query_id else []
     result: Json = {
@@ -79,8 +74,7 @@ def _trace_row(folders: Folders, names: list[str], parsed: str, gen_id: str, que
     }
     ids = [i for i in (query_id, gen_id) if i]
     for name in names:
-        inputs = folders.manifest_or_empty(name)["inputs"]
-        if inputs.get("parsed") == parsed and query_id:
+        if query_id and folders.role(name) == "score" and folders.main(name) == [parsed]:
             for score in _rows_if_sound(folders, name, "scores", "query_id", [query_id]):
                 result["scores"][score["scorer"]] = score["score"]
         descends = parsed in folders.ancestors(name)
@@ -89,7 +83,7 @@ def _trace_row(folders: Folders, names: list[str], parsed: str, gen_id: str, que
         if descends and query_id and (used := _rows_if_sound(folders, name, "examples", "query_id", [query_id])):
             result["used_by"].append(name)
             result["negatives"] = used[0]["negative_ids"]
-    trained = [n for n in names if folders.manifest_or_empty(n)["inputs"].get("examples") in result["used_by"]]
+    trained = [n for n in names if folders.role(n) == "train" and set(folders.main(n)) & set(result["used_by"])]
     result["used_by"] += trained
     result["price"] = _price(folders, generation, result["used_by"])
     result["folders"] = folders.ancestors(parsed)
@@ -102,7 +96,7 @@ def _price(folders: Folders, generation: str, used_by: list[str]) -> Json:
     completions = manifest["tables"]["generations"]["rows"]
     spent = folders.sums([generation])
     prices = {"completion": spent["price"] / completions if completions else 0.0}
-    mined = [n for n in used_by if "selected" in folders.manifest_or_empty(n)["inputs"]]
+    mined = [n for n in used_by if folders.role(n) == "mine"]
     for name in mined:
         rows = folders.manifest_or_empty(name)["tables"]["examples"]["rows"]
         prices[f"accepted row of {name}"] = folders.sums(folders.ancestors(name))["price"] / rows
@@ -150,7 +144,7 @@ def samples(folders: Folders, generator: Json, accepted: int = 6, rejected: int 
     mined = generator["mined"]
     chain = folders.ancestors(mined)
     generation = generator["folder"]
-    parsed = next((n for n in chain if folders.manifest_or_empty(n)["inputs"].get("generations") == generation), None)
+    parsed = next((n for n in chain if folders.role(n) == "parse" and folders.main(n) == [generation]), None)
     if parsed is None:
         return []
     rejections = [r for n in reversed(chain) for r in _first(folders, n, "rejected")]
@@ -177,7 +171,7 @@ def samples(folders: Folders, generator: Json, accepted: int = 6, rejected: int 
     text_of |= {r["doc_id"]: r["text"] for r in _rows(artifact, "corpus", "doc_id", ids)}
     rows = {r["gen_id"]: r for r in _rows(written, "generations", "gen_id", [g for g, _, _ in chosen])}
     sources = list({r["source_id"] for r in rows.values()})
-    text = passages(folders.artifact(folders.manifest_or_empty(generation)["inputs"]["corpus"]), sources)
+    text = passages(folders.artifact(folders.main(generation)[0]), sources)
     prompts = Prompts(folders, generation).of(list(rows.values()))
     return [
         {

@@ -101,7 +101,7 @@ def generators(rows: list[TrialResult]) -> list[Json]:
     funnels = []
     for mined, row in seen.items():
         label = row.generator if uses[row.generator] == 1 else f"{row.label or row.generator} ({mined[-4:]})"
-        funnels.append(funnel(row.arm, label) | {"mined": mined, "trial": row.id})
+        funnels.append(funnel(row.arm, label) | {"name": row.generator, "mined": mined, "trial": row.id})
     return funnels
 
 

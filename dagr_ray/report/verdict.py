@@ -148,9 +148,7 @@ def best_arm(scores: dict[str, Json]) -> str:
 def _training_data(arm: Json) -> str:
     """The number and kind of rows that an arm was trained on, in words."""
     seeds = sum(bool(seed.get("means")) for seed in arm.get("seeds", ()))
-    return f"{arm['used']:,} {arm['label']} {'pairs' if 'human' in arm['label'] else 'queries'}" + (
-        f" ({seeds} seeds)" if seeds > 1 else ""
-    )
+    return f"{arm['used']:,} {arm['label']} {arm['trained_on']}" + (f" ({seeds} seeds)" if seeds > 1 else "")
 
 
 def _harm(summary: Json) -> list[str]:
@@ -286,7 +284,7 @@ def _generators(summary: Json) -> list[str]:
 
 
 def _rate(summary: Json, curve: Json) -> float | None:
-    funnels = [g for g in summary["generators"] if g["generator"].split(" (")[0] == curve["generator"]]
+    funnels = [g for g in summary["generators"] if g["name"] == curve["generator"]]
     return funnels[0]["price_per_accepted"] if len(funnels) == 1 else None
 
 

@@ -8,12 +8,11 @@ from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 from pydantic import Field
 
 from dagr_ray.core import tables
 from dagr_ray.core.artifact import Artifact
+from dagr_ray.core.joins import rows_with
 from dagr_ray.core.placement import Pool
 from dagr_ray.core.stage import Inputs, Output, Run, Stage
 from dagr_ray.core.words import folded, words
@@ -86,9 +85,7 @@ class Describe(Stage):
             forms = _forms(texts)
             found |= {f"form:{form}": share for form, share in forms.items()}
             if "human" in inputs:
-                human = inputs["human"]
-                name = tables.qrels_table(human.table_names(), self.split, "mix", human.name)
-                judged = human.read(name, ["query_id"])["query_id"].unique().to_pylist()
+                judged = inputs["human"].qrels(self.split, self.type, ["query_id"])["query_id"].unique().to_pylist()
                 by_people = tables.texts_of(inputs["human"].read("queries"))
                 other = _forms([by_people[query_id] for query_id in judged])
                 found["form:distance"] = sum(abs(forms[form] - other[form]) for form in forms) / 2
@@ -104,12 +101,10 @@ class Describe(Stage):
     def _overlap(self, inputs: Inputs, text_of: dict[str, str], drawn: set[str]) -> float:
         judged = tables.relevant(inputs["queries"].read("qrels"))
         pairs = [row for row in judged.to_pylist() if row["query_id"] in drawn]
-        wanted = pa.array(sorted({row["doc_id"] for row in pairs}), tables.TEXT)
+        passages = rows_with(inputs["corpus"], "corpus", "doc_id", {row["doc_id"] for row in pairs})
         said: dict[str, set[str]] = {}
-        for part in inputs["corpus"].scan("corpus"):
-            for row in part.filter(pc.is_in(part["doc_id"], value_set=wanted)).to_pylist():
-                passage = tables.passage_text(row["title"], row["text"])
-                said[row["doc_id"]] = set(folded(passage))
+        for row in passages.to_pylist():
+            said[row["doc_id"]] = set(folded(tables.passage_text(row["title"], row["text"])))
         shares = []
         for row in pairs:
             own = folded(text_of[row["query_id"]])

@@ -11,6 +11,7 @@ from pydantic import Field
 from dagr_ray.core import tables
 from dagr_ray.core.artifact import Artifact
 from dagr_ray.core.config import ConfigError
+from dagr_ray.core.joins import rows_with
 from dagr_ray.core.placement import Pool
 from dagr_ray.core.stage import Inputs, Output, Run, Stage
 
@@ -25,6 +26,7 @@ class DevSplit(Stage):
     """
 
     abstract: ClassVar[bool] = False
+    rows_from: ClassVar[str] = "examples"
     outputs: ClassVar[tuple[str, ...]] = ("examples", "queries", "qrels.dev", "corpus")
     examples: Stage
     queries: Stage
@@ -74,14 +76,11 @@ class DevSplit(Stage):
 
 
 def _folded(corpus: Artifact, ids: pa.ChunkedArray) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for part in corpus.scan("corpus"):
-        part = part.filter(pc.is_in(part["doc_id"], value_set=ids))
-        texts = pc.binary_join_element_wise(
-            tables.fold_texts(part["title"]), tables.fold_texts(part["text"]), pa.scalar(" ", tables.TEXT)
-        )
-        found |= dict(zip(part["doc_id"].to_pylist(), texts.to_pylist(), strict=True))
-    return found
+    rows = rows_with(corpus, "corpus", "doc_id", ids)
+    texts = pc.binary_join_element_wise(
+        tables.fold_texts(rows["title"]), tables.fold_texts(rows["text"]), pa.scalar(" ", tables.TEXT)
+    )
+    return dict(zip(rows["doc_id"].to_pylist(), texts.to_pylist(), strict=True))
 
 
 def _together(queries: list[str], texts: list[str]) -> dict[str, str]:

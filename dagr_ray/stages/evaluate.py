@@ -70,6 +70,8 @@ class Evaluate(Stage):
     """
 
     abstract: ClassVar[bool] = False
+    role: ClassVar[str] = "evaluate"
+    rows_from: ClassVar[str] = "search"
     version: ClassVar[int] = 2  # AP and success@k
     outputs: ClassVar[tuple[str, ...]] = ("metrics", "candidates")
     judged: ClassVar[dict[str, str]] = {"data": "split"}
@@ -121,7 +123,7 @@ class Evaluate(Stage):
 
 def qrels_of(data: Artifact, split: str) -> Qrels:
     """The judgements of a split. Raises ConfigError where there are none."""
-    return as_qrels(data.read(tables.qrels_table(data.table_names(), split, "evaluate", data.name)))
+    return as_qrels(data.qrels(split, "evaluate"))
 
 
 def as_qrels(table: pa.Table) -> Qrels:
@@ -188,6 +190,8 @@ class Scorecard(Stage):
     """One retriever's metrics on several data sets or splits, means and single queries, in one table."""
 
     abstract: ClassVar[bool] = False
+    role: ClassVar[str] = "scorecard"
+    rows_from: ClassVar[str] = "evaluations"
     outputs: ClassVar[tuple[str, ...]] = ("metrics",)
     evaluations: tuple[Evaluate, ...]
 

@@ -6,7 +6,6 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from dagr_ray.core import tables
 from dagr_ray.core.artifact import Artifact
 from dagr_ray.core.config import ConfigError
 from dagr_ray.core.placement import Pool
@@ -27,6 +26,8 @@ class Fuse(Stage):
     """
 
     abstract: ClassVar[bool] = False
+    role: ClassVar[str] = "search"
+    rows_from: ClassVar[str] = "searches"
     outputs: ClassVar[tuple[str, ...]] = ("candidates",)
     judged: ClassVar[dict[str, str]] = {"dev": "dev_split"}
     searches: tuple[Stage, ...]
@@ -85,9 +86,7 @@ class Fuse(Stage):
             counts: dict[str, Any] = {}
             weights = self.weights
             if self.dev is not None:
-                qrels = inputs["dev"].read(
-                    tables.qrels_table(inputs["dev"].table_names(), self.dev_split, "fuse", inputs["dev"].name)
-                )
+                qrels = inputs["dev"].qrels(self.dev_split, self.type)
                 lists = fusion.Lists([inputs[f"tuning.{i}"].read("candidates") for i in range(len(names))])
                 weights, tuned, alone = fusion.tune(lists, qrels, self.scale, self.steps)
                 counts["dev_ndcg"] = {"fused": tuned} | dict(zip(names, alone, strict=True))

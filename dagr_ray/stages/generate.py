@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Annotated, ClassVar
 
 import pyarrow as pa
-import pyarrow.compute as pc
 from pydantic import Field, model_validator
 
 from dagr_ray.core import cost, special_tokens, tables
 from dagr_ray.core.artifact import Artifact
 from dagr_ray.core.config import ConfigError, OmitWhenDefault
+from dagr_ray.core.joins import rows_with
 from dagr_ray.core.placement import Pool
 from dagr_ray.core.stage import Inputs, Output, Run, Stage
 from dagr_ray.engines import Completion, Engine, Sampling, token_usage
@@ -36,6 +36,8 @@ class Generate(Stage):
     """
 
     abstract: ClassVar[bool] = False
+    role: ClassVar[str] = "generate"
+    rows_from: ClassVar[str] = "corpus"
     pool: ClassVar[str] = "generate"
     concurrent: ClassVar[bool] = True
     outputs: ClassVar[tuple[str, ...]] = ("generations", "rejected")
@@ -98,14 +100,10 @@ class Generate(Stage):
 
     def prompts(self, inputs: Inputs, ids: Iterable[str], sample: int = 0) -> dict[str, str]:
         """The exact prompts of some passages' ``sample``, by doc_id, before an engine cuts long ones."""
-        wanted, fingerprint, (shown, _) = list(ids), self.fingerprint(), _exemplars(inputs)
-        found: dict[str, str] = {}
-        for part in inputs["corpus"].scan(self.strategy.reads):
-            rows = part.filter(pc.is_in(part["doc_id"], value_set=pa.array(wanted, tables.TEXT)))
-            asked, _ = self._asked(rows, tables.encode_id_part(fingerprint), shown, set())
-            prompts = asked.prompts[sample // self.per_request() :: self.per_passage() // self.per_request()]
-            found |= {doc_id: prompt.text for doc_id, prompt in zip(asked.ids, prompts, strict=True)}
-        return found
+        rows, (shown, _) = rows_with(inputs["corpus"], self.strategy.reads, "doc_id", ids), _exemplars(inputs)
+        asked, _ = self._asked(rows, tables.encode_id_part(self.fingerprint()), shown, set())
+        prompts = asked.prompts[sample // self.per_request() :: self.per_passage() // self.per_request()]
+        return {doc_id: prompt.text for doc_id, prompt in zip(asked.ids, prompts, strict=True)}
 
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
         # not hashed anew: on a worker that would read all of a corpus again, which may have changed meanwhile

@@ -19,6 +19,7 @@ from pydantic import Field
 from dagr_ray.core import tables
 from dagr_ray.core.artifact import Artifact
 from dagr_ray.core.config import ConfigError, digest
+from dagr_ray.core.joins import rows_with
 from dagr_ray.core.paths import FileOrFolder, last_name
 from dagr_ray.core.placement import Pool
 from dagr_ray.core.stage import Inputs, Output, Run, Stage
@@ -303,8 +304,7 @@ class WithHumanLabels(Stage):
         wanted = wanted.filter(pc.invert(pc.is_in(wanted, value_set=kept)))
         keys = {"queries": "query_id", "lineage": "id"}
         for name in (each for each in keys if each in made and each in inputs["queries"].table_names()):
-            parts = [part.filter(pc.is_in(part[keys[name]], value_set=wanted)) for part in inputs["queries"].scan(name)]
-            made[name] = pa.concat_tables([made[name], *parts])
+            made[name] = pa.concat_tables([made[name], rows_with(inputs["queries"], name, keys[name], wanted)])
         there = set(tables.texts(made["queries"]["query_id"])) & set(tables.texts(wanted))
         rows = [{"query_id": q, "doc_id": d, "relevance": g} for (q, d), g in sorted(relevant.items()) if q in there]
         counts["back"] += len(rows)

@@ -16,6 +16,7 @@ from dagr_ray.core import tables
 from dagr_ray.core.artifact import Artifact
 from dagr_ray.core.config import ConfigError
 from dagr_ray.core.cost import with_remaining_budget
+from dagr_ray.core.joins import RowsByQuery, rows_with
 from dagr_ray.core.placement import Pool, PricedEngine
 from dagr_ray.core.stage import Inputs, Output, Run, Stage
 from dagr_ray.teachers import QueryPassage, ScoreSpread, SearchHit, Teacher, by_query
@@ -35,6 +36,7 @@ class Label(Stage):
     """
 
     abstract: ClassVar[bool] = False
+    role: ClassVar[str] = "label"
     concurrent: ClassVar[bool] = True
     outputs: ClassVar[tuple[str, ...]] = ("scores", "rejected")
     judged: ClassVar[dict[str, str]] = {"queries": "split"}
@@ -71,6 +73,10 @@ class Label(Stage):
 
     def engine_asked(self) -> PricedEngine | None:
         return self.teacher.engine_asked()
+
+    def main_inputs(self) -> list[str]:
+        """The examples, if their pairs are labelled."""
+        return ["queries" if self.examples is None else "examples"]
 
     def size(self, inputs: Inputs) -> int:
         return inputs["queries"].count("queries")
@@ -142,6 +148,7 @@ class RetrievalHeads(Stage):
     """
 
     abstract: ClassVar[bool] = False
+    rows_from: ClassVar[str] = "queries"
     pool: ClassVar[str] = "retrieve"
     outputs: ClassVar[tuple[str, ...]] = ("metrics",)
     judged: ClassVar[dict[str, str]] = {"queries": "split"}
@@ -159,7 +166,7 @@ class RetrievalHeads(Stage):
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
         def run(start: int, stop: int) -> Output:
             source = _PairTexts(self, inputs)
-            qrels = inputs["queries"].read(source.qrels())
+            qrels = inputs["queries"].qrels(self.split, self.type)
             relevant: dict[str, set[str]] = {}
             for query_id, doc_id, relevance in zip(*(column.to_pylist() for column in qrels.columns), strict=True):
                 if relevance > 0:
@@ -191,25 +198,17 @@ class _PairTexts:
     def __init__(self, stage: Label | RetrievalHeads, inputs: Inputs) -> None:
         self.stage, self.queries = stage, inputs["queries"]
         self.searches = [
-            _ByQuery(inputs[f"searches.{i}"], "candidates", ["query_id", "doc_id", "rank", "score"])
+            RowsByQuery(inputs[f"searches.{i}"], "candidates", ["query_id", "doc_id", "rank", "score"])
             for i in range(len(stage.searches))
         ]
         self.examples = self.judged = None
         if "examples" in inputs:
-            self.examples = _ByQuery(inputs["examples"], "examples", ["query_id", "positive_id", "negative_ids"])
+            self.examples = RowsByQuery(inputs["examples"], "examples", ["query_id", "positive_id", "negative_ids"])
         else:
-            self.judged = _ByQuery(self.queries, self.qrels(), ["query_id", "doc_id"])
+            self.judged = RowsByQuery(
+                self.queries, self.queries.qrels_table(stage.split, stage.type), ["query_id", "doc_id"]
+            )
         self.passages = _Passages(inputs["corpus"], self._wanted())
-
-    def qrels(self) -> str:
-        """The table of the judgements. Raises ConfigError where there is none of that split."""
-        there = self.queries.table_names()
-        if self.stage.split:
-            return tables.qrels_table(there, self.stage.split, "label", self.queries.name)
-        if "qrels" not in there:
-            splits = ", ".join(table.removeprefix("qrels.") for table in there if table.startswith("qrels."))
-            raise ConfigError(f"label: no table 'qrels' in {self.queries.name}; name a split: {splits or None}")
-        return "qrels"
 
     def _wanted(self) -> pa.Array:
         """The passages of any pair."""
@@ -269,49 +268,11 @@ def _spread(hits: dict[str, SearchHit]) -> ScoreSpread | None:
     return ScoreSpread(float(scores.mean()), float(scores.std()), float(scores.min()), float(scores.max()))
 
 
-class _ByQuery:
-    """The rows of a table by query. Holds where they stand, and reads them when they are asked for."""
-
-    def __init__(self, source: Artifact, name: str, columns: list[str]) -> None:
-        self.source, self.name, self.columns = source, name, columns
-        self.ranges: dict[str, list[tuple[int, int]]] = {}
-        at = 0
-        for part in source.scan(name, ["query_id"]):
-            encoded = part["query_id"].combine_chunks().dictionary_encode()
-            codes, names = encoded.indices.to_numpy(), encoded.dictionary.to_pylist()
-            starts = np.flatnonzero(np.diff(codes, prepend=-1))
-            for first, last in zip(starts, np.append(starts, len(codes))[1:], strict=True):
-                self.ranges.setdefault(names[codes[first]], []).append((at + int(first), at + int(last)))
-            at += len(codes)
-
-    def of(self, query_ids: Any) -> dict[str, list[dict[str, Any]]]:
-        """Query id -> its rows, in the table's order, for those that have any."""
-        wanted = {query_id: self.ranges[query_id] for query_id in query_ids if query_id in self.ranges}
-        spans = _joined(sorted(span for each in wanted.values() for span in each))
-        found: dict[str, list[dict[str, Any]]] = {}
-        for start, stop in spans:
-            for row in self.source.slice(self.name, start, stop, self.columns).to_pylist():
-                found.setdefault(row["query_id"], []).append(row)
-        return found
-
-
-def _joined(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Spans that touch, as one: the queries of a shard mostly stand together, and each read has its price."""
-    found: list[tuple[int, int]] = []
-    for start, stop in spans:
-        if found and start <= found[-1][1]:
-            found[-1] = (found[-1][0], max(stop, found[-1][1]))
-        else:
-            found.append((start, stop))
-    return found
-
-
 class _Passages:
     """The texts of some passages of a corpus."""
 
     def __init__(self, corpus: Artifact, wanted: pa.Array) -> None:
-        parts = [part.filter(pc.is_in(part["doc_id"], value_set=wanted)) for part in corpus.scan("corpus")]
-        self.rows = pa.concat_tables([tables.empty("corpus"), *parts]).combine_chunks()
+        self.rows = rows_with(corpus, "corpus", "doc_id", wanted).combine_chunks()
         self.ids, self.path = self.rows["doc_id"].combine_chunks(), corpus.path
 
     def of(self, ids: list[str]) -> list[str]:

@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 from dagr_ray.core import tables
 from dagr_ray.core.artifact import Artifact
 from dagr_ray.core.config import ConfigError
+from dagr_ray.core.joins import beside, rows_with
 from dagr_ray.core.placement import Pool
 from dagr_ray.core.stage import Inputs, Output, Run, Stage
 from dagr_ray.leakage.joins import count_matching, matching
@@ -51,6 +52,8 @@ class LeakScan(Stage):
     """
 
     abstract: ClassVar[bool] = False
+    role: ClassVar[str] = "leak-scan"
+    rows_from: ClassVar[str] = "selected"
     version: ClassVar[int] = 5  # what texts have in common with many others finds nothing; the best pairs of each
     pool: ClassVar[str] = "retrieve"
     outputs: ClassVar[tuple[str, ...]] = ("leaks",)
@@ -132,13 +135,10 @@ class _Positives:
     """The different passages of some queries, and whose they are."""
 
     def __init__(self, inputs: Inputs, start: int, stop: int, ids: pa.Array) -> None:
-        qrels = _beside(inputs["selected"], "queries", "qrels", start, stop)
+        qrels = beside(inputs["selected"], "queries", "qrels", start, stop)
         qrels = qrels.filter(pc.is_in(qrels["query_id"], value_set=ids))
         docs = qrels["doc_id"].unique()
-        found = [tables.empty("corpus")]
-        for part in inputs["corpus"].scan("corpus"):
-            found.append(part.filter(pc.is_in(part["doc_id"], value_set=docs)))
-        passages = pa.concat_tables(found)
+        passages = rows_with(inputs["corpus"], "corpus", "doc_id", docs)
         self.texts = _texts(passages)
         self._shown = _shown(self.texts)
         place = pc.index_in(qrels["doc_id"], value_set=_flat(passages["doc_id"]))
@@ -167,16 +167,6 @@ def _flat(column: pa.ChunkedArray) -> pa.Array:
     return column.combine_chunks()
 
 
-def _beside(folder: Artifact, name: str, other: str, start: int, stop: int) -> pa.Table:
-    """The rows of ``other`` from the shards whose ``name`` are rows ``start`` to ``stop``: a shard writes all its tables."""
-    parts = (folder.manifest or {})["tables"]
-    starts, others = (list(accumulate((p["rows"] for p in parts[t]["parts"]), initial=0)) for t in (name, other))
-    if len(starts) != len(others) or start not in starts or stop not in starts:
-        return folder.read(other)
-    last = len(starts) - 1 - starts[::-1].index(stop)
-    return folder.slice(other, others[starts.index(start)], others[last])
-
-
 def _of_rows(scan: Artifact, shards: list[dict[str, Any]], start: int, stop: int) -> pa.Table:
     """The leaks of the shards of a scan that hold any of the queries ``start`` to ``stop``."""
     rows = (scan.manifest or {})["tables"]["leaks"]["parts"]
@@ -194,13 +184,12 @@ class _Set:
 
     def __init__(self, data: Artifact, split: str, encoded: Any) -> None:
         self.name = data.name
-        qrels = data.read(tables.qrels_table(data.table_names(), split, "leak-scan", data.name))
+        qrels = data.qrels(split, "leak-scan")
         pairs = qrels.filter(pc.greater(qrels["relevance"], 0))
         relevant = pairs["doc_id"].unique()
         queries = data.read("queries")
         queries = queries.filter(pc.is_in(queries["query_id"], value_set=qrels["query_id"].unique()))
-        docs = [part.filter(pc.is_in(part["doc_id"], value_set=relevant)) for part in data.scan("corpus")]
-        passages = pa.concat_tables([tables.empty("corpus"), *docs])
+        passages = rows_with(data, "corpus", "doc_id", relevant)
         self.query_ids, self.passage_ids = _flat(queries["query_id"]), _flat(passages["doc_id"])
         asks = pc.index_in(pairs["query_id"], value_set=self.query_ids).to_numpy().astype(np.int64)
         answers = pc.index_in(pairs["doc_id"], value_set=self.passage_ids).fill_null(-1).to_numpy().astype(np.int64)
@@ -289,6 +278,8 @@ class LeakGate(Stage):
     """
 
     abstract: ClassVar[bool] = False
+    role: ClassVar[str] = "leak-gate"
+    rows_from: ClassVar[str] = "selected"
     outputs: ClassVar[tuple[str, ...]] = ("queries", "qrels", "lineage", "rejected", "leaks")
     selected: Stage
     scan: LeakScan
@@ -325,8 +316,8 @@ class LeakGate(Stage):
 
         def run(start: int, stop: int) -> Output:
             queries = selected.slice("queries", start, stop)
-            qrels = _beside(selected, "queries", "qrels", start, stop)
-            lineage = _beside(selected, "queries", "lineage", start, stop)
+            qrels = beside(selected, "queries", "qrels", start, stop)
+            lineage = beside(selected, "queries", "lineage", start, stop)
             ids = _flat(queries["query_id"])
             leaks = self._over(_of_rows(scan, scanned, start, stop))
             mine = pc.is_in(leaks["id"], value_set=ids)

@@ -42,6 +42,8 @@ class Mine(Stage):
     """
 
     abstract: ClassVar[bool] = False
+    role: ClassVar[str] = "mine"
+    rows_from: ClassVar[str] = "selected"
     outputs: ClassVar[tuple[str, ...]] = ("examples", "rejected")
     selected: Stage
     corpus: Stage
@@ -80,7 +82,7 @@ class Mine(Stage):
 
         def run(start: int, stop: int) -> Output:
             qrels = tables.relevant(selected.slice("qrels", start, stop)).select(["query_id", "doc_id"])
-            asked = rows_beside(selected, "queries", start, stop)
+            asked = rows_beside(selected, "qrels", "queries", start, stop)
             results = [_Results(each.of(qrels["query_id"], *asked), qrels, self.depth) for each in candidates]
             of_query = positives().of(qrels)
             text_of = _text_of(twins(), results, of_query)

@@ -25,6 +25,8 @@ class HumanPairs(Stage):
     """
 
     abstract: ClassVar[bool] = False
+    role: ClassVar[str] = "human"
+    rows_from: ClassVar[str] = "data"
     outputs: ClassVar[tuple[str, ...]] = ("queries", "qrels", "lineage")
     judged: ClassVar[dict[str, str]] = {"data": "split"}
     data: Stage
@@ -38,7 +40,7 @@ class HumanPairs(Stage):
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
         def run(start: int, stop: int) -> Output:
             data = inputs["data"]
-            judged = tables.relevant(data.read(tables.qrels_table(data.table_names(), self.split, "human", data.name)))
+            judged = tables.relevant(data.qrels(self.split, self.type))
             order = _drawn(judged["query_id"].to_pylist(), judged["doc_id"].to_pylist(), self.seed)[: self.n]
             qrels = judged.take(pa.array(sorted(order), pa.int64()))
             queries = data.read("queries")
@@ -64,6 +66,8 @@ class MixExamples(Stage):
     """
 
     abstract: ClassVar[bool] = False
+    role: ClassVar[str] = "mix"
+    rows_from: ClassVar[str] = "queries"
     outputs: ClassVar[tuple[str, ...]] = ("examples", "queries", "qrels", "lineage")
     examples: Annotated[tuple[Stage, ...], Field(min_length=1)]
     queries: Annotated[tuple[Stage, ...], Field(min_length=1)]
@@ -218,6 +222,8 @@ class MixQueries(Stage):
     """
 
     abstract: ClassVar[bool] = False
+    role: ClassVar[str] = "mix"
+    rows_from: ClassVar[str] = "arms"
     version: ClassVar[int] = 2  # shares by Webster's method
     outputs: ClassVar[tuple[str, ...]] = ("queries", "qrels", "lineage")
     arms: tuple[Stage, ...]

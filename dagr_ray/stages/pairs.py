@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar
 
 import pyarrow as pa
@@ -12,6 +11,7 @@ from pydantic import Field, model_validator
 from dagr_ray.core import tables
 from dagr_ray.core.artifact import Artifact
 from dagr_ray.core.config import ConfigError
+from dagr_ray.core.joins import rows_with
 from dagr_ray.core.placement import Pool
 from dagr_ray.core.stage import Inputs, Output, Run, Stage
 from dagr_ray.core.words import first_words, wording
@@ -38,10 +38,7 @@ class Pairs(Stage):
 
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
         def run(start: int, stop: int) -> Output:
-            source, name = inputs["queries"], "qrels"
-            if self.split is not None:
-                name = tables.qrels_table(source.table_names(), self.split, "pairs", source.name)
-            judged = tables.relevant(source.read(name))
+            judged = tables.relevant(inputs["queries"].qrels(self.split, self.type))
             query_ids, passage_ids = judged["query_id"].to_pylist(), judged["doc_id"].to_pylist()
             order = list(range(len(query_ids)))
             if self.n is not None and self.n < len(order):
@@ -112,7 +109,7 @@ class LinkedPairs(Stage):
                 for query_id, doc_id in zip(near["query_id"].to_pylist(), near["doc_id"].to_pylist(), strict=True):
                     hits.setdefault(query_id, []).append(doc_id)
             seen = set(ids) | {doc_id for near in hits.values() for doc_id in near}
-            text_of = {row["doc_id"]: row for row in _rows_of(inputs["corpus"], seen)}
+            text_of = _passages(inputs["corpus"], seen)
             rows, rejected = [], tables.Rejected()
             for doc_id in ids:
                 own = _folded(text_of[doc_id]) if doc_id in text_of else None
@@ -134,16 +131,13 @@ def _folded(row: dict[str, Any]) -> str:
     return wording(tables.passage_text(row["title"], row["text"]))
 
 
-def _rows_of(corpus: Artifact, ids: set[str]) -> Iterator[dict[str, Any]]:
-    """The passages with these ids, part by part."""
-    wanted = pa.array(sorted(ids), tables.TEXT)
-    for part in corpus.scan("corpus"):
-        yield from part.filter(pc.is_in(part["doc_id"], value_set=wanted)).to_pylist()
+def _passages(corpus: Artifact, ids: set[str]) -> dict[str, dict[str, Any]]:
+    return {row["doc_id"]: row for row in rows_with(corpus, "corpus", "doc_id", ids).to_pylist()}
 
 
 def _with_passages(rows: list[dict[str, Any]], corpus: Artifact) -> pa.Table:
     """The ``pairs`` table of rows with a ``passage_id``; their ids are minted from those of their parts."""
-    text_of = {row["doc_id"]: row for row in _rows_of(corpus, {row["passage_id"] for row in rows})}
+    text_of = _passages(corpus, {row["passage_id"] for row in rows})
     missing = next((row["passage_id"] for row in rows if row["passage_id"] not in text_of), None)
     if missing is not None:
         raise ConfigError(

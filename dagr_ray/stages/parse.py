@@ -40,6 +40,8 @@ class Parse(Stage):
     """
 
     abstract: ClassVar[bool] = False
+    role: ClassVar[str] = "parse"
+    rows_from: ClassVar[str] = "generations"
     outputs: ClassVar[tuple[str, ...]] = ("queries", "qrels", "lineage", "rejected")
     generations: Generate
     corpus: Stage

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from dagr_ray.core import tables
 from dagr_ray.core.artifact import Artifact
 from dagr_ray.core.config import ConfigError, OmitWhenDefault
+from dagr_ray.core.joins import rows_with
 from dagr_ray.core.placement import Pool
 from dagr_ray.core.stage import Inputs, Output, Run, Stage, derived
 from dagr_ray.core.words import first_words, folded
@@ -61,12 +62,11 @@ class TopExemplars(Stage):
                     seen.append(said)
                 if len(drawn) == self.k:
                     break
-            wanted = pa.array([doc_id for _, doc_id in drawn], tables.TEXT)
-            passage_of = {}
-            for part in inputs["corpus"].scan("corpus"):
-                for passage in part.filter(pc.is_in(part["doc_id"], value_set=wanted)).to_pylist():
-                    whole = tables.passage_text(passage["title"], passage["text"])
-                    passage_of[passage["doc_id"]] = first_words(whole, self.max_words)
+            passages = rows_with(inputs["corpus"], "corpus", "doc_id", {doc_id for _, doc_id in drawn}).to_pylist()
+            passage_of = {
+                row["doc_id"]: first_words(tables.passage_text(row["title"], row["text"]), self.max_words)
+                for row in passages
+            }
             made = [
                 {"query_id": query_id, "doc_id": doc_id, "query": text_of[query_id], "passage": passage_of[doc_id]}
                 for query_id, doc_id in drawn

@@ -32,6 +32,8 @@ class Relabel(Stage):
     """
 
     abstract: ClassVar[bool] = False
+    role: ClassVar[str] = "relabel"
+    rows_from: ClassVar[str] = "mined"
     outputs: ClassVar[tuple[str, ...]] = ("examples", "rejected")
     mined: Stage
     labels: Stage

@@ -55,6 +55,8 @@ class Index(Stage):
     """
 
     abstract: ClassVar[bool] = False
+    role: ClassVar[str] = "index"
+    rows_from: ClassVar[str] = "corpus"
     pool: ClassVar[str] = "retrieve"
     corpus: Stage
     miner: Miner
@@ -209,8 +211,8 @@ class QuerySet:
     def __init__(self, inputs: Inputs, split: str | None) -> None:
         self.queries, self.judged = inputs["queries"], None
         if split is not None:
-            name = tables.qrels_table(self.queries.table_names(), split, "search", self.queries.name)
-            judged, rows = self.queries.read(name, ["query_id"])["query_id"].unique(), self.queries.read("queries")
+            judged = self.queries.qrels(split, "search", ["query_id"])["query_id"].unique()
+            rows = self.queries.read("queries")
             self.judged = rows.filter(pc.is_in(rows["query_id"], value_set=judged))
 
     def __len__(self) -> int:
@@ -230,6 +232,7 @@ class SearchBase(Stage):
     """What a search and its probe have in common."""
 
     abstract: ClassVar[bool] = True
+    rows_from: ClassVar[str] = "queries"
     pool: ClassVar[str] = "retrieve"
     judged: ClassVar[dict[str, str]] = {"queries": "split"}
     index: Index
@@ -368,6 +371,7 @@ class Search(SearchBase):
     """
 
     abstract: ClassVar[bool] = False
+    role: ClassVar[str] = "search"
     outputs: ClassVar[tuple[str, ...]] = ("candidates",)
 
     @derived("probe")

@@ -36,6 +36,8 @@ class Rewrite(Stage):
     """
 
     abstract: ClassVar[bool] = False
+    role: ClassVar[str] = "parse"
+    rows_from: ClassVar[str] = "generations"
     outputs: ClassVar[tuple[str, ...]] = ("queries", "corpus", "qrels", "lineage", "changes", "rejected")
     generations: Stage
 
@@ -195,6 +197,8 @@ class WithNegatives(Stage):
     """
 
     abstract: ClassVar[bool] = False
+    role: ClassVar[str] = "relabel"
+    rows_from: ClassVar[str] = "mined"
     outputs: ClassVar[tuple[str, ...]] = ("examples", "rejected")
     mined: Stage
     written: tuple[Stage, ...]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Annotated, Any, ClassVar
 
@@ -15,12 +15,10 @@ from pydantic import model_validator
 from dagr_ray.core import tables
 from dagr_ray.core.artifact import Artifact
 from dagr_ray.core.config import ConfigError, OmitWhenDefault
-from dagr_ray.core.joins import SearchResults, Twins, rows_beside
+from dagr_ray.core.joins import Lookup, SearchResults, Twins, beside, rows_beside, rows_with
 from dagr_ray.core.placement import Pool
 from dagr_ray.core.stage import Inputs, Output, Run, Stage, derived
 from dagr_ray.filters import Filter, ScoredQuery
-
-WINDOW = 8192  # rows of a table that are looked at together: a row group
 
 
 class Score(Stage):
@@ -35,6 +33,8 @@ class Score(Stage):
     """
 
     abstract: ClassVar[bool] = False
+    role: ClassVar[str] = "score"
+    rows_from: ClassVar[str] = "parsed"
     outputs: ClassVar[tuple[str, ...]] = ("scores",)
     parsed: Stage
     corpus: Stage
@@ -106,8 +106,8 @@ class Score(Stage):
 
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
         parsed, total = inputs["parsed"], max(inputs["parsed"].count("qrels"), 1)
-        passages = _Lookup(inputs["corpus"], "corpus", "doc_id") if self.filter.needs_passage else None
-        made_by = _Lookup(inputs["generations"], "generations", "gen_id") if "generations" in inputs else None
+        passages = Lookup(inputs["corpus"], "corpus", "doc_id") if self.filter.needs_passage else None
+        made_by = Lookup(inputs["generations"], "generations", "gen_id") if "generations" in inputs else None
         found = SearchResults(inputs["search"], inputs.get("search.queries"), parsed) if "search" in inputs else None
         twins = lru_cache(maxsize=1)(lambda: Twins(inputs["corpus"]))
 
@@ -115,28 +115,29 @@ class Score(Stage):
             qrels = parsed.slice("qrels", start, stop, ["query_id", "doc_id"])
             if "whole" in inputs:
                 return self._stored(qrels, stored_scores(parsed, inputs["whole"], qrels["query_id"], start))
-            queries = _beside(parsed, "queries", start, stop)
+            queries = beside(parsed, "qrels", "queries", start, stop)
             text_of = dict(zip(*map(tables.texts, queries.select(["query_id", "text"]).columns), strict=True))
             passage_of: dict[str, str] = {}
             if passages is not None:
                 read = passages.of(qrels["doc_id"], start / total, ["title", "text"])
                 passage_of = {key: tables.passage_text(title, text) for key, title, text in read}
-            first, beside = qrels["doc_id"], None
+            first, evidence = qrels["doc_id"], None
             if found is not None:
-                candidates = found.of(qrels["query_id"], *rows_beside(parsed, "queries", start, stop))
+                candidates = found.of(qrels["query_id"], *rows_beside(parsed, "qrels", "queries", start, stop))
                 place = candidates.schema.get_field_index("doc_id")
                 same = twins().first(candidates["doc_id"])
-                beside, first = candidates.set_column(place, candidates.schema.field(place), same), twins().first(first)
+                evidence, first = (
+                    candidates.set_column(place, candidates.schema.field(place), same),
+                    twins().first(first),
+                )
             if "labels" in inputs:
-                wanted = qrels["query_id"].unique()
-                beside = _rows(part for part in inputs["labels"].scan("scores") if len(part)) or tables.empty("scores")
-                beside = beside.filter(pc.is_in(beside["query_id"], value_set=wanted))
+                evidence = rows_with(inputs["labels"], "scores", "query_id", qrels["query_id"].unique())
             if made_by is not None:
-                lineage = _beside(parsed, "lineage", start, stop)
-                beside = _logprobs(lineage, made_by, start / total)
+                lineage = beside(parsed, "qrels", "lineage", start, stop)
+                evidence = _logprobs(lineage, made_by, start / total)
             ids = map(tables.texts, (*qrels.columns, first))
             rows = [ScoredQuery(q, text_of[q], same, passage_of.get(d, "")) for q, d, same in zip(*ids, strict=True)]
-            scores = self.filter.score(rows, beside)
+            scores = self.filter.score(rows, evidence)
             assert len(scores) == len(rows), f"{self.filter.type} gave {len(scores)} scores for {len(rows)} rows"
             return self._stored(qrels, scores)
 
@@ -154,49 +155,7 @@ class Score(Stage):
         return Output({"scores": made}, counts={"in": len(qrels), "out": len(qrels)})
 
 
-def _rows(parts: Iterable[pa.Table]) -> pa.Table | None:
-    found = list(parts)
-    return pa.concat_tables(found) if found else None
-
-
-def _beside(folder: Artifact, name: str, start: int, stop: int) -> pa.Table:
-    return folder.slice(name, *rows_beside(folder, name, start, stop))
-
-
-class _Lookup:
-    """Rows of a large table by a key that is unique. Looks first where the last rows stood, then ever further away.
-
-    The tables of one recipe stand in one order, so that shards read little besides what they want; a table in any other
-    order is read through.
-    """
-
-    def __init__(self, folder: Artifact, name: str, key: str) -> None:
-        self.folder, self.name, self.key = folder, name, key
-        self.windows = -(-folder.count(name) // WINDOW)
-        self.at: int | None = None
-        self.read = lru_cache(maxsize=4)(self._read)
-
-    def _read(self, window: int, columns: tuple[str, ...]) -> pa.Table:
-        return self.folder.slice(self.name, window * WINDOW, (window + 1) * WINDOW, [self.key, *columns])
-
-    def of(self, keys: pa.ChunkedArray, hint: float, columns: list[str]) -> Iterator[tuple[Any, ...]]:
-        """(key, *columns) of each key, in any order. ``hint`` in [0, 1): about where the first may stand."""
-        wanted = keys.unique()
-        missing = set(wanted.to_pylist())
-        near = int(hint * self.windows) if self.at is None else self.at
-        for window in sorted(range(self.windows), key=lambda w: (abs(w - near), w)) if missing else ():
-            rows = self.read(window, tuple(columns))
-            rows = rows.filter(pc.is_in(rows[self.key], value_set=wanted))
-            if len(rows):
-                self.at = window
-                missing.difference_update(rows[self.key].to_pylist())
-                yield from zip(*(column.to_pylist() for column in rows.columns), strict=True)
-            if not missing:
-                return
-        assert not missing, f"{len(missing)} rows of {self.name} are not in {self.folder.path}, such as {min(missing)}"
-
-
-def _logprobs(lineage: pa.Table, made_by: _Lookup, hint: float) -> pa.Table:
+def _logprobs(lineage: pa.Table, made_by: Lookup, hint: float) -> pa.Table:
     value_of = dict(made_by.of(lineage["gen_id"], hint, ["logprob"]))
     values = pa.array([value_of[gen_id] for gen_id in tables.texts(lineage["gen_id"])], pa.float32())
     return pa.table({"query_id": lineage["id"], "logprob": values})

@@ -15,10 +15,11 @@ from pydantic import model_validator
 from dagr_ray.core import tables
 from dagr_ray.core.artifact import Artifact
 from dagr_ray.core.config import ConfigError
+from dagr_ray.core.joins import beside
 from dagr_ray.core.placement import Pool
 from dagr_ray.core.stage import Inputs, Output, Run, Stage, derived
 from dagr_ray.filters import Filter
-from dagr_ray.stages.score import Score, _beside
+from dagr_ray.stages.score import Score
 
 log = logging.getLogger("dagr")
 
@@ -32,6 +33,8 @@ class Select(Stage):
     """
 
     abstract: ClassVar[bool] = False
+    role: ClassVar[str] = "select"
+    rows_from: ClassVar[str] = "parsed"
     outputs: ClassVar[tuple[str, ...]] = ("queries", "qrels", "lineage", "rejected")
     parsed: Stage
     scores: tuple[Score, ...] = ()
@@ -76,7 +79,7 @@ class Select(Stage):
                 rejected.add(part.ids[row], by, part.reasons[row], f"score {part.values[row]:g}")
             kept = part.qrels.filter(pa.array(part.by < 0))
             ids = kept["query_id"].unique()
-            queries, lineage = (_beside(inputs["parsed"], name, start, stop) for name in ("queries", "lineage"))
+            queries, lineage = (beside(inputs["parsed"], "qrels", name, start, stop) for name in ("queries", "lineage"))
             queries = queries.filter(pc.is_in(queries["query_id"], value_set=ids))
             made = {
                 "queries": queries,
@@ -155,7 +158,7 @@ class _Decisions:
     def _rows_by_query_type(self, ids: list[str], start: int, stop: int) -> dict[str, np.ndarray]:
         if not self.by_query_type:
             return {"": np.arange(len(ids))}
-        lineage = _beside(self.parsed, "lineage", start, stop)
+        lineage = beside(self.parsed, "qrels", "lineage", start, stop)
         query_type_of = dict(zip(tables.texts(lineage["id"]), tables.texts(lineage["strategy"]), strict=True))
         query_types = np.array([query_type_of[query_id] for query_id in ids], object)
         return {query_type: np.flatnonzero(query_types == query_type) for query_type in sorted(set(query_types))}

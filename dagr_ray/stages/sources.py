@@ -44,6 +44,7 @@ class PyDocs(Stage):
     """
 
     abstract: ClassVar[bool] = False
+    role: ClassVar[str] = "source"
     outputs: ClassVar[tuple[str, ...]] = ("corpus", "queries", "rejected")
     part: Literal["stdlib", "numeric"] = "stdlib"
 
@@ -96,6 +97,7 @@ class Beir(Stage):
     """
 
     abstract: ClassVar[bool] = False
+    role: ClassVar[str] = "source"
     version: ClassVar[int] = 2  # a title without a text is read once; TREC's four columns are told from BEIR's three
     outputs: ClassVar[tuple[str, ...]] = ("corpus", "queries", "rejected")
     path: FileOrFolder
@@ -196,6 +198,7 @@ class Parquet(Stage):
     """
 
     abstract: ClassVar[bool] = False
+    role: ClassVar[str] = "source"
     version: ClassVar[int] = 2  # a title without a text is read once
     outputs: ClassVar[tuple[str, ...]] = ("corpus", "rejected")
     path: FileOrFolder
@@ -260,6 +263,8 @@ class Sample(Stage):
     """
 
     abstract: ClassVar[bool] = False
+    role: ClassVar[str] = "sample"
+    rows_from: ClassVar[str] = "corpus"
     version: ClassVar[int] = 2  # words of any script
     outputs: ClassVar[tuple[str, ...]] = ("corpus", "rejected")
     corpus: Stage

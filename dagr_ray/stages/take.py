@@ -26,6 +26,8 @@ class Take(Stage):
     """
 
     abstract: ClassVar[bool] = False
+    role: ClassVar[str] = "take"
+    rows_from: ClassVar[str] = "mined"
     outputs: ClassVar[tuple[str, ...]] = ("examples",)
     mined: Stage
     n: Annotated[int, Field(ge=1)] | None = None

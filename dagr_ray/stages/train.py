@@ -62,6 +62,8 @@ class Train(Stage):
     """
 
     abstract: ClassVar[bool] = False
+    role: ClassVar[str] = "train"
+    rows_from: ClassVar[str] = "examples"
     version: ClassVar[int] = 3
     pool: ClassVar[str] = "train"
     starts_workers: ClassVar[bool] = True

@@ -51,6 +51,7 @@ class TrecRun(_TrecFile):
     """
 
     abstract: ClassVar[bool] = False
+    role: ClassVar[str] = "search"
     outputs: ClassVar[tuple[str, ...]] = ("candidates", "rejected")
 
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:

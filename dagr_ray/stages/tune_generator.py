@@ -97,7 +97,7 @@ class TuneGenerator(Stage):
 
     def pairs(self, data: Artifact) -> list[dict[str, Any]]:
         """The pairs to learn from, in the order drawn: ``query_id``, ``doc_id``, ``query``, ``title``, ``text``, ``passage``."""
-        qrels = data.read(tables.qrels_table(data.table_names(), self.split, self.type, data.name))
+        qrels = data.qrels(self.split, self.type)
         relevant = [row for row in qrels.to_pylist() if row["relevance"] > 0]
         relevant.sort(key=lambda row: tables.unit_of("tune-generator", self.seed, row["query_id"], row["doc_id"]))
         relevant = relevant[: self.n]

@@ -25,7 +25,7 @@ from dagr_ray.core.artifact import Artifact, Json, folders_of
 from dagr_ray.core.config import fingerprint_cache
 from dagr_ray.core.cost import KINDS, Rates
 from dagr_ray.core.placement import Placement, Pool
-from dagr_ray.core.stage import Stage
+from dagr_ray.core.stage import Stage, main_inputs_of, role_of
 from dagr_ray.core.storage import filesystem
 from dagr_ray.miners.dense import Dense
 from dagr_ray.stages.generate import Generate
@@ -86,7 +86,7 @@ class Record:
             entry["bytes"] - len(entry["parts"]) * _part_bytes(name) for name, entry in manifest["tables"].items()
         )
         files = sum(entry["bytes"] for entry in manifest["files"].values())
-        is_model = manifest["stage"]["type"] == "train"
+        is_model = role_of(manifest) == "train"
         stored += 0 if is_model else files
         return cls(
             manifest,
@@ -124,22 +124,16 @@ def _manifests(runs: str) -> dict[str, Json]:
     }
 
 
-# Inputs through which a stage's passages come, the first that a stage has.
-_SOURCES = ("corpus", "generations", "parsed", "selected", "queries", "mined", "examples", "data", "index")
-
-
 def _corpus_of(stage: Stage) -> str:
     """The fingerprint of the corpus that a stage's passages come from: equal for a copy of the corpus elsewhere."""
-    inputs = stage.inputs()
-    source = next((inputs[name] for name in _SOURCES if name in inputs), None)
-    return stage.fingerprint() if source is None else _corpus_of(source)
+    names = stage.main_inputs()
+    return _corpus_of(stage.inputs()[names[0]]) if names else stage.fingerprint()
 
 
 def _corpus_of_folder(name: str, manifests: Mapping[str, Json]) -> str:
     """The same fingerprint for a finished folder, out of the manifests of its runs folder."""
-    inputs = manifests[name]["inputs"] if name in manifests else {}
-    source = next((inputs[name] for name in _SOURCES if name in inputs), None)
-    return name.rpartition("-")[2] if source is None else _corpus_of_folder(source, manifests)
+    sources = main_inputs_of(manifests[name]) if name in manifests else []
+    return _corpus_of_folder(sources[0], manifests) if sources else name.rpartition("-")[2]
 
 
 # The fields that decide the work on a row; most other fields of a stage are its inputs.
@@ -215,7 +209,7 @@ class _Estimator:
 
     def _count_output_rows(self, stage: Stage) -> int | None:
         manifest = stage.folder(self.runs).manifest
-        if manifest is not None and stage.outputs and stage.type not in ("search", "fuse", "evaluate"):
+        if manifest is not None and stage.outputs and stage.role not in ("search", "evaluate"):
             return manifest["tables"][stage.outputs[0]]["rows"]
         if isinstance(stage, PyDocs):
             return PYDOCS_ROWS[stage.part]
@@ -231,30 +225,17 @@ class _Estimator:
         if isinstance(stage, Generate):
             return rows * stage.samples * len(stage.strategy.members())
         rates = self.rates(stage)
-        if stage.type in ("parse", "select", "mine") and rates.records and rates.basis != BASES[2]:
+        if stage.role in ("parse", "select", "mine") and rates.records and rates.basis != BASES[2]:
             rows = round(rows * rates.mean("yielded"))
         return min(rows, stage.n) if isinstance(stage, Take) and stage.n else rows
 
     def input_rows(self, stage: Stage) -> int | None:
         """Rows that a stage processes: the rows of its main input; None if unknown."""
-        names = (
-            "generations",
-            "parsed",
-            "selected",
-            "mined",
-            "examples",
-            "queries",
-            "search",
-            "corpus",
-            "data",
-            "index",
-        )
-        inputs = stage.inputs()
-        name = next((name for name in names if name in inputs), next(iter(inputs), None))
-        if name is None:
+        names = stage.main_inputs()
+        if not names:
             return None
-        source = inputs[name]
-        if name == "queries" and source.outputs[0] == "corpus":  # human queries, stored with their corpus
+        source = stage.inputs()[names[0]]
+        if names[0] in stage.judged and source.outputs[0] == "corpus":  # human queries, stored with their corpus
             manifest = source.folder(self.runs).manifest
             if manifest is not None:
                 return manifest["tables"]["queries"]["rows"]

@@ -251,20 +251,20 @@ class _Pass:
         self.client.set_terminated(run_id, end_time=int(finished * 1000))
 
     def _evaluations(self, card: str) -> list[str]:
-        return [f for n, f in self.folders.manifest_or_empty(card)["inputs"].items() if n.startswith("evaluations")]
+        return self.folders.main(card)
 
     def _inputs(self, run_id: str, row: Json) -> None:
         """Logs the data sets that the retriever was evaluated on, and the examples that it was trained on."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         contexts = {
-            f: "evaluation"
-            for e in self._evaluations(row["folder"])
-            if (f := self.folders.manifest_or_empty(e)["inputs"].get("data"))
+            data: "evaluation"
+            for evaluation in self._evaluations(row["folder"])
+            if (data := self.folders.judged_data(evaluation)) is not None
         }
         for name in self.folders.ancestors(row["folder"]):
-            if examples := self.folders.manifest_or_empty(name)["inputs"].get("examples"):
-                contexts[examples] = "training"
+            if self.folders.role(name) == "train":
+                contexts |= dict.fromkeys(self.folders.main(name), "training")
         datasets = []
         for name, context in contexts.items():
             manifest = self.folders.manifest_or_empty(name)

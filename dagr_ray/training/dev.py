@@ -26,10 +26,9 @@ class Dev:
     """Queries with judgements, searched in ``corpus``. Each evaluation reads the corpus again instead of holding it."""
 
     def __init__(self, data: Artifact, split: str, corpus: Artifact) -> None:
-        name = tables.qrels_table(data.table_names(), split, "train: dev", data.name)
         self.data, self.corpus = data, corpus
         self.qrels: dict[str, dict[str, int]] = defaultdict(dict)
-        for row in tables.relevant(data.read(name)).to_pylist():
+        for row in tables.relevant(data.qrels(split, "train: dev")).to_pylist():
             self.qrels[row["query_id"]][row["doc_id"]] = row["relevance"]
         if not self.qrels:
             raise ConfigError(

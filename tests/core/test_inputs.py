@@ -7,6 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from dagr_ray.cli import inspect
+from dagr_ray.cli.main import parser
 from dagr_ray.core import tables
 from dagr_ray.core.artifact import Artifact
 from dagr_ray.core.attempt import Builder
@@ -146,7 +148,7 @@ def recipe(data: str) -> list[Stage]:
     ]
 
 
-# Stages that read no other stage; and those that only a large index, or a model of many heads, brings about.
+# Stages that read no other stage; and those that only a large index, or a model to tune or of many heads, brings about.
 SOURCES = {"beir", "parquet-check", "people", "py-docs", "topics", "trec-qrels", "trec-run"}
 ELSEWHERE = {"approximate", "recall-probe", "retrieval-heads", "sharded-search", "tune-generator"}
 KINDS = {name: kind for name, kind in plugins(Stage).items() if kind.__module__.startswith("dagr_ray.")}
@@ -330,3 +332,23 @@ def test_declared_inputs_stand_beside_the_fields():
     }
     assert Doubling(corpus=one, extra=4).inputs() == some
     assert Tripling(corpus=one, extra=4).inputs() == some | {"next": Source(number=30)}
+
+
+def test_show_draws_all_inputs_and_where_they_come_from(built, capsys):
+    runs, kinds = built
+    [reach] = kinds["generate-until"]
+    mined = next(each for each in kinds["mine"] if each.searches[0].queries != each.selected)
+    score = next(each for each in kinds["score"] if each.filter.streams)
+    notes = {
+        (mined, "selected"): "",
+        (mined, "searches.0"): "",
+        (mined, "searches.0.queries"): "(declared by its class)",
+        (score, "whole"): "(declared by its class)",
+        (reach, "corpus"): "(declared by its class)",
+        (reach, "steps.0"): "(built by the stage)",
+    }
+    for (stage, name), note in notes.items():
+        folder = stage.folder(runs)
+        assert not inspect.show(parser().parse_args(["show", folder.name, "--runs", runs]))
+        [line] = [each for each in capsys.readouterr().out.splitlines() if each.split()[1:2] == [name]]
+        assert line.split(maxsplit=3)[2:] == [folder.manifest["inputs"][name], *filter(None, [note])]

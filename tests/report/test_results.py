@@ -35,7 +35,7 @@ def studies(tmp_path_factory):
     runs = str(tmp_path_factory.mktemp("results"))
     sets = {"home": "beir-home", "away": "beir-away"}
     for name in sets.values():
-        put(runs, name, {}, {"queries": tables.table("queries", [])}, {})
+        put(runs, name, {}, {"queries": tables.empty("queries"), "qrels.test": tables.empty("qrels")}, {})
     put(runs, "generate-none", {}, {"generations": tables.empty("generations")}, {})
     put(runs, "mine-none", {"generations": "generate-none"}, {"examples": examples(40)}, {})
     low, trials = (FROZEN - 0.15).tolist(), []

@@ -113,7 +113,7 @@ def test_a_shard_at_a_time_is_all_at_once(build, kind):
 
 def test_passages_are_found_in_any_order(build, monkeypatch):
     """Windows of two rows: the passages of a shard stand anywhere in the corpus, and one is read but once a shard."""
-    monkeypatch.setattr("dagr_ray.stages.score.WINDOW", 2)
+    monkeypatch.setattr("dagr_ray.core.joins.WINDOW", 2)
     expected = values(build(Score(parsed=Parts(), corpus=DOCS, filter=Copied()), 1000, "expected"))
     turned = Given(rows={"corpus": DOCS.rows["corpus"][::-1]})
     assert values(build(Score(parsed=Parts(), corpus=turned, filter=Copied()), 9, "turned")) == expected

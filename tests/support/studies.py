@@ -21,7 +21,8 @@ def put(
     runs: str, name: str, inputs: dict[str, str], made: dict[str, Any], stage: dict[str, Any], cost=None, price=0.0,
     counts=None,
 ):  # fmt: skip
-    """A complete folder with these tables."""
+    """A complete folder with these tables. Its name begins with the type of its stage, unless ``stage`` names one."""
+    stage = {"type": name.partition("-")[0]} | stage
     folder = Artifact(runs, name)
     receipt = folder.commit(0, made, {"counts": {}, "cost": {}})
     entries = {
@@ -54,7 +55,7 @@ def card(
             {"measure": "nDCG@10", "value": sum(values) / len(values), "query_id": None, "data": where, "split": "test"}
         )
         inputs = {"data": data if isinstance(data, str) else data[where]} | ({"trained": trained} if trained else {})
-        stage = {"name": where, "split": "test", "data": where, "search": {"index": {"miner": "m"}}}
+        stage = {"type": "evaluate", "name": where, "split": "test", "data": where, "search": {"index": {"miner": "m"}}}
         evaluations[f"evaluations.{i}"] = put(
             runs, f"{name}-{i}-evaluate", inputs, {"metrics": tables.table("metrics", rows)}, stage
         )
