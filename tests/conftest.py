@@ -1,34 +1,9 @@
 """What several test files share."""
 
 import json
-import os
-import signal
 from pathlib import Path
 
 import pytest
-
-
-def pytest_configure():
-    """Not at import: others take ``tiny_beir`` from here."""
-    # Ray workers and the JVM in one process: both handle SIGSEGV.
-    os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
-    # Test files run side by side: threads that wait for a core which another file keeps busy make a step ten times as long.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    # A shell's background job, and xdist, ignore Ctrl-C, by which a row that hangs in this process is ended.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-# Files of more than half a minute begin first, so that none of them is alone at the end.
-SLOW = (
-    "study train_resume chaos object_store vllm_start openai_vllm train_steps train index_parts bill odd_rows resume canary "
-    "poison nodes llm_judge vllm vllm_arguments vllm_feeding tracking"
-).split()
-
-
-def pytest_collection_modifyitems(items):
-    """The order in which pytest's workers take up files (with --no-loadscope-reorder)."""
-    place = {f"test_{name}.py": i for i, name in enumerate(SLOW)}
-    items.sort(key=lambda item: place.get(item.path.name, len(place)))
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,8 @@ import pytest
 from benchmarks.faults.chaos import largest_shard, write_set
 from benchmarks.harness import ROOT
 
+pytestmark = pytest.mark.cluster
+
 
 @pytest.mark.parametrize(
     "kinds",

@@ -5,7 +5,11 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from benchmarks.harness import ROOT
+
+pytestmark = pytest.mark.slow
 
 
 def test_damage_and_kills_at_random_change_nothing(tmp_path, capsys) -> None:

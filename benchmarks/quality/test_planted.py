@@ -9,6 +9,8 @@ from dagr_ray.core.config import plugins
 from dagr_ray.core.placement import Placement
 from dagr_ray.filters import Filter
 
+pytestmark = pytest.mark.slow
+
 FILTERS = [name for name, kind in plugins(Filter).items() if kind.__module__.startswith("dagr_ray.")]
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import subprocess
 import sys
 import threading
+from collections.abc import Iterable
 from http.client import HTTPConnection
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 import pyarrow.fs as pafs
+from werkzeug.serving import make_server
+from werkzeug.wrappers import Request
 
 BUCKET, REGION = "bucket", "us-east-1"
 # they belong to one connection, not to the request
@@ -29,36 +33,24 @@ class CountingStore:
         port, requests, one = int(re.findall(r":(\d+)", started)[-1]), self.requests, threading.Lock()
         threading.Thread(target=self._moto.stderr.read, daemon=True).start()
 
-        class Door(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
+        def answer(environ: dict[str, Any], start: Any) -> Iterable[bytes]:
+            asked = Request(environ)
+            requests.append("LIST" if "list-type" in environ["QUERY_STRING"] else asked.method)
+            body = asked.get_data()
+            headers = {name: value for name, value in asked.headers.items() if name.lower() not in OF_ONE_HOP}
+            with one:  # moto's objects do not stand two threads
+                moto = HTTPConnection("127.0.0.1", port, timeout=60)
+                moto.request(asked.method, environ["REQUEST_URI"], body, headers)
+                found = moto.getresponse()
+                content = found.read()
+                moto.close()
+            kept = [(name, value) for name, value in found.getheaders() if name.lower() not in OF_ONE_HOP]
+            length = found.getheader("Content-Length", "0") if asked.method == "HEAD" else str(len(content))
+            start(f"{found.status} {found.reason}", [*kept, ("Content-Length", length or "0")])
+            return [content]
 
-            def handle_one(self) -> None:
-                requests.append("LIST" if "list-type" in self.path else self.command)
-                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-                headers = {name: value for name, value in self.headers.items() if name.lower() not in OF_ONE_HOP}
-                with one:  # moto's objects do not stand two threads
-                    moto = HTTPConnection("127.0.0.1", port, timeout=60)
-                    moto.request(self.command, self.path, body, headers)
-                    answer = moto.getresponse()
-                    content = answer.read()
-                    moto.close()
-                self.send_response_only(answer.status, answer.reason)
-                for name, value in answer.getheaders():
-                    if name.lower() not in OF_ONE_HOP:
-                        self.send_header(name, value)
-                head = self.command == "HEAD"
-                self.send_header(
-                    "Content-Length", answer.getheader("Content-Length", "0") if head else str(len(content))
-                )
-                self.end_headers()
-                self.wfile.write(b"" if head else content)
-
-            do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = handle_one
-
-            def log_message(self, format: str, *args: object) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Door)
+        logging.getLogger("werkzeug").setLevel(logging.ERROR)
+        self._server = make_server("127.0.0.1", 0, answer, threaded=True)
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
         host = f"127.0.0.1:{self._server.server_port}"
         self._environment = {

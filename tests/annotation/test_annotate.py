@@ -240,6 +240,7 @@ def saved(browser, folder, name):
     return folder / name
 
 
+@pytest.mark.browser
 def test_a_person_rates_in_a_real_browser(page, folders, runs, tmp_path):
     rows = asked(page)
     browser = Browser(tmp_path)

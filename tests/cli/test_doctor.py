@@ -48,12 +48,14 @@ def probe(name: str, environment: dict[str, str]) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.engine
 def test_everything_that_the_quick_start_needs_is_here(checks: dict[str, doctor.Check]) -> None:
     assert list(checks) == list(doctor.ORDER)
     assert [check for check in checks.values() if not check.ok] == []
     assert all(check.fix == "" for check in checks.values())
 
 
+@pytest.mark.engine
 def test_findings_name_versions_and_devices(checks: dict[str, doctor.Check]) -> None:
     assert "device cpu" in checks["vllm"].detail or "device cuda" in checks["vllm"].detail
     assert "Java 21" in checks["bm25"].detail

@@ -22,6 +22,8 @@ from dagr_ray.training.checkpoints import Checkpoints
 from tests.conftest import tiny_beir
 from tests.support.object_store import BUCKET, ObjectStore
 
+pytestmark = pytest.mark.slow
+
 REFUSED = {
     "empty": "",
     "the folder itself": ".",

@@ -2,6 +2,8 @@
 
 from typing import ClassVar
 
+import pytest
+
 from dagr_ray.core.build import materialize
 from dagr_ray.core.joins import Positives
 from dagr_ray.core.placement import Placement, Pool
@@ -18,6 +20,8 @@ from dagr_ray.stages.score import Score
 from dagr_ray.stages.select import Select
 from dagr_ray.strategies.crop import Crop
 from tests.stages.test_select_mine import Given
+
+pytestmark = pytest.mark.slow
 
 WORDS = "amber birch cedar dune ember fjord grove heath islet jetty knoll lagoon marsh otter quill reef".split()
 

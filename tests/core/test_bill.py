@@ -38,6 +38,8 @@ from tests.support.billed import Hold, Killed, adds_up, answers, asked, both, us
 from tests.support.endpoint import drop, served, status
 from tests.support.studies import made_study
 
+pytestmark = [pytest.mark.cluster, pytest.mark.engine]
+
 ROOT = Path(__file__).parents[2]
 HERE = Placement(generate=Pool(workers=0, shard_rows=8), prices=Prices(cpu_hour=3600.0))  # a dollar a second
 PRICES = {"usd_per_million_prompt_tokens": 2.0, "usd_per_million_completion_tokens": 8.0}

@@ -58,6 +58,8 @@ from dagr_ray.teachers.hybrid import Hybrid
 from tests.conftest import tiny_beir
 from tests.support import toys
 
+pytestmark = pytest.mark.slow
+
 HERE = Placement(
     **dict.fromkeys(("generate", "retrieve", "light"), Pool(workers=0, shard_rows=20)), train=Pool(workers=0)
 )

@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+import pytest
+
 from dagr_ray.core.build import materialize
 from dagr_ray.core.placement import Placement, Pool, load_placement
 from dagr_ray.core.ray_start import connect
@@ -17,6 +19,8 @@ from dagr_ray.stages.select import Select
 from dagr_ray.stages.sources import Beir
 from dagr_ray.strategies.crop import Crop
 from tests.conftest import tiny_beir
+
+pytestmark = pytest.mark.cluster
 
 ROOT = Path(__file__).parents[2]
 

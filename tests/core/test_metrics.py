@@ -14,6 +14,8 @@ from tests.conftest import tiny_beir
 from tests.support.endpoint import USAGE, reply, served
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.cluster
+
 CODE = """
 import sys, time
 import ray

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from dagr_ray.core.artifact import Artifact
 from dagr_ray.core.build import materialize
 from dagr_ray.core.placement import Placement, Pool
@@ -21,6 +23,8 @@ from dagr_ray.stages.sources import Beir
 from dagr_ray.strategies.crop import Crop
 from tests.conftest import tiny_beir
 from tests.support.slow_engine import SlowCrop
+
+pytestmark = pytest.mark.cluster
 
 ROOT = Path(__file__).parents[2]
 DOCS = 1500

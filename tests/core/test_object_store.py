@@ -27,6 +27,8 @@ from tests.conftest import tiny_beir
 from tests.support import studies
 from tests.support.object_store import BUCKET, ObjectStore, Request
 
+pytestmark = [pytest.mark.cluster, pytest.mark.engine]
+
 ROOT = Path(__file__).parents[2]
 HERE = Placement(generate=Pool(workers=0, shard_rows=5))
 JOB = """

@@ -19,6 +19,8 @@ from dagr_ray.stages.aggregate import rank
 from dagr_ray.stages.leakage import LeakGate, LeakScan
 from tests.stages.test_leak import SMALL, Held, materialize
 
+pytestmark = pytest.mark.slow
+
 FOOTER = " ".join(f"footer{i}" for i in range(60))
 NOTICE = " ".join(f"notice{i % 90}and{i // 90}" for i in range(220))
 COLUMNS = [[f"cell{c}v{i}" for i in range(5)] for c in range(14)]

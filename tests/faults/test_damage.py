@@ -25,6 +25,8 @@ from dagr_ray.report import bills, summarise
 from dagr_ray.training.checkpoints import Checkpoints
 from tests.core.test_folders import LIGHT, Numbers, Upper, ids
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 END = Upper(source=Numbers(n=30))
 RECEIPT = {"shard": 0, "tables": {}, "files": {}, "counts": {}, "cost": {}}

@@ -16,6 +16,8 @@ from dagr_ray.core.artifact import Artifact
 from dagr_ray.core.build import materialize
 from tests.conftest import tiny_beir
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 DAGR = [sys.executable, "-m", "dagr_ray.cli.main"]
 SLOW = """

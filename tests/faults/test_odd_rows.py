@@ -26,6 +26,8 @@ from dagr_ray.stages.sources import Beir, Parquet
 from dagr_ray.strategies.crop import Crop
 from dagr_ray.strategies.promptagator import Promptagator
 
+pytestmark = [pytest.mark.cluster, pytest.mark.engine]
+
 HAND = {
     "empty": "",
     "spaces": " \t\n\r\x0b\x0c",

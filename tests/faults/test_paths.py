@@ -242,6 +242,7 @@ def test_an_address_is_an_address_and_a_path_a_path() -> None:
     assert paths.last_name("/sets/a?b") == "a?b" and paths.last_name("s3://b/set?region=x") == "set"
 
 
+@pytest.mark.cluster
 def test_a_study_trains_from_another_folder_with_relative_paths_and_a_stage_beside_its_job(tmp_path) -> None:
     """Data, job and the default runs folder are relative and have a space; then the data move, and are the same."""
     tiny_beir(tmp_path / "my set", docs=32)

@@ -197,6 +197,7 @@ def test_rays_sessions_lie_in_a_short_private_place(place, monkeypatch):
     assert os.path.dirname(made).startswith(f"/tmp/dagr-{os.geteuid()}")
 
 
+@pytest.mark.cluster
 def test_a_private_ray_lets_nobody_else_in_and_writes_nothing_to_home(tmp_path):
     """What lies open in its folder, and who is let in, with a HOME that cannot be written."""
     code = """
@@ -228,6 +229,7 @@ print(ray.get(ray.remote(lambda: 7).remote()))
     assert done.stdout.split("\n")[:-1] == ["private True", "out", "out", "in", "7"], done.stderr[-2000:]
 
 
+@pytest.mark.cluster
 def test_a_process_may_start_its_own_ray_twice_and_hands_its_token_on():
     """Ray reads a token once in a process; what is started meanwhile inherits it."""
     code = """

@@ -23,6 +23,8 @@ from dagr_ray.strategies.crop import Crop
 from tests.conftest import tiny_beir
 from tests.support.billed import Killed
 
+pytestmark = pytest.mark.cluster
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -8,11 +8,15 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from dagr_ray.core.artifact import Artifact
 from dagr_ray.core.build import materialize
 from dagr_ray.core.placement import Placement, Pool
 from dagr_ray.core.stage import load_stage
 from tests.conftest import tiny_beir
+
+pytestmark = pytest.mark.cluster
 
 ROOT = Path(__file__).parents[2]
 TABLES = ("generations", "rejected")

@@ -43,6 +43,8 @@ from dagr_ray.strategies.prefix import Prefix
 from dagr_ray.strategies.promptagator import Promptagator
 from tests.support.scripts_data import SCRIPTS, Script
 
+pytestmark = pytest.mark.slow
+
 EVERY = pytest.mark.parametrize("script", SCRIPTS.values(), ids=list(SCRIPTS))
 UNSPACED = ("thai", "lao", "khmer", "burmese", "chinese", "japanese")
 

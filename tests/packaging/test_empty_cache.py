@@ -12,6 +12,8 @@ from dagr_ray.engines.vllm import VLLM
 from dagr_ray.quickstart import models
 from tests.conftest import tiny_beir
 
+pytestmark = pytest.mark.cluster
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -19,6 +19,8 @@ from dagr_ray.teachers import NO_SCORE, QueryPassage
 from dagr_ray.teachers.llm_judge import GRADES, LLMJudge, _JudgeSession
 from tests.stages.test_select_mine import Given
 
+pytestmark = [pytest.mark.cluster, pytest.mark.engine]
+
 
 @pytest.fixture(scope="module")
 def engine():

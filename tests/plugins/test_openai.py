@@ -21,6 +21,8 @@ from dagr_ray.strategies.crop import Crop
 from tests.conftest import tiny_beir
 from tests.support.endpoint import KEY, PASSING, SHORT, USAGE, ask, good, hang, reply, served, status
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):

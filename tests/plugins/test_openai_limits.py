@@ -20,6 +20,8 @@ from dagr_ray.strategies.crop import Crop
 from tests.conftest import tiny_beir
 from tests.support.endpoint import KEY, PASSING, ask, good, reply, served, status
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):

@@ -30,6 +30,8 @@ from dagr_ray.strategies import Strategy
 from dagr_ray.strategies.promptagator import Promptagator
 from tests.support.endpoint import KEY, SHORT
 
+pytestmark = [pytest.mark.cluster, pytest.mark.engine]
+
 
 def serve(port, log):
     """vLLM's own server on this machine's CPU, in a process group of its own."""

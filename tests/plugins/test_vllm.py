@@ -14,6 +14,8 @@ from dagr_ray.prompts import Passage, Prompt
 from dagr_ray.quickstart.models import smollm2
 from dagr_ray.strategies.promptagator import Promptagator
 
+pytestmark = [pytest.mark.cluster, pytest.mark.engine]
+
 SHORT = Sampling(max_tokens=12, logprob=True)
 ODD = {
     "empty": "",

@@ -15,6 +15,8 @@ from dagr_ray.engines.vllm import VLLM
 from dagr_ray.prompts import Prompt
 from dagr_ray.quickstart.models import smollm2
 
+pytestmark = pytest.mark.engine
+
 HERE = Pool(workers=1)
 SCHEMA = {
     "type": "object",

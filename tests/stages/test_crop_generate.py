@@ -159,6 +159,7 @@ def test_parse_reads_only_the_passages_of_its_shard(data, tmp_path):
     assert output.tables["qrels"]["doc_id"].to_pylist() == [f"d{i}" for i in range(4, 8) for _ in range(2)]
 
 
+@pytest.mark.cluster
 def test_ray_gives_the_same_bytes_as_one_process(data, tmp_path):
     import ray
 

@@ -47,6 +47,7 @@ DOCS = corpus("about copies", "about lists", "about files", "about locks")
 HITS = search({q: [(f"d{i}", 9.0 - i) for i in range(4)] for q in ("q0", "q1", "q2")})
 
 
+@pytest.mark.cluster
 def test_people_win_over_the_filters_of_a_recipe(build, tmp_path):
     docs = Beir(path=str(tiny_beir(tmp_path / "set")))
     files = tmp_path / "people.jsonl"

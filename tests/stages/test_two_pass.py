@@ -1,5 +1,7 @@
 """A retriever that has learnt looks again: at the queries (Promptagator's two passes), or for negatives (ANCE's rounds)."""
 
+import pytest
+
 from dagr_ray.core.build import materialize
 from dagr_ray.core.placement import Placement, Pool
 from dagr_ray.core.stage import walk
@@ -13,6 +15,8 @@ from dagr_ray.stages.score import Score
 from dagr_ray.stages.select import Select
 from dagr_ray.stages.train import Train
 from tests.stages.test_select_mine import corpus, parsed
+
+pytestmark = pytest.mark.slow
 
 # A word that stands for a thing nowhere but in these queries: only a retriever that has learnt from them knows it.
 NAMES = {

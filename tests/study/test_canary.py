@@ -31,6 +31,8 @@ from dagr_ray.study.canary import GuardFailed, Guards, canaries, leading_starts,
 from dagr_ray.study.estimate import estimate
 from tests.support.endpoint import reply, served, status
 
+pytestmark = pytest.mark.cluster
+
 ROOT = Path(__file__).parents[2]
 HERE = Placement(generate=Pool(workers=0, shard_rows=32))
 

@@ -24,6 +24,8 @@ from dagr_ray.study.job import load_job, parse_axes
 from dagr_ray.study.plan import plan_study
 from tests.conftest import tiny_beir
 
+pytestmark = pytest.mark.cluster
+
 ROOT = Path(__file__).parents[2]
 DAGR = [sys.executable, "-m", "dagr_ray.cli.main"]
 

@@ -19,6 +19,8 @@ from dagr_ray.study import mlflow_mirror
 from tests.conftest import tiny_beir
 from tests.support.studies import made_study
 
+pytestmark = pytest.mark.cluster
+
 ROOT = Path(__file__).parents[2]
 SCORES = np.random.default_rng(3).uniform(0.2, 0.8, 40)
 

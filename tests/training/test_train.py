@@ -21,7 +21,7 @@ from dagr_ray.training.batches import ExampleRow, margins, plan, repeats, rows_o
 from dagr_ray.training.texts import Examples
 from tests.support.toys import HERE, TWO, Toy, distance, small, toy_train, weights
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("one_thread")]
 
 
 class Watched(InfoNCE):

@@ -7,12 +7,15 @@ from typing import Any
 
 import numpy as np
 import psutil
+import pytest
 
 from dagr_ray.core.build import materialize
 from dagr_ray.core.placement import Placement
 from tests.core.test_nodes import by_itself, joined, three_nodes, wait_for
 from tests.support.toys import tiny
 from tests.training.test_train_resume import OFTEN, curve, long
+
+pytestmark = pytest.mark.cluster
 
 # A driver that joins the cluster of RAY_ADDRESS: `python -c DRIVER model runs`.
 DRIVER = """

@@ -42,7 +42,7 @@ def long(**fields):
     return toy_train(Toy(n=40), **{"base": tiny(), "epochs": 60, "batch_size": 8} | fields)
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("one_thread")]
 
 
 class Fault(TrainerCallback):

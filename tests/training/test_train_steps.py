@@ -23,6 +23,8 @@ from dagr_ray.training.settings import Settings
 from tests.support.gradients import steps
 from tests.support.toys import Toy, tiny
 
+pytestmark = pytest.mark.slow
+
 LOSSES = {
     "in-batch": (InfoNCE(),),
     "two-sided": (InfoNCE(two_sided=True),),

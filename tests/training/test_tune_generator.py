@@ -25,6 +25,8 @@ from dagr_ray.training.lora import LoRA
 from dagr_ray.training.settings import GeneratorSettings
 from tests.conftest import tiny_beir
 
+pytestmark = [pytest.mark.cluster, pytest.mark.engine]
+
 HERE = Placement(train=Pool(workers=0, checkpoint_every=2), light=Pool(workers=0), retrieve=Pool(workers=0))
 PAIRS = [(f"Passage:\nThe word is w{i}\nQuery:", f"which w{i}") for i in range(10)]
 
