@@ -20,11 +20,11 @@ def beir(
     language: str = "auto", split: str = "test", tuned_on: FileOrFolder | None = None, pairs: int | None = None,
     fused: bool = False,
 ) -> Scorecard:  # fmt: skip
-    """A retriever trained on ``volume`` queries generated for the passages of ``data``, judged on people's queries.
+    """A retriever trained on ``volume`` queries generated for the passages of ``data``, evaluated on human queries.
 
     ``data`` is a folder in BEIR's or another layout, judged on ``split``; ``ood`` a second one for the out-of-distribution
     row; ``base`` is ``minilm`` or the folder of an encoder;
-    ``people`` are files of their ratings, joined by ``+``, which win over the filters. A generator with ``-tuned`` has learnt
+    ``people`` are files of their ratings, joined by ``+``, which override the filters. A generator with ``-tuned`` has learnt
     how people ask from at most ``pairs`` of their queries: those of the collection ``tuned_on``, or the other split of ``data``.
     ``fused`` judges each retriever together with BM25, too.
     """
@@ -41,9 +41,9 @@ def beir(
         source = Beir(path=tuned_on) if tuned_on else corpus
         tuned = TuneGenerator(data=source, engine=engine, split=shown_split(split), n=pairs)
         strategy = tuned.strategy
-    asked = Sample(corpus=corpus, n=passages, exclude=exemplars)
+    sample = Sample(corpus=corpus, n=passages, exclude=exemplars)
     selected, mined = augment(
-        asked, corpus, strategy, engine, exemplars=exemplars, samples=samples, max_rank=max_rank, negatives=negatives,
+        sample, corpus, strategy, engine, exemplars=exemplars, samples=samples, max_rank=max_rank, negatives=negatives,
         held_out=tuple(sets.values()), split=split, base=encoder,
         people=People(files=split_values(people, "+")) if people else None, tuned=tuned,
     )  # fmt: skip

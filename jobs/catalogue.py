@@ -1,4 +1,4 @@
-"""Strategy by strategy: what a retriever learns from equally many rows of each. ``dagr study jobs/catalogue.py``."""
+"""Compares strategies: a retriever trained on the same number of rows from each. ``dagr study jobs/catalogue.py``."""
 
 from dagr_ray import Beir, Dense, Encoder, Exemplars, Sample, Scorecard, Take, Train, judge
 from dagr_ray.core.paths import FileOrFolder
@@ -29,10 +29,10 @@ def catalogue(
     seed: int = 0,
     split: str = "test",
 ) -> Scorecard:
-    """A retriever trained on ``volume`` rows of one strategy (``none``: not at all), judged on ``data``'s test split.
+    """A retriever trained on ``volume`` rows of one strategy (``none``: untrained), evaluated on ``data``'s test split.
 
     ``data`` is a BEIR folder, or none for Python's documentation; ``model`` the folder of a generator, or none for the
-    quick start's; ``passages`` are, unless given, as many as the small one needs for 500 accepted rows.
+    quick start's; ``passages`` defaults to the number that the small model needs for 500 accepted rows.
     """
     corpus = Beir(path=data) if data else PyDocs(part="stdlib")
     sets = {corpus.label(): corpus}
@@ -40,13 +40,13 @@ def catalogue(
     exemplars = Exemplars(corpus=corpus, split=shown_split(split), k=4)
     if strategy == "none":
         return judge(sets, Dense(encoder=encoder), exclude=exemplars, split=split)
-    asked = Sample(corpus=corpus, n=passages or (1400 if data else 800), exclude=exemplars)
-    made = arm(
-        strategy_named(strategy), VLLM(model=model or SMOLLM2), asked, corpus, encoder, exemplars=exemplars,
+    sample = Sample(corpus=corpus, n=passages or (1400 if data else 800), exclude=exemplars)
+    built = arm(
+        strategy_named(strategy), VLLM(model=model or SMOLLM2), sample, corpus, encoder, exemplars=exemplars,
         samples=samples, max_rank=max_rank, negatives=negatives, held_out=(corpus,), split=split,
     )  # fmt: skip
     trained = Train(
-        examples=Take(mined=made.examples, n=volume), queries=made.queries, corpus=made.corpus, base=encoder, lr=lr,
+        examples=Take(mined=built.examples, n=volume), queries=built.queries, corpus=built.corpus, base=encoder, lr=lr,
         max_length=160 if data else 48, seed=seed,
     )  # fmt: skip
     return judge(sets, Dense(encoder=encoder), trained=trained, exclude=exemplars, split=split)

@@ -1,4 +1,4 @@
-"""What each filter is worth: training with and without it, on equally many queries. ``dagr study jobs/filters.py``."""
+"""Measures each filter: training with and without it, on the same number of queries. ``dagr study jobs/filters.py``."""
 
 from typing import Literal
 
@@ -14,8 +14,8 @@ from dagr_ray.stages.parse import Parse
 from dagr_ray.stages.retrieve import Index, Search
 from dagr_ray.stages.sources import PyDocs
 
-EACH = ("format", "length", "repetition", "refusal", "template", "duplicate", "copied", "round-trip", "leak")
-STUDY = {"filters": ("all", "none", *(f"without-{name}" for name in EACH), *(f"with-{name}" for name in EXTRA))}
+FILTERS = ("format", "length", "repetition", "refusal", "template", "duplicate", "copied", "round-trip", "leak")
+STUDY = {"filters": ("all", "none", *(f"without-{name}" for name in FILTERS), *(f"with-{name}" for name in EXTRA))}
 
 
 def filters(
@@ -31,7 +31,7 @@ def filters(
     language: str = "auto",
     split: str = "test",
 ) -> Scorecard:
-    """A retriever trained on ``volume`` queries that pass ``filters``, judged on ``data`` (none: Python's documentation)."""
+    """A retriever trained on ``volume`` queries that pass ``filters``, evaluated on ``data`` (none: Python's documentation)."""
     corpus = Beir(path=data, language=language) if data else PyDocs(part="stdlib")
     frozen = encoder = Encoder(model=str(minilm()), max_length=256 if data else 48)
     if base == "scratch":
@@ -40,15 +40,15 @@ def filters(
     if volume == 0:
         return judge({corpus.label(): corpus}, Dense(encoder=encoder), exclude=exemplars, split=split)
     strategy, engine = generator_named("llm" if model else "smollm2", model)
-    # as many as it takes that half of what all filters keep are 300
-    asked = Sample(corpus=corpus, n=passages or (1600 if data else 900), exclude=exemplars)
+    # enough that half of the queries that pass all filters are 300
+    sample = Sample(corpus=corpus, n=passages or (1600 if data else 900), exclude=exemplars)
     raw = Generate(
-        corpus=asked, strategy=strategy, engine=engine, sampling=Sampling(max_tokens=32, logprob=True), samples=samples,
+        corpus=sample, strategy=strategy, engine=engine, sampling=Sampling(max_tokens=32, logprob=True), samples=samples,
         exemplars=exemplars,
     )  # fmt: skip
-    parsed = Parse(generations=raw, corpus=asked)
+    parsed = Parse(generations=raw, corpus=sample)
     selected = filtered_by(
-        filters, parsed, asked, corpus, frozen, max_rank=max_rank, held_out=(corpus,), split=split, exemplars=exemplars,
+        filters, parsed, sample, corpus, frozen, max_rank=max_rank, held_out=(corpus,), split=split, exemplars=exemplars,
     )  # fmt: skip
     search = Search(index=Index(corpus=corpus, miner=BM25()), queries=parsed, depth=100)
     mined = Mine(selected=selected, corpus=corpus, searches=(search,), negatives=1)

@@ -1,4 +1,4 @@
-"""The ladder: what each step from generated queries to a trained retriever adds. ``dagr study jobs/ladder.py data=DIR``."""
+"""The ladder: measures each step from generated queries to a trained retriever. ``dagr study jobs/ladder.py data=DIR``."""
 
 from typing import Literal
 
@@ -23,7 +23,7 @@ def ladder(
     negatives: int = 7, max_rank: int = 100, epochs: int | None = None, lr: float | None = None, seed: int = 0,
     language: str = "auto", split: str = "test", fused: bool = False,
 ) -> Scorecard:  # fmt: skip
-    """A retriever trained on ``volume`` pairs at a rung, judged on ``data`` (a BEIR folder, or none: Python's documentation).
+    """A retriever trained on ``volume`` pairs at a rung, evaluated on ``data`` (a BEIR folder, or none: Python's documentation).
 
     ``ood``: more such folders, joined by ``+``; ``base``: ``minilm``, ``scratch`` (two re-initialised layers) or a folder;
     ``human``: the share of pairs out of the train split; ``teacher``: a cross-encoder's folder, or none: BM25 by
@@ -40,14 +40,14 @@ def ladder(
     sources = [Source(human, HumanPairs(data=corpus), corpus)] if human > 0 else []
     if human < 1:
         strategy, engine = generator_named(generator, model)
-        asked = Sample(corpus=corpus, n=passages, exclude=exemplars)
+        sample = Sample(corpus=corpus, n=passages, exclude=exemplars)
         written = Generate(
-            corpus=asked, strategy=strategy, engine=engine, sampling=Sampling(max_tokens=32), samples=samples,
+            corpus=sample, strategy=strategy, engine=engine, sampling=Sampling(max_tokens=32), samples=samples,
             exemplars=None if strategy.copies_its_passage else exemplars,
         )  # fmt: skip
-        parsed = Parse(generations=written, corpus=asked)
-        kept = filtered(parsed, asked, corpus, max_rank=max_rank, copies=strategy.copies_its_passage)
-        sources.append(Source(1 - human, kept if rung == "filters" else parsed, asked))
+        parsed = Parse(generations=written, corpus=sample)
+        filtered_queries = filtered(parsed, sample, corpus, max_rank=max_rank, copies=strategy.copies_its_passage)
+        sources.append(Source(1 - human, filtered_queries if rung == "filters" else parsed, sample))
     examples, queries, losses = climb(
         rung, sources, corpus, frozen, n=volume, negatives=negatives, held_out=tuple(sets.values()), split=split,
         teacher=CrossEncoder(model=teacher) if teacher else None, bm25_share=bm25_share,

@@ -1,4 +1,4 @@
-"""What each strategy adds to a mixture: alone, all, all but one. ``dagr study jobs/mixture.py``."""
+"""Measures each strategy in a mixture: alone, all, all but one. ``dagr study jobs/mixture.py``."""
 
 from dagr_ray import Beir, Dense, Encoder, Exemplars, Sample, Scorecard, Train, judge
 from dagr_ray.core.paths import FileOrFolder
@@ -26,11 +26,11 @@ def mixture(
     language: str = "auto",
     split: str = "test",
 ) -> Scorecard:
-    """A retriever trained on ``volume`` rows of ``strategies``, judged on ``data``'s test split.
+    """A retriever trained on ``volume`` rows of ``strategies``, evaluated on ``data``'s test split.
 
     They are mixed in equal parts, or by ``weights``, one for each strategy (``strategies=typed+hyde weights=3+1``), or by
-    ``budget``: all rows that each strategy gives for so many dollars, whatever ``volume`` is.
-    ``mix`` is ``all`` of them, ``only-NAME`` or ``without-NAME``, always at the same volume. ``volume=0`` is the frozen base.
+    ``budget``: all rows that each strategy yields for this many dollars, independent of ``volume``.
+    ``mix`` is ``all``, ``only-NAME`` or ``without-NAME``, always at the same volume. ``volume=0`` is the frozen base.
     """
     corpus = Beir(path=data, language=language) if data else PyDocs(part="stdlib")
     sets = {corpus.label(): corpus}
@@ -38,16 +38,16 @@ def mixture(
     exemplars = Exemplars(corpus=corpus, split=shown_split(split), k=4)
     if volume == 0:
         return judge(sets, Dense(encoder=encoder), exclude=exemplars, split=split)
-    kept = parts(strategies, mix, weights)
-    asked = Sample(corpus=corpus, n=passages or (1400 if data else 800), exclude=exemplars)
+    weight_of = parts(strategies, mix, weights)
+    sample = Sample(corpus=corpus, n=passages or (1400 if data else 800), exclude=exemplars)
     arms = [
         arm(
-            strategy_named(name), VLLM(model=model or SMOLLM2), asked, corpus, encoder, exemplars=exemplars,
+            strategy_named(name), VLLM(model=model or SMOLLM2), sample, corpus, encoder, exemplars=exemplars,
             max_rank=max_rank, held_out=(corpus,), split=split, max_cost=budget,
         )
-        for name in kept
+        for name in weight_of
     ]  # fmt: skip
-    blend, passages_of_all = mixed(arms) if budget else mixed(arms, n=volume, weights=tuple(kept.values()))
+    blend, passages_of_all = mixed(arms) if budget else mixed(arms, n=volume, weights=tuple(weight_of.values()))
     trained = Train(
         examples=blend, queries=blend, corpus=passages_of_all, base=encoder, lr=lr, max_length=160 if data else 48,
         seed=seed,

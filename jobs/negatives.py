@@ -1,4 +1,4 @@
-"""Where hard negatives come from (arXiv 2504.21015): searches, an LLM, or both. ``dagr study jobs/negatives.py data=DIR``."""
+"""Compares sources of hard negatives (arXiv 2504.21015): searches, an LLM, or both. ``dagr study jobs/negatives.py data=DIR``."""
 
 from dagr_ray import Beir, Dense, Encoder, Scorecard, Take, Train, generator_named, judge
 from dagr_ray.core.paths import FileOrFolder
@@ -23,9 +23,9 @@ def negatives(
     language: str = "auto",
     split: str = "test",
 ) -> Scorecard:
-    """A retriever trained on ``queries`` of people's out of the train split with ``k`` negatives each out of ``source``.
+    """A retriever trained on ``queries`` human queries of the train split, each with ``k`` negatives from ``source``.
 
-    A third more are asked about, because the test queries' doubles and those that are left without a negative drop out.
+    A third more queries are processed, because duplicates of test queries and queries without a negative are dropped.
     ``base`` is ``minilm``, ``scratch`` (two re-initialised layers) or the folder of an encoder; ``model`` the folder of the
     language model, or none for the quick start's. ``queries=0`` is the frozen base.
     """
@@ -37,10 +37,10 @@ def negatives(
     if queries == 0:
         return judge(sets, Dense(encoder=encoder), split=split)
     _, engine = generator_named("llm" if model else "smollm2", model)
-    asked = gated(HumanPairs(data=corpus, n=queries + queries // 3), corpus, (corpus,), encoder, split=split)
-    examples, passages = negatives_from(source, asked, corpus, encoder, engine, k=k)
+    clean = gated(HumanPairs(data=corpus, n=queries + queries // 3), corpus, (corpus,), encoder, split=split)
+    examples, passages = negatives_from(source, clean, corpus, encoder, engine, k=k)
     trained = Train(
-        examples=Take(mined=examples, n=queries), queries=asked, corpus=passages, base=encoder,
+        examples=Take(mined=examples, n=queries), queries=clean, corpus=passages, base=encoder,
         batch_size=batch_size, epochs=epochs, lr=lr, max_length=160, seed=seed,
     )  # fmt: skip
     return judge(sets, Dense(encoder=encoder), trained=trained, split=split)

@@ -6,7 +6,7 @@ from dagr_ray import Dense, Encoder, Exemplars, Sample, Scorecard, Take, Train, 
 from dagr_ray.quickstart.models import minilm
 from dagr_ray.stages.sources import PyDocs
 
-# What `dagr study` sweeps unless told otherwise. Sizes fit 12 minutes on two CPU cores.
+# The default axes of `dagr study`. The sizes take 12 minutes on two CPU cores.
 STUDY = {"volume": (0, 64, 192, 448), "generator": ("smollm2", "crop"), "base": ("minilm", "scratch")}
 
 
@@ -21,7 +21,7 @@ def quickstart(
     max_rank: int = 20,
     seed: int = 0,
 ) -> Scorecard:
-    """A retriever trained on ``volume`` generated queries about the standard library, judged there and on numpy and pandas.
+    """A retriever trained on ``volume`` generated queries about the standard library, evaluated on it and on numpy and pandas.
 
     ``density`` (queries per passage) and ``coverage`` (share of the passages) are DAGR's axes of volume; ``scratch`` is
     MiniLM with two re-initialised layers, a base that is not pre-trained.
@@ -36,9 +36,9 @@ def quickstart(
         return judge(sets, Dense(encoder=encoder), exclude=exemplars)
 
     strategy, engine = generator_named(generator)
-    asked = Sample(corpus=docs, n=passages, exclude=exemplars)
+    sample = Sample(corpus=docs, n=passages, exclude=exemplars)
     selected, mined = augment(
-        asked, docs, strategy, engine, exemplars=exemplars, samples=samples, max_rank=max_rank, max_tokens=24,
+        sample, docs, strategy, engine, exemplars=exemplars, samples=samples, max_rank=max_rank, max_tokens=24,
         held_out=tuple(sets.values()), base=frozen,
     )  # fmt: skip
     examples = Take(mined=mined, n=volume, density=density, coverage=coverage)

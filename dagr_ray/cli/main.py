@@ -1,6 +1,6 @@
-"""The ``dagr`` command: its verbs and options, and how errors and interruptions reach a person.
+"""The ``dagr`` command: its verbs and options, and how it reports errors and interruptions.
 
-Nothing heavy is imported before a verb runs, so that help is at once there.
+Heavy packages are imported only when a verb runs, so that help appears at once.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from dagr_ray.core import environment
 from dagr_ray.core.terminal import EscapingFormatter, Parser, say
 
 VERBS = {
-    "check": "validate a job before anything is spent: each stage cached, partial or to do, with an estimate",
-    "preview": "exact prompts and parsed outputs of a few rows; writes nothing",
+    "check": "validate a job before it costs anything: each stage finished, partial or to do, with an estimate",
+    "preview": "show the exact prompts and parsed outputs of a few rows; writes nothing",
     "run": "build one recipe (parameters as NAME=VALUE)",
-    "study": "sweep axes (NAME=A,B,C), train and judge every combination, write the report",
+    "study": "sweep axes (NAME=A,B,C), train and evaluate every combination, write the report",
     "ls": "list the folders of a runs folder",
-    "show": "one folder: counts, cost, inputs, rows of a table",
-    "bill": "what a stage, a study or a whole runs folder cost, and where that went",
-    "trace": "one row back to its passage, prompt, raw output, scores and price",
-    "report": "the table and the page of a study",
-    "compare": "score TREC runs by the judgements of a data set, and compare them with the first",
+    "show": "show one folder: counts, cost, inputs, rows of a table",
+    "bill": "show the cost of a stage, a study or a whole runs folder, and what it was spent on",
+    "trace": "trace one row back to its passage, prompt, raw output, scores and price",
+    "report": "print the table of a study and write its page",
+    "compare": "evaluate TREC runs on a data set's judgements, and compare them with the first run",
     "export": "write a folder as a BEIR, sentence-transformers or TREC data set",
-    "annotate": "export the pairs that a person should rate first, import the ratings",
-    "plugins": "the strategies, engines, filters, miners and stages that are installed",
-    "doctor": "what is installed, and the command for what is missing",
+    "annotate": "export the pairs that a person should rate first, or import the ratings",
+    "plugins": "list the installed strategies, engines, filters, miners and stages",
+    "doctor": "check what is installed, and show the command for what is missing",
     "track": "log finished studies to MLflow",
 }
 
@@ -50,95 +50,103 @@ def parser() -> argparse.ArgumentParser:
     top = Parser(prog="dagr", description="Turn a pile of documents into a better retriever.")
     top.add_argument("--version", action="store_true", help="print the version and exit")
     verbs = top.add_subparsers(dest="verb", metavar="VERB")
-    made = {
+    parsers = {
         name: verbs.add_parser(name, help=text, description=text.capitalize() + ".") for name, text in VERBS.items()
     }
     for name in ("check", "preview", "run", "study"):
-        made[name].add_argument("job", help="a Python file with a recipe, such as jobs/quickstart.py")
-        made[name].add_argument("values", nargs="*", metavar="NAME=VALUE", help="the recipe's parameters")
+        parsers[name].add_argument("job", help="a Python file with a recipe, such as jobs/quickstart.py")
+        parsers[name].add_argument("values", nargs="*", metavar="NAME=VALUE", help="the recipe's parameters")
     for name in ("check", "study"):
-        made[name].add_argument(
+        parsers[name].add_argument(
             "--worth", type=float, default=0.01, metavar="GAIN",
             help="the smallest gain in nDCG@10 that is worth having, fixed beforehand (default: %(default)s)",
         )  # fmt: skip
-        made[name].add_argument(
+        parsers[name].add_argument(
             "--alpha", type=float, default=0.05,
-            help="the share of studies that may claim what is not so (default: %(default)s)",
+            help="the largest allowed share of studies with a false claim (default: %(default)s)",
         )  # fmt: skip
     for name in ("check", "run", "study"):
-        made[name].add_argument(
+        parsers[name].add_argument(
             "--placement", default="local", help="local, or a TOML file such as cluster/one_gpu.toml"
         )
-        made[name].add_argument("--address", help="a running Ray cluster (default: RAY_ADDRESS, else this machine)")
-        made[name].add_argument("--quiet", action="store_true", help="no progress")
-        made[name].add_argument(
+        parsers[name].add_argument("--address", help="a running Ray cluster (default: RAY_ADDRESS, else this machine)")
+        parsers[name].add_argument("--quiet", action="store_true", help="do not show progress")
+        parsers[name].add_argument(
             "--canary",
             action="store_true",
-            help="ask for 64 passages first: estimate from them, stop at bad prompts or answers",
+            help="run 64 passages first: measure costs, and stop if prompts or answers are bad",
         )
-        made[name].add_argument(
+        parsers[name].add_argument(
             "--guard", action="append", default=[], metavar="NAME=SHARE",
-            help="the largest share of truncated, cut_off, unparsed or copied rows with which a canary passes",
+            help="the largest allowed share of truncated, cut_off, unparsed or copied rows in a canary",
         )  # fmt: skip
     for name in ("check", "run", "study", "ls", "show", "bill", "trace", "report", "compare", "export", "annotate"):
         default = environment.get("DAGR_RUNS")
-        made[name].add_argument("--runs", default=default, help="folder or URI of the results (default: %(default)s)")
+        parsers[name].add_argument(
+            "--runs", default=default, help="folder or URI of the results (default: %(default)s)"
+        )
     for name in ("check", "ls", "show", "bill", "report", "compare", "trace", "doctor", "annotate"):
-        made[name].add_argument("--json", action="store_true", help="print JSON")
-    made["check"].add_argument("--one", action="store_true", help="the single run of `dagr run`, not the job's sweep")
-    made["check"].add_argument(
-        "--deep", action="store_true", help="verify every checksum; damaged shards are built again"
+        parsers[name].add_argument("--json", action="store_true", help="print JSON")
+    parsers["check"].add_argument(
+        "--one", action="store_true", help="check the single run of `dagr run`, not the job's sweep"
     )
-    made["preview"].add_argument("--rows", type=int, default=3, help="passages to show (default: 3)")
-    made["study"].add_argument("--no-track", action="store_true", help="do not log to MLflow")
-    made["show"].add_argument("folder", help="a folder's name, or a unique beginning or part of it")
-    made["show"].add_argument("--table", help="print rows of this table")
-    made["show"].add_argument("--rows", type=int, default=5, help="rows to print (default: 5)")
-    made["bill"].add_argument(
-        "folder", nargs="?", help="a stage's or a study's folder (default: all of the runs folder)"
+    parsers["check"].add_argument(
+        "--deep", action="store_true", help="verify every checksum; damaged shards are rebuilt by the next run"
     )
-    made["trace"].add_argument("id", help="a query_id or gen_id")
-    made["report"].add_argument("study", nargs="?", help="a study's folder (default: the newest)")
-    made["report"].add_argument("--markdown", action="store_true", help="print a Markdown table")
-    made["compare"].add_argument("data", help="a BEIR folder, or a TREC qrels file")
-    made["compare"].add_argument(
+    parsers["preview"].add_argument("--rows", type=int, default=3, help="passages to show (default: 3)")
+    parsers["study"].add_argument("--no-track", action="store_true", help="do not log to MLflow")
+    parsers["show"].add_argument("folder", help="a folder's name, or a unique part of it")
+    parsers["show"].add_argument("--table", help="print rows of this table")
+    parsers["show"].add_argument("--rows", type=int, default=5, help="rows to print (default: 5)")
+    parsers["bill"].add_argument(
+        "folder", nargs="?", help="a stage's or a study's folder (default: the whole runs folder)"
+    )
+    parsers["trace"].add_argument("id", help="a query_id or gen_id")
+    parsers["report"].add_argument("study", nargs="?", help="a study's folder (default: the newest)")
+    parsers["report"].add_argument("--markdown", action="store_true", help="print a Markdown table")
+    parsers["compare"].add_argument("data", help="a BEIR folder, or a TREC qrels file")
+    parsers["compare"].add_argument(
         "run", nargs="+", help="a TREC run file (.gz too), or an evaluate or search folder; the first is the baseline"
     )
-    made["compare"].add_argument("--split", default="test", help="the BEIR folder's split (default: %(default)s)")
-    made["compare"].add_argument(
-        "--measure", default="nDCG@10", help="the one whose changed queries are shown (default: %(default)s)"
+    parsers["compare"].add_argument("--split", default="test", help="the BEIR folder's split (default: %(default)s)")
+    parsers["compare"].add_argument(
+        "--measure", default="nDCG@10", help="show the queries that changed by this measure (default: %(default)s)"
     )
-    made["export"].add_argument("folder", help="a select, mine or take folder, or an evaluate folder for TREC")
-    made["export"].add_argument(
+    parsers["export"].add_argument("folder", help="a select, mine or take folder, or an evaluate folder for TREC")
+    parsers["export"].add_argument(
         "target",
-        help="folder (beir), JSONL file (sentence-transformers) or run file (trec; the qrels file is put beside it)",
+        help="folder (beir), JSONL file (sentence-transformers) or run file (trec; a qrels file is written to the same folder)",
     )
-    made["export"].add_argument("--format", choices=("beir", "sentence-transformers", "trec"), default="beir")
-    _annotate(made["annotate"])
-    made["track"].add_argument("runs", nargs="?", default=environment.get("DAGR_RUNS"), help="runs folder")
+    parsers["export"].add_argument("--format", choices=("beir", "sentence-transformers", "trec"), default="beir")
+    _add_annotate_options(parsers["annotate"])
+    parsers["track"].add_argument("runs", nargs="?", default=environment.get("DAGR_RUNS"), help="runs folder")
     return top
 
 
-def _annotate(made: argparse.ArgumentParser) -> None:
-    made.add_argument("action", choices=("export", "import"))
-    made.add_argument(
+def _add_annotate_options(annotate: argparse.ArgumentParser) -> None:
+    annotate.add_argument("action", choices=("export", "import"))
+    annotate.add_argument(
         "words", nargs="+", metavar="FOLDER... TARGET|FILE",
         help="folders with scores or qrels; then the folder to write to (export), or files of ratings (import)",
     )  # fmt: skip
-    made.add_argument("--items", type=int, default=200, help="pairs to export (default: %(default)s)")
-    made.add_argument(
+    annotate.add_argument("--items", type=int, default=200, help="pairs to export (default: %(default)s)")
+    annotate.add_argument(
         "--threshold", action="append", default=[], metavar="SCORER=A[,B,C]",
         help="a teacher's threshold, or its cut points between the grades 0 to 3",
     )  # fmt: skip
-    made.add_argument(
-        "--encoder", metavar="MODEL", help="minilm or a model's folder: also look for new regions of queries"
+    annotate.add_argument(
+        "--encoder", metavar="MODEL", help="minilm or a model's folder: also select queries from new regions"
     )
-    made.add_argument("--people", metavar="FOLDER", help="an earlier import: leave its pairs out, take its cut points")
+    annotate.add_argument(
+        "--people", metavar="FOLDER", help="an earlier import: leave its pairs out, use its cut points"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Runs a verb and exits: 0 done, 1 failed, 2 the user's mistake; interrupted 130 (Ctrl-C), told to stop 143 (SIGTERM) or
-    129 (SIGHUP: the terminal is gone), 141 if nobody reads the output any more.
+    """Runs a verb and exits.
+
+    Exit codes: 0 success, 1 failure, 2 a user's mistake, 130 interrupted (Ctrl-C), 143 stopped by SIGTERM, 129 stopped by
+    SIGHUP (the terminal is gone), 141 if the reader of the output is gone.
     """
     _open_streams()
     if argv is None:
@@ -147,10 +155,10 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         args, more = parser().parse_known_args(argv)
     except BrokenPipeError:
         sys.exit(_flushed(128 + signal.SIGPIPE))
-    except SystemExit as end:  # of help, or a mistake
+    except SystemExit as end:  # after help, or a mistake
         sys.exit(_flushed(end.code if isinstance(end.code, int) else 1))
     if more:
-        # argparse takes the list of values once; people write some of them after an option
+        # argparse accepts the list of values only once, but users also write values after an option
         late = [word for word in more if "=" in word and not word.startswith("-")]
         if len(late) < len(more) or not hasattr(args, "values"):
             parser().error(f"unrecognized arguments: {' '.join(w for w in more if w not in late) or more[0]}")
@@ -175,9 +183,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     except KeyboardInterrupt:
         stops.end()
     except Exception as error:
-        if stops.heard:  # what the signal broke off may have failed in a way of its own
+        if stops.heard:  # the signal may have made the verb fail
             stops.end()
-        if isinstance(error, BrokenPipeError) and _nobody_reads():
+        if isinstance(error, BrokenPipeError) and _reader_is_gone():
             _end_process(128 + signal.SIGPIPE, grace_s=4)
         code = _explain(error)
     stops.ignore()
@@ -185,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def make_absolute(args: argparse.Namespace) -> None:
-    """Makes the paths absolute that a command and the environment give to workers, which stand in other folders."""
+    """Makes the paths of the command and the environment absolute, because workers run in other folders."""
     from dagr_ray.core import paths
 
     paths.make_environment_absolute()
@@ -194,22 +202,22 @@ def make_absolute(args: argparse.Namespace) -> None:
 
 
 class _Stopped(KeyboardInterrupt):
-    """A signal that tells this program to stop: a cluster takes the machine back, or the terminal is gone."""
+    """A signal asked this program to stop: a cluster reclaims the machine, or the terminal is gone."""
 
 
 class _Stops:
-    """Ends the program when a signal says so, by an exception in the main thread that lets everything be closed.
+    """Ends the program after a signal, by an exception in the main thread, so that everything can be closed.
 
-    Python runs a signal's handler between two steps of its own; what waits inside a library for long would hold the end up,
-    and a library may swallow the exception. So a thread hears of the signal too, and ends the program if nothing else does.
+    Python runs a signal's handler only between two bytecodes, so a long wait inside a library would delay the end, and a
+    library may swallow the exception. Therefore a thread receives the signal too, and ends the program if nothing else does.
     """
 
-    WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "told to stop", signal.SIGHUP: "told to stop: no terminal"}
+    WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "stopped by SIGTERM", signal.SIGHUP: "stopped: no terminal"}
     GRACE_S = 6.0
 
     def __init__(self, command: str) -> None:
         self.command, self.heard, self.raised, self.ending = command, 0, False, threading.Lock()
-        # nohup and a shell's background jobs have some of them ignored, which stays so
+        # nohup and background jobs of a shell ignore some of these signals; they stay ignored
         self.numbers = [n for n in self.WORDS if signal.getsignal(n) != signal.SIG_IGN or n == signal.SIGTERM]
         for number in self.numbers:
             signal.signal(number, self._stop)
@@ -221,7 +229,7 @@ class _Stops:
 
     def _stop(self, number: int, frame: Any) -> None:
         self.heard = self.heard or number
-        if not self.raised:  # a second one would break off what the first one has begun to close
+        if not self.raised:  # a second exception would interrupt the closing that the first one began
             self.raised = True
             raise _Stopped
 
@@ -232,26 +240,26 @@ class _Stops:
         self.end()
 
     def end(self) -> NoReturn:
-        """Says how to go on and ends this process with all that it started."""
+        """Prints how to resume, and ends this process with all processes that it started."""
         number = self.heard or signal.SIGINT
-        if not self.ending.acquire(blocking=False):  # the other thread is at it
+        if not self.ending.acquire(blocking=False):  # the other thread is already ending the program
             time.sleep(2 * self.GRACE_S)
             _kill(_children(), 128 + number)
         self.ignore()
         with contextlib.suppress(OSError, ValueError):
-            text = f"\n{self.WORDS[signal.Signals(number)]}; what is finished is kept. Resume with: {self.command}"
+            text = f"\n{self.WORDS[signal.Signals(number)]}; finished work is kept. Resume with: {self.command}"
             say(text, to=sys.stderr)
         _end_process(128 + number, grace_s=4)
 
     def ignore(self) -> None:
-        """From now on: a second signal would leave processes behind."""
+        """Ignores further signals: a second signal would leave processes running."""
         if threading.current_thread() is threading.main_thread():
             for number in self.numbers:
                 signal.signal(number, signal.SIG_IGN)
 
 
 def _configure_logging() -> None:
-    """One line per message of ours, and quiet from the libraries; DAGR_DEBUG=1 shows all."""
+    """Shows our own messages as one line each, and none from libraries; DAGR_DEBUG=1 shows everything."""
     debug = environment.debug()
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(EscapingFormatter("%(message)s"))
@@ -265,18 +273,18 @@ def _configure_logging() -> None:
 
 
 def _explain(error: Exception) -> int:
-    """Prints one line for an error that a user can act on; a traceback for a defect. Returns the exit code."""
+    """Prints one line for an error, or its traceback with DAGR_DEBUG=1. Returns the exit code."""
     if environment.debug():
         say("".join(traceback.format_exception(error)), to=sys.stderr, end="")
         return 1
     from dagr_ray.core import blame
     from dagr_ray.core.config import ConfigError
 
-    failed = getattr(sys.modules.get("dagr_ray.core.worker"), "StageFailed", ())  # its module needs more packages
+    failed = getattr(sys.modules.get("dagr_ray.core.worker"), "StageFailed", ())  # its module imports heavy packages
     damaged = getattr(sys.modules.get("dagr_ray.core.checksums"), "Damaged", ())
     seen: set[int] = set()
     link: BaseException | None = error
-    by_the_way = False
+    incidental = False
     while link is not None and id(link) not in seen:
         seen.add(id(link))
         if isinstance(link, ConfigError):
@@ -288,16 +296,16 @@ def _explain(error: Exception) -> int:
         if isinstance(link, failed):
             say("\n  ".join([f"dagr: failed: {_one_line(link)}", *getattr(link, "rows", ())]), to=sys.stderr)
             return 1
-        if isinstance(link, ModuleNotFoundError) and not by_the_way and (told := _missing(link)):
-            say(f"dagr: error: {told}", to=sys.stderr)
+        if isinstance(link, ModuleNotFoundError) and not incidental and (message := _missing(link)):
+            say(f"dagr: error: {message}", to=sys.stderr)
             return 2
-        if isinstance(link, OSError) and not by_the_way and (told := _place_at_fault(link)):
-            say(f"dagr: error: {told}", to=sys.stderr)
+        if isinstance(link, OSError) and not incidental and (message := _path_error(link)):
+            say(f"dagr: error: {message}", to=sys.stderr)
             return 2
         named = getattr(link, "cause", None) or link.__cause__
-        by_the_way = by_the_way or named is None  # a library that looked for another one before it failed
+        incidental = incidental or named is None  # a library may have tried to import another package before it failed
         link = named or link.__context__
-    # An error that came out of a worker carries its own message in text; find ours in it.
+    # An error from a worker contains our message inside its text.
     for mark, code in (("ConfigError: ", 2), ("StageFailed: ", 1)):
         if mark in str(error):
             say(f"dagr: error: {str(error).rsplit(mark, 1)[1].splitlines()[0]}", to=sys.stderr)
@@ -306,8 +314,8 @@ def _explain(error: Exception) -> int:
     return 1
 
 
-def _place_at_fault(error: OSError) -> str:
-    """What to do about a path that the system refuses; nothing for other errors."""
+def _path_error(error: OSError) -> str:
+    """What to do about a path that the system refuses; empty for other errors."""
     remedies = {
         errno.EACCES: "give one that you may read and write",
         errno.EPERM: "give one that you may read and write",
@@ -315,17 +323,17 @@ def _place_at_fault(error: OSError) -> str:
         errno.ENOTDIR: "a part of the path is a file; give a folder",
         errno.EISDIR: "give a file",
         errno.ENAMETOOLONG: "give a shorter path (at most 255 bytes a name, 4,095 in all)",
-        errno.ELOOP: "its symbolic links go in a circle; mend them",
+        errno.ELOOP: "its symbolic links form a circle; correct them",
     }
     if error.errno not in remedies:
         return ""
-    named = re.search(r"'(/.+?)'(?=[.,;:\s]|$)", str(error))  # pyarrow's errors have no file name of their own
-    path = str(error.filename) if error.filename else named[1] if named else ""
+    match = re.search(r"'(/.+?)'(?=[.,;:\s]|$)", str(error))  # pyarrow's errors have no file name attribute
+    path = str(error.filename) if error.filename else match[1] if match else ""
     return f"{path!r}: {os.strerror(error.errno).lower()}; {remedies[error.errno]}" if path else ""
 
 
 def _missing(error: ModuleNotFoundError) -> str:
-    """What to install where a package is missing; nothing where a module of ours is, which is a defect."""
+    """What to install if a package is missing; empty for a module of this package, because that is a defect."""
     import importlib.util
 
     from dagr_ray.packages import pip_install
@@ -333,9 +341,11 @@ def _missing(error: ModuleNotFoundError) -> str:
     package, _, inner = (error.name or "").partition(".")
     if package in ("", "dagr_ray"):
         return ""
-    there = inner and importlib.util.find_spec(package) is not None
-    what = f"{package} has no {error.name}: it is another version" if there else f"{package} is not installed"
-    return f"{what}; run: {pip_install(package)}"
+    package_exists = inner and importlib.util.find_spec(package) is not None
+    problem = (
+        f"{package} has no {error.name}: its version is wrong" if package_exists else f"{package} is not installed"
+    )
+    return f"{problem}; run: {pip_install(package)}"
 
 
 def _one_line(error: BaseException) -> str:
@@ -343,31 +353,31 @@ def _one_line(error: BaseException) -> str:
 
 
 def _open_streams() -> None:
-    """Gives a closed standard stream a place to go, and lets every text be printed whatever the terminal's encoding.
+    """Opens closed standard streams, and allows every text to be printed in any terminal encoding.
 
-    A file that is opened in the place of a closed stream would get what libraries write to it.
+    Otherwise a file that happens to get the number of a closed stream would receive what libraries print.
     """
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:
             os.fstat(number)
         except OSError:
-            nowhere = os.open(os.devnull, os.O_RDWR)
-            if nowhere != number:
-                os.dup2(nowhere, number)
-                os.close(nowhere)
+            null = os.open(os.devnull, os.O_RDWR)
+            if null != number:
+                os.dup2(null, number)
+                os.close(null)
         if getattr(sys, name) is None:
             setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))
-    codecs.register_error("dagr", _in_other_letters)
+    codecs.register_error("dagr", _replace_characters)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a notebook's has none
             stream.reconfigure(errors="dagr")
 
 
 def _use_utf8() -> None:
-    """Starts this program anew in Python's UTF-8 mode if the locale has other letters.
+    """Restarts this program in Python's UTF-8 mode if the locale has another encoding.
 
-    Libraries write their files in the locale's encoding, and Arrow knows paths in UTF-8 alone. What is printed keeps the
-    terminal's encoding.
+    Libraries write files in the locale's encoding, and Arrow reads paths as UTF-8 only. Printed text keeps the encoding of
+    the terminal.
     """
     if sys.getfilesystemencoding() == "utf-8" or environment.get("PYTHONUTF8") == "1":
         return
@@ -376,18 +386,18 @@ def _use_utf8() -> None:
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
-def _in_other_letters(error: UnicodeError) -> tuple[str, int]:
-    """What stands for a letter that a terminal's encoding lacks: signs of ours in ASCII, else an escape as JSON has it."""
+def _replace_characters(error: UnicodeError) -> tuple[str, int]:
+    """Replaces characters that the terminal's encoding lacks: our own signs by ASCII, others by JSON escapes."""
     assert isinstance(error, UnicodeEncodeError)
-    shown = []
+    replaced = []
     for letter in error.object[error.start : error.end]:
         units = letter.encode("utf-16-be", "surrogatepass")
         escaped = "".join(f"\\u{units[i] << 8 | units[i + 1]:04x}" for i in range(0, len(units), 2))
-        shown.append({"−": "-", "–": "-", "×": "x", "…": "...", "≤": "<=", "≥": ">="}.get(letter, escaped))
-    return "".join(shown), error.end
+        replaced.append({"−": "-", "–": "-", "×": "x", "…": "...", "≤": "<=", "≥": ">="}.get(letter, escaped))
+    return "".join(replaced), error.end
 
 
-def _nobody_reads() -> bool:
+def _reader_is_gone() -> bool:
     """Whether the reader of this program's output is gone (``dagr ls | head -1``)."""
     poll = select.poll()
     for number in (1, 2):
@@ -396,22 +406,24 @@ def _nobody_reads() -> bool:
 
 
 def _end_process(code: int, grace_s: float) -> NoReturn:
-    """Ends this process and every process that it started, within seconds: engines must not outlive their driver."""
+    """Ends this process and all processes that it started within seconds: engines must not outlive their driver."""
     code = _flushed(code)
     ray = sys.modules.get("ray")
     if ray is None:
-        # Arrow's own waits for a store's answer, which may never come
+        # Arrow's exit function waits for a store's answer, which may never come
         atexit.unregister(getattr(sys.modules.get("pyarrow.fs"), "ensure_s3_finalized", lambda: None))
-        if threading.current_thread() is threading.main_thread():  # else that one is stuck, and they may be too
+        if (
+            threading.current_thread() is threading.main_thread()
+        ):  # otherwise the main thread is stuck, and exit functions may be too
             atexit._run_exitfuncs()
-        # not sys.exit: what C++ libraries take down after that has been seen to abort a finished `dagr trace`
+        # not sys.exit: destructors of C++ libraries were seen to abort a finished `dagr trace`
         os._exit(code)
     children = _children()
-    # not there yet if a signal came while Ray was imported
+    # `shutdown` does not exist yet if a signal came while Ray was imported
     closing = threading.Thread(target=getattr(ray, "shutdown", lambda: None), daemon=True)
     closing.start()
     closing.join(timeout=grace_s)
-    _kill(children | _children(), code)  # workers may have been starting
+    _kill(children | _children(), code)  # more workers may have started meanwhile
 
 
 def _children() -> set[Any]:
@@ -431,12 +443,12 @@ def _kill(children: set[Any], code: int) -> NoReturn:
 
 
 def _flushed(code: int) -> int:
-    """Writes out what was printed; the exit code, another one if that fails."""
+    """Flushes the output. Returns the exit code, or another one if the output cannot be written."""
     try:
         sys.stdout.flush()
     except BrokenPipeError:
         code = code or 128 + signal.SIGPIPE
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python itself tries once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # otherwise Python flushes again at exit
     except OSError as error:
         code = code or 1
         with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""Progress for people: a live bar on a terminal, and elsewhere a line when something changes and every 30 s."""
+"""Shows progress: a live line on a terminal, or else a new line when something changes and every 30 s."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from dagr_ray.core.attempt import Progress
 from dagr_ray.core.terminal import say, shown
 
 EVERY_S = 30.0
-ASK_EVERY_S = 5.0  # to look at the folders of a study takes a while
+ESTIMATE_EVERY_S = 5.0  # reading the folders of a study takes a while
 
 
 def duration(seconds: float) -> str:
-    """``95`` -> ``1m35s``; under a minute with one digit."""
+    """``95`` -> ``1m35s``; below a minute with one digit."""
     if seconds < 60:
         return f"{seconds:.1f}s"
     minutes, rest = divmod(round(seconds), 60)
@@ -25,7 +25,7 @@ def duration(seconds: float) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes for people: ``1234567`` -> ``1.2 MB``."""
+    """Bytes in readable units: ``1234567`` -> ``1.2 MB``."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if count < 1000 or unit == "TB":
             break
@@ -34,7 +34,7 @@ def size(count: float) -> str:
 
 
 def describe(progress: Progress) -> str:
-    """Shards, rows, rows/s, tokens/s, accepted share and time left, where they are known."""
+    """Shards, rows, rows/s, tokens/s, accepted share and time left, if known."""
     counts, cost, seconds = progress.counts, progress.cost, max(progress.seconds, 1e-9)
     words = [f"{progress.shards}/{progress.of} shards"]
     if "in" in counts:
@@ -42,19 +42,19 @@ def describe(progress: Progress) -> str:
         words.append(f"{(counts['in'] - progress.resumed_rows) / seconds:,.0f} rows/s")
     if tokens := cost.get("prompt_tokens", 0) + cost.get("completion_tokens", 0):
         words.append(f"{tokens / seconds:,.0f} tokens/s")
-    refused = sum(counts.get("rejected", {}).values())
-    if refused and "out" in counts:
-        words.append(f"{counts['out'] / (counts['out'] + refused):.0%} accepted")
+    rejected = sum(counts.get("rejected", {}).values())
+    if rejected and "out" in counts:
+        words.append(f"{counts['out'] / (counts['out'] + rejected):.0%} accepted")
     if (remaining := remaining_seconds(progress)) is not None:
         words.append(f"{duration(remaining)} left")
     return ", ".join(words)
 
 
 def remaining_seconds(progress: Progress) -> float | None:
-    """Seconds until a stage's last shard, at the speed since its workers were ready; None before the first shard.
+    """Seconds until a stage's last shard ends, at the speed since its workers were ready; None before the first shard.
 
-    A worker takes up a shard when it has ended one, so the last ends tell since when the open shards have been at work:
-    their time so far is no part of what remains.
+    A worker starts a shard when it has finished one, so the last end times show when the open shards were started. The
+    time already spent on them is subtracted.
     """
     done, open_shards = progress.shards - progress.resumed, progress.of - progress.shards
     if done <= 0 or open_shards <= 0:
@@ -62,8 +62,8 @@ def remaining_seconds(progress: Progress) -> float | None:
     ends = progress.ends or (progress.seconds,)
     lanes = min(progress.at_once, done + open_shards)
     a_shard = sum(end - progress.setup_s for end in ends) / done
-    begun = (*ends, *[progress.setup_s] * (lanes - len(ends)))
-    spent = sum(progress.seconds - at for at in begun[-min(lanes, open_shards) :])
+    starts = (*ends, *[progress.setup_s] * (lanes - len(ends)))
+    spent = sum(progress.seconds - at for at in starts[-min(lanes, open_shards) :])
     return max(open_shards * a_shard - spent, 0.0) / lanes
 
 
@@ -71,16 +71,16 @@ class Reporter:
     """Prints the progress of ``materialize`` and of a study to ``stream``. Cached stages are only counted."""
 
     def __init__(self, stream: TextIO | None = None, quiet: bool = False) -> None:
-        # seconds until a study's last trial, or None if nothing tells; set by who knows the study
+        # seconds until a study's last trial ends, or None if unknown; set by `dagr study`
         self.remaining: Callable[[], float | None] = lambda: None
-        self.asked, self.answer = 0.0, None  # type: float, float | None
+        self.estimated_at, self.estimate = 0.0, None  # type: float, float | None
         self.stream = stream or sys.stderr
         self.live = self.stream.isatty()
         self.quiet = quiet
         self.last = 0.0
         self.cached = 0
         self.started = time.time()
-        self.working, self.since = "", 0.0  # what is under way, in words, and since when
+        self.working, self.since = "", 0.0  # the work in progress, in words, and its start
         self.turn = threading.RLock()
         if not quiet:
             threading.Thread(target=self._remind, name="dagr-progress", daemon=True).start()
@@ -89,17 +89,17 @@ class Reporter:
         if self.quiet:
             return
         with self.turn:
-            self._tell(progress)
+            self._report(progress)
 
     def _remind(self) -> None:
-        """Says what is under way where nothing has changed for long: a training, an index in one piece."""
+        """Repeats the work in progress if nothing has changed for long, such as a training or an index in one piece."""
         while True:
             time.sleep(EVERY_S / 10)
             with self.turn:
                 if self.working and time.time() - max(self.last, self.since) >= EVERY_S:
                     self._update(f"{self.working}, {duration(time.time() - self.since)} so far")
 
-    def _tell(self, progress: Progress) -> None:
+    def _report(self, progress: Progress) -> None:
         name = progress.stage.folder_name()
         if progress.state in ("start", "running", "trials"):
             if progress.state == "start" or not self.working:
@@ -117,7 +117,7 @@ class Reporter:
                 self._update(f"trials: {progress.shards} of {progress.of} done{self._trials_left()}")
         elif progress.state == "start":
             if progress.shards:
-                self._line(f"{name}: resuming, {progress.shards} of {progress.of} shards are there")
+                self._line(f"{name}: resuming, {progress.shards} of {progress.of} shards are finished")
             elif progress.of > 1:
                 self._update(f"{name}: {progress.of} shards")
         elif progress.state == "done":
@@ -126,10 +126,10 @@ class Reporter:
             self._update(f"{name}: {describe(progress)}")
 
     def _trials_left(self) -> str:
-        """Trials differ in size by orders of magnitude, so their number says nothing about the time."""
-        if time.time() - self.asked >= ASK_EVERY_S:
-            self.answer, self.asked = self.remaining(), time.time()
-        return "" if self.answer is None else f", about {duration(self.answer)} left"
+        """The estimated time left. It is not based on the number of trials, because their sizes differ by orders of magnitude."""
+        if time.time() - self.estimated_at >= ESTIMATE_EVERY_S:
+            self.estimate, self.estimated_at = self.remaining(), time.time()
+        return "" if self.estimate is None else f", about {duration(self.estimate)} left"
 
     def _line(self, text: str, end: str = "\n") -> None:
         say(f"[{duration(time.time() - self.started)}] {text}", to=self.stream, end=end, over=self.live)

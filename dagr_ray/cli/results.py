@@ -1,4 +1,4 @@
-"""Verbs that look at results: report, compare, export, annotate. Each returns an exit code, or None for 0."""
+"""The verbs that show and export results: report, compare, export, annotate. Each returns an exit code, or None for 0."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def report(args: Args) -> int | None:
             raise ConfigError(
                 f"no study in {args.runs!r}; run `dagr study jobs/quickstart.py --runs {args.runs}` first"
             )
-        # the newest that can be read
-        sound = [each for each in studies if Artifact(args.runs, each[1]).read_json("study.json") is not None]
+        # the newest study that can be read
+        sound = [study for study in studies if Artifact(args.runs, study[1]).read_json("study.json") is not None]
         name = max(sound or studies)[1]
     summary = reports.summarise(args.runs, name)
     if args.json:
@@ -40,12 +40,12 @@ def compare(args: Args) -> int | None:
     """``dagr compare``."""
     from dagr_ray.report import compare as comparing
 
-    systems = comparing.load_runs(args.run, lambda name: find(args.runs, name))
-    found = comparing.compare(comparing.load_judgements(args.data, args.split), systems, args.measure)
+    runs = comparing.load_runs(args.run, lambda name: find(args.runs, name))
+    comparison = comparing.compare(comparing.load_judgements(args.data, args.split), runs, args.measure)
     if args.json:
-        print_json(found)
+        print_json(comparison)
     else:
-        say(comparing.text(found))
+        say(comparing.text(comparison))
     return None
 
 

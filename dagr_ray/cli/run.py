@@ -1,4 +1,4 @@
-"""What the verbs do that plan and run work. Each returns an exit code, or None for 0."""
+"""The verbs that plan and run work. Each returns an exit code, or None for 0."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Args = argparse.Namespace
 
 def _one(args: Args) -> tuple[Job, Stage]:
     job = load_job(args.job)
-    values = {name: found[0] for name, found in parse_axes(job, args.values, sweep=False).items()}
+    values = {name: axis[0] for name, axis in parse_axes(job, args.values, sweep=False).items()}
     return job, job.stage(**values)
 
 
@@ -43,7 +43,7 @@ def _study(args: Args) -> Study:
 
 
 def _validate(stages: Iterable[Stage], placement: Placement) -> None:
-    """Everything that can be known to be wrong before anything starts (missing package, model or key, wrong option)."""
+    """Checks everything that can be checked before work starts: packages, models, keys, options. Raises ConfigError."""
     from dagr_ray.engines import Engine
     from dagr_ray.retrieval import model_opening
     from dagr_ray.retrieval.encoder import Encoder, Pinned
@@ -57,7 +57,7 @@ def _validate(stages: Iterable[Stage], placement: Placement) -> None:
                 value.check(getattr(placement, stage.pool))
             elif callable(getattr(value, "check", None)) and not isinstance(value, Stage):
                 value.check()
-            for part in parts(value):  # a miner's or a filter's
+            for part in parts(value):  # for example, of a miner or a filter
                 if isinstance(part, Pinned):
                     part.check()
                 encoders += [part] if isinstance(part, Encoder) else []
@@ -65,7 +65,7 @@ def _validate(stages: Iterable[Stage], placement: Placement) -> None:
 
 
 def _check_budget(stages: Iterable[Stage], runs: str) -> None:
-    """Raises ConfigError where what a stage has spent so far leaves nothing of its engine's budget."""
+    """Raises ConfigError if an unfinished stage has already spent its engine's budget."""
     from dagr_ray.core.cost import with_remaining_budget
 
     for stage in stages:
@@ -86,54 +86,56 @@ def check(args: Args) -> int | None:
         planned = None if args.one else _study(args)
         stages = planned.stages() if planned else walk(_one(args)[1])
         _validate(stages, placement)
-        seen = check_data(stages, args.runs, whole=True)
+        data_lines = check_data(stages, args.runs, whole=True)
         visible = powers(planned, args.runs) if planned else []
         _check_budget(stages, args.runs)
     if args.canary:
         _canary(args, stages, placement, Reporter(quiet=args.quiet))
     with fingerprint_cache():
         lines = list(plan(stages, args.runs, deep=args.deep, repair=args.deep))
-        guesses = estimate([line.stage for line in lines if line.state != "cached"], args.runs, placement)
-        return _checked(args, lines, guesses, [*seen, *(power.sentence() for power in visible)])
+        estimates = estimate([line.stage for line in lines if line.state != "cached"], args.runs, placement)
+        return _print_plan(args, lines, estimates, [*data_lines, *(power.sentence() for power in visible)])
 
 
-def _checked(args: Args, lines: Sequence[Status], guesses: dict[str, Any], seen: Sequence[str]) -> int | None:
-    """Prints what a dry run has found."""
+def _print_plan(
+    args: Args, lines: Sequence[Status], estimates: dict[str, Any], data_lines: Sequence[str]
+) -> int | None:
+    """Prints the result of a dry run."""
     damaged = [line for line in lines if line.problem]
     if args.json:
-        told = [
+        stages = [
             {
                 "folder": s.stage.folder_name(), "type": s.stage.type, "state": s.state, "done": s.done,
-                "shards": s.of, "problem": s.problem or None, "estimate": guesses.get(s.stage.fingerprint()),
+                "shards": s.of, "problem": s.problem or None, "estimate": estimates.get(s.stage.fingerprint()),
             }
             for s in lines
         ]  # fmt: skip
-        print_json({"data": seen, "stages": told})
+        print_json({"data": data_lines, "stages": stages})
         return 1 if damaged else None
     rows = []
     for line in lines:
-        guess = guesses.get(line.stage.fingerprint(), {})
-        shown = f"{line.done}/{line.of}" if line.of else ""
-        tokens = f"{guess['tokens']:,}" if guess.get("tokens") else ""
-        hours = duration(guess["seconds"]) if guess.get("seconds") is not None else ""
-        stored = size(guess["bytes"]) if guess.get("bytes") is not None else ""
-        money = f"${guess['price']:.4f}" if guess.get("price") is not None else ""
-        basis = guess.get("basis", "")
-        rows.append([line.stage.folder_name(), line.state, shown, tokens, hours, stored, money, basis, line.problem])
+        values = estimates.get(line.stage.fingerprint(), {})
+        shards = f"{line.done}/{line.of}" if line.of else ""
+        tokens = f"{values['tokens']:,}" if values.get("tokens") else ""
+        hours = duration(values["seconds"]) if values.get("seconds") is not None else ""
+        stored = size(values["bytes"]) if values.get("bytes") is not None else ""
+        money = f"${values['price']:.4f}" if values.get("price") is not None else ""
+        basis = values.get("basis", "")
+        rows.append([line.stage.folder_name(), line.state, shards, tokens, hours, stored, money, basis, line.problem])
     print_table(rows, ["stage", "state", "shards", "tokens ~", "time ~", "storage ~", "cost ~", "as in", "problem"])
     todo = [line for line in lines if line.state != "cached"]
-    for seen_line in seen:
-        say(seen_line)
-    say(f"{len(lines)} stages, {len(lines) - len(todo)} cached; {_to_do(guesses.values())}")
-    if any(guess["basis"] != "this corpus" for guess in guesses.values() if guess["tokens"]):
-        say("the tokens are a guess: --canary asks for 64 passages and knows better")
+    for data_line in data_lines:
+        say(data_line)
+    say(f"{len(lines)} stages, {len(lines) - len(todo)} cached; {_remaining_work(estimates.values())}")
+    if any(values["basis"] != "this corpus" for values in estimates.values() if values["tokens"]):
+        say("token counts are estimated; `--canary` measures 64 passages first")
     for line in damaged:
-        say(f"damaged: {line.stage.folder_name()}: {line.problem}; the next run rebuilds what is damaged")
+        say(f"damaged: {line.stage.folder_name()}: {line.problem}; the next run rebuilds the damaged shards")
     return 1 if damaged else None
 
 
 def _canary(args: Args, stages: Sequence[Stage], placement: Placement, reporter: Reporter) -> None:
-    """Asks for 64 passages of each generation that is to be done. Raises GuardFailed where prompts or answers are bad."""
+    """Runs 64 passages of each unfinished generation. Raises GuardFailed if prompts or answers are bad."""
     from dagr_ray.study.canary import Guards, run_canaries
     from dagr_ray.study.estimate import estimate
 
@@ -142,15 +144,15 @@ def _canary(args: Args, stages: Sequence[Stage], placement: Placement, reporter:
     if todo:
         ray_start.connect(args.address)
     for canary, findings in run_canaries(todo, args.runs, placement, guards, reporter):
-        seen = ", ".join(f"{finding.guard} {finding.share:.0%}" for finding in findings)
-        say(f"canary {canary.generate.label()}: {seen}", to=sys.stderr)
-    say(f"canary: {_to_do(estimate(todo, args.runs, placement).values())}", to=sys.stderr)
+        shares = ", ".join(f"{finding.guard} {finding.share:.0%}" for finding in findings)
+        say(f"canary {canary.generate.label()}: {shares}", to=sys.stderr)
+    say(f"canary: {_remaining_work(estimate(todo, args.runs, placement).values())}", to=sys.stderr)
 
 
-def _to_do(guesses: Iterable[dict[str, Any]]) -> str:
-    guesses = list(guesses)
-    total = {key: sum(guess.get(key) or 0 for guess in guesses) for key in ("seconds", "tokens", "bytes", "price")}
-    at = "; ".join(sorted({guess["rates"] for guess in guesses if guess.get("price")}))
+def _remaining_work(estimates: Iterable[dict[str, Any]]) -> str:
+    estimates = list(estimates)
+    total = {key: sum(values.get(key) or 0 for values in estimates) for key in ("seconds", "tokens", "bytes", "price")}
+    at = "; ".join(sorted({values["rates"] for values in estimates if values.get("price")}))
     return (
         f"about {duration(total['seconds'])} of work, {total['tokens']:,} tokens, {size(total['bytes'])} and "
         f"${total['price']:.4f} to do" + (f" (busy workers, at {at})" if at else "")
@@ -158,15 +160,15 @@ def _to_do(guesses: Iterable[dict[str, Any]]) -> str:
 
 
 def preview(args: Args) -> int | None:
-    """``dagr preview``: in a temporary runs folder, on this process alone."""
+    """``dagr preview``: in a temporary runs folder, in this process only."""
     from dagr_ray.study.preview import generation_of, preview_lines
 
     if args.rows < 1:
-        raise ConfigError(f"--rows {args.rows} is not a number of passages; give 1 or more")
+        raise ConfigError(f"--rows {args.rows} must be 1 or more")
     generate = generation_of(_one(args)[1])
     if generate is None:
         raise ConfigError(
-            f"{args.job} generates nothing with these parameters; give volume and generator values that do"
+            f"{args.job} generates nothing with these parameters; choose a volume above 0 and a generator"
         )
     here = Placement(generate=Pool(workers=0))
     _validate([generate], here)
@@ -223,10 +225,10 @@ def study(args: Args) -> int | None:
     try:
         folder = run_study(planned, args.runs, placement, reporter, mirror.soon)
     except BaseException:
-        mirror.finish(planned.folder(args.runs))  # the store is told that the study stopped
+        mirror.finish(planned.folder(args.runs))  # so that the store shows that the study stopped
         raise
     summary = report.summarise(args.runs, folder.name)
-    if summary["damaged"]:  # found when the results were read, after the work
+    if summary["damaged"]:  # damage is found when the results are read, after the work
         list(plan(planned.stages(), args.runs, deep=True, repair=True))
         ray_start.connect(args.address)
         folder = run_study(planned, args.runs, placement, reporter, mirror.soon)
@@ -234,14 +236,14 @@ def study(args: Args) -> int | None:
     page = report.write_page(summary, args.runs, folder.name)
     say(report.terminal_table(summary))
     problem = mirror.finish(folder)
-    of = len(planned.stages())
+    count = len(planned.stages())
     took = duration(time.time() - started)
-    say(f"{len(planned.trials)} rows; {of - len(todo)} of {of} stages were there already; {took}")
+    say(f"{len(planned.trials)} trials; {count - len(todo)} of {count} stages were already finished; {took}")
     say(f"page: {page}")
     if problem:
         say(f"not tracked: {problem}; run `dagr track {args.runs}` later", to=sys.stderr)
     elif not args.no_track:
-        say(f"mlflow: {mirror.where}")
+        say(f"mlflow: {mirror.uri}")
     failed = [trial for trial in planned.trials if trial.state != "done"]
     for trial in failed:
         say(f"{trial.state}: {trial.name} {trial.params}: {trial.error or 'not run'}")
@@ -249,15 +251,15 @@ def study(args: Args) -> int | None:
 
 
 class _Mirror:
-    """Mirrors a study to MLflow beside the work, never in its way."""
+    """Mirrors a study to MLflow in a thread, without delaying the study."""
 
     def __init__(self, runs: str, enabled: bool) -> None:
         self.runs, self.enabled = runs, enabled
-        self.where = ""
+        self.uri = ""
         self.thread: threading.Thread | None = None
 
     def soon(self, folder: Artifact) -> None:
-        """Starts a pass unless one is under way."""
+        """Starts a pass unless a pass is running."""
         if self.enabled and (self.thread is None or not self.thread.is_alive()):
             self.thread = threading.Thread(target=self._pass, args=(folder.name,), daemon=True)
             self.thread.start()
@@ -266,11 +268,11 @@ class _Mirror:
         from dagr_ray.study import mlflow_mirror
 
         result = mlflow_mirror.mirror(self.runs, name)
-        self.where = result.uri
+        self.uri = result.uri
         return result.problem
 
     def finish(self, folder: Artifact) -> str | None:
-        """A last pass over the finished study; returns what went wrong, if anything."""
+        """Makes a last pass over the study. Returns the problem, or None."""
         if not self.enabled:
             return None
         if self.thread is not None:
@@ -291,7 +293,9 @@ def track(args: Args) -> int | None:
         if result.problem:
             say(f"{name}: not tracked: {result.problem}")
             return 1
-        say(f"{name}: {result.parents} parent and {result.children} child runs logged, {result.skipped} were there")
+        say(
+            f"{name}: {result.parents} parent and {result.children} child runs logged, {result.skipped} were logged before"
+        )
     return None
 
 

@@ -49,14 +49,16 @@ def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
                 f"an address ({scheme}://) holds credentials; remove them and set them in the environment "
                 "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the variables of the store's own tools)"
             )
+        option = ""
         if scheme == "s3" and "allow_delayed_open" not in uri:
             # one request for a small file instead of three
-            uri += ("&" if "?" in uri else "?") + "allow_delayed_open=true"
+            option = ("&" if "?" in uri else "?") + "allow_delayed_open=true"
         try:
-            fs, path = pafs.FileSystem.from_uri(uri)
+            fs, path = pafs.FileSystem.from_uri(uri + option)
         except (pa.ArrowInvalid, pa.ArrowKeyError, pa.ArrowNotImplementedError) as error:
+            reason = str(error).replace(option, "")  # nobody typed it
             raise ConfigError(
-                f"{uri.partition('?')[0]!r} is no address ({error}); write a space as %20, and give a path or "
+                f"{uri.partition('?')[0]!r} is not a valid address ({reason}); write a space as %20, and give a path or "
                 "s3://, gs:// or file:// and the location"
             ) from None
         return fs, path.rstrip("/")

@@ -110,7 +110,7 @@ def test_a_signal_ends_a_verb_with_its_own_code_and_one_line(tmp_path, verb, num
     _, errors = process.communicate(timeout=15)
     assert process.returncode == code, errors
     [line] = errors.decode().strip().splitlines()
-    assert line.endswith(f"what is finished is kept. Resume with: dagr {verb} {tmp_path / 'job.py'} 'a=b c'")
+    assert line.endswith(f"finished work is kept. Resume with: dagr {verb} {tmp_path / 'job.py'} 'a=b c'")
 
 
 def test_signals_end_the_verbs_that_look_at_results():
@@ -162,7 +162,7 @@ def test_what_blocks_outside_of_python_is_ended_too(tmp_path, judged):
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=15)
-    assert process.returncode == 143 and b"told to stop" in errors and b"Traceback" not in errors
+    assert process.returncode == 143 and b"stopped by SIGTERM" in errors and b"Traceback" not in errors
 
 
 def test_a_program_that_nohup_started_outlives_its_terminal(tmp_path):
@@ -187,7 +187,7 @@ def test_a_signal_while_ray_starts_leaves_no_process(tmp_path, data):
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=20)
     assert process.returncode == 143, errors
-    assert b"told to stop; what is finished is kept. Resume with: dagr run" in errors and b"Traceback" not in errors
+    assert b"stopped by SIGTERM; finished work is kept. Resume with: dagr run" in errors and b"Traceback" not in errors
     assert not psutil.wait_procs(family, timeout=5)[1]
 
 

@@ -224,6 +224,12 @@ def test_a_store_of_mlflow_lies_below_any_name(tmp_path) -> None:
         assert (tmp_path / name / "mlflow.db").is_file()
 
 
+def test_an_address_with_a_space_is_quoted_as_it_was_typed() -> None:
+    with pytest.raises(ConfigError, match="write a space as %20") as caught:
+        filesystem("s3://bucket/my runs")
+    assert "allow_delayed_open" not in str(caught.value)
+
+
 def test_renamed_data_are_one_set_in_the_report(tmp_path) -> None:
     runs, study = made_study(tmp_path, {"in": [0.1, 0.2, 0.3]}, {8: {"in": [0.2, 0.3, 0.4]}})
     folder = Artifact(runs, study)

@@ -137,7 +137,7 @@ def test_a_file_in_place_of_its_folder_is_named_with_the_folder(tmp_path):
     with pytest.raises(ConfigError, match=f"is a file; give the folder that contains it, '{path}'"):
         beir.content(f"{path}/corpus.jsonl")
     for address in ("s3://bucket/my set", "nothing://x/y"):
-        with pytest.raises(ConfigError, match="is no address"):
+        with pytest.raises(ConfigError, match="is not a valid address"):
             beir.content(address)
 
 

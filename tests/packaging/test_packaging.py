@@ -232,7 +232,7 @@ def test_the_other_profile_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / ".dagr-gpu-0123456789ab").touch()
     refused = setup("sys.argv = ['setup.py', 'cpu']; sys.exit(setup.main())", tmp_path)
     assert refused.returncode == 1
-    assert "holds the other profile" in refused.stderr
+    assert "has the other profile" in refused.stderr
 
 
 def test_markers_decide_what_is_installed(tmp_path: Path) -> None:

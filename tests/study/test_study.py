@@ -1,4 +1,4 @@
-"""A whole study on a small collection: real Ray Tune and Train, Lucene, MLflow; killed, resumed, run twice, submitted."""
+"""A study on a small collection, with Ray Tune and Train, Lucene and MLflow: killed, resumed, run twice, submitted."""
 
 import json
 import os
@@ -157,9 +157,9 @@ def test_flipped_bit_is_found_by_check_deep_and_rebuilt(place) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sent", "code", "said"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "told to stop")]
+    ("sent", "code", "message"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "stopped by SIGTERM")]
 )
-def test_interrupt_ends_within_ten_seconds_and_says_how_to_resume(place, tmp_path, sent, code, said) -> None:
+def test_an_interrupt_ends_within_ten_seconds(place, tmp_path, sent, code, message) -> None:
     shutil.copytree(place / "runs", tmp_path, dirs_exist_ok=True)  # all but the trainings is there
     trained = {path.name for path in tmp_path.iterdir()}
     words = [*DAGR, "study", "jobs/beir.py", *_axes(place), "seed=7", "--runs", str(tmp_path)]
@@ -179,7 +179,7 @@ def test_interrupt_ends_within_ten_seconds_and_says_how_to_resume(place, tmp_pat
     driver.wait(timeout=60)
     assert time.time() - started < 10
     assert driver.returncode == code, errors.read_text()
-    assert f"{said}; what is finished is kept. Resume with: dagr study jobs/beir.py" in errors.read_text()
+    assert f"{message}; finished work is kept. Resume with: dagr study jobs/beir.py" in errors.read_text()
     assert "Traceback" not in errors.read_text()
     _, alive = psutil.wait_procs(family, timeout=5)
     assert not alive
