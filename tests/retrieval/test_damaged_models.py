@@ -252,7 +252,7 @@ def test_a_base_that_has_nothing_to_learn_is_refused(tmp_path):
 def test_ways_of_other_dimensions_are_refused(tmp_path):
     wide = st.StaticEmbedding(static().tokenizer, embedding_dim=8)
     encoder = Encoder(model=str(put(tmp_path / "m", Router.for_query_document([static()], [wide]))))
-    with pytest.raises(ConfigError, match="16 dimensions and documents 8"):
+    with pytest.raises(ConfigError, match="16 dimensions, documents 8"):
         model_opening.try_opening(encoder)
 
 

@@ -217,5 +217,5 @@ def test_a_retriever_can_keep_its_first_layers(tmp_path):
     again = encoder.load(Encoder(model=MINILM, layers=2), device="cpu", model=tmp_path / "model")
     assert set(weights(again)) == set(kept)
     np.testing.assert_allclose(encoder.encode(again, TEXTS), encoder.encode(cut, TEXTS), atol=1e-6)
-    with pytest.raises(ConfigError, match="layers = 7: the model has 6"):
+    with pytest.raises(ConfigError, match="layers = 7, but the model has 6"):
         encoder.load(Encoder(model=MINILM, layers=7), device="cpu")
