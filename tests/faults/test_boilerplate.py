@@ -11,7 +11,7 @@ import pytest
 from dagr_ray.core import tables
 from dagr_ray.core.joins import Positives
 from dagr_ray.filters.diversity import facility, hashed
-from dagr_ray.filters.duplicate import Duplicate, _before
+from dagr_ray.filters.duplicate import Duplicate, _highest_cosines
 from dagr_ray.leakage import joins, minhash
 from dagr_ray.leakage.matching import BEST, MECHANISMS, HeldOut, SharedAnswers
 from dagr_ray.report.leaks import _bounds
@@ -127,7 +127,7 @@ def test_sets_of_words_that_are_alike_are_found_where_all_are_a_little(kind, rec
     for text in held[::20]:
         found = text.split()
         asked.append(" ".join(random.Random(text).sample([*found[:-2], "new", "words"], len(found))))
-    alike = joins.Alike(minhash.split_words(array(held)), 20, 4)
+    alike = joins.SimilarSets(minhash.split_words(array(held)), 20, 4)
     hits = {
         pair
         for rows, texts, _ in alike.to(minhash.split_words(array(asked)), 0.6)
@@ -255,9 +255,9 @@ def test_vectors_of_a_crowded_cluster_are_compared_with_the_nearest_in_order(mon
     members = rng.permutation(500).astype(np.uint32)
     held = vectors[members].astype(np.float32)
     alike = np.tril(held @ held.T, -1)
-    assert np.allclose(_before(vectors, members, 20), np.maximum(alike.max(axis=1), 0), atol=1e-2)
+    assert np.allclose(_highest_cosines(vectors, members, 20), np.maximum(alike.max(axis=1), 0), atol=1e-2)
     monkeypatch.setattr(duplicate, "NEAR", 40)
-    some = _before(vectors, members, 20)
+    some = _highest_cosines(vectors, members, 20)
     assert (some <= np.maximum(alike.max(axis=1), 0) + 1e-2).all() and some[60] > 0
     late = [max(alike[i, :40].max(), alike[i, i - 40 : i].max()) for i in range(100, 500)]
     assert (some[100:] >= np.array(late) - 1e-2).all() and (some[100:] < alike[100:].max(axis=1) - 1e-2).any()
