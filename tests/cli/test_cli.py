@@ -97,7 +97,7 @@ def test_mistakes_end_in_one_line_and_exit_code_2(tmp_path, words, expected) -> 
     assert not any(tmp_path.iterdir())
 
 
-def test_a_model_that_is_not_there_is_named_before_anything_starts(tmp_path) -> None:
+def test_a_missing_model_is_named_before_anything_starts(tmp_path) -> None:
     data = tiny_beir(tmp_path / "set")
     words = [f"data={data}", "generator=llm", "model=/no/model", "--runs", str(tmp_path / "runs")]
     done = dagr("run", "jobs/beir.py", *words)
@@ -234,7 +234,7 @@ def test_a_package_that_is_missing_is_named_with_its_command(tmp_path, package, 
     assert "Traceback" not in done.stderr
 
 
-def test_a_job_that_imports_what_is_not_installed_is_told_the_command(tmp_path) -> None:
+def test_a_missing_import_of_a_job_names_the_install_command(tmp_path) -> None:
     job = tmp_path / "mine.py"
     for text, said in [
         (

@@ -103,7 +103,7 @@ class Slow(Stage):
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_stage_in_one_piece_is_not_silent_and_its_end_is_the_end(monkeypatch, tmp_path, fails) -> None:
+def test_a_stage_of_one_shard_shows_progress_until_it_ends(monkeypatch, tmp_path, fails) -> None:
     monkeypatch.setattr(progress, "EVERY_S", 0.2)
     stream = io.StringIO()
     with nullcontext() if not fails else pytest.raises(ValueError, match="no good"):

@@ -277,7 +277,7 @@ def test_memory_is_told_from_other_errors(error, memory):
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32, 2**63, 2**64, 10**40])
-def test_a_seed_that_training_cannot_take_is_refused_with_the_job(data, seed):
+def test_an_invalid_seed_is_refused_with_the_job(data, seed):
     with pytest.raises(ConfigError, match=rf"seed = {seed}: Input should be (less than|greater than or equal to)"):
         load_job(str(ROOT / "jobs/beir.py")).stage(data=data.path, generator="crop", seed=seed)
 
@@ -292,7 +292,7 @@ class Ended(Meets):
         raise Killed
 
 
-def test_workers_that_are_ended_while_memory_is_short_cost_no_row(tmp_path, data, monkeypatch):
+def test_workers_killed_for_memory_cost_no_row(tmp_path, data, monkeypatch):
     stage = Generate(corpus=data, strategy=Crop(), engine=Ended(what="", until=str(tmp_path / "well")))
     runs, shard = str(tmp_path / "runs"), {"shard": 0, "start": 0, "stop": 1}
     inputs = {name: materialize(each, runs) for name, each in stage.inputs().items()}
@@ -320,7 +320,7 @@ def test_workers_that_are_ended_while_memory_is_short_cost_no_row(tmp_path, data
         ),
     ],
 )
-def test_a_worker_that_could_not_be_opened_is_told_from_one_that_was_ended(page, death, reason):
+def test_a_failed_start_differs_from_a_killed_worker(page, death, reason):
     error = RuntimeError(page)
     assert blame.is_of_a_death(error) == death
     assert reason is None or blame.reason(error) == reason

@@ -105,7 +105,7 @@ def test_leak_scan_grows_with_the_texts_and_finds_every_copy(kind, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "equal"])
-def test_duplicates_grow_with_the_texts_and_every_near_copy_is_compared(kind, monkeypatch):
+def test_memory_for_duplicates_grows_with_the_texts(kind, monkeypatch):
     for rows in (300, 1200):
         texts = [passage(kind, "one", i) for i in range(rows)]
         texts += [planted(texts[i], "replaced") for i in range(0, rows, 50)]
@@ -119,7 +119,7 @@ def test_duplicates_grow_with_the_texts_and_every_near_copy_is_compared(kind, mo
 
 
 @pytest.mark.parametrize(("kind", "recall"), [("footer", 1.0), ("header", 1.0), ("paragraphs", 0.9), ("table", 0.9)])
-def test_sets_of_words_that_are_alike_are_found_where_all_are_a_little(kind, recall):
+def test_similar_word_sets_are_found_among_boilerplate(kind, recall):
     rows = 1200
     held = [passage(kind, "held", i) for i in range(rows)]
     # no run of words is left, and two words are others: only the set is alike
@@ -136,7 +136,7 @@ def test_sets_of_words_that_are_alike_are_found_where_all_are_a_little(kind, rec
     assert sum((i, 20 * i) in hits for i in range(len(asked))) >= recall * len(asked)
 
 
-def test_what_two_texts_share_beyond_boilerplate_is_found_and_boilerplate_alone_is_not():
+def test_shared_text_is_found_but_not_shared_boilerplate():
     own = " ".join(f"secret{i}" for i in range(20))
     held = [passage("footer", "held", i) for i in range(200)] + [f"{own} {FOOTER}"]
     texts = HeldOut(array(held), ngram=13)
@@ -163,7 +163,7 @@ def test_pairs_of_equal_keys_leave_everyone_a_partner():
     assert joins.count_matching(left, right) == 50 * 40 + 4
 
 
-def test_postings_give_all_texts_of_rare_keys_and_a_few_of_common_ones():
+def test_postings_are_complete_for_rare_keys_only():
     keys = np.array([1, 1, 1, 2, 2, 2, 2, 2, 2, 3, 1], np.uint64)
     texts = np.array([0, 1, 2, 0, 1, 2, 3, 4, 5, 9, 0])
     postings = joins.Postings(keys, texts, common=3, few=2)
@@ -247,7 +247,7 @@ def test_cosines_are_kept_for_the_best_and_for_everyone(monkeypatch):
     assert found.left_out.sum() == np.count_nonzero(cosines >= 0.8) - len(near)
 
 
-def test_vectors_of_a_crowded_cluster_are_compared_with_the_nearest_in_order(monkeypatch):
+def test_vectors_of_a_crowded_cluster_are_compared_in_order(monkeypatch):
     from dagr_ray.filters import duplicate
 
     rng = np.random.default_rng(0)
@@ -278,7 +278,7 @@ class _Asked:
                 yield pa.table({"query_id": ids, "doc_id": docs, "relevance": [1] * len(ids)}).select(columns)
 
 
-def test_queries_that_say_the_same_share_the_set_of_their_passages():
+def test_equal_queries_share_their_set_of_passages():
     positives = Positives(_Asked())
     qrels = pa.table({"query_id": ["q1", "q2", "new"], "doc_id": ["d1", "d2", "d9"]})
     found = positives.of(qrels)

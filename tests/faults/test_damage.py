@@ -278,7 +278,7 @@ def test_what_was_made_from_other_bytes_is_made_again(tmp_path, caplog) -> None:
     assert set(third).isdisjoint(second), "no shard of before is left"
 
 
-def test_a_folder_from_before_inputs_were_recorded_is_taken_as_it_is(tmp_path) -> None:
+def test_a_folder_without_recorded_inputs_is_accepted(tmp_path) -> None:
     runs = str(tmp_path)
     for stage in (END.source, END):
         folder = materialize(stage, runs, LIGHT)
@@ -294,7 +294,7 @@ def test_a_folder_from_before_inputs_were_recorded_is_taken_as_it_is(tmp_path) -
     assert Numbers.calls == [(10, 20)] and len(END.folder(runs).listing("attempts")) == 1
 
 
-def test_a_file_is_read_through_once_and_again_when_it_was_written(tmp_path, monkeypatch) -> None:
+def test_a_file_is_checked_once_and_again_after_a_write(tmp_path, monkeypatch) -> None:
     folder = materialize(Chance(n=10), str(tmp_path), LIGHT)
     seen = []
     real = checksums.checksum

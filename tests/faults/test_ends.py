@@ -191,7 +191,7 @@ def test_a_signal_while_ray_starts_leaves_no_process(tmp_path, data):
     assert not psutil.wait_procs(family, timeout=5)[1]
 
 
-def test_a_run_that_is_told_to_stop_twice_goes_on_later_with_all_rows(tmp_path, data):
+def test_a_run_stopped_twice_resumes_with_all_rows(tmp_path, data):
     (tmp_path / "slow.py").write_text(SLOW)
     (tmp_path / "small.toml").write_text("[generate]\nworkers = 1\ncpus = 0.5\nshard_rows = 4\nin_flight = 1\n")
     words = (

@@ -177,7 +177,7 @@ def test_a_wrong_path_or_value_ends_in_one_line(words, said, tmp_path, monkeypat
     assert "Traceback" not in last
 
 
-def test_numbers_may_have_underscores_and_a_comma_may_be_part_of_a_path(tmp_path, monkeypatch) -> None:
+def test_underscores_in_numbers_and_commas_in_paths(tmp_path, monkeypatch) -> None:
     job = load_job(str(ROOT / "jobs/beir.py"))
     assert parse_axes(job, ["volume=1_000,2000"], sweep=True)["volume"] == [1000, 2000]
     for name in ("a,b", "c"):
@@ -249,7 +249,7 @@ def test_an_address_is_an_address_and_a_path_a_path() -> None:
 
 
 @pytest.mark.cluster
-def test_a_study_trains_from_another_folder_with_relative_paths_and_a_stage_beside_its_job(tmp_path) -> None:
+def test_a_study_runs_from_another_folder_with_relative_paths(tmp_path) -> None:
     """Data, job and the default runs folder are relative and have a space; then the data move, and are the same."""
     tiny_beir(tmp_path / "my set", docs=32)
     (tmp_path / "the jobs").mkdir()

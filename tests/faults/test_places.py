@@ -146,7 +146,7 @@ def test_what_was_there_first_is_not_used(place, before):
     assert not any(trap.iterdir())
 
 
-def test_a_new_folder_in_place_of_one_that_is_taken_is_told_to_the_processes_that_follow(place, monkeypatch):
+def test_child_processes_use_the_new_folder(place, monkeypatch):
     monkeypatch.setenv("HOME", "/proc/home")
     (place / "tmp" / f"dagr-{os.geteuid()}").touch()
     made = storage.scratch()
@@ -198,7 +198,7 @@ def test_rays_sessions_lie_in_a_short_private_place(place, monkeypatch):
 
 
 @pytest.mark.cluster
-def test_a_private_ray_lets_nobody_else_in_and_writes_nothing_to_home(tmp_path):
+def test_a_private_ray_is_closed_and_writes_nothing_to_home(tmp_path):
     """What lies open in its folder, and who is let in, with a HOME that cannot be written."""
     code = """
 import os, subprocess, sys
@@ -230,7 +230,7 @@ print(ray.get(ray.remote(lambda: 7).remote()))
 
 
 @pytest.mark.cluster
-def test_a_process_may_start_its_own_ray_twice_and_hands_its_token_on():
+def test_a_process_may_start_ray_twice_with_one_token():
     """Ray reads a token once in a process; what is started meanwhile inherits it."""
     code = """
 import os
@@ -283,7 +283,7 @@ def test_an_address_without_a_cluster_is_named(monkeypatch, address, why, source
     assert str(refused.value).startswith(f"{source} = {given!r}") and why in str(refused.value)
 
 
-def test_charts_leave_nothing_in_the_temporary_folder_if_home_cannot_be_written(tmp_path):
+def test_charts_leave_no_files_if_home_is_read_only(tmp_path):
     code = "from dagr_ray.report import charts; charts.curves_svg({'curves': []}); "
     code += "import matplotlib, os; print(matplotlib.get_cachedir(), flush=True); os._exit(0)"
     (tmp_path / "tmp").mkdir()

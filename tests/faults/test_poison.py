@@ -83,7 +83,7 @@ def starts(tmp_path) -> int:
     return (tmp_path / "log").read_text().splitlines().count("open")
 
 
-def test_a_stage_whose_rows_were_all_given_up_is_no_success_and_goes_on_later(tmp_path):
+def test_a_stage_that_skipped_all_rows_fails_and_resumes(tmp_path):
     tiny_beir(tmp_path / "set", docs=12)
     evils = {f"n{i}": "raise" for i in range(12)}
     runs, here = str(tmp_path / "runs"), Placement(generate=Pool(workers=0, shard_rows=2))
@@ -122,7 +122,7 @@ def test_rows_that_raise_or_answer_nothing_are_given_up_alone(tmp_path, workers)
     assert folder.manifest["cost"]["lost_tries"] >= 5 and folder.manifest["cost"]["lost_tokens"] > 0
 
 
-def test_a_row_that_kills_its_worker_and_one_that_hangs_are_found_and_the_rest_is_kept(tmp_path):
+def test_rows_that_kill_or_hang_a_worker_are_skipped(tmp_path):
     connect()
     pool = Pool(workers=1, cpus=0.5, shard_rows=20, in_flight=2, deadline_s=5)
     calm = materialize(asked(tmp_path), str(tmp_path / "calm"), Placement(generate=pool))
@@ -136,7 +136,7 @@ def test_a_row_that_kills_its_worker_and_one_that_hangs_are_found_and_the_rest_i
     assert 1 + 6 <= starts(tmp_path) <= 1 + 8
 
 
-def test_a_shard_that_has_its_receipt_is_not_done_again_when_it_is_asked_for_again(tmp_path):
+def test_a_shard_with_a_receipt_is_not_repeated(tmp_path):
     pool = Pool(workers=0, shard_rows=20)
     stage = asked(tmp_path)
     folder = materialize(stage, str(tmp_path / "runs"), Placement(generate=pool))
@@ -147,7 +147,7 @@ def test_a_shard_that_has_its_receipt_is_not_done_again_when_it_is_asked_for_aga
     assert (tmp_path / "log").read_text() == before + "open\n"
 
 
-def test_what_a_shard_has_done_again_and_again_because_of_its_last_rows_is_no_reason_to_give_it_up(tmp_path):
+def test_repeated_work_is_no_reason_to_skip_a_shard(tmp_path):
     stage = asked(tmp_path, n18="leave", n19="leave")
     runs = str(tmp_path / "runs")
     inputs = {name: materialize(each, runs) for name, each in stage.inputs().items()}
@@ -166,7 +166,7 @@ def test_what_a_shard_has_done_again_and_again_because_of_its_last_rows_is_no_re
     assert stage.folder(runs).listing("tries") == {}
 
 
-def test_an_engine_that_dies_is_opened_again_and_the_row_at_fault_is_given_up(tmp_path):
+def test_a_dead_engine_is_reopened_and_its_row_is_skipped(tmp_path):
     pool = Pool(workers=0, shard_rows=30)
     folder = materialize(asked(tmp_path, n8="engine"), str(tmp_path / "runs"), Placement(generate=pool))
     assert refused(folder) == {"d8": "engine_crash"}
@@ -180,7 +180,7 @@ def test_a_row_that_hangs_in_the_driver_is_given_up(tmp_path):
     assert refused(folder) == {"d8": "engine_hang"}
 
 
-def test_a_row_that_kills_the_driver_is_given_up_after_a_few_runs(tmp_path):
+def test_a_row_that_kills_the_driver_is_skipped_later(tmp_path):
     script = (
         "import sys; from pathlib import Path; from tests.faults.test_poison import *\n"
         f"stage = asked(Path({str(tmp_path)!r}), n8='die')\n"

@@ -47,7 +47,7 @@ def _rows(folder: Artifact, table: str) -> list[dict]:
     return folder.read(table).to_pylist()
 
 
-def test_kill_nine_of_the_driver_loses_nothing_and_repeats_nothing(tmp_path) -> None:
+def test_sigkill_of_the_driver_loses_and_repeats_nothing(tmp_path) -> None:
     tiny_beir(tmp_path / "set", docs=700)
     (tmp_path / "mined.py").write_text(JOB)
     (tmp_path / "placement.toml").write_text("[generate]\nworkers = 1\ncpus = 1\nshard_rows = 5\n")

@@ -337,7 +337,7 @@ def test_what_is_english_has_the_fingerprint_of_before(tmp_path: Path):
     assert index.to_json()["miner"]["language"] == "en" and data.spoken() == "en" and len(head(str(place), 1)) == 1
 
 
-def test_a_language_that_is_named_wrongly_and_queries_that_find_nothing_are_said(tmp_path: Path, caplog):
+def test_a_wrong_language_and_empty_results_are_reported(tmp_path: Path, caplog):
     script, runs = SCRIPTS["lao"], str(tmp_path / "runs")
     path = _folder(tmp_path / "set", script)
     data = Beir(path=path, language="en")

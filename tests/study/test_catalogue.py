@@ -58,7 +58,7 @@ def said(body):
 
 
 @pytest.mark.parametrize("name", ["hyde", "hard-negative", "noisy"])
-def test_an_arm_of_each_kind_ends_in_examples_whose_texts_are_there(docs, tmp_path, name):
+def test_examples_of_each_kind_of_arm_have_their_texts(docs, tmp_path, name):
     runs = str(tmp_path)
     with served(answers(said)) as server:
         engine = OpenAIServer(model="m", base_url=server.url)
@@ -107,6 +107,6 @@ def test_arms_of_all_kinds_make_one_mixture(docs, tmp_path):
     assert any(set(row["negative_ids"]) - own for row in examples)
 
 
-def test_none_is_a_strategy_and_no_value_where_one_may_be_left_out():
+def test_none_is_a_strategy_or_no_value_by_type():
     job = load_job("jobs/catalogue.py")
     assert job.value("strategy", "none") == "none" and job.value("data", "none") is None

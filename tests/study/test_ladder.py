@@ -43,7 +43,7 @@ def of(card, kind):
     return [stage for stage in walk(card) if isinstance(stage, kind)]
 
 
-def test_a_rung_adds_to_the_one_below_and_all_share_their_generation(data):
+def test_rungs_build_on_each_other_and_share_a_generation(data):
     trials = planned(data)
     assert [t.kind for t in trials] == ["bm25", "frozen", "frozen", *["augmented"] * 8]
     arms = {(t.params["rung"], t.params["base"]): t.card for t in trials[3:]}
@@ -94,7 +94,7 @@ def test_people_join_by_their_share(data):
     assert isinstance(found[0.5].examples, MixExamples) and found[0.5].examples.weights == (0.5, 0.5)
 
 
-def test_a_blend_of_people_and_crops_is_trained_with_a_teacher_and_judged(data, tmp_path):
+def test_a_mix_of_human_pairs_and_crops_is_trained(data, tmp_path):
     card = load_job(str(JOB)).stage(
         data=data, rung="filters", base="scratch", human=0.5, volume=16, generator="crop", passages=24, epochs=1,
         negatives=3,
