@@ -298,6 +298,7 @@ def test_a_person_rates_in_a_real_browser(page, folders, runs, tmp_path):
         browser.close()
 
 
+@pytest.mark.browser
 def test_text_of_the_corpus_stays_text(page, browser):
     html = (page / "annotate.html").read_text()
     assert html.count("<script") == 2 == html.count("</script>") and "<img" not in html
@@ -318,6 +319,7 @@ def test_text_of_the_corpus_stays_text(page, browser):
     assert any("Content Security Policy" in line for line in browser.console)
 
 
+@pytest.mark.browser
 def test_the_page_works_without_browser_storage(page, browser):
     script = "Object.defineProperty(window, 'indexedDB', {get() { throw new DOMException('no') }})"
     added = browser.call("Page.addScriptToEvaluateOnNewDocument", source=script)["identifier"]
