@@ -3,16 +3,11 @@
 import json
 import os
 import re
-import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import psutil
@@ -23,6 +18,7 @@ from dagr_ray.core.config import ConfigError
 from dagr_ray.study.job import load_job, parse_axes
 from dagr_ray.study.plan import plan_study
 from tests.conftest import tiny_beir
+from tests.support.ray_head import local_head
 
 pytestmark = pytest.mark.cluster
 
@@ -215,79 +211,17 @@ def test_axes_are_checked_and_repeats_are_one_trial(place) -> None:
 
 def test_job_submit_to_a_local_head(place, tmp_path) -> None:
     """The job as a platform team sends it: `ray job submit` with the working directory, to a head node of its own."""
-    ray = str(Path(sys.executable).parent / "ray")
-    dashboard, gcs, client, agent = _free_ports(4)
-    # sockets below it have long names, and the system allows 107 bytes
-    place_of_ray = tempfile.mkdtemp(prefix="dagr-ray-", dir="/tmp")
-    env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "1"}
-    env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
-    words = [
-        ray,
-        "start",
-        "--head",
-        "--block",
-        "--num-cpus=2",
-        "--include-dashboard=true",
-        "--node-ip-address=127.0.0.1",
-    ]
-    words += [
-        f"--port={gcs}",
-        f"--ray-client-server-port={client}",
-        f"--dashboard-agent-listen-port={agent}",
-        f"--temp-dir={place_of_ray}",
-    ]
-    words += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
-    head = subprocess.Popen(words, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        work = tmp_path / "work"
-        work.mkdir()
-        subprocess.run(["cp", "-r", str(ROOT / "jobs"), str(ROOT / "dagr_ray"), str(work)], check=True)
-        runs = tmp_path / "runs"
-        shutil.copytree(place / "runs", runs)
-        for path in (*runs.glob("study-*"), *runs.glob("train-*")):
-            shutil.rmtree(path)
-        job = [sys.executable, "-m", "dagr_ray.cli.main", "study", "jobs/beir.py", *_axes(place)[:1], "volume=0,8"]
-        job += ["generator=crop", "passages=40", "max_rank=50", "--runs", str(runs)]
-        address = f"http://127.0.0.1:{dashboard}"
-        _wait_for(address, head)
-        submit = [ray, "job", "submit", "--address", address, "--working-dir", str(work), "--", *job]
-        for _ in range(20):  # the dashboard answers before the agent that starts jobs does
-            done = subprocess.run(submit, env=env, capture_output=True, text=True, timeout=400, check=False)
-            if "No available agent" not in done.stderr:
-                break
-            time.sleep(1)
-        assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
-        assert "succeeded" in done.stdout.lower() + done.stderr.lower()
-        assert any(p.name.startswith("study-") for p in runs.iterdir())
-    finally:
-        # at once: a head that is asked to stop drains for 30 s
-        for process in [*psutil.Process(head.pid).children(recursive=True), head]:
-            process.kill()
-        head.wait()
-        shutil.rmtree(place_of_ray, ignore_errors=True)
-
-
-def _free_ports(count: int) -> list[int]:
-    """Ports above those that Ray gives to its workers."""
-    found: list[int] = []
-    for port in range(20_500, 30_000):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)):
-                found.append(port)
-        if len(found) == count:
-            break
-    return found
-
-
-def _wait_for(address: str, head: subprocess.Popen) -> None:
-    until = time.time() + 60
-    while time.time() < until:
-        assert head.poll() is None, "the head node did not start"
-        try:
-            with urllib.request.urlopen(f"{address}/api/version", timeout=2):
-                return
-        except urllib.error.HTTPError:  # it is up, and wants the token that `ray job submit` has
-            return
-        except OSError:
-            time.sleep(0.3)
-    raise AssertionError("no dashboard after 60 s")
+    work = tmp_path / "work"
+    work.mkdir()
+    subprocess.run(["cp", "-r", str(ROOT / "jobs"), str(ROOT / "dagr_ray"), str(work)], check=True)
+    runs = tmp_path / "runs"
+    shutil.copytree(place / "runs", runs)
+    for path in (*runs.glob("study-*"), *runs.glob("train-*")):
+        shutil.rmtree(path)
+    job = [sys.executable, "-m", "dagr_ray.cli.main", "study", "jobs/beir.py", *_axes(place)[:1], "volume=0,8"]
+    job += ["generator=crop", "passages=40", "max_rank=50", "--runs", str(runs)]
+    with local_head() as head:
+        done = head.submit(work, job, timeout=400)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    assert "succeeded" in done.stdout.lower() + done.stderr.lower()
+    assert any(path.name.startswith("study-") for path in runs.iterdir())
