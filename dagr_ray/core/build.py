@@ -1,7 +1,7 @@
-"""``materialize`` returns a stage's folder and builds what is missing; ``survey`` says what is missing.
+"""``materialize`` returns a stage's folder and builds what is missing; ``plan`` tells what is missing.
 
-Composition is nesting, and caching and resuming are one mechanism: a folder with the stage's fingerprint is built only
-if it is not complete, and only its shards that have no receipt.
+Stages compose by nesting. Caching and resuming are one mechanism: a folder with the stage's fingerprint is built only if
+it is incomplete, and then only its shards without a receipt.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dagr_ray.core.stage import Inputs, OutOfReach, Stage, StageFailed, walk
 from dagr_ray.core.worker import out_of_memory_message, out_of_reach_message
 
 log = logging.getLogger("dagr")
-# A folder of so many files and bytes is read through before it is handed out: a third of a second.
+# A folder with at most this many files and bytes is read fully before it is returned: a third of a second.
 FEW, SMALL = 256, 1 << 28
 
 
@@ -33,44 +33,42 @@ def materialize(
 ) -> Artifact:
     """The complete folder of ``stage`` below ``runs``; builds what is missing, inputs first.
 
-    What is damaged is taken back and built again, and so is what was made from something else than its inputs hold now.
-    Raises StageFailed where a stage cannot end (what is finished stays), ConfigError for a mistake in the recipe.
+    Damaged parts are revoked and built again, and so are folders whose inputs have changed content. Raises StageFailed
+    if a stage cannot finish (finished shards stay), ConfigError for a mistake in the recipe.
     """
     placement, observe = placement or Placement(), observe or (lambda progress: None)
-    taken_back: Counter[str] = Counter()
+    revoked: Counter[str] = Counter()
     while True:
-        made: dict[str, Artifact] = {}
+        folders: dict[str, Artifact] = {}
         inputs: Inputs = {}
-        each = stage
+        current = stage
         try:
-            for each in walk(stage):
-                inputs = _inputs(each, made)
-                if each.has_dynamic_inputs and not _is_sound(each.folder(runs)):
-                    inputs |= _dynamic_inputs(each, inputs, runs, placement, observe)
-                made[each.fingerprint()] = _build(each, inputs, runs, placement, observe)
-            folder = made[stage.fingerprint()]
+            for current in walk(stage):
+                inputs = _inputs(current, folders)
+                if current.has_dynamic_inputs and not _is_sound(current.folder(runs)):
+                    inputs |= _dynamic_inputs(current, inputs, runs, placement, observe)
+                folders[current.fingerprint()] = _build(current, inputs, runs, placement, observe)
+            folder = folders[stage.fingerprint()]
             inputs = {stage.type: folder}
-            if _small(folder) and folder.damaged(deep=True):  # nobody else looks before its reader does
-                raise Damaged(f"{folder.path} is not as it was written")
+            if _small(folder) and folder.damaged(deep=True):  # nobody checks the files before they are read
+                raise Damaged(f"{folder.path} is damaged")
             return folder
         except ConfigError:
             raise
         except Exception as error:
             if isinstance(error, StageFailed) and not isinstance(error, OutOfReach):
                 raise
-            if not _take_back(each, inputs, made, error, taken_back):
-                _tell(each, each.folder(runs), getattr(placement, each.pool), error)
+            if not _revoke_damaged(current, inputs, folders, error, revoked):
+                _raise_in_one_line(current, current.folder(runs), getattr(placement, current.pool), error)
                 raise
 
 
-def _inputs(stage: Stage, made: dict[str, Artifact]) -> Inputs:
-    found = {name: made.get(inner.fingerprint()) for name, inner in stage.inputs().items()}
-    changed = next((name for name, folder in found.items() if folder is None), None)
+def _inputs(stage: Stage, folders: dict[str, Artifact]) -> Inputs:
+    inputs = {name: folders.get(inner.fingerprint()) for name, inner in stage.inputs().items()}
+    changed = next((name for name, folder in inputs.items() if folder is None), None)
     if changed is not None:
-        raise StageFailed(
-            f"{stage.type}: what {changed!r} reads was changed during the run; run again, with the new content"
-        )
-    return cast(Inputs, found)
+        raise StageFailed(f"{stage.type}: input {changed!r} changed during the run; run again with the new content")
+    return cast(Inputs, inputs)
 
 
 def _dynamic_inputs(stage: Stage, inputs: Inputs, runs: str, placement: Placement, observe: Observer) -> Inputs:
@@ -92,22 +90,22 @@ def _small(folder: Artifact) -> bool:
     return len(files) <= FEW and sum(each["bytes"] for each in files) <= SMALL
 
 
-def _take_back(
-    stage: Stage, inputs: Inputs, made: dict[str, Artifact], error: Exception, taken_back: Counter[str]
+def _revoke_damaged(
+    stage: Stage, inputs: Inputs, folders: dict[str, Artifact], error: Exception, revoked: Counter[str]
 ) -> bool:
-    """Takes back what is damaged of the folders that ``stage`` reads, and says whether there was any.
+    """Revokes damaged parts of the folders that ``stage`` reads, and returns whether there were any.
 
-    First its inputs; those that these were made from too, where a damaged file is what the error tells of.
+    Its inputs come first; if the error is about a damaged file, also the folders from which the inputs were made.
     """
-    further = made if "Damaged" in repr(error) + "".join(traceback.format_exception(error)) else {}
-    for folders in (inputs, further):
+    all_folders = folders if "Damaged" in repr(error) + "".join(traceback.format_exception(error)) else {}
+    for folders in (inputs, all_folders):
         damaged: dict[Artifact, dict[int, str]] = {}
-        with contextlib.suppress(OSError):  # what is away is not damaged
+        with contextlib.suppress(OSError):  # an unreachable folder is not damaged
             damaged = {folder: problems for folder in folders.values() if (problems := folder.damaged(deep=True))}
         for folder, problems in damaged.items():
-            if taken_back[folder.name] == 3:
+            if revoked[folder.name] == 3:
                 return False
-            taken_back[folder.name] += 1
+            revoked[folder.name] += 1
             log.warning("%s: rebuilding what is damaged: %s", folder.name, _first_problem(problems))
             folder.revoke(problems)
         if damaged:
@@ -120,12 +118,12 @@ def _first_problem(problems: dict[int, str]) -> str:
     return first if len(problems) == 1 else f"{first}, and {len(problems) - 1} more"
 
 
-def _tell(stage: Stage, folder: Artifact, pool: Pool, error: Exception) -> None:
-    """Raises StageFailed, of one line, if memory, the machine or a worker of Ray's is to blame for a stage's end."""
+def _raise_in_one_line(stage: Stage, folder: Artifact, pool: Pool, error: Exception) -> None:
+    """Raises a one-line StageFailed if memory, the machine or a Ray worker caused the end of a stage."""
     if isinstance(error, StageFailed):
         return
     reason = blame.reason(error)
-    if reason.startswith(("StageFailed: ", "OutOfReach: ")):  # in a worker, which has told its line
+    if reason.startswith(("StageFailed: ", "OutOfReach: ")):  # from a worker, already one line
         raise StageFailed(reason.partition(": ")[2]) from error
     if blame.is_of_memory(error) or blame.is_of_a_death(error):
         raise StageFailed(out_of_memory_message(folder, stage, pool, error)) from error
@@ -144,9 +142,9 @@ def _build(stage: Stage, inputs: Inputs, runs: str, placement: Placement, observ
         if _is_sound(folder):
             observe(Progress(stage, "cached"))
             return folder
-        other = folder.stale()
-        if other is not None:
-            log.warning("%s: rebuilding all: what it reads (%s) has other content now", folder.name, other)
+        changed = folder.stale()
+        if changed is not None:
+            log.warning("%s: rebuilding all: its input %s has other content now", folder.name, changed)
             folder.restart()
         elif problems := folder.damaged():
             log.warning("%s: rebuilding what is damaged: %s", folder.name, _first_problem(problems))
@@ -175,15 +173,15 @@ class Status:
 
 
 def plan(stages: list[Stage], runs: str, deep: bool = False, repair: bool = False) -> Iterator[Status]:
-    """The state of every stage that ``stages`` need, each once: finished, partial or to do. A dry run: builds nothing.
+    """The state of every stage that ``stages`` need, each once: finished, partial or to do. Builds nothing.
 
     ``deep`` checks every checksum. ``repair`` revokes the shards that fail the check, so that the next run rebuilds them.
     """
     for stage in walk(*stages):
         folder = stage.folder(runs)
         saved = folder.read_json("plan.json")
-        there = {"plan.json": saved, "manifest.json": folder.manifest}
-        problems = [wrong for file, value in there.items() if value is None and (wrong := folder.problem(file))]
+        files = {"plan.json": saved, "manifest.json": folder.manifest}
+        problems = [wrong for file, value in files.items() if value is None and (wrong := folder.problem(file))]
         damaged = folder.damaged(deep)
         if saved is None and not damaged and not problems:
             yield Status(stage, "to do")
@@ -191,9 +189,9 @@ def plan(stages: list[Stage], runs: str, deep: bool = False, repair: bool = Fals
         problems += damaged.values()
         done = len(folder.receipts()) - sum(shard >= 0 for shard in damaged)
         of = len(saved["shards"]) if saved else done
-        other = folder.stale()
-        if other is not None:
-            problems, done = [*problems, f"what it reads ({other}) has other content now"], 0
+        changed = folder.stale()
+        if changed is not None:
+            problems, done = [*problems, f"its input {changed} has other content now"], 0
         complete = folder.manifest is not None and not problems
         if damaged and repair:
             folder.revoke(damaged)

@@ -1,8 +1,8 @@
-"""Rows of other tables that belong to some rows, read without holding those tables.
+"""Looks up related rows of other tables without reading these tables as a whole.
 
-``rows_with`` finds rows by a column's values, ``beside`` by the shard that wrote them, ``Lookup`` by a unique key and
-``RowsByQuery`` by query, both again and again. ``SearchResults``, ``Twins`` and ``Positives`` are what filters and miners ask of a
-search, a corpus and judgements: for all rows they hold a hash of each, 8 bytes, and only the texts whose hash recurs.
+``rows_with`` finds rows by a column's values, ``beside`` by the shard that wrote them; ``Lookup`` (by a unique key) and
+``RowsByQuery`` serve many look-ups. Filters and miners use ``SearchResults``, ``Twins`` and ``Positives`` of a search, a
+corpus and judgements. These keep a hash of each row in memory, 8 bytes, and only the texts whose hash recurs.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def rows_with(
 
 
 def rows_beside(folder: Artifact, known: str, other: str, start: int, stop: int) -> tuple[int, int]:
-    """The rows of table ``other`` from the shards of ``known``'s rows ``start`` to ``stop``: a shard writes all its tables."""
+    """The rows of table ``other`` from the shards with rows ``start`` to ``stop`` of ``known``: a shard writes all its tables."""
     made = (folder.manifest or {})["tables"]
     known_parts, other_parts = ([part["rows"] for part in made[name]["parts"]] for name in (known, other))
     if len(known_parts) != len(other_parts):
@@ -53,15 +53,15 @@ def rows_beside(folder: Artifact, known: str, other: str, start: int, stop: int)
 
 
 def beside(folder: Artifact, known: str, other: str, start: int, stop: int) -> pa.Table:
-    """The rows of ``rows_beside``. Shards are whole: they can hold rows of other queries too."""
+    """The rows of ``rows_beside``. They are of whole shards, so rows of other queries may be among them."""
     return folder.slice(other, *rows_beside(folder, known, other, start, stop))
 
 
 class Lookup:
-    """Rows of a large table by a key that is unique. Looks first where the last rows stood, then ever further away.
+    """Looks up rows of a large table by a unique key. Starts at the place of the last rows and widens the search from there.
 
-    The tables of one recipe stand in one order, so that shards read little besides what they want; a table in any other
-    order is read through.
+    The tables of a recipe have the same order, so a shard reads little more than the rows that it needs; a table in
+    another order is read through.
     """
 
     def __init__(self, folder: Artifact, name: str, key: str) -> None:
@@ -74,7 +74,7 @@ class Lookup:
         return self.folder.slice(self.name, window * WINDOW, (window + 1) * WINDOW, [self.key, *columns])
 
     def of(self, keys: pa.ChunkedArray, hint: float, columns: list[str]) -> Iterator[tuple[Any, ...]]:
-        """(key, *columns) of each key, in any order. ``hint`` in [0, 1): about where the first may stand."""
+        """(key, *columns) of each key, in any order. ``hint`` in [0, 1): the approximate place of the first."""
         wanted = keys.unique()
         missing = set(wanted.to_pylist())
         near = int(hint * self.windows) if self.at is None else self.at
@@ -91,7 +91,7 @@ class Lookup:
 
 
 class RowsByQuery:
-    """The rows of a table by query. Holds where they stand, and reads them when they are asked for."""
+    """The rows of a table by query. Remembers their places and reads them on request."""
 
     def __init__(self, source: Artifact, name: str, columns: list[str]) -> None:
         self.source, self.name, self.columns = source, name, columns
@@ -106,9 +106,9 @@ class RowsByQuery:
             at += len(codes)
 
     def of(self, query_ids: Any) -> dict[str, list[dict[str, Any]]]:
-        """Query id -> its rows, in the table's order, for those that have any."""
+        """Query id -> its rows, in the table's order; queries without rows are missing."""
         wanted = {query_id: self.ranges[query_id] for query_id in query_ids if query_id in self.ranges}
-        spans = _joined(sorted(span for each in wanted.values() for span in each))
+        spans = _merged(sorted(span for each in wanted.values() for span in each))
         found: dict[str, list[dict[str, Any]]] = {}
         for start, stop in spans:
             for row in self.source.slice(self.name, start, stop, self.columns).to_pylist():
@@ -116,8 +116,8 @@ class RowsByQuery:
         return found
 
 
-def _joined(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Spans that touch, as one: the queries of a shard mostly stand together, and each read has its price."""
+def _merged(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Merges adjacent spans: the queries of a shard are mostly adjacent, and each read has a cost."""
     found: list[tuple[int, int]] = []
     for start, stop in spans:
         if found and start <= found[-1][1]:
@@ -128,7 +128,7 @@ def _joined(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 class Rows:
-    """In which rows of a table some queries stand. 16 bytes a query."""
+    """The row numbers of queries in a table. 16 bytes per query."""
 
     def __init__(self, queries: Artifact) -> None:
         hashes = _all(_hashes(part["query_id"]) for part in queries.scan("queries", ["query_id"]))
@@ -136,33 +136,33 @@ class Rows:
         self.known = hashes[self.row_of]
 
     def of(self, query_ids: pa.ChunkedArray) -> Hashes:
-        """Their rows, and any rows of other queries with their hash."""
+        """Their rows, and rows of other queries with an equal hash."""
         wanted = np.unique(_hashes(query_ids))
         first, last = np.searchsorted(self.known, wanted), np.searchsorted(self.known, wanted, side="right")
         return _all(self.row_of[a:b] for a, b in zip(first.tolist(), last.tolist(), strict=True))
 
 
 class SearchResults:
-    """The candidates of a search for some of its queries; ``queries`` are those, or a part of them.
+    """The candidates of a search for some of its queries; ``queries`` is their folder.
 
-    ``asked`` is the folder of whose rows the shards of the search are ranges (``Stage.shards_of``). Without it, all
-    candidates are read to find those of some queries.
+    ``source`` is the folder that the search's shards divide by rows (``Stage.shards_of``). Without it, all candidates are
+    read to find those of some queries.
     """
 
-    def __init__(self, search: Artifact, asked: Artifact | None, queries: Artifact) -> None:
-        self.search, self.asked, self.queries = search, asked, queries
+    def __init__(self, search: Artifact, source: Artifact | None, queries: Artifact) -> None:
+        self.search, self.source, self.queries = search, source, queries
         self.starts = [shard["start"] for shard in search.plan["shards"]]
 
     @cached_property
     def _rows(self) -> Rows:
-        assert self.asked is not None
-        return Rows(self.asked)
+        assert self.source is not None
+        return Rows(self.source)
 
     def of(self, query_ids: pa.ChunkedArray, start: int, stop: int) -> pa.Table:
-        """Of queries that are rows ``start`` to ``stop``; with others of their shards. Any other search is read through."""
-        if self.asked is None:
+        """SearchResults of queries in rows ``start`` to ``stop``, with those of the rest of their shards."""
+        if self.source is None:
             return rows_with(self.search, "candidates", "query_id", query_ids.unique())
-        rows = np.arange(start, stop) if self.asked == self.queries else self._rows.of(query_ids)
+        rows = np.arange(start, stop) if self.source == self.queries else self._rows.of(query_ids)
         made = (self.search.manifest or {})["tables"]["candidates"]["parts"]
         edges = list(accumulate((part["rows"] for part in made), initial=0))
         found = [tables.empty("candidates")]
@@ -172,10 +172,10 @@ class SearchResults:
 
 
 class Twins:
-    """Passages that are equal but for case and spacing, each by the first id of them; a passage of its own by its own id.
+    """Maps each passage to the first id with the same text, except for case and spacing; a unique passage to itself.
 
     Titles may differ: one text is documented under several names, and a query cannot tell such passages apart. A passage
-    without a text has no twin, or with ``titled`` those that have its title.
+    without text has no twin; with ``titled``, passages without text are compared by title.
     """
 
     def __init__(self, corpus: Artifact, titled: bool = False) -> None:
@@ -202,12 +202,12 @@ class Twins:
         self.firsts = firsts["doc_id_min"].take(place).combine_chunks()
 
     def first(self, ids: pa.ChunkedArray) -> pa.ChunkedArray:
-        """For each id, the one that stands for it; an id that is not in the corpus stands for itself."""
+        """The representative of each id; an id that is not in the corpus represents itself."""
         place = pc.index_in(ids, value_set=self.ids).combine_chunks()
         return pa.chunked_array([pc.coalesce(self.firsts.take(place), ids.combine_chunks())], tables.TEXT)
 
     def require(self, ids: pa.ChunkedArray) -> None:
-        """Raises AssertionError where an id is not in the corpus."""
+        """Raises AssertionError if an id is not in the corpus."""
         missing = ids.filter(pa.array(~np.isin(_hashes(ids), self.known)))
         assert not len(missing), (
             f"{len(missing)} passages are not in {self.corpus.path}, such as {missing[0].as_py()!r}"
@@ -215,7 +215,7 @@ class Twins:
 
 
 class Positives:
-    """The relevant passages of a query, and of all queries that say the same."""
+    """The relevant passages of a query, and of all queries with the same text."""
 
     def __init__(self, queries: Artifact) -> None:
         texts = _recurring(_hashes(tables.fold_texts(part["text"])) for part in queries.scan("queries", ["text"]))
@@ -238,12 +238,12 @@ class Positives:
         found: dict[str, set[str]] = {}
         for query_id, doc_id in zip(*(qrels[name].to_pylist() for name in ("query_id", "doc_id")), strict=True):
             found.setdefault(query_id, set()).add(doc_id)
-        # queries that say the same have one set, which holds their own: many sets of as many would be a square
+        # queries with the same text share one set, because a set for each would take quadratic memory
         return {key: self.passages.get(self.said[key], own) if key in self.said else own for key, own in found.items()}
 
 
 def _hashes(texts: pa.ChunkedArray) -> Hashes:
-    # equal texts have equal hashes within one process, which is all that is asked of them
+    # hashes of equal texts are equal within one process, which is enough here
     return np.fromiter(map(hash, texts.to_pylist()), np.int64, len(texts))
 
 

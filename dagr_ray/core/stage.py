@@ -1,6 +1,6 @@
-"""What a stage is: a frozen config that describes one folder.
+"""A stage: a frozen config that describes one folder.
 
-Its fields decide the result. Its fields that are stages, and the stages that its class declares (``derived``), are its inputs.
+Its fields decide the result. Fields that are stages, and stages that its class declares (``derived``), are its inputs.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def derived(name: str) -> Callable[[Method], Method]:
-    """Declares an input that is no field: the marked method of a stage gives it, from the stage's fields alone.
+    """Declares an input that is not a field: the decorated method computes it from the stage's fields.
 
-    The method returns a stage, or None for no input. If ``name`` contains ``{}``, the method returns a sequence of them, and
-    ``{}`` becomes the place in it. A derived input does not change a fingerprint: the fields that it follows from do.
+    The method returns a stage, or None for no input. If ``name`` contains ``{}``, the method returns a sequence, and ``{}``
+    becomes the index. A derived input does not change a fingerprint, because it follows from fields that do.
     """
 
     def mark(method: Method) -> Method:
@@ -37,27 +37,27 @@ def derived(name: str) -> Callable[[Method], Method]:
 
 
 class Stage(Config):
-    """A step of a recipe. Its fields decide the result; its fields that are stages, and what it declares, are its inputs.
+    """A step of a recipe. Its fields decide the result; fields that are stages, and declared stages, are its inputs.
 
-    A kind of stage says ``outputs`` (the tables it writes), ``size`` (how many rows it is sharded over) and ``open``
-    (on the worker: load what is heavy, return the function that does rows ``start`` to ``stop``).
+    A kind of stage defines ``outputs`` (the tables it writes), ``size`` (how many rows it is sharded over) and ``open``
+    (in the worker: loads models and tables, returns the function for rows ``start`` to ``stop``).
     """
 
     abstract: ClassVar[bool] = True
     pool: ClassVar[str] = "light"
     starts_workers: ClassVar[bool] = False  # opened in the calling process; the stage itself starts the pool's workers
     concurrent: ClassVar[bool] = False  # one worker runs several shards at once, in threads
-    templates: ClassVar[tuple[str, ...]] = ()  # fields whose stages are patterns for others, and no inputs
+    templates: ClassVar[tuple[str, ...]] = ()  # fields with stages that are patterns for others, not inputs
     role: ClassVar[str] = ""  # the part that it plays in a recipe, by which reports and estimates find it
     rows_from: ClassVar[str] = ""  # the field whose stages hold the rows that it works on; without one, its first input
     outputs: ClassVar[tuple[str, ...]] = ()
-    judged: ClassVar[dict[str, str]] = {}  # inputs whose judgements it reads, and the field that names their split
+    judged: ClassVar[dict[str, str]] = {}  # inputs whose judgements it reads -> the field with their split
     max_error_rate: ClassVar[float] = 0.01
 
     def inputs(self) -> dict[str, Stage]:
-        """The stages that this one reads, by name; ``name.0``, ``name.1`` for a field that holds several.
+        """The stages that this one reads, by name; ``name.0``, ``name.1`` for a field with several.
 
-        Not to be overridden: a further input is declared with ``derived``.
+        Do not override it: declare further inputs with ``derived``.
         """
         found: dict[str, Stage] = {}
         for name in (each for each in self.__class__.model_fields if each not in self.templates):
@@ -77,24 +77,24 @@ class Stage(Config):
         return _of_field(self.rows_from, names) or names[:1]
 
     def shards_of(self) -> Stage | None:
-        """The input of whose rows each shard is a range; None if that is not known before the stage is built."""
+        """The input that the shards divide by rows; None if that is unknown before the stage is built."""
         return None
 
     def check(self) -> None:
-        """Raises ConfigError where the fields cannot be done together, as far as is known before anything is built."""
+        """Raises ConfigError if the fields contradict each other, as far as that is known before anything is built."""
 
     def size(self, inputs: Inputs) -> int | None:
-        """Rows to shard over; None for a stage that is done in one piece."""
+        """Rows to shard over; None for a stage without shards."""
         return None
 
     def ranges(self, inputs: Inputs, step: int) -> list[tuple[int, int]]:
-        """The rows of each shard, about ``step`` of them; (0, 0) for a stage that is done in one piece."""
+        """The rows of each shard, about ``step`` of them; (0, 0) for a stage without shards."""
         rows = self.size(inputs)
         return [(0, 0)] if rows is None else [(i, min(i + step, rows)) for i in range(0, rows, step)]
 
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
-        """Loads what is heavy and returns the function for one shard. Called in the worker's process."""
-        raise NotImplementedError(f"{type(self).__name__} does not say how it is built")
+        """Loads what is heavy and returns the function for a shard. Called in the worker's process."""
+        raise NotImplementedError(f"{type(self).__name__} does not implement open")
 
     def dynamic_inputs(self, inputs: Inputs, build: Callable[[Stage], Artifact]) -> Inputs:
         """Inputs that the stage finds by building other stages, one after the other, with ``build``; by name."""
@@ -125,20 +125,20 @@ class Stage(Config):
         return max(pool.cpus, 1) if engine is None else engine.cores(pool)
 
     def spoken(self) -> str | None:
-        """The language of the passages that a source holds, told by its first ones; None for what is made of other stages."""
+        """The language of a source's passages, detected from the first ones; None for a stage that reads other stages."""
         return None
 
     def remark(self, counts: Json) -> str | None:
-        """A warning about a folder that was just completed, in one line; None where all is well."""
+        """A one-line warning about a folder that was just completed; None if all is well."""
         return None
 
     def folder_name(self) -> str:
         return "-".join(part for part in (self.type, self.label(), self.fingerprint()) if part)
 
     def folder(self, runs: str) -> Artifact:
-        """The stage's folder, there or not. On a local disk one with its fingerprint and another label is the same.
+        """The stage's folder, existing or not. On a local disk, a folder with its fingerprint and another label is used.
 
-        A label may hold the name of a data set's or a model's folder, and these are moved and renamed.
+        A label may hold the name of a data set's or a model's folder, which users move and rename.
         """
         folder = Artifact(runs, plain_name(self.folder_name(), owner="the stage's folder"))
         if folder.local and not os.path.isdir(folder.path):
@@ -149,7 +149,7 @@ class Stage(Config):
 
 @lru_cache(maxsize=1024)
 def derived_inputs(kind: type[Stage]) -> dict[str, str]:
-    """Name of the input -> name of the method that gives it, for all that a class of stages declares."""
+    """Input name -> method name, for all inputs that a stage class declares."""
     methods = dict.fromkeys(name for each in reversed(kind.__mro__) for name in vars(each))
     names = {method: getattr(getattr(kind, method, None), "derived_input", None) for method in methods}
     return {name: method for method, name in names.items() if name is not None}
@@ -213,12 +213,12 @@ def _names(runs: str) -> dict[str, str]:
     return _listed[runs][1]
 
 
-# of each runs folder: the time of its last change, and what was in it
+# runs folder -> the time of its last change, and its folders
 _listed: dict[str, tuple[int, dict[str, str]]] = {}
 
 
 def parts(value: Any) -> Iterator[Config]:
-    """A field's configs, one inside the other; not those of another stage, which has its own turn."""
+    """The configs in a field, nested ones included; other stages are not entered."""
     if isinstance(value, Stage):
         return
     if isinstance(value, Config):
@@ -229,7 +229,7 @@ def parts(value: Any) -> Iterator[Config]:
 
 
 def walk(*stages: Stage) -> list[Stage]:
-    """Every stage that the given ones need, each once by fingerprint, inputs before what reads them."""
+    """All stages that the given ones need, each once by fingerprint, inputs before the stages that read them."""
     seen: dict[str, Stage] = {}
 
     def visit(stage: Stage) -> None:
@@ -246,7 +246,7 @@ def walk(*stages: Stage) -> list[Stage]:
 
 
 def load_stage(folder: Artifact) -> Stage:
-    """The stage that a folder was made from, out of its own plan. Raises ConfigError where the folder is none of ours."""
+    """The stage of a folder, from its plan. Raises ConfigError if the folder is not one of a stage."""
     plan = folder.read_json("plan.json")
     if plan is None:
         wrong = folder.problem("plan.json")
@@ -264,20 +264,20 @@ def load_stage(folder: Artifact) -> Stage:
 
 
 class StageFailed(RuntimeError):
-    """A stage that ended without a result. Its finished shards are kept; the message says how to go on."""
+    """A stage ended without a result. Its finished shards are kept; the message says how to continue."""
 
 
 class EngineDied(RuntimeError):
-    """The engine is gone and answers nothing any more: it has to be opened again. Says what it died of."""
+    """The engine is gone and must be opened again. The message is the cause."""
 
 
 class OutOfReach(StageFailed):
-    """What a stage reads, writes or asks is away (a disk, a server, a permission): no row is to blame, nothing is given up."""
+    """A disk, a server or a permission that the stage needs is unavailable: no row is at fault, none is skipped."""
 
 
 @dataclass
 class Output:
-    """What one shard made: its tables, files written into the folder (relative), counts, and cost (numbers to add up)."""
+    """The output of a shard: tables, files written into the folder (relative), counts, and cost (numbers to add up)."""
 
     tables: dict[str, pa.Table] = field(default_factory=dict)
     files: list[str] = field(default_factory=list)

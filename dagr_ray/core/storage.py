@@ -233,7 +233,7 @@ def plain_name(name: str, owner: str = "") -> str:
 def name_problem(name: str) -> str | None:
     """Why a name could lead out of any folder, or be no name to some file system; None for a good one.
 
-    The one rule for names that somebody else chose: ``below``, ``one_name``, and the paths in a folder's own files.
+    The one rule for names that somebody else chose: ``below``, ``plain_name``, and the paths in a folder's own files.
     """
     try:
         encoded = name.encode()

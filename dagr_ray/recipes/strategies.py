@@ -115,7 +115,7 @@ def arm(
         queries = clean(made, made)
         mined = Mine(selected=queries, corpus=made, negatives=0)
         examples: Stage = WithNegatives(mined=mined, written=(made,), total=1)
-        return Arm(made.made, made, queries, made, examples)
+        return Arm(made.generate, made, queries, made, examples)
     if strategy.reads_links:
         near = Search(
             index=Index(corpus=corpus, miner=Dense(encoder=encoder)), queries=AsQueries(corpus=passages), depth=10
@@ -139,14 +139,14 @@ def arm(
             found = found.model_copy(update={"scores": (*found.scores, same)})
         queries = clean(found, corpus)
         mined = Mine(selected=queries, corpus=corpus, searches=(search,), negatives=negatives)
-        return Arm(made.made, made, queries, corpus, mined)
+        return Arm(made.generate, made, queries, corpus, mined)
     both = ConcatCorpora(corpora=(corpus, made))
     if strategy.writes == "negatives":
         examples = WithNegatives(mined=mined, written=(made,), total=negatives)
-        return Arm(made.made, made, first, both, examples)
+        return Arm(made.generate, made, first, both, examples)
     search = Search(index=Index(corpus=both, miner=BM25()), queries=made, depth=100)
     mined = Mine(selected=made, corpus=both, searches=(search,), negatives=negatives)
-    return Arm(made.made, made, made, both, mined)
+    return Arm(made.generate, made, made, both, mined)
 
 
 def parts(strategies: str, mix: str = "all", weights: str | None = None) -> dict[str, float]:

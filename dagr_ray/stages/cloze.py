@@ -1,4 +1,4 @@
-"""Passages without the sentences that were taken out of them as queries."""
+"""Removes from passages the sentences that became queries."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ CLOZE = "crop/inverse-cloze"
 
 
 class Cloze(Stage):
-    """A corpus whose passages lack the sentences that ``Crop(mode="inverse-cloze")`` made queries of; ids and order stay.
+    """A corpus whose passages lack the sentences that ``Crop(mode="inverse-cloze")`` turned into queries; ids and order stay.
 
-    For ``Train(corpus=...)`` alone, so that a positive is not found by its query's own words (the inverse cloze task: Lee
+    For ``Train(corpus=...)`` only, so that a positive is not found by its query's own words (the inverse cloze task: Lee
     et al. 2019, arXiv 1906.00300, section 4). As there, a share ``keep`` of the sentences stays, drawn by hash, and so does
-    one without which under 8 words of text were left. ``selected`` has the queries. Search and mine in the whole corpus.
+    a sentence without which fewer than 8 words would remain. ``selected`` has the queries. Search and mine in the full
+    corpus.
     """
 
     abstract: ClassVar[bool] = False
@@ -40,23 +41,23 @@ class Cloze(Stage):
         lineage = inputs["selected"].read("lineage", ["id", "source_id", "strategy"])
         source_of = lineage.filter(pc.equal(lineage["strategy"], CLOZE))
         doc_of = dict(zip(*(tables.texts(source_of[name]) for name in ("id", "source_id")), strict=True))
-        taken: dict[str, list[str]] = {}
+        sentences_of: dict[str, list[str]] = {}
         for part in inputs["selected"].scan("queries"):
             for query_id, text in zip(*map(tables.texts, part.columns), strict=True):
                 if query_id in doc_of and tables.unit_of("cloze", self.seed, query_id) >= self.keep:
-                    taken.setdefault(doc_of[query_id], []).append(text)
+                    sentences_of.setdefault(doc_of[query_id], []).append(text)
 
         def run(start: int, stop: int) -> Output:
             rows = inputs["corpus"].slice("corpus", start, stop)
             texts, removed = tables.texts(rows["text"]), 0
             for row, doc_id in enumerate(tables.texts(rows["doc_id"])):
-                for sentence in taken.get(doc_id, ()):
+                for sentence in sentences_of.get(doc_id, ()):
                     rest = without(sentence, texts[row])
                     if word_count(rest) >= LEAST_REMAINDER:
                         texts[row], removed = rest, removed + 1
             ids, titles = (rows[name] for name in ("doc_id", "title"))
-            made = tables.columns("corpus", rows.num_rows, doc_id=ids, title=titles, text=texts)
+            corpus = tables.columns("corpus", rows.num_rows, doc_id=ids, title=titles, text=texts)
             counts = {"in": rows.num_rows, "out": rows.num_rows, "removed": removed}
-            return Output({"corpus": made}, counts=counts)
+            return Output({"corpus": corpus}, counts=counts)
 
         return run

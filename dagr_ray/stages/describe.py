@@ -1,4 +1,4 @@
-"""What kind of queries a set holds."""
+"""Describes a set of queries by statistics."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _SMALL = frozenset(
 
 
 def form_of(text: str) -> str:
-    """``question``, ``keywords`` or ``statement``, by how a query begins and whether it has the small words of a sentence.
+    """``question``, ``keywords`` or ``statement``, by a query's first word and its share of function words.
 
     >>> [form_of(q) for q in ("how do I copy a folder", "copy folder python", "My train was cancelled and I want a refund.")]
     ['question', 'keywords', 'statement']
@@ -40,7 +40,7 @@ def form_of(text: str) -> str:
 
 
 def distinct(texts: Iterable[str], n: int) -> float:
-    """Different n-grams of words over all n-grams of words (distinct-n: Li et al. 2016, arXiv 1510.03055); 0 of none.
+    """Distinct word n-grams over all word n-grams (distinct-n: Li et al. 2016, arXiv 1510.03055); 0 if there are none.
 
     >>> distinct(["copy a file", "copy a folder"], 2)
     0.75
@@ -53,13 +53,13 @@ def distinct(texts: Iterable[str], n: int) -> float:
 
 
 class Describe(Stage):
-    """What a set of queries is like, as ``metrics``: nothing here says whether they teach anything.
+    """Statistics of a set of queries, as ``metrics``; none of them says whether the queries are useful for training.
 
     * ``distinct@1`` and ``distinct@2`` of the first ``n`` queries by hash, because they fall with the number of texts;
-    * ``words`` a query, ``overlap``: the share of a query's words that its passage has;
-    * ``form:question`` and so on: shares by ``form_of``; ``form:distance``: half the sum of the differences from those of
-      ``human``'s queries in ``split`` (0: the same mix, 1: nothing in common), where ``human`` is given;
-    * ``spread``: one minus the mean cosine of two queries' embeddings by ``encoder``, where one is given.
+    * ``words`` per query, ``overlap``: the share of a query's words that its passage contains;
+    * ``form:question`` and so on: shares by ``form_of``; ``form:distance``: half the sum of the differences from the shares
+      of ``human``'s queries in ``split`` (0: the same mix, 1: nothing in common), if ``human`` is given;
+    * ``spread``: one minus the mean cosine of two queries' embeddings by ``encoder``, if one is given.
     """
 
     abstract: ClassVar[bool] = False

@@ -1,4 +1,4 @@
-"""A dev set for training where the data has none: examples split by passage."""
+"""Splits training examples by passage, as a dev set for data without one."""
 
 from __future__ import annotations
 
@@ -17,12 +17,11 @@ from dagr_ray.core.stage import Inputs, Output, Run, Stage
 
 
 class DevSplit(Stage):
-    """``examples`` without those about a ``share`` of the passages, and those as queries, ``qrels.dev`` and a small corpus.
+    """``examples`` without those about a ``share`` of the passages; these become queries, ``qrels.dev`` and a small corpus.
 
-    For ``Train(examples=split, dev=split)``. Split by passage and never by pair: passages of one text, and all that a
-    query has as positives, stand on one side together, so nothing that is asked in dev was a positive in training. The
-    corpus to search holds the dev positives, the negatives mined for them, and ``distractors`` other passages. All is
-    drawn by hash.
+    For ``Train(examples=split, dev=split)``. Split by passage, never by pair: passages of equal text, and all positives of
+    a query, are on one side, so no dev answer was a positive in training. The corpus to search holds the dev positives,
+    the negatives mined for them, and ``distractors`` other passages. Everything is drawn by hash.
     """
 
     abstract: ClassVar[bool] = False
@@ -43,13 +42,13 @@ class DevSplit(Stage):
             examples = inputs["examples"].read("examples")
             queries, positives = examples["query_id"].to_pylist(), examples["positive_id"].to_pylist()
             text_of = _folded(inputs["corpus"], examples["positive_id"].unique())
-            group_of = _together(queries, [text_of[doc_id] for doc_id in positives])
+            group_of = _groups(queries, [text_of[doc_id] for doc_id in positives])
             is_dev = [tables.unit_of("dev", self.seed, group_of[query_id]) < self.share for query_id in queries]
             train, dev = examples.filter(pa.array([not x for x in is_dev])), examples.filter(pa.array(is_dev))
             if not len(train) or not len(dev):
                 raise ConfigError(
                     f"dev-split: share = {self.share} of {len(examples)} examples leaves {len(train)} to train on and "
-                    f"{len(dev)} to judge by; take another share, or more examples"
+                    f"{len(dev)} to evaluate on; use another share, or more examples"
                 )
             near = pa.chunked_array([*dev["positive_id"].chunks, pc.list_flatten(dev["negative_ids"]).combine_chunks()])
             corpus = self._corpus(inputs["corpus"], near.unique())
@@ -63,7 +62,7 @@ class DevSplit(Stage):
         return run
 
     def _corpus(self, corpus: Artifact, wanted: pa.Array) -> pa.Table:
-        """The wanted passages and the first others by hash; no more than these are held at once with a part."""
+        """The wanted passages and the first others by hash; memory holds no more than these and one part."""
         kept, others = [tables.empty("corpus")], tables.empty("corpus")
         for part in corpus.scan("corpus"):
             inside = pc.is_in(part["doc_id"], value_set=wanted)
@@ -83,10 +82,10 @@ def _folded(corpus: Artifact, ids: pa.ChunkedArray) -> dict[str, str]:
     return dict(zip(rows["doc_id"].to_pylist(), texts.to_pylist(), strict=True))
 
 
-def _together(queries: list[str], texts: list[str]) -> dict[str, str]:
+def _groups(queries: list[str], texts: list[str]) -> dict[str, str]:
     """Query -> the name of its group: queries that share a text, and texts that share a query, are in one.
 
-    >>> _together(["a", "b", "b", "c"], ["x", "x", "y", "z"])
+    >>> _groups(["a", "b", "b", "c"], ["x", "x", "y", "z"])
     {'a': 'x', 'b': 'x', 'c': 'z'}
     """
     above: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""Judge a run: nDCG@10, recall, reciprocal rank, AP and success by ir_measures, by query and as means, and a TREC run."""
+"""Evaluates a run: nDCG@10, recall, reciprocal rank, AP and success by ir_measures, by query and as means, and a TREC run."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def measure(qrels: Qrels, run: Rankings) -> dict[str, dict[str, float]]:
     """Measure -> query -> value, for each query of ``qrels``; a query that ``run`` lacks has 0.
 
     A run is ordered as trec_eval orders it: by score, ties by falling doc_id. The implementations behind ir_measures
-    break ties differently, so each gets the finished order as scores without ties. ``AP`` is trec_eval's ``map``: over
-    all that the run holds, so over 100 passages where it is a search of depth 100.
+    break ties differently, so each gets the final order as scores without ties. ``AP`` is trec_eval's ``map`` over the
+    whole run, so over 100 passages for a search of depth 100.
 
     >>> measure({"q": {"a": 1}}, {"q": [("b", 1.0), ("a", 1.0)]})["RR@10"]
     {'q': 0.5}
@@ -61,12 +61,12 @@ class Evaluate(Stage):
     ``search`` is any stage with ``candidates``: a ``Search``, a fusion of several, or another system's ``TrecRun``. The
     ``metrics`` hold a row for each measure and query, and one with the mean, whose ``query_id`` is null.
 
-    As in BEIR (Thakur et al., arXiv 2104.08663) a passage with the id of its query is no answer to it, unless it was
-    judged as one; a judged query without results scores 0. Queries of ``exclude`` (exemplars that stood in a prompt),
-    by id or by the same wording, are left out and counted: the model was made from them. With ``leaks`` (a ``LeakGate``)
-    so are those that training queries or exemplars resemble; without, they count.
+    As in BEIR (Thakur et al., arXiv 2104.08663), a passage with its query's id is not an answer, unless it was judged as
+    one; a judged query without results scores 0. Queries of ``exclude`` (exemplars shown in a prompt), by id or by equal
+    wording, are excluded and counted, because the model was trained from them. With ``leaks`` (a ``LeakGate``), queries
+    that resemble training queries or exemplars are excluded too.
 
-    ``depth`` is how many passages of a query count, once the query itself is taken out: search one more, as BEIR does.
+    ``depth``: how many passages of a query are evaluated, after the query itself is removed. Search one more, as BEIR does.
     """
 
     abstract: ClassVar[bool] = False
@@ -92,7 +92,9 @@ class Evaluate(Stage):
             excluded = (_exemplars(inputs) | _touched(inputs)) & judged.keys()
             qrels = {query_id: docs for query_id, docs in judged.items() if query_id not in excluded}
             if not qrels:
-                raise ConfigError(f"evaluate: split = {self.split!r} of {inputs['data'].name} has no judged query left")
+                raise ConfigError(
+                    f"evaluate: split = {self.split!r} of {inputs['data'].name} has no judged query to evaluate"
+                )
             ranked, itself = rankings(inputs["search"].read("candidates"), qrels)
             ranked = {query_id: hits[: self.depth] for query_id, hits in ranked.items()}
             candidates = _table(ranked)
@@ -122,7 +124,7 @@ class Evaluate(Stage):
 
 
 def qrels_of(data: Artifact, split: str) -> Qrels:
-    """The judgements of a split. Raises ConfigError where there are none."""
+    """The judgements of a split. Raises ConfigError if there are none."""
     return as_qrels(data.qrels(split, "evaluate"))
 
 
@@ -135,12 +137,12 @@ def as_qrels(table: pa.Table) -> Qrels:
 
 
 def _exemplars(inputs: Inputs) -> set[str]:
-    """Ids of the exemplars' queries, and of the queries of ``data`` that are worded like one."""
+    """Ids of the exemplars' queries, and of queries of ``data`` with the same wording."""
     if "exclude" not in inputs:
         return set()
     shown = inputs["exclude"].read("exemplars", ["query_id", "query"]).to_pylist()
     wordings = {wording(row["query"]) for row in shown}
-    # judgements out of a TREC file come without wordings
+    # judgements from a TREC file come without query texts
     texts = tables.texts_of(inputs["data"].read("queries")) if "queries" in inputs["data"].table_names() else {}
     same = {query_id for query_id, text in texts.items() if wording(text) in wordings}
     return same | {row["query_id"] for row in shown}
@@ -153,7 +155,7 @@ def _touched(inputs: Inputs) -> set[str]:
     found: set[str] = set()
     kinds = pa.array(["query-query", "exemplar-query"], tables.TEXT)
     for part in inputs["leaks"].scan("leaks", ["kind", "data", "held_out_id"]):
-        # by its fingerprint: the gate may have seen the data under another name
+        # compared by fingerprint: the gate may have seen the data under another name
         same = pc.ends_with(part["data"], pattern=f"-{inputs['data'].name.rpartition('-')[2]}")
         mine = pc.and_(pc.is_in(part["kind"], value_set=kinds), same)
         found |= set(tables.texts(part.filter(mine)["held_out_id"]))
@@ -161,9 +163,9 @@ def _touched(inputs: Inputs) -> set[str]:
 
 
 def rankings(candidates: pa.Table, qrels: Qrels) -> tuple[Rankings, int]:
-    """The judged queries' hits, best first, without the query itself; and how often that was taken out.
+    """The judged queries' hits, best first, without the query itself; and how often the query itself was removed.
 
-    As BEIR does it (``ignore_identical_ids``), but for passages that were judged for the query of their id.
+    As in BEIR (``ignore_identical_ids``), except for passages that were judged for the query of the same id.
     """
     hits: dict[str, Ranking] = defaultdict(list)
     itself = 0
@@ -171,7 +173,7 @@ def rankings(candidates: pa.Table, qrels: Qrels) -> tuple[Rankings, int]:
     for query_id, doc_id, score in zip(*columns, strict=True):
         if query_id not in qrels:
             continue
-        # numbered collections have queries and passages of one id that have nothing to do with each other
+        # in numbered collections, a query and a passage of the same id are unrelated
         if query_id == doc_id and doc_id not in qrels[query_id]:
             itself += 1
         else:

@@ -1,4 +1,4 @@
-"""Passages with queries that people wrote for them, to be shown in prompts."""
+"""Selects human queries with their passages as exemplars for prompts."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from dagr_ray.core.words import folded, long, pieces
 
 
 class Exemplars(Stage):
-    """Up to ``k`` human queries of a split with their passages, to show in prompts; none where there is no such split.
+    """Up to ``k`` human queries of a split with their passages, for prompts; none if the split does not exist.
 
-    ``otherwise`` names the split that is taken where the first is not there: some collections have no dev split.
+    ``otherwise`` names a split to use if the first does not exist: some collections have no dev split.
 
-    Drawn by hash, one for a passage. Passages of up to ``max_words`` words come first, longer ones are cut to that;
+    Drawn by hash, one per passage. Passages of up to ``max_words`` words come first, longer ones are cut to that length;
     then the highest grade, and queries that share ``grounded`` of their words (of four letters or more) with the
-    passage. A small model copies a query that could stand under any passage: with one such among four, it wrote
+    passage. A small model copies a query that would fit any passage: with one such query among four, it wrote
     "which operating system is this running on" for a fifth of the standard library.
     """
 
@@ -43,20 +43,20 @@ class Exemplars(Stage):
         def run(start: int, stop: int) -> Output:
             source = inputs["corpus"]
             splits = [name.removeprefix("qrels.") for name in source.table_names() if name.startswith("qrels.")]
-            found = [tables.split_of(splits, split) for split in (self.split, self.otherwise) if split]
-            split = next((split for split in found if split is not None), None)
+            available = [tables.split_of(splits, split) for split in (self.split, self.otherwise) if split]
+            split = next((split for split in available if split is not None), None)
             if split is None:
                 return Output({"exemplars": tables.empty("exemplars")}, counts={"in": 0, "out": 0})
-            judged = [row for row in source.read(f"qrels.{split}").to_pylist() if row["relevance"] > 0]
+            relevant = [row for row in source.read(f"qrels.{split}").to_pylist() if row["relevance"] > 0]
             text_of = {row["query_id"]: row["text"] for row in source.read("queries").to_pylist()}
-            wanted = {row["doc_id"] for row in judged}
+            doc_ids = {row["doc_id"] for row in relevant}
             passage_of = {}
             for part in source.scan("corpus"):
                 for row in part.to_pylist():
-                    if row["doc_id"] in wanted:
+                    if row["doc_id"] in doc_ids:
                         passage_of[row["doc_id"]] = pieces(tables.passage_text(row["title"], row["text"]))
             usable = [
-                row for row in judged if passage_of.get(row["doc_id"]) and text_of.get(row["query_id"], "").strip()
+                row for row in relevant if passage_of.get(row["doc_id"]) and text_of.get(row["query_id"], "").strip()
             ]
             usable.sort(
                 key=lambda row: (
@@ -66,15 +66,15 @@ class Exemplars(Stage):
                     tables.unit_of("exemplars", self.seed, row["query_id"], row["doc_id"]),
                 )
             )
-            # the same query for two passages, or two queries for one passage, would show one thing twice
-            drawn: list[dict[str, Any]] = []
-            seen: set[str] = set()
+            # the same query for two passages, or two queries for one passage, would show the same thing twice
+            chosen: list[dict[str, Any]] = []
+            used: set[str] = set()
             for row in usable:
                 keys = {f"q{row['query_id']}", f"d{row['doc_id']}"}
-                if len(drawn) < self.k and not keys & seen:
-                    seen |= keys
+                if len(chosen) < self.k and not keys & used:
+                    used |= keys
                     passage = "".join(passage_of[row["doc_id"]][: self.max_words]).rstrip()
-                    drawn.append(
+                    chosen.append(
                         {
                             "query_id": row["query_id"],
                             "doc_id": row["doc_id"],
@@ -83,14 +83,16 @@ class Exemplars(Stage):
                         }
                     )
             return Output(
-                {"exemplars": tables.table("exemplars", drawn)}, counts={"in": len(judged), "out": len(drawn)}
+                {"exemplars": tables.table("exemplars", chosen)}, counts={"in": len(relevant), "out": len(chosen)}
             )
 
         return run
 
 
 def _shared(query: str, passage: list[str]) -> float:
-    """The share of a query's longer words that start a word of the passage, or are started by one."""
-    asked = {word for word in folded(query) if long(word)}
-    there = {word for word in folded("".join(passage)) if long(word)}
-    return sum(any(w.startswith(a) or a.startswith(w) for w in there) for a in asked) / max(len(asked), 1)
+    """The share of a query's longer words that are a prefix of a passage word, or have one as their prefix."""
+    query_words = {word for word in folded(query) if long(word)}
+    passage_words = {word for word in folded("".join(passage)) if long(word)}
+    return sum(
+        any(theirs.startswith(ours) or ours.startswith(theirs) for theirs in passage_words) for ours in query_words
+    ) / max(len(query_words), 1)

@@ -1,4 +1,4 @@
-"""Several searches as one: by reciprocal ranks or by weights, which may be tuned on judged queries."""
+"""Fuses several searches, by reciprocal ranks or by weights, which may be tuned on judged queries."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from dagr_ray.retrieval import fusion
 
 
 class Fuse(Stage):
-    """Several searches of the same queries as one: ``candidates`` ordered by all of them, the ``depth`` best of each query.
+    """Fuses several searches of the same queries: the ``depth`` best ``candidates`` of each query over all searches.
 
     ``rrf``: reciprocal ranks, sum of 1 / (``k`` + rank). Source: Cormack, Clarke and Buettcher, SIGIR 2009.
-    ``weights``: the weighted sum of the searches' scores, each scaled by the query's hits to mean 0 and deviation 1
-    (``z-score``) or from 0 to 1 (``min-max``); a passage that a search did not find has its lowest. ``weights`` are given,
-    or tuned: those of a grid of ``steps`` on the simplex whose nDCG@10 on the judgements ``dev_split`` of ``dev`` is best,
-    where the same searches are made of those queries. Source: Bruch, Gai and Ingber, arXiv 2210.11934.
+    ``weights``: the weighted sum of the searches' scores, each scaled over the query's hits to mean 0 and deviation 1
+    (``z-score``) or to [0, 1] (``min-max``); a passage missing from a search gets its lowest score. ``weights`` are given,
+    or tuned on the split ``dev_split`` of ``dev``, with the same searches of its queries: the point of a grid of ``steps``
+    on the simplex with the best nDCG@10. Source: Bruch, Gai and Ingber, arXiv 2210.11934.
 
-    The counts have ``weights`` by search and, where they were tuned, ``dev_ndcg`` of the fusion and of each search alone.
+    The counts have ``weights`` by search and, if they were tuned, ``dev_ndcg`` of the fusion and of each search alone.
     """
 
     abstract: ClassVar[bool] = False
@@ -44,14 +44,15 @@ class Fuse(Stage):
     def _fields_agree(self) -> Fuse:
         if len(self.searches) < 2:
             raise ConfigError(f"fuse: {len(self.searches)} searches; give at least two")
-        strange = next(
-            (each.type for each in self.searches if not {"queries", "split"} <= type(each).model_fields.keys()), None
+        wrong = next(
+            (search.type for search in self.searches if not {"queries", "split"} <= type(search).model_fields.keys()),
+            None,
         )
-        if strange is not None:
-            raise ConfigError(f"fuse: {strange!r} is no search; give searches")
-        asked = {_asked(search) for search in self.searches}
-        if len(asked) > 1:
-            raise ConfigError("fuse: the searches are not of the same queries and split; give them the same")
+        if wrong is not None:
+            raise ConfigError(f"fuse: searches[i] must be a search stage, got {wrong!r}")
+        query_sets = {_query_set(search) for search in self.searches}
+        if len(query_sets) > 1:
+            raise ConfigError("fuse: the searches differ in queries or split; give searches of the same queries")
         if self.weights is not None and len(self.weights) != len(self.searches):
             raise ConfigError(f"fuse: weights = {self.weights} for {len(self.searches)} searches; give one for each")
         if self.weights is not None and not any(self.weights):
@@ -61,10 +62,10 @@ class Fuse(Stage):
                 "fuse: method = 'rrf' has no weights; leave weights and dev out, or set method = 'weights'"
             )
         if self.method == "weights" and (self.weights is None) == (self.dev is None):
-            raise ConfigError("fuse: method = 'weights' wants either weights, or dev (judged queries) to tune them on")
-        if self.dev is not None and (self.dev.fingerprint(), self.dev_split) in asked:
+            raise ConfigError("fuse: method = 'weights' needs either weights, or dev (judged queries) to tune them on")
+        if self.dev is not None and (self.dev.fingerprint(), self.dev_split) in query_sets:
             raise ConfigError(
-                f"fuse: dev_split = {self.dev_split!r} is what is searched: weights tuned on it would say too much; give another"
+                f"fuse: dev_split = {self.dev_split!r} is the searched split; weights must be tuned on another one"
             )
         return self
 
@@ -74,7 +75,7 @@ class Fuse(Stage):
 
     @derived("tuning.{}")
     def _tuning(self) -> list[Stage]:
-        """The same searches of the queries that weights are tuned on."""
+        """The same searches over the queries for tuning."""
         if self.dev is None:
             return []
         change = {"queries": self.dev, "split": self.dev_split}
@@ -88,19 +89,19 @@ class Fuse(Stage):
             if self.dev is not None:
                 qrels = inputs["dev"].qrels(self.dev_split, self.type)
                 lists = fusion.Lists([inputs[f"tuning.{i}"].read("candidates") for i in range(len(names))])
-                weights, tuned, alone = fusion.tune(lists, qrels, self.scale, self.steps)
-                counts["dev_ndcg"] = {"fused": tuned} | dict(zip(names, alone, strict=True))
+                weights, dev_ndcg, single_ndcg = fusion.tune(lists, qrels, self.scale, self.steps)
+                counts["dev_ndcg"] = {"fused": dev_ndcg} | dict(zip(names, single_ndcg, strict=True))
             lists = fusion.Lists([inputs[f"searches.{i}"].read("candidates") for i in range(len(names))])
             if weights is None:
-                made = lists.ranked(lists.reciprocal(self.k), self.depth)
+                candidates = lists.ranked(lists.reciprocal(self.k), self.depth)
             else:
                 counts["weights"] = dict(zip(names, weights, strict=True))
-                made = lists.ranked(lists.weighted(weights, self.scale), self.depth)
-            counts |= {"in": lists.rows, "out": made.num_rows}
-            return Output({"candidates": made}, counts=counts)
+                candidates = lists.ranked(lists.weighted(weights, self.scale), self.depth)
+            counts |= {"in": lists.rows, "out": candidates.num_rows}
+            return Output({"candidates": candidates}, counts=counts)
 
         return run
 
 
-def _asked(search: Any) -> tuple[str, str | None]:
+def _query_set(search: Any) -> tuple[str, str | None]:
     return search.queries.fingerprint(), search.split

@@ -1,4 +1,4 @@
-"""From passages to completions: builds the prompts and asks the engine."""
+"""Generates completions: builds the prompts of passages and sends them to the engine."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ READS = {"corpus": "passages", "pairs": "Pairs or LinkedPairs"}
 
 
 class Generate(Stage):
-    """``samples`` completions for each passage of ``corpus`` and strategy asked. Passages shown as exemplars are left out.
+    """``samples`` completions for each passage of ``corpus`` and strategy. Passages shown as exemplars are excluded.
 
-    A completion's id and seed come from this stage's fingerprint, its passage and its number, so they are the same on
-    any number of workers and after any number of restarts. With ``tuned`` (a ``TuneGenerator`` of the same engine) its model
-    answers. ``errors`` and ``truncated`` count passages. The cost counts
-    a prompt's tokens once for all samples that one request drew.
+    A completion's id and seed derive from this stage's fingerprint, its passage and its number, so they are the same with
+    any number of workers and after any number of restarts. With ``tuned`` (a ``TuneGenerator`` of the same engine), its
+    model answers. ``errors`` and ``truncated`` count passages. The cost counts a prompt's tokens once for all samples of a
+    request.
     """
 
     abstract: ClassVar[bool] = False
@@ -59,8 +59,8 @@ class Generate(Stage):
             )
         if self.strategy.reads not in self.corpus.outputs:
             raise ConfigError(
-                f"generate: strategy {self.strategy.type!r} reads {self.strategy.reads}, and corpus is a "
-                f"{self.corpus.type!r}, which has none; give {READS[self.strategy.reads]}"
+                f"generate: strategy {self.strategy.type!r} reads {self.strategy.reads}, but corpus is a "
+                f"{self.corpus.type!r} without them; give {READS[self.strategy.reads]}"
             )
         return self
 
@@ -68,7 +68,7 @@ class Generate(Stage):
         return f"{self.strategy.type}-{self.engine.type}{'-tuned' if self.tuned else ''}"
 
     def model_name(self) -> str:
-        """The model that answers, as ``lineage`` calls it."""
+        """The model that answers, as it is named in ``lineage``."""
         name = self.engine.model_name()
         return name if self.tuned is None else f"{name}+{self.tuned.folder_name()}"
 
@@ -79,34 +79,34 @@ class Generate(Stage):
         return inputs["corpus"].count(self.strategy.reads)
 
     def per_passage(self) -> int:
-        """Completions of one passage: ``samples`` for each strategy that asks."""
+        """Completions per passage: ``samples`` for each strategy."""
         return self.samples * len(self.strategy.members())
 
     def per_request(self) -> int:
-        """Completions of one prompt: one, where a strategy words each sample's prompt anew."""
+        """Completions per prompt: one if a strategy words each sample's prompt anew."""
         return 1 if any(strategy.per_sample() for strategy in self.strategy.members()) else self.samples
 
     @property
     def keeps_logprob(self) -> bool:
-        """Whether the engine is asked for log-probabilities."""
+        """Whether the engine has to return log-probabilities."""
         return self.sampling.logprob or any(strategy.by_logprob for strategy in self.strategy.members())
 
     def skip_row(self, inputs: Inputs, row: int, reason: str, detail: str) -> Output:
-        """A passage that is given up: no completions, and a row in ``rejected``."""
+        """A skipped passage: no completions, and a row in ``rejected``."""
         [doc_id] = inputs["corpus"].slice(self.strategy.reads, row, row + 1)["doc_id"].to_pylist()
         refused = {"id": doc_id, "by": "generate", "reason": reason, "detail": tables.clean(detail)}
         made = {"generations": tables.empty("generations"), "rejected": tables.table("rejected", [refused])}
         return Output(made, counts={"in": 1, "out": 0, "errors": 0, "rejected": {f"generate/{reason}": 1}})
 
     def prompts(self, inputs: Inputs, ids: Iterable[str], sample: int = 0) -> dict[str, str]:
-        """The exact prompts of some passages' ``sample``, by doc_id, before an engine cuts long ones."""
+        """The exact prompts of passages for sample number ``sample``, by doc_id, before an engine cuts long ones."""
         rows, (shown, _) = rows_with(inputs["corpus"], self.strategy.reads, "doc_id", ids), _exemplars(inputs)
         asked, _ = self._asked(rows, tables.encode_id_part(self.fingerprint()), shown, set())
         prompts = asked.prompts[sample // self.per_request() :: self.per_passage() // self.per_request()]
         return {doc_id: prompt.text for doc_id, prompt in zip(asked.ids, prompts, strict=True)}
 
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
-        # not hashed anew: on a worker that would read all of a corpus again, which may have changed meanwhile
+        # from the plan: a worker would have to read the whole corpus again, which may have changed meanwhile
         plan = folder.read_json("plan.json") or {"fingerprint": self.fingerprint()}
         ids, (shown, held_out) = tables.encode_id_part(plan["fingerprint"]), _exemplars(inputs)
         began = time.time()
@@ -169,7 +169,7 @@ class Generate(Stage):
             passage = Passage(doc_id, title or "", text, *more)
             if plain:
                 passage = Passage(doc_id, *(plain(each or "") for each in passage[1:]))
-            # side by side, so that what they have in common is still in the engine's cache
+            # prompts of a passage are adjacent, so that their common prefix is still in the engine's cache
             if apart:
                 each = enumerate(strategies_of_samples(strategies, rng, seed, self.samples))
                 asked.prompts += [one.prompt(passage, shown, rng.seeded(seed + i)) for i, one in each]
@@ -183,7 +183,7 @@ class Generate(Stage):
         return [seed + first for seed in asked.seeds for first in firsts]
 
     def _generations(self, asked: _Asked, answers: list[list[Completion]]) -> pa.Table:
-        """The rows of the table, samples of one passage in a row. Columns, because a dict for each row takes 8 times as long."""
+        """The rows of the table, samples of a passage adjacent. As columns: a dict per row takes 8 times as long."""
         prompts = len(asked.prompts)
         assert len(answers) == prompts, f"{self.engine.type} answered {len(answers)} of {prompts} prompts"
         each, together = range(self.per_passage()), self.per_request()
@@ -213,7 +213,7 @@ class Generate(Stage):
 
 
 def strategies_of_samples(strategies: Sequence[Strategy], rng: LazyRandom, seed: int, samples: int) -> list[Strategy]:
-    """The strategy of each completion of a passage whose seed is ``seed``: the same when asked and when read."""
+    """The strategy of each completion of a passage with this seed; prompting and parsing get the same."""
     each = enumerate(strategies)
     return [one for i, strategy in each for one in strategy.strategies_for(rng.seeded(seed + i * samples), samples)]
 
@@ -223,13 +223,13 @@ class _Asked:
     """The passages of a shard that something is asked of: column by column, in order."""
 
     ids: list[str] = field(default_factory=list)
-    contents: list[bytes] = field(default_factory=list)  # what their generations' ids begin with
+    contents: list[bytes] = field(default_factory=list)  # first parts of the completions' ids
     seeds: list[int] = field(default_factory=list)
     prompts: list[Prompt] = field(default_factory=list)
 
 
 def _exemplars(inputs: Inputs) -> tuple[tuple[Exemplar, ...], set[str]]:
-    """What is shown, and the passages that so have been given away."""
+    """The exemplars, and the ids of their passages."""
     if "exemplars" not in inputs:
         return (), set()
     rows = inputs["exemplars"].read("exemplars").to_pylist()

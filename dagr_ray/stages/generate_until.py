@@ -1,4 +1,4 @@
-"""A goal in place of a size: generate in steps until the filters have accepted enough, or a limit is reached."""
+"""Generates in steps until the filters have accepted enough queries, or a limit is reached."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from dagr_ray.stages.select import Select
 from dagr_ray.stages.sources import Sample
 
 log = logging.getLogger("dagr")
-MARGIN = 1.05  # a step asks for a little more than its rate says, so that the last one is seldom a tiny one
-GROWTH = 4  # times what was asked so far: the rate of few rows is a guess
+MARGIN = 1.05  # a step generates a little more than its rate suggests, so that the last step is seldom tiny
+GROWTH = 4  # a step is at most this many times the rows so far: a rate from few rows is unreliable
 
 
 class GenerateUntil(Stage):
-    """Exactly ``accepted`` queries of ``selected``: its passages are asked in steps until the filters have kept that many.
+    """Exactly ``accepted`` queries of ``selected``: generates for its passages in steps until the filters keep that many.
 
-    Steps are disjoint slices of the corpus in the order of a hash, each a stage of its own: a run that was ended goes
-    on, and a larger goal begins with the steps of a smaller one as far as they are the same. Stops early at
-    ``max_completions`` completions, before ``max_cost`` dollars would be spent (what the first step costs tells), or at
-    the end of the corpus; ``counts.stopped`` names which. Queries equal but for case and spacing count once over all
-    steps, and what the last step gives beyond the goal is refused as ``surplus``.
+    Steps are disjoint slices of the corpus in hash order, each a stage of its own: an interrupted run resumes, and a
+    larger goal reuses the steps of a smaller one as far as they are equal. Stops early at ``max_completions``
+    completions, before ``max_cost`` dollars would be exceeded (estimated from the first step), or at the end of the
+    corpus; ``counts.stopped`` names the reason. Queries equal except for case and spacing count once over all steps, and
+    queries of the last step beyond the goal are rejected as ``surplus``.
     """
 
     abstract: ClassVar[bool] = False
-    templates: ClassVar[tuple[str, ...]] = ("selected",)  # the steps are made by it
+    templates: ClassVar[tuple[str, ...]] = ("selected",)  # the steps are built from it
     outputs: ClassVar[tuple[str, ...]] = ("queries", "qrels", "lineage", "rejected")
     selected: Select
     accepted: Annotated[int, Field(ge=1)]
@@ -51,7 +51,7 @@ class GenerateUntil(Stage):
 
     @derived("corpus")
     def _corpus(self) -> Stage:
-        """The only input before the steps are built: their number is not known then."""
+        """The only input that is known before the steps are built."""
         return self._generate().corpus
 
     def _parse(self) -> Parse:
@@ -63,39 +63,39 @@ class GenerateUntil(Stage):
         return self._parse().generations
 
     def step(self, start: int, stop: int) -> Select:
-        """``selected`` over the passages ``start`` to ``stop`` of the corpus in the order of the hash."""
+        """``selected`` over passages ``start`` to ``stop`` of the corpus in hash order."""
         template = self._generate()
         part = Sample(corpus=template.corpus, n=stop - start, skip=start)
         parsed = Parse(generations=template.model_copy(update={"corpus": part}), corpus=part)
-        made = _with(self.selected, self._parse().fingerprint(), parsed)
-        assert isinstance(made, Select)
-        return made
+        step = _with(self.selected, self._parse().fingerprint(), parsed)
+        assert isinstance(step, Select)
+        return step
 
     def dynamic_inputs(self, inputs: Inputs, build: Callable[[Stage], Artifact]) -> Inputs:
-        """Builds the steps, and returns their folders by name."""
+        """Builds the steps and returns their folders by name."""
         passages, samples = inputs["corpus"].count("corpus"), self._generate().per_passage()
         limit = passages if self.max_completions is None else min(passages, self.max_completions // samples)
         steps: Inputs = {}
-        seen: set[str] = set()
-        done, spent, ask = 0, 0.0, min(self.first_step, limit)
-        while ask > 0:
-            step = self.step(done, done + ask)
+        texts: set[str] = set()
+        done, spent, step_size = 0, 0.0, min(self.first_step, limit)
+        while step_size > 0:
+            step = self.step(done, done + step_size)
             folder = build(step)
             steps[f"steps.{len(steps)}"] = folder
-            done += ask
-            seen |= set(tables.fold_texts(folder.read("queries", ["text"])["text"]).to_pylist())
-            spent += sum((each.folder(folder.runs).manifest or {}).get("price", 0.0) for each in _own(step))
-            log.info("%s: %d of %d accepted after %d passages", self.folder_name(), len(seen), self.accepted, done)
-            if len(seen) >= self.accepted:
+            done += step_size
+            texts |= set(tables.fold_texts(folder.read("queries", ["text"])["text"]).to_pylist())
+            spent += sum((stage.folder(folder.runs).manifest or {}).get("price", 0.0) for stage in _own(step))
+            log.info("%s: %d of %d accepted after %d passages", self.folder_name(), len(texts), self.accepted, done)
+            if len(texts) >= self.accepted:
                 break
-            wanted = (self.accepted - len(seen)) / max(len(seen) / done, 1 / (GROWTH * done)) * MARGIN
-            ask = min(int(wanted) + 1, GROWTH * done, limit - done)
+            needed = (self.accepted - len(texts)) / max(len(texts) / done, 1 / (GROWTH * done)) * MARGIN
+            step_size = min(int(needed) + 1, GROWTH * done, limit - done)
             if self.max_cost is not None and spent:
-                ask = min(ask, int((self.max_cost - spent) / (spent / done)))
+                step_size = min(step_size, int((self.max_cost - spent) / (spent / done)))
         return steps
 
     def stopped(self, kept: int, candidates: int, corpus: int) -> str:
-        """What ended the steps: ``accepted``, ``max_completions``, ``corpus`` or ``max_cost``."""
+        """Why the steps ended: ``accepted``, ``max_completions``, ``corpus`` or ``max_cost``."""
         samples = self._generate().per_passage()
         if kept >= self.accepted:
             return "accepted"
@@ -106,60 +106,59 @@ class GenerateUntil(Stage):
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
         def run(start: int, stop: int) -> Output:
             steps = sorted((name for name in inputs if name.startswith("steps.")), key=lambda n: int(n.split(".")[1]))
-            parts = {t: [inputs[s].read(t) for s in steps] for t in ("queries", "qrels", "lineage")}
-            whole = {t: pa.concat_tables([tables.empty(t), *found]) for t, found in parts.items()}
-            ids, texts = (
-                whole["queries"]["query_id"].to_pylist(),
-                tables.fold_texts(whole["queries"]["text"]).to_pylist(),
-            )
+            tables_by_name = {t: [inputs[s].read(t) for s in steps] for t in ("queries", "qrels", "lineage")}
+            joined = {t: pa.concat_tables([tables.empty(t), *step_tables]) for t, step_tables in tables_by_name.items()}
+            ids = joined["queries"]["query_id"].to_pylist()
             reasons: dict[str, str] = {}
-            seen: set[str] = set()
-            for query_id, text in zip(ids, texts, strict=True):
-                if text in seen:
+            texts: set[str] = set()
+            for query_id, text in zip(ids, tables.fold_texts(joined["queries"]["text"]).to_pylist(), strict=True):
+                if text in texts:
                     reasons[query_id] = "duplicate"
-                seen.add(text)
+                texts.add(text)
             order = sorted((i for i in ids if i not in reasons), key=lambda i: (tables.unit_of("goal", i), i))
             reasons |= dict.fromkeys(order[self.accepted :], "surplus")
-            rejected = [{"id": i, "by": "goal", "reason": why, "detail": None} for i, why in reasons.items()]
-            out = pa.array(list(reasons), tables.TEXT)
-            made = {
-                name: table.filter(pc.invert(pc.is_in(table["id" if name == "lineage" else "query_id"], value_set=out)))
-                for name, table in whole.items()
+            rejected = [{"id": i, "by": "goal", "reason": reason, "detail": None} for i, reason in reasons.items()]
+            rejected_ids = pa.array(list(reasons), tables.TEXT)
+            output = {
+                name: table.filter(
+                    pc.invert(pc.is_in(table["id" if name == "lineage" else "query_id"], value_set=rejected_ids))
+                )
+                for name, table in joined.items()
             }
-            passages = sum(self._asked(inputs[s]) for s in steps)
+            passages = sum(self._sample_size(inputs[s]) for s in steps)
             candidates = passages * self._generate().per_passage()
-            kept = made["queries"].num_rows
-            why = self.stopped(kept, candidates, inputs["corpus"].count("corpus"))
-            if why != "accepted":
+            accepted = output["queries"].num_rows
+            reason = self.stopped(accepted, candidates, inputs["corpus"].count("corpus"))
+            if reason != "accepted":
                 log.warning(
                     "%s: stopped by %s with %d of %d accepted from %d candidates; raise it, or loosen the filters",
                     folder.name,
-                    why,
-                    kept,
+                    reason,
+                    accepted,
                     self.accepted,
                     candidates,
                 )
-            counts: dict[str, Any] = {"in": len(ids), "out": kept, "candidates": candidates, "stopped": {why: 1}}
+            counts: dict[str, Any] = {"in": len(ids), "out": accepted, "candidates": candidates, "stopped": {reason: 1}}
             counts["rejected"] = {
                 f"goal/{reason}": sum(r == reason for r in reasons.values()) for reason in set(reasons.values())
             }
-            return Output(made | {"rejected": tables.table("rejected", rejected)}, counts=counts)
+            return Output(output | {"rejected": tables.table("rejected", rejected)}, counts=counts)
 
         return run
 
     @staticmethod
-    def _asked(step: Artifact) -> int:
-        """Passages of a step, from the sample below it."""
+    def _sample_size(step: Artifact) -> int:
+        """The number of passages in a step, from its sample."""
         return step.plan["stage"]["parsed"]["corpus"]["n"]
 
 
 def _own(step: Stage) -> list[Stage]:
-    """The stages of a step that no other step shares."""
-    return [each for each in walk(step) if any(isinstance(inner, Generate) for inner in walk(each))]
+    """The stages that belong to one step only."""
+    return [stage for stage in walk(step) if any(isinstance(part, Generate) for part in walk(stage))]
 
 
 def _with(config: Any, fingerprint: str, new: Stage) -> Any:
-    """A copy of a config in which every stage with this fingerprint is ``new``."""
+    """A copy of a config in which every stage with this fingerprint is replaced by ``new``."""
     if isinstance(config, Stage) and config.fingerprint() == fingerprint:
         return new
     if isinstance(config, tuple):
@@ -169,7 +168,7 @@ def _with(config: Any, fingerprint: str, new: Stage) -> Any:
     changed = {}
     for name in type(config).model_fields:
         value = getattr(config, name)
-        other = _with(value, fingerprint, new)
-        if other is not value:
-            changed[name] = other
+        replaced = _with(value, fingerprint, new)
+        if replaced is not value:
+            changed[name] = replaced
     return config.model_copy(update=changed) if changed else config

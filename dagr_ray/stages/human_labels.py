@@ -1,4 +1,4 @@
-"""People's labels: grades that people gave to (query, passage) pairs, and tables in which these labels win."""
+"""Human labels: grades that people gave to (query, passage) pairs, and tables in which these grades override."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from dagr_ray.core.stage import Inputs, Output, Run, Stage
 from dagr_ray.core.storage import filesystem
 
 GRADES = (0, 1, 2, 3)
-AGREEMENT = "agreement.json"  # beside the labels of an import
-# A spreadsheet takes a cell that begins so for a formula.
+AGREEMENT = "agreement.json"  # written beside the labels of an import
+# A spreadsheet reads a cell that starts with one of these as a formula.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠", "'")
 
 
 class Rating(NamedTuple):
-    """A grade that a person gave; ``at`` is the time as the page or the person wrote it, ``where`` file and line."""
+    """A person's grade; ``at`` is the time as the page or the person wrote it, ``where`` the file and line."""
 
     query_id: str
     doc_id: str
@@ -43,7 +43,7 @@ class Rating(NamedTuple):
 
 
 def plain_cell(text: str) -> str:
-    """Text as a cell that no spreadsheet runs; ``cell_text`` gives the text back.
+    """Text as a cell that no spreadsheet runs; ``cell_text`` restores the text.
 
     >>> plain_cell("=1+1"), cell_text(plain_cell("=1+1")), plain_cell("a-b")
     ("'=1+1", '=1+1', 'a-b')
@@ -52,15 +52,15 @@ def plain_cell(text: str) -> str:
 
 
 def cell_text(cell: str) -> str:
-    """The text of a cell that ``plain_cell`` made."""
+    """The text of a cell that ``plain_cell`` encoded."""
     return cell[1:] if cell.startswith("'") and cell[1:].startswith(_FORMULA) else cell
 
 
 def read_ratings(path: str) -> list[Rating]:
-    """The ratings of a file: JSON lines as the page writes them (``.jsonl``), or the exported CSV with ``grade`` filled in.
+    """Reads a file of ratings: JSON lines as the page writes them (``.jsonl``), or the exported CSV with ``grade`` filled in.
 
-    Rows of a CSV without a grade were not rated, and are left out. Raises ConfigError, with the first of the bad lines
-    and their number, where a line has no ids, a grade outside 0 to 3, or rates a pair that the same person rated before.
+    Rows of a CSV without a grade are not ratings. Raises ConfigError, with the first bad line and the number of bad lines,
+    if a line has no ids or no grade from 0 to 3, or rates a pair that the same person rated before.
     """
     fs, inside = filesystem(path)
     if not fs.get_file_info(inside).is_file:
@@ -106,12 +106,12 @@ def _json_rows(text: str) -> Iterator[tuple[int, Any]]:
 
 def _csv_rows(name: str, text: str) -> Iterator[tuple[int, Any]]:
     head = text.split("\n", 1)[0]
-    # spreadsheets of some countries write semicolons
+    # spreadsheets of some countries separate columns by semicolons
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=head.count))
     missing = [column for column in ("query_id", "doc_id", "grade") if column not in (reader.fieldnames or ())]
     if missing:
         raise ConfigError(
-            f"{name}: no column {missing[0]!r} in its first line; give the exported CSV with its head, and grades in it"
+            f"{name}: no column {missing[0]!r} in its first line; give the exported CSV with its header and grades"
         )
     try:
         for row in reader:
@@ -122,7 +122,7 @@ def _csv_rows(name: str, text: str) -> Iterator[tuple[int, Any]]:
 
 
 def _rating(row: Any, where: str) -> Rating | str:
-    """The rating of a line, or what is wrong with it."""
+    """The rating in a line, or what is wrong with the line."""
     if isinstance(row, str):
         return row
     ids = [row.get(name) for name in ("query_id", "doc_id")] if isinstance(row, dict) else [None]
@@ -140,8 +140,8 @@ def _rating(row: Any, where: str) -> Rating | str:
 class People(Stage):
     """The grades in ``files`` (see ``read_ratings``): ``qrels`` with relevance 0 to 3, and ``ratings`` with who and when.
 
-    Where several people rated a pair, its relevance is the lower median of their grades. The grades are those of TREC
-    Deep Learning's passages (Craswell et al., arXiv 2003.07820): 0 irrelevant, 1 on the topic but no answer, 2 answers
+    If several people rated a pair, its relevance is the lower median of their grades. The grades are those of the TREC
+    Deep Learning passages (Craswell et al., arXiv 2003.07820): 0 irrelevant, 1 on the topic but no answer, 2 answers
     in part or among other things, 3 answers.
     """
 
@@ -150,7 +150,7 @@ class People(Stage):
     files: Annotated[tuple[FileOrFolder, ...], Field(min_length=1)]
 
     def identity(self) -> dict[str, Any]:
-        """The bytes of the files stand for their paths."""
+        """The content of the files, whatever their paths."""
         return {"type": self.type, "version": self.version, "content": sorted(_content(path) for path in self.files)}
 
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
@@ -173,7 +173,7 @@ class People(Stage):
 
 
 def all_ratings(files: tuple[str, ...]) -> list[Rating]:
-    """The ratings of several files. Raises ConfigError where one person rated a pair in two of them."""
+    """The ratings of several files. Raises ConfigError if one person rated a pair in two of them."""
     found: dict[tuple[str, str, str], Rating] = {}
     for path in files:
         for rating in read_ratings(path):
@@ -195,10 +195,10 @@ def _content(path: str) -> str:
 
 
 def cut(folder: str, scorer: str, grade: int = 2) -> float:
-    """The score of a teacher from which people's grades are ``grade`` or more, as the import in ``folder`` has set it.
+    """The teacher score from which human grades are at least ``grade``, as calibrated by the import in ``folder``.
 
     For a filter that keeps what people would call relevant: ``Teacher(min_score=cut("runs/people-...", "llm-judge"))``.
-    Raises ConfigError where the folder is no import, or has no labels of what this teacher scored.
+    Raises ConfigError if the folder is no import, or has no labels for this teacher's scores.
     """
     runs, _, name = folder.rstrip("/").rpartition("/")
     told = Artifact(runs or ".", name).read_json(AGREEMENT)
@@ -213,18 +213,18 @@ def cut(folder: str, scorer: str, grade: int = 2) -> float:
 
 
 class WithHumanLabels(Stage):
-    """The tables of ``source``, in which people's labels win over what it says of the same pairs. All else stays.
+    """The tables of ``source`` with human labels overriding its own values. Everything else is unchanged.
 
-    * ``qrels`` (and ``qrels.<split>``): a pair that people graded under ``relevant_from`` has relevance 0, any other its
-      grade; a relevant pair that is not there joins where its query is judged. So ``Mine`` takes no positive that people
-      refuse, and no negative that they call relevant.
-    * ``scores``: a graded pair has the score ``scale[grade]``. Without a scale, a relevant pair has the highest score of
-      the table and any other the lowest, so that a filter or miner decides as people do, whatever its threshold.
-    * With ``queries`` (what ``source`` was selected from), a pair that people find relevant comes back where a filter
-      refused it.
+    * ``qrels`` (and ``qrels.<split>``): a pair graded below ``relevant_from`` gets relevance 0, any other its grade; a
+      missing relevant pair is added if its query is judged. So ``Mine`` uses no positive that people reject, and no
+      negative that they call relevant.
+    * ``scores``: a graded pair gets the score ``scale[grade]``. Without a scale, a relevant pair gets the highest score of
+      the table and any other the lowest, so that a filter or miner follows the human label, whatever its threshold.
+    * With ``queries`` (the stage from which ``source`` selected), a relevant pair that a filter rejected is restored.
 
-    ``relevant_from`` 2 is where TREC Deep Learning's passages count as relevant (arXiv 2003.07820). Shards are those of
-    ``source``. Counts: ``overridden`` rows, ``added`` rows, and rows that came ``back``.
+    Human labels override the filters: they can both reject and restore a query. ``relevant_from`` is 2 as for the TREC
+    Deep Learning passages (arXiv 2003.07820). Shards are the shards of ``source``. Counts: ``overridden`` rows, ``added``
+    rows, and restored rows (``back``).
     """
 
     abstract: ClassVar[bool] = False
@@ -238,7 +238,7 @@ class WithHumanLabels(Stage):
         return self.source.type
 
     def size(self, inputs: Inputs) -> int:
-        """Shards of the source: its tables go on standing side by side."""
+        """The source's shards, so that parts of its tables still correspond."""
         return max(_shards(inputs["source"]), 1)
 
     def ranges(self, inputs: Inputs, step: int) -> list[tuple[int, int]]:
@@ -332,13 +332,13 @@ def _scored(rows: pa.Table, judged: dict[Any, int], values: tuple[float, ...], c
 
 
 def _shards(source: Artifact) -> int:
-    """Shards of a folder; 1 where its tables do not all have a part for each."""
+    """The number of shards of a folder; 1 if its tables do not all have a part per shard."""
     parts = {len(entry["parts"]) for entry in (source.manifest or {})["tables"].values()}
     return parts.pop() if len(parts) == 1 else 1
 
 
 def _starts(source: Artifact, name: str, shards: int) -> list[int]:
-    """The row of a table that each shard begins with, and the number of rows last."""
+    """The first row of each shard in a table, and the number of rows at the end."""
     if shards == 1:
         return [0, source.count(name)]
     return list(accumulate((part["rows"] for part in (source.manifest or {})["tables"][name]["parts"]), initial=0))

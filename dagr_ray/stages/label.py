@@ -1,4 +1,4 @@
-"""What a teacher says about (query, passage) pairs: those of searches, of judgements, or of mined examples."""
+"""Scores (query, passage) pairs by a teacher: the pairs of searches, of judgements, or of mined examples."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from dagr_ray.teachers.attention_rerank import AttentionRerank, AttentionSession
 
 
 class Label(Stage):
-    """The score that ``teacher`` gives each pair, in ``scores``; higher is more relevant.
+    """The score of ``teacher`` for each pair, in ``scores``; higher is more relevant.
 
     The pairs of a query are its judgements (``qrels``, or ``qrels.<split>``) and the first ``depth`` hits of each of
-    ``searches``, each passage once; with ``examples``, they are those examples' positives and negatives alone, and the
-    searches only tell a teacher that fuses them what they found. Sharded over the queries; a worker holds the passages
-    that are in any pair. A query that breaks the teacher's engine is given up and in ``rejected``, like a pair that can
-    have no score. ``heads`` (a stage ``RetrievalHeads``) gives an attention re-ranker the heads that it looks at.
+    ``searches``, each passage once; with ``examples``, they are only the examples' positives and negatives, and a teacher
+    that fuses searches reads its scores from them. Sharded over the queries; a worker holds the passages of all pairs. A
+    query that breaks the teacher's engine is skipped and in ``rejected``, and so is a pair without a score. ``heads`` (a
+    stage ``RetrievalHeads``) selects the heads of an attention re-ranker.
 
-    The counts are of pairs, but for ``queries``. Cost: ``label_s`` and what the teacher counts.
+    The counts are of pairs, except for ``queries``. Cost: ``label_s`` and what the teacher counts.
     """
 
     abstract: ClassVar[bool] = False
@@ -54,18 +54,18 @@ class Label(Stage):
     def _fields_agree(self) -> Label:
         if len(self.searches) < self.teacher.needs_searches:
             raise ConfigError(
-                f"label: {len(self.searches)} searches, and the teacher {self.teacher.type!r} fuses at least "
-                f"{self.teacher.needs_searches}; give it searches"
+                f"label: {len(self.searches)} searches, but the teacher {self.teacher.type!r} fuses at least "
+                f"{self.teacher.needs_searches}; give more searches"
             )
         if self.heads is not None and not self.teacher.reads_heads:
-            raise ConfigError(f"label: heads mean nothing to the teacher {self.teacher.type!r}; leave them out")
+            raise ConfigError(f"label: heads have no effect on the teacher {self.teacher.type!r}; remove them")
         if self.examples is not None and self.split is not None:
-            raise ConfigError(f"label: split = {self.split!r} means nothing for examples; leave one of them out")
+            raise ConfigError(f"label: split = {self.split!r} has no effect with examples; remove one of them")
         return self
 
     @property
     def pool(self) -> str:  # type: ignore[override]
-        """The placement's pool that the teacher wants."""
+        """The placement's pool for the teacher."""
         return self.teacher.pool
 
     def label(self) -> str:
@@ -82,7 +82,7 @@ class Label(Stage):
         return inputs["queries"].count("queries")
 
     def skip_row(self, inputs: Inputs, row: int, reason: str, detail: str) -> Output:
-        """A query that is given up: none of its pairs has a score."""
+        """A skipped query: none of its pairs has a score."""
         pairs = _PairTexts(self, inputs).of(row, row + 1)
         rejected = tables.Rejected()
         for pair in pairs:
@@ -142,9 +142,9 @@ def _affordable(teacher: Teacher, folder: Artifact, workers: int) -> Teacher:
 class RetrievalHeads(Stage):
     """The contrastive retrieval heads of an attention re-ranker, found on judged queries: see ``AttentionRerank``.
 
-    ``sample`` queries of ``split`` are drawn by hash; what ``searches`` find for them and nobody judged relevant are the
-    hard negatives. The metrics hold the ``keep`` best heads, best first, as ``core@<layer>.<head>``. No training query
-    should be among them: a split that is neither tested on nor trained on is right.
+    ``sample`` queries of ``split`` are drawn by hash; their hits in ``searches`` that nobody judged relevant are the hard
+    negatives. The metrics hold the ``keep`` best heads, best first, as ``core@<layer>.<head>``. The queries should not be
+    training queries: use a split that is used neither for testing nor for training.
     """
 
     abstract: ClassVar[bool] = False
@@ -187,7 +187,7 @@ class RetrievalHeads(Stage):
 
 
 def _heads(folder: Artifact) -> tuple[tuple[int, int], ...]:
-    """The heads that a stage ``RetrievalHeads`` found."""
+    """The heads in the output of ``RetrievalHeads``."""
     names = [name.removeprefix("core@").split(".") for name in folder.read("metrics")["measure"].to_pylist()]
     return tuple((int(layer), int(head)) for layer, head in names)
 
@@ -211,7 +211,7 @@ class _PairTexts:
         self.passages = _Passages(inputs["corpus"], self._wanted())
 
     def _wanted(self) -> pa.Array:
-        """The passages of any pair."""
+        """The passages of all pairs."""
         if self.examples is not None:
             parts = list(self.examples.source.scan("examples", ["positive_id", "negative_ids"]))
             columns = [column for part in parts for column in (part["positive_id"], _flat(part["negative_ids"]))]
@@ -224,7 +224,7 @@ class _PairTexts:
         return pa.chunked_array([column.unique() for column in columns], tables.TEXT).unique()
 
     def of(self, start: int, stop: int) -> list[QueryPassage]:
-        """The pairs of queries ``start`` to ``stop``, those of one query together."""
+        """The pairs of queries ``start`` to ``stop``, grouped by query."""
         return self._of(self.queries.slice("queries", start, stop))
 
     def of_ids(self, query_ids: list[str]) -> list[QueryPassage]:
@@ -276,7 +276,7 @@ class _Passages:
         self.ids, self.path = self.rows["doc_id"].combine_chunks(), corpus.path
 
     def of(self, ids: list[str]) -> list[str]:
-        """What a retriever reads of each passage, in order."""
+        """The retriever's text of each passage, in order."""
         places = pc.index_in(pa.array(ids, tables.TEXT), value_set=self.ids)
         missing = [doc_id for doc_id, place in zip(ids, places.to_pylist(), strict=True) if place is None]
         assert not missing, f"{len(missing)} passages of the pairs are not in {self.path}, such as {missing[0]!r}"

@@ -1,4 +1,4 @@
-"""The leak gate: training data compared with the evaluation sets, what is found, and the data without it."""
+"""The leak gate: compares training data with the evaluation sets, and removes training queries that leak."""
 
 from __future__ import annotations
 
@@ -29,32 +29,31 @@ Kind = Literal[
 PASSAGE_NGRAM = (
     13  # words in a row that two passages do not share by chance (Brown et al., arXiv 2005.14165, appendix C)
 )
-PASSAGES = 20_000  # of an evaluation corpus, to learn from which words tell much
+PASSAGES = 20_000  # of an evaluation corpus, to learn which words are distinctive
 AT_ONCE = 16384  # queries
-SHOWN = 300  # characters of a text that are kept for people to read
+SHOWN = 300  # characters of a text that are stored for people to read
 
 
 class LeakScan(Stage):
-    """What of the training data resembles test queries or their relevant passages: the table ``leaks``.
+    """Training data that resembles test queries or their relevant passages: the table ``leaks``.
 
     ``held_out`` are the evaluation sets (stages with ``corpus``, ``queries`` and ``qrels.<split>``). Compared are, by
-    ``kind``: each query of ``selected`` with the test queries and as a copy out of a relevant passage, its positive
-    passage with the relevant ones and as one that holds a test query, and the ``exemplars`` with both. How is told in
-    ``HeldOut``; with an ``encoder`` (the frozen base) also by cosine. ``data`` names the evaluation set's folder.
+    ``kind``: each query of ``selected`` with the test queries, and as a copy from a relevant passage; its positive
+    passage with the relevant ones, and as one that contains a test query; and the ``exemplars`` with both. ``HeldOut``
+    describes how; with an ``encoder`` (the frozen base) also by cosine. ``data`` names the evaluation set's folder.
 
-    Scores are stored from low floors on, so another threshold of the ``LeakGate`` compares nothing anew. A training text
-    is beside the few held-out ones that it resembles most by each mechanism, and each held-out text beside the one that
-    resembles it most; ``left_out`` in the counts has the other pairs, and ``common`` how many n-grams of the held-out
-    texts are boilerplate, by which nothing is looked for (see ``HeldOut``): time and memory grow with the texts, and not
-    with the pairs of texts that have a template in common. That
-    evaluation sets stand in training data, and by which measures it is found, is surveyed by Xu et al. 2024 (arXiv
-    2406.04244).
+    Scores are stored from low thresholds on, so another threshold of the ``LeakGate`` needs no new comparison. A training
+    text is paired with the few held-out texts that it resembles most by each mechanism, and each held-out text with the
+    training text that resembles it most; ``left_out`` counts the other pairs. ``common`` counts n-grams of the held-out
+    texts that are boilerplate and are not used to find pairs (see ``HeldOut``): time and memory grow with the texts, not
+    with the pairs of texts that share a template. Xu et al. 2024 (arXiv 2406.04244) survey evaluation sets in training
+    data and the measures that find them.
     """
 
     abstract: ClassVar[bool] = False
     role: ClassVar[str] = "leak-scan"
     rows_from: ClassVar[str] = "selected"
-    version: ClassVar[int] = 5  # what texts have in common with many others finds nothing; the best pairs of each
+    version: ClassVar[int] = 5  # text shared by many others finds nothing; the best pairs of each text
     pool: ClassVar[str] = "retrieve"
     outputs: ClassVar[tuple[str, ...]] = ("leaks",)
     judged: ClassVar[dict[str, str]] = {"held_out": "split"}
@@ -72,7 +71,7 @@ class LeakScan(Stage):
         return inputs["selected"].count("queries")
 
     def ranges(self, inputs: Inputs, step: int) -> list[tuple[int, int]]:
-        """Whole shards of the queries, several where they are small: for each, the passages are read through once."""
+        """Whole shards of the queries, small ones joined: each reads the passages once."""
         return inputs["selected"].ranges("queries", max(step, AT_ONCE)) or [(0, 0)]
 
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
@@ -104,7 +103,7 @@ class LeakScan(Stage):
             made = found.table()
             counts: dict[str, Any] = {"in": queries.num_rows, "out": made.num_rows, "compared": _by_mechanism(made)}
             counts["left_out"] = found.left_out
-            if start == 0:  # once, because the counts of shards are added up
+            if start == 0:  # once, because the shards' counts are added up
                 counts["common"] = {each.name: each.common() for each in sets}
             return Output({"leaks": made}, counts=counts)
 
@@ -112,7 +111,7 @@ class LeakScan(Stage):
 
 
 class _Encoded:
-    """The vectors of some texts by an encoder; none without one."""
+    """The vectors of texts by an encoder; None without one."""
 
     def __init__(self, encoder: Encoder | None) -> None:
         self.encoder, self.model = encoder, load(encoder) if encoder else None
@@ -127,12 +126,12 @@ class _Encoded:
 
 @lru_cache(maxsize=4)
 def _held(data: Artifact, split: str, encoder: Encoder | None) -> _Set:
-    """An evaluation set, kept for the next scan in this process: each arm of a study has one."""
+    """An evaluation set, cached in this process: each arm of a study scans with one."""
     return _Set(data, split, _Encoded(encoder))
 
 
 class _Positives:
-    """The different passages of some queries, and whose they are."""
+    """The distinct passages of some queries, with the queries of each."""
 
     def __init__(self, inputs: Inputs, start: int, stop: int, ids: pa.Array) -> None:
         qrels = beside(inputs["selected"], "queries", "qrels", start, stop)
@@ -147,9 +146,9 @@ class _Positives:
         self._queries = _flat(qrels["query_id"])
 
     def by_query(self, found: Matches) -> tuple[Matches, pa.Array, pa.Array]:
-        """Matches of the passages as matches of (query, passage) pairs, with the pairs' ids and the beginnings of their texts.
+        """Matches of passages as matches of (query, passage) pairs, with the pairs' ids and the beginnings of their texts.
 
-        Each pair is beside the best of its passage, and all of a passage's matches are beside some pair.
+        Each pair gets the best match of its passage, and each match of a passage belongs to at least one pair.
         """
         order = np.argsort(-found.scores, kind="stable")
         rows, passages = found.rows[order].astype(np.uint64), self._passage.astype(np.uint64)
@@ -168,7 +167,7 @@ def _flat(column: pa.ChunkedArray) -> pa.Array:
 
 
 def _of_rows(scan: Artifact, shards: list[dict[str, Any]], start: int, stop: int) -> pa.Table:
-    """The leaks of the shards of a scan that hold any of the queries ``start`` to ``stop``."""
+    """The leaks from the scan's shards that hold any of the queries ``start`` to ``stop``."""
     rows = (scan.manifest or {})["tables"]["leaks"]["parts"]
     ends = list(accumulate(part["rows"] for part in rows))
     at = [
@@ -198,12 +197,12 @@ class _Set:
         self.queries = HeldOut(texts, telling=telling, vectors=encoded(texts, True))
         self.passages = HeldOut(bodies, ngram=PASSAGE_NGRAM, vectors=encoded(bodies, False))
         there = answers >= 0
-        # passages with the same words are one
+        # passages with equal words count as one
         self._asks, self._answers = asks[there], self.passages.same[answers[there]]
         self.shown = {"query": _shown(texts), "passage": _shown(bodies)}
 
     def common(self) -> dict[str, dict[str, int]]:
-        """How much of the texts many of them have in common."""
+        """The number of n-grams that are common to many of the texts."""
         return {"query": self.queries.common(), "passage": self.passages.common()}
 
     def asked_of(self, alike: Matches, rows: Places) -> SharedAnswers:
@@ -213,7 +212,7 @@ class _Set:
         return SharedAnswers(rows[same.rows].astype(np.int64), of, self._asks, self._answers)
 
     def ids(self, kind: str) -> tuple[pa.Array, pa.Array]:
-        """Ids and beginnings of what is held out, for a kind of comparison."""
+        """Ids and beginnings of the held-out texts, for a kind of comparison."""
         if kind.endswith("-query"):
             return self.query_ids, self.shown["query"]
         return self.passage_ids, self.shown["passage"]
@@ -225,7 +224,7 @@ def _texts(corpus: pa.Table) -> pa.Array:
 
 
 def _shown(texts: pa.Array) -> pa.Array:
-    """The beginnings of texts, for people to read: a text is in a row of ``leaks`` for each that it resembles."""
+    """The beginnings of texts, for people to read: a text is in ``leaks`` once for each text that it resembles."""
     return pc.utf8_slice_codeunits(texts, 0, SHOWN)
 
 
@@ -264,17 +263,16 @@ def _by_mechanism(leaks: pa.Table) -> dict[str, int]:
 
 
 class LeakGate(Stage):
-    """The training queries without those that leak, by thresholds on a ``LeakScan``; ``leaks`` is what is over them.
+    """The training queries without those that leak, by thresholds on a ``LeakScan``; ``leaks`` holds rows above them.
 
-    ``drop`` names the kinds for which a query is refused; () only reports. That a positive is a relevant passage is no
-    reason unless it is named: queries are written for the passages of the searched corpus on purpose (InPars,
-    Promptagator, GPL), and what must not be known are the questions. ``minhash``, ``edited``, ``rearranged``,
-    ``contained``, ``embedding`` and ``paraphrase`` are the least scores; equal words, in any order, always count.
-    Questions that mean nearly the same leak where the training query's own passage answers the test query, too
-    (``paraphrase``: of SciFact's training claims it finds those that say a test claim in other words, or deny it), and
-    seldom where it does not: "What type of pans are these?" is asked about many products. At these, 0.49 % of the real
-    training queries of four collections were refused for nothing, nearly all of them in one whose questions do not
-    stand alone (benchmarks/quality/leak.py).
+    ``drop`` names the kinds that reject a query; () only reports. A positive that is a relevant passage is no reason
+    unless it is named: queries are generated for passages of the searched corpus on purpose (InPars, Promptagator, GPL),
+    and only the test questions must stay unknown. ``minhash``, ``edited``, ``rearranged``, ``contained``, ``embedding``
+    and ``paraphrase`` are the lowest scores that count; equal words, in any order, always count. Questions of nearly equal
+    meaning leak if the training query's own passage also answers the test query (``paraphrase``: among SciFact's training
+    claims it finds those that restate or deny a test claim), and seldom if it does not: "What type of pans are these?" is
+    asked about many products. With these thresholds, 0.49 % of the real training queries of four collections were rejected
+    wrongly, nearly all of them in one whose questions depend on context (benchmarks/quality/leak.py).
     """
 
     abstract: ClassVar[bool] = False
@@ -296,7 +294,7 @@ class LeakGate(Stage):
         if self.scan.selected.fingerprint() != self.selected.fingerprint():
             raise ConfigError(
                 f"leak-gate: the scan is of {self.scan.selected.folder_name()}, not of {self.selected.folder_name()}; "
-                "scan the queries that are to pass"
+                "scan the queries that go through the gate"
             )
         return self
 
@@ -307,7 +305,7 @@ class LeakGate(Stage):
         return inputs["selected"].count("queries")
 
     def ranges(self, inputs: Inputs, step: int) -> list[tuple[int, int]]:
-        """Whole shards of the queries, several where they are small."""
+        """Whole shards of the queries, small ones joined."""
         return inputs["selected"].ranges("queries", step) or [(0, 0)]
 
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
@@ -321,7 +319,7 @@ class LeakGate(Stage):
             ids = _flat(queries["query_id"])
             leaks = self._over(_of_rows(scan, scanned, start, stop))
             mine = pc.is_in(leaks["id"], value_set=ids)
-            if start == 0:  # with the first shard, what is of no query: the exemplars
+            if start == 0:  # the first shard also gets the exemplars, which belong to no query
                 mine = pc.or_(mine, pc.starts_with(leaks["kind"], "exemplar"))
             leaks = leaks.filter(mine)
             reasons = self._reasons(leaks)

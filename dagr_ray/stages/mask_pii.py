@@ -1,4 +1,4 @@
-"""Passages without people's data."""
+"""Masks personal data in passages."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from dagr_ray.filters.pii import Pii
 
 
 class Mask(Stage):
-    """A corpus in which the data of people that ``pii`` finds are masked, in titles and texts; ids and order stay.
+    """A corpus in which personal data found by ``pii`` are masked, in titles and texts; ids and order stay.
 
-    ``masked`` has a row for each passage that was changed: what of, not the data. Ask for queries and search in this
-    corpus, and no model sees them. Other tables of ``corpus`` (queries, judgements) are not taken over.
+    ``masked`` has a row for each changed passage: the kind of data, not the data. Generate and search in this corpus, and
+    no model sees them. Other tables of ``corpus`` (queries, judgements) are not copied.
     """
 
     abstract: ClassVar[bool] = False
@@ -33,16 +33,18 @@ class Mask(Stage):
             changed: dict[str, list[str]] = {"id": [], "by": [], "detail": []}
             for row, doc_id in enumerate(tables.texts(rows["doc_id"])):
                 for name, column in columns.items():
-                    done = self.pii.masked(column[row] or "")
-                    if done is not None:
-                        column[row] = done[0]
-                        for into, value in zip(changed.values(), (doc_id, "pii", f"{name}: {done[1]}"), strict=True):
-                            into.append(value)
-            made = {
+                    masked = self.pii.masked(column[row] or "")
+                    if masked is not None:
+                        column[row] = masked[0]
+                        for column_values, value in zip(
+                            changed.values(), (doc_id, "pii", f"{name}: {masked[1]}"), strict=True
+                        ):
+                            column_values.append(value)
+            output = {
                 "corpus": tables.columns("corpus", rows.num_rows, doc_id=rows["doc_id"], **columns),
                 "masked": tables.columns("masked", len(changed["id"]), **changed),
             }
             counts = {"in": rows.num_rows, "out": rows.num_rows, "masked": len(changed["id"])}
-            return Output(made, counts=counts)
+            return Output(output, counts=counts)
 
         return run

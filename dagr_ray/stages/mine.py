@@ -1,6 +1,6 @@
-"""Hard negatives: what a search returns for a query besides its own passage, without what is probably relevant.
+"""Mines hard negatives: a query's hits besides its own passage, without those that are probably relevant.
 
-Relabel looks at them again, with a teacher's eyes.
+``Relabel`` checks them again with a teacher.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from dagr_ray.stages.relabel import _share_of
 
 
 class Mine(Stage):
-    """One example for each relevant passage of each selected query, with up to ``negatives`` that searches confuse with it.
+    """One example per relevant passage of each selected query, with up to ``negatives`` hard negatives from searches.
 
     ``searches`` may hold more queries than are selected. Their results are taken in turn (the best of the first, the
     best of the second, the second of the first, ...), each passage and each text once. Never a negative:
 
-    * the positive, a passage with its text, and the positives of other queries that say the same;
-    * a passage that a search finds too close. The rules are those of NV-Retriever (arXiv 2407.15831), where PercPos at
-      95 % raised nDCG@10 from 0.541 to 0.586; each holds where it is set. Where the search returned the positive: a
-      score over ``margin`` times the positive's (TopK-PercPos), or over the positive's less ``difference``
-      (TopK-MarginPos). In any case: a score of ``threshold`` or more (TopK-Abs). The last two are in the scale of the
-      searches: give them only searches of one kind.
+    * the positive, a passage with its text, and the positives of other queries with the same text;
+    * a passage with a score too close to the positive's. The rules are those of NV-Retriever (arXiv 2407.15831), where
+      PercPos at 95 % raised nDCG@10 from 0.541 to 0.586; each applies if it is set. If the search returned the positive:
+      a score over ``margin`` times the positive's (TopK-PercPos), or over the positive's minus ``difference``
+      (TopK-MarginPos). In any case: a score of at least ``threshold`` (TopK-Abs). The last two are in the scale of the
+      searches: use them only with searches of one kind.
 
-    A query left without any negative is rejected; one with fewer than ``negatives`` is kept and counted as ``short``.
-    ``positive_score`` and ``negative_scores`` are those of the first search, null where it did not return the passage.
+    A query without any negative is rejected; one with fewer than ``negatives`` is kept and counted as ``short``.
+    ``positive_score`` and ``negative_scores`` are from the first search, null if it did not return the passage.
     """
 
     abstract: ClassVar[bool] = False
@@ -62,7 +62,7 @@ class Mine(Stage):
 
     @derived("searches.{}.queries")
     def _searched(self) -> list[Stage | None]:
-        """The order of these queries tells where in a search those of a shard are."""
+        """The order of these queries tells in which shards of a search the hits are."""
         return [search.shards_of() for search in self.searches]
 
     def _candidates(self, inputs: Inputs) -> list[SearchResults]:
@@ -70,7 +70,7 @@ class Mine(Stage):
         return [SearchResults(inputs[name], inputs.get(f"{name}.queries"), inputs["selected"]) for name in names]
 
     def ranges(self, inputs: Inputs, step: int) -> list[tuple[int, int]]:
-        """Whole shards of the queries, several where they are small; all as one where a search is not in shards of queries."""
+        """Whole shards of the queries, small ones joined; all at once if a search is not sharded by queries."""
         selected = inputs["selected"]
         cut = all(f"searches.{i}.queries" in inputs for i in range(len(self.searches)))
         return (selected.ranges("qrels", step) if cut else []) or [(0, selected.count("qrels"))]
@@ -86,7 +86,7 @@ class Mine(Stage):
             results = [_Results(each.of(qrels["query_id"], *asked), qrels, self.depth) for each in candidates]
             of_query = positives().of(qrels)
             text_of = _text_of(twins(), results, of_query)
-            # a set of its own for each different set of passages: queries that say the same share one
+            # one set for each different set of passages: queries with the same text share it
             texts_of = {id(docs): {text_of[doc_id] for doc_id in docs} for docs in of_query.values()}
             relevant = {query_id: texts_of[id(docs)] for query_id, docs in of_query.items()}
             examples, rejected = [], []
@@ -161,7 +161,7 @@ def _in_turn(lists: list[list[_Hit]]) -> Iterator[_Hit]:
 
 
 class _Results:
-    """The hits of a search by query, best first. Held as Arrow arrays: a hundred hits a query are many for Python."""
+    """A search's hits by query, best first. Arrow arrays, because a hundred hits per query are many Python objects."""
 
     def __init__(self, candidates: pa.Table, qrels: pa.Table, depth: int) -> None:
         wanted = qrels["query_id"].unique()
@@ -180,7 +180,7 @@ class _Results:
 
 
 def _text_of(twins: Twins, results: list[_Results], positives: dict[str, set[str]]) -> dict[str, str]:
-    """Passage id -> the id that stands for its text, for all passages that a shard looks at."""
+    """Passage id -> representative of its text, for all passages of a shard."""
     named = pa.array(sorted(set().union(*{id(docs): docs for docs in positives.values()}.values())), tables.TEXT)
     ids = pa.chunked_array([named, *(r.rows["doc_id"].unique() for r in results)], tables.TEXT).unique()
     every = pa.chunked_array([ids])

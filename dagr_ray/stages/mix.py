@@ -1,4 +1,4 @@
-"""Several sources as one training set: queries of several generators, or training pairs of several sources."""
+"""Mixes several sources into one training set: queries of several generators, or training pairs of several sources."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from dagr_ray.core.stage import Inputs, Output, Run, Stage
 
 
 class HumanPairs(Stage):
-    """The relevant pairs of ``data``'s split ``split``, as queries that were selected: what ``Mine`` and ``LeakGate`` read.
+    """The relevant pairs of ``data``'s split ``split``, in the form of selected queries, as ``Mine`` and ``LeakGate`` read them.
 
-    ``n`` draws so many pairs by hash, smaller draws inside larger ones; a query comes with all of its pairs that are
-    drawn. The pairs have no lineage. Raises ConfigError where the split is not there.
+    ``n`` draws this many pairs by hash, smaller draws inside larger ones; a query comes with all of its drawn pairs. The
+    pairs have no lineage. Raises ConfigError if the split does not exist.
     """
 
     abstract: ClassVar[bool] = False
@@ -54,15 +54,15 @@ class HumanPairs(Stage):
 class MixExamples(Stage):
     """The ``examples`` of several sources as one set, by weight; ``queries[i]`` holds the queries of ``examples[i]``.
 
-    ``n`` examples in all, of which source ``i`` gives its share of ``weights``. Without weights, a source of ``m``
-    examples weighs ``m ** (1 / temperature)``: at 1 by size, above 1 small sources more than their size (Arivazhagan et
-    al. 2019, arXiv 1907.05019, section 4). Without ``n``, as many as the weights allow. Drawn by hash and dealt out in
-    turn (Webster's method), so a smaller set lies inside a larger one of the same sources and weights. A source that has
-    too few gives all it has, and ``short`` counts what is missing: the others do not make it up, because then the weights
-    would not be those that were asked for.
+    Of ``n`` examples, source ``i`` contributes its share of ``weights``. Without weights, a source of ``m`` examples has
+    the weight ``m ** (1 / temperature)``: proportional to size at 1; above 1, small sources get more (Arivazhagan et al.
+    2019, arXiv 1907.05019, section 4). Without ``n``, as many as the weights allow. Examples are drawn by hash and places
+    are shared out by ``apportion``, so a smaller set is part of a larger one of the same sources and weights. A source
+    that is too small contributes all it has, and ``short`` counts what is missing. Other sources do not fill in, because
+    that would change the weights.
 
-    What comes out is for ``Train(examples=blend, queries=blend)``; the sources' passages are of one corpus. ``qrels`` holds
-    the positives, ``lineage`` that of the queries which have one. Raises ConfigError where one id is two different queries.
+    Use the result as ``Train(examples=mix, queries=mix)``; the sources' passages are of one corpus. ``qrels`` holds the
+    positives, ``lineage`` the lineage of queries that have one. Raises ConfigError if one id names two different queries.
     """
 
     abstract: ClassVar[bool] = False
@@ -80,39 +80,39 @@ class MixExamples(Stage):
     def _fields_agree(self) -> MixExamples:
         if len(self.queries) != len(self.examples):
             raise ConfigError(
-                f"blend: {len(self.examples)} examples and {len(self.queries)} queries; give a queries stage for each"
+                f"mix-examples: {len(self.examples)} examples and {len(self.queries)} queries; give a queries stage for each"
             )
         if self.weights is not None and (len(self.weights) != len(self.examples) or not sum(self.weights)):
             raise ConfigError(
-                f"blend: weights = {self.weights} for {len(self.examples)} sources; give one each, not all of them 0"
+                f"mix-examples: weights = {self.weights} for {len(self.examples)} sources; give one each, not all of them 0"
             )
         if self.weights is not None and self.temperature != 1:
             raise ConfigError(
-                f"blend: temperature = {self.temperature} means nothing where weights are given; leave one of them out"
+                f"mix-examples: temperature = {self.temperature} has no effect with weights; remove one of them"
             )
         return self
 
     def label(self) -> str:
         return f"{len(self.examples)}sources-{self.n or 'all'}"
 
-    def wanted(self, there: Sequence[int]) -> list[int]:
-        """Examples to take of each source, of which there are so many.
+    def shares(self, sizes: Sequence[int]) -> list[int]:
+        """Examples to take of each source, of which sizes are so many.
 
         >>> from dagr_ray.stages.pairs import Topics
         >>> two = (Topics(n=1), Topics(n=2))
-        >>> def of(**fields): return MixExamples(examples=two, queries=two, **fields).wanted([900, 100])
+        >>> def of(**fields): return MixExamples(examples=two, queries=two, **fields).shares([900, 100])
         >>> of(n=100), of(n=100, temperature=2), of(n=100, weights=(1, 1)), of(weights=(1, 3)), of()
         ([90, 10], [75, 25], [50, 50], [33, 100], [900, 100])
         """
-        weights = self.weights or [count ** (1 / self.temperature) if count else 0 for count in there]
+        weights = self.weights or [count ** (1 / self.temperature) if count else 0 for count in sizes]
         if not sum(weights):
-            return [0] * len(there)
-        return apportion(weights, self.n or _most(weights, there))
+            return [0] * len(sizes)
+        return apportion(weights, self.n or _most(weights, sizes))
 
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
         def run(start: int, stop: int) -> Output:
             sources = [inputs[f"examples.{i}"].read("examples") for i in range(len(self.examples))]
-            wanted = self.wanted([rows.num_rows for rows in sources])
+            wanted = self.shares([rows.num_rows for rows in sources])
             taken, drawn = [], []
             for rows, k in zip(sources, wanted, strict=True):
                 order = _drawn(rows["query_id"].to_pylist(), rows["positive_id"].to_pylist(), self.seed)[:k]
@@ -127,7 +127,7 @@ class MixExamples(Stage):
                 if "lineage" in source.table_names():
                     own = source.read("lineage")
                     lineage.append(own.filter(pc.is_in(own["id"], value_set=ids)))
-            # in the order drawn over all sources, so that the first k rows are about the blend of k
+            # in hash order over all sources, so that the first k rows approximate the mixture of k
             mixed = _drawn(examples["query_id"].to_pylist(), examples["positive_id"].to_pylist(), self.seed)
             examples = examples.take(pa.array(mixed, pa.int64())).combine_chunks()
             pairs = examples.group_by(["query_id", "positive_id"], use_threads=False).aggregate([])
@@ -151,17 +151,17 @@ class MixExamples(Stage):
 
 
 def apportion(weights: Sequence[float], total: int) -> list[int]:
-    """``total`` places shared out by ``weights``, one after another (Webster's method, Sainte-Laguë).
+    """Shares out ``total`` places by ``weights``, one after another (Webster's method, Sainte-Laguë).
 
-    The next place goes to the source with the largest ``weight / (places + 1/2)``, the first one in a tie. So a larger
-    total takes no place from any source: a smaller mixture lies inside a larger one of the same weights. No weight may be
-    below 0, and not all of them 0.
+    The next place goes to the source with the largest ``weight / (places + 1/2)``, to the first one in a tie. So a larger
+    total takes no place from any source: a smaller mixture is part of a larger one with the same weights. No weight may
+    be below 0, and not all of them may be 0.
 
     >>> apportion((6, 6, 2), 10), apportion((6, 6, 2), 11)
     ([5, 4, 1], [5, 5, 1])
     """
     share = np.asarray(weights, float) / sum(weights)
-    # Rounding gives Webster's places for some smaller total. Two places a source are left, and are enough to settle ties.
+    # Rounding gives Webster's places for a smaller total. Up to two places per source remain, which settles ties.
     places = np.floor(share * max(total - 2 * len(share), 0) + 0.5).astype(int)
     for _ in range(total - int(places.sum())):
         places[np.argmax(share / (places + 0.5))] += 1
@@ -182,25 +182,23 @@ def _drawn(query_ids: Sequence[str], doc_ids: Sequence[str], seed: int) -> list[
 
 
 class _Queries:
-    """Queries of several sources, each id once."""
+    """The queries of several sources, each id once."""
 
     def __init__(self) -> None:
         self.text_of: dict[str, str] = {}
         self.source_of: dict[str, str] = {}
 
     def add(self, source: Artifact, ids: pa.ChunkedArray) -> None:
-        """Those of ``ids``. Raises ConfigError where an id is there with another text."""
+        """Adds queries by id. Raises ConfigError if an id is known with another text."""
         rows = source.read("queries")
         found = tables.texts_of(rows.filter(pc.is_in(rows["query_id"], value_set=ids)))
         missing = next((each for each in ids.to_pylist() if each not in found), None)
         if missing is not None:
-            raise ConfigError(
-                f"blend: {source.name} has no query {missing!r}; give the queries that the examples are of"
-            )
+            raise ConfigError(f"mix-examples: {source.name} has no query {missing!r}; give the queries of the examples")
         for query_id, text in found.items():
             if self.text_of.setdefault(query_id, text) != text:
                 raise ConfigError(
-                    f"blend: {query_id!r} is one query in {self.source_of[query_id]} and another in {source.name}; "
+                    f"mix-examples: {query_id!r} is one query in {self.source_of[query_id]} and another in {source.name}; "
                     "give sources whose ids differ"
                 )
             self.source_of.setdefault(query_id, source.name)
@@ -212,13 +210,13 @@ class _Queries:
 
 
 class MixQueries(Stage):
-    """The selected queries of several arms, by weight: ``n`` in all, of which arm ``i`` gives its share of ``weights``.
+    """The selected queries of several arms, by weight: of ``n`` queries, arm ``i`` contributes its share of ``weights``.
 
-    Without ``weights`` all arms weigh alike, without ``n`` as many are taken as the weights allow. Queries are drawn by
-    hash and places are shared out by ``apportion``, so that a smaller mixture lies inside a larger one of the same weights.
-    An arm that has too few gives all it has, and ``short`` counts what is missing: the others do not make it up, because
-    then the weights would not be the given ones. To mix by budget, give arms that stop at a cost (``GenerateUntil`` with
-    ``max_cost``) and no weights and no ``n``.
+    Without ``weights``, all arms have the same weight; without ``n``, as many are taken as the weights allow. Queries are
+    drawn by hash and places are shared out by ``apportion``, so a smaller mixture is part of a larger one of the same
+    weights. An arm that is too small contributes all it has, and ``short`` counts what is missing. Other arms do not fill
+    in, because that would change the weights. To mix by budget, give arms that stop at a cost (``GenerateUntil`` with
+    ``max_cost``) and neither weights nor ``n``.
     """
 
     abstract: ClassVar[bool] = False
@@ -234,10 +232,10 @@ class MixQueries(Stage):
     @model_validator(mode="after")
     def _weights_fit(self) -> MixQueries:
         if not self.arms:
-            raise ConfigError("mix: arms is empty; give at least one stage of selected queries")
+            raise ConfigError("mix-queries: arms is empty; give at least one stage of selected queries")
         if self.weights is not None and (len(self.weights) != len(self.arms) or not sum(self.weights)):
             raise ConfigError(
-                f"mix: weights = {self.weights} for {len(self.arms)} arms; give one each, not all of them 0"
+                f"mix-queries: weights = {self.weights} for {len(self.arms)} arms; give one each, not all of them 0"
             )
         return self
 
@@ -245,29 +243,29 @@ class MixQueries(Stage):
         return f"{len(self.arms)}arms-{self.n or 'all'}"
 
     def identity(self) -> dict[str, Any]:
-        """A mixture of all queries has no shares: it is what version 1 made."""
+        """A mixture of all queries has no shares: its fingerprint is that of version 1."""
         return super().identity() | ({"version": 1} if self.n is None and self.weights is None else {})
 
-    def wanted(self, there: Sequence[int]) -> list[int]:
-        """Queries to take of each arm, of which there are so many.
+    def shares(self, sizes: Sequence[int]) -> list[int]:
+        """Queries to take of each arm, of which sizes are so many.
 
         >>> from dagr_ray.stages.pairs import Topics
         >>> two = (Topics(n=1), Topics(n=2))
-        >>> MixQueries(arms=two, weights=(3, 1), n=10).wanted([100, 100]), MixQueries(arms=two, weights=(3, 1)).wanted([100, 10])
+        >>> MixQueries(arms=two, weights=(3, 1), n=10).shares([100, 100]), MixQueries(arms=two, weights=(3, 1)).shares([100, 10])
         ([8, 2], [30, 10])
-        >>> MixQueries(arms=two).wanted([100, 10])
+        >>> MixQueries(arms=two).shares([100, 10])
         [100, 10]
         """
         if self.n is None and self.weights is None:
-            return list(there)
+            return list(sizes)
         weights = self.weights or [1.0] * len(self.arms)
-        return apportion(weights, self.n or _most(weights, there))
+        return apportion(weights, self.n or _most(weights, sizes))
 
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
         def run(start: int, stop: int) -> Output:
             arms = [inputs[f"arms.{i}"] for i in range(len(self.arms))]
             ids = [arm.read("queries", ["query_id"])["query_id"].to_pylist() for arm in arms]
-            wanted, taken, seen = self.wanted([len(each) for each in ids]), [], set[str]()
+            wanted, taken, seen = self.shares([len(each) for each in ids]), [], set[str]()
             made: dict[str, list[pa.Table]] = {name: [tables.empty(name)] for name in self.outputs}
             for arm, own, k in zip(arms, ids, wanted, strict=True):
                 fresh = [query_id for query_id in own if query_id not in seen]

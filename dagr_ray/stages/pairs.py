@@ -1,4 +1,4 @@
-"""What is asked about besides single passages: queries with their passages, linked passages, topics from nothing."""
+"""Inputs of strategies besides single passages: queries with their passages, linked passages, topics without a corpus."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from dagr_ray.core.words import first_words, wording
 
 
 class Pairs(Stage):
-    """Each judgement of ``queries`` as a pair of query and passage, for strategies that rewrite one of them.
+    """Each relevant judgement of ``queries`` as a pair of query and passage, for strategies that rewrite one of them.
 
-    ``split`` takes ``qrels.<split>`` of a data set in place of ``qrels``. Only relevant passages make pairs. ``n`` draws
-    that many pairs by hash, so that a smaller draw lies inside a larger one.
+    ``split`` reads ``qrels.<split>`` of a data set instead of ``qrels``. ``n`` draws this many pairs by hash, so that a
+    smaller draw is part of a larger one.
     """
 
     abstract: ClassVar[bool] = False
@@ -56,7 +56,7 @@ class Pairs(Stage):
 
 
 class AsQueries(Stage):
-    """Passages as queries of their own, to search for what is near them; ``words`` is how many of each are taken."""
+    """The first ``words`` words of each passage as a query, to search for passages that are near it."""
 
     abstract: ClassVar[bool] = False
     version: ClassVar[int] = 2  # words of any script, with their marks
@@ -76,10 +76,10 @@ class AsQueries(Stage):
 
 
 class LinkedPairs(Stage):
-    """Each passage of ``passages`` with one near it in ``corpus``: what strategies of two hops ask about.
+    """Each passage of ``passages`` with one near it in ``corpus``, for multi-hop strategies.
 
-    ``search`` holds what a search of ``corpus`` returned for ``AsQueries(passages)``. The link is the first hit from rank
-    ``first`` on that is another text, up to rank ``last``; a passage without one makes no pair and is counted.
+    ``search`` is a search of ``corpus`` for ``AsQueries(passages)``. The link is the first hit from rank ``first`` to rank
+    ``last`` with another text; a passage without one makes no pair and is counted.
     """
 
     abstract: ClassVar[bool] = False
@@ -94,7 +94,7 @@ class LinkedPairs(Stage):
     def _in_order(self) -> LinkedPairs:
         if self.first > self.last:
             raise ConfigError(
-                f"linked: first = {self.first} is after last = {self.last}; set first at most {self.last}"
+                f"linked-pairs: first = {self.first} is after last = {self.last}; set first at most {self.last}"
             )
         return self
 
@@ -136,12 +136,12 @@ def _passages(corpus: Artifact, ids: set[str]) -> dict[str, dict[str, Any]]:
 
 
 def _with_passages(rows: list[dict[str, Any]], corpus: Artifact) -> pa.Table:
-    """The ``pairs`` table of rows with a ``passage_id``; their ids are minted from those of their parts."""
+    """The ``pairs`` table of rows with a ``passage_id``; ids are derived from the ids of the parts."""
     text_of = _passages(corpus, {row["passage_id"] for row in rows})
     missing = next((row["passage_id"] for row in rows if row["passage_id"] not in text_of), None)
     if missing is not None:
         raise ConfigError(
-            f"pairs: passage {missing!r} is judged and not in {corpus.name}; give the corpus that was judged"
+            f"pairs: passage {missing!r} is judged but not in {corpus.name}; give the corpus that was judged"
         )
     made = []
     for row in rows:
@@ -169,9 +169,9 @@ ANGLES = (
 
 
 class Topics(Stage):
-    """``n`` topics to write about where there is no corpus: fields of knowledge, each with a kind of text, in drawn order.
+    """``n`` topics to write about without a corpus: fields of knowledge, each with a kind of text, in hash order.
 
-    ``fields`` and ``angles`` may be given; every combination comes once before any comes again, with a number.
+    ``fields`` and ``angles`` can be set; every combination occurs once before any occurs again, with a number.
     """
 
     abstract: ClassVar[bool] = False

@@ -1,4 +1,4 @@
-"""Queries out of completions."""
+"""Parses completions into queries."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def _strategies_of_rows(
 
 
 class Parse(Stage):
-    """Queries out of completions, each judged relevant to its passage; what holds none is rejected with the reason.
+    """Queries parsed from completions, each judged relevant to its passage; a completion without one is rejected.
 
-    A query that misses one of its strategy's controls is rejected by ``control``, with the attribute that it misses.
-    ``corpus`` is the one that the completions were made for. Mending the parser (``parse_version``) makes another
-    folder of this stage and no new completions.
+    A query that misses one of its strategy's controls is rejected by ``control``, with the missed attribute. ``corpus`` is
+    the corpus of the completions. A changed parser (``parse_version``) makes a new folder of this stage and no new
+    completions.
     """
 
     abstract: ClassVar[bool] = False
@@ -48,10 +48,10 @@ class Parse(Stage):
 
     @model_validator(mode="after")
     def _same_corpus(self) -> Parse:
-        asked = self.generations.strategy
-        if (asked.reads, asked.writes) != ("corpus", "queries"):
+        strategy = self.generations.strategy
+        if (strategy.reads, strategy.writes) != ("corpus", "queries"):
             raise ConfigError(
-                f"parse: strategy {asked.type!r} reads {asked.reads} and writes {asked.writes}; Rewrite reads its answers"
+                f"parse: strategy {strategy.type!r} reads {strategy.reads} and writes {strategy.writes}; Rewrite reads its answers"
             )
         if self.corpus.fingerprint() != self.generations.corpus.fingerprint():
             raise ConfigError(
@@ -65,16 +65,16 @@ class Parse(Stage):
 
     def identity(self) -> dict[str, Any]:
         versions = [strategy.parse_version for strategy in self.generations.strategy.members()]
-        found = super().identity() | {"parse_version": versions[0] if len(versions) == 1 else versions}
+        identity = super().identity() | {"parse_version": versions[0] if len(versions) == 1 else versions}
         if any(map(controls_of, self.generations.strategy.members())):
-            found["check_version"] = Controls.check_version
-        return found
+            identity["check_version"] = Controls.check_version
+        return identity
 
     def size(self, inputs: Inputs) -> int:
         return inputs["generations"].count("generations")
 
     def ranges(self, inputs: Inputs, step: int) -> list[tuple[int, int]]:
-        """Whole shards of the completions, several where they are small: each is read once, with its own passages."""
+        """Whole shards of the completions, small ones joined: each is read once, with its own passages."""
         return inputs["generations"].ranges("generations", step)
 
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
@@ -86,12 +86,12 @@ class Parse(Stage):
         def run(start: int, stop: int) -> Output:
             rows = inputs["generations"].slice("generations", start, stop, columns)
             numbers = rows["sample"].to_pylist()
-            asked_by: Iterable[Strategy] = (strategies[number // samples] for number in numbers)
+            strategy_of: Iterable[Strategy] = (strategies[number // samples] for number in numbers)
             if apart:
-                asked_by = _strategies_of_rows(strategies, rows["seed"].to_pylist(), numbers, samples)
+                strategy_of = _strategies_of_rows(strategies, rows["seed"].to_pylist(), numbers, samples)
             passages = inputs["corpus"].slice("corpus", *inputs["generations"].source_rows("generations", start, stop))
             ids, titles, texts = map(tables.texts, passages.columns)
-            place = dict(zip(ids, range(len(ids)), strict=True))
+            row_of = dict(zip(ids, range(len(ids)), strict=True))
             rejected = tables.Rejected()
             query_ids: list[str] = []
             queries: list[str] = []
@@ -99,15 +99,15 @@ class Parse(Stage):
             source_ids: list[str] = []
             types: list[str] = []
             texts_of = map(tables.texts, rows.select(columns[:4]).columns)
-            last, controls = None, None
-            for gen_id, source_id, raw, error, strategy in zip(*texts_of, asked_by, strict=True):
+            last_strategy, controls = None, None
+            for gen_id, source_id, raw, error, strategy in zip(*texts_of, strategy_of, strict=True):
                 if error is not None or raw is None:
                     rejected.add(gen_id, "generate", "error", error)
                     continue
-                at = place[source_id]
-                parsed = strategy.parse(Passage(source_id, titles[at] or "", texts[at]), raw)
-                if strategy is not last:
-                    last, controls = strategy, controls_of(strategy)
+                row = row_of[source_id]
+                parsed = strategy.parse(Passage(source_id, titles[row] or "", texts[row]), raw)
+                if strategy is not last_strategy:
+                    last_strategy, controls = strategy, controls_of(strategy)
                 for i, text in enumerate(parsed.kept):
                     if controls and (miss := first_violation(controls, text)):
                         rejected.add(gen_id, "control", miss[0], tables.clean(f"{miss[1]}: {text}"[:200]))
@@ -119,15 +119,18 @@ class Parse(Stage):
                     types.append(strategy.name())
                 for reason, detail in parsed.rejected:
                     rejected.add(gen_id, "parse", reason, tables.clean(detail))
-            size, minted, sources = len(queries), *(pa.array(each, tables.TEXT) for each in (query_ids, source_ids))
-            made = {
-                "queries": tables.columns("queries", size, query_id=minted, text=queries),
-                "qrels": tables.columns("qrels", size, query_id=minted, doc_id=sources, relevance=1),
+            size, ids, source_column = (
+                len(queries),
+                *(pa.array(values, tables.TEXT) for values in (query_ids, source_ids)),
+            )
+            output = {
+                "queries": tables.columns("queries", size, query_id=ids, text=queries),
+                "qrels": tables.columns("qrels", size, query_id=ids, doc_id=source_column, relevance=1),
                 "lineage": tables.columns(
-                    "lineage", size, id=minted, gen_id=gen_ids, source_id=sources, strategy=types, **made_by
+                    "lineage", size, id=ids, gen_id=gen_ids, source_id=source_column, strategy=types, **made_by
                 ),
                 "rejected": rejected.table(),
             }
-            return Output(made, counts={"in": rows.num_rows, "out": size, "rejected": rejected.counts_by_reason()})
+            return Output(output, counts={"in": rows.num_rows, "out": size, "rejected": rejected.counts_by_reason()})
 
         return run

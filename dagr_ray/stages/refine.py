@@ -1,4 +1,4 @@
-"""A loop of generator and evaluator, unrolled: every round is stages of its own, so each resumes and each has its figures."""
+"""A generate-and-critique loop, unrolled into stages: each round can resume and has its own counts."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 
 class TopExemplars(Stage):
-    """The ``k`` queries that a teacher likes best, with their passages, as exemplars of the next round.
+    """The ``k`` queries that a teacher scores highest, with their passages, as exemplars for the next round.
 
-    ``scores`` is a stage with a ``scores`` table; only pairs of ``selected`` count. One query for a passage, and none that
-    shares over half of its words with a better one: a library of one kind teaches one kind.
+    ``scores`` is a stage with a ``scores`` table; only pairs of ``selected`` count. At most one query per passage, and none
+    that shares over half of its words with a better one: uniform exemplars teach one kind of query.
     """
 
     abstract: ClassVar[bool] = False
@@ -77,9 +77,9 @@ class TopExemplars(Stage):
 
 
 class CritiquedPairs(Stage):
-    """Pairs with what ``Critique`` found wrong with them in ``other``: those of which it found nothing are accepted.
+    """Pairs in which ``Critique`` found a fault, which is in ``other``; pairs without a fault are accepted.
 
-    ``accepted`` counts them; they, and pairs whose critique could not be read, are in ``rejected`` with the reason.
+    Accepted pairs, and pairs with an unreadable critique, are in ``rejected`` with the reason; ``accepted`` counts the former.
     """
 
     abstract: ClassVar[bool] = False
@@ -94,7 +94,7 @@ class CritiquedPairs(Stage):
     @model_validator(mode="after")
     def _critiques(self) -> CritiquedPairs:
         if "generations" not in self.critiques.outputs:
-            raise ConfigError(f"criticised: {self.critiques.type!r} holds no completions; give a Generate")
+            raise ConfigError(f"critiqued-pairs: {self.critiques.type!r} has no completions; give a Generate")
         asked = self.made.strategy
         if asked.writes != "critiques":
             raise ConfigError(
@@ -104,7 +104,7 @@ class CritiquedPairs(Stage):
 
     @derived("pairs")
     def _pairs(self) -> Stage:
-        """The pairs that were judged are read again."""
+        """The criticised pairs are read again."""
         return self.made.corpus
 
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
@@ -130,10 +130,10 @@ class CritiquedPairs(Stage):
 
 
 class RemainingPassages(Stage):
-    """The passages of ``corpus`` that no query of ``accepted`` is for: those that the next round asks again.
+    """The passages of ``corpus`` without a query in ``accepted``: the next round generates for these.
 
-    With ``verdicts``, neither those with whose queries the evaluator found nothing wrong: where it accepts, the loop ends,
-    whatever the filters say.
+    Passages whose queries the critique accepts in ``verdicts`` are left out too: the loop ends for them, whatever the
+    filters decide.
     """
 
     abstract: ClassVar[bool] = False
@@ -144,7 +144,7 @@ class RemainingPassages(Stage):
 
     @derived("pairs.{}")
     def _pairs(self) -> list[Stage]:
-        """The pairs that were judged are read again."""
+        """The criticised pairs are read again."""
         return [verdict.made.corpus for verdict in self.verdicts]
 
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
@@ -160,7 +160,7 @@ class RemainingPassages(Stage):
 
 
 def _fine(verdict: Artifact, pairs: Artifact) -> pa.ChunkedArray:
-    """The passages that have a query with which nothing is wrong, and none with which something is."""
+    """The passages with at least one faultless query and no faulty one."""
     judged = verdict.read("rejected", ["id", "reason"])
     accepted = judged.filter(pc.equal(judged["reason"], "accepted"))["id"].combine_chunks()
     wrong = verdict.read("pairs", ["passage_id"])["passage_id"].combine_chunks()

@@ -1,4 +1,4 @@
-"""Answers of strategies that read pairs or write passages: read into tables, and put where training takes them from."""
+"""Turns completions about pairs, and completions that are passages, into tables that training can use."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
 
 
 class Rewrite(Stage):
-    """Queries, passages, negatives or triples out of completions, by what the strategy ``writes``.
+    """Queries, passages, negatives or triples from completions, by what the strategy ``writes``.
 
-    * ``queries``: each is relevant to the passages of its pair. Of its old query, nothing is kept.
+    * ``queries``: each is relevant to the passages of its pair. The old query is dropped.
     * ``passages``: new rows of ``corpus``, relevant (1) to the pair's query.
     * ``negatives``: new rows of ``corpus``, not relevant (0) to the pair's query; ``changes`` has what was changed.
     * ``triples``: a query, a passage relevant to it and one that is not.
 
-    The ids of what is new are minted from the completion's; a pair's query keeps its own. What yields nothing is rejected,
-    and so is an answer with a text that misses one of its strategy's controls, by ``control``.
+    New ids are derived from the completion's id; a pair's query keeps its id. A completion without content is rejected,
+    and so is one with a text that misses one of its strategy's controls, by ``control``.
     """
 
     abstract: ClassVar[bool] = False
@@ -44,37 +44,37 @@ class Rewrite(Stage):
     @model_validator(mode="after")
     def _completions(self) -> Rewrite:
         if "generations" not in self.generations.outputs:
-            raise ConfigError(f"rewrite: {self.generations.type!r} holds no completions; give a Generate")
+            raise ConfigError(f"rewrite: {self.generations.type!r} has no completions; give a Generate")
         return self
 
     @property
-    def made(self) -> Generate:
-        """The stage that asked."""
+    def generate(self) -> Generate:
+        """The stage that generated the completions."""
         return cast("Generate", self.generations)
 
     def label(self) -> str:
-        return self.made.strategy.type
+        return self.generate.strategy.type
 
     def identity(self) -> dict[str, Any]:
-        found = super().identity() | {"parse_version": self.made.strategy.parse_version}
-        return found | ({"check_version": Controls.check_version} if controls_of(self.made.strategy) else {})
+        identity = super().identity() | {"parse_version": self.generate.strategy.parse_version}
+        return identity | ({"check_version": Controls.check_version} if controls_of(self.generate.strategy) else {})
 
     @derived("asked")
     def _asked(self) -> Stage:
-        """The pairs or topics that were asked about are read again."""
-        return self.made.corpus
+        """The pairs or topics of the prompts are read again."""
+        return self.generate.corpus
 
     def size(self, inputs: Inputs) -> int:
         return inputs["generations"].count("generations")
 
     def ranges(self, inputs: Inputs, step: int) -> list[tuple[int, int]]:
-        """Whole shards of the completions, each read once with its own pairs."""
+        """Whole shards of the completions, each read once with its pairs."""
         return inputs["generations"].ranges("generations", step)
 
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
-        strategy, engine = self.made.strategy, self.made.engine
+        strategy, engine = self.generate.strategy, self.generate.engine
         controls = controls_of(strategy)
-        made_by = {"strategy": strategy.type, "engine": engine.type, "model": self.made.model_name()}
+        made_by = {"strategy": strategy.type, "engine": engine.type, "model": self.generate.model_name()}
 
         def run(start: int, stop: int) -> Output:
             answers = inputs["generations"].slice("generations", start, stop, ["gen_id", "source_id", "raw", "error"])
@@ -84,7 +84,7 @@ class Rewrite(Stage):
                 row[0]: Passage(*row)
                 for row in zip(*map(tables.texts, tables.prompt_source(rows).columns), strict=True)
             }
-            written, rejected = _Written(strategy), tables.Rejected()
+            output_rows, rejected = _Rows(strategy), tables.Rejected()
             for answer in answers.to_pylist():
                 if answer["error"] is not None or answer["raw"] is None:
                     rejected.add(answer["gen_id"], "generate", "error", answer["error"])
@@ -92,21 +92,25 @@ class Rewrite(Stage):
                 parsed = strategy.parse(passage_of[answer["source_id"]], answer["raw"])
                 for reason, detail in parsed.rejected:
                     rejected.add(answer["gen_id"], "parse", reason, tables.clean(detail))
-                found = (first_violation(controls, text) for text in parsed.kept) if controls else ()
-                if miss := next(filter(None, found), None):
+                misses = (first_violation(controls, text) for text in parsed.kept) if controls else ()
+                if miss := next(filter(None, misses), None):
                     rejected.add(answer["gen_id"], "control", miss[0], tables.clean(miss[1]))
                     continue
                 if parsed.kept:
-                    written.add(answer["gen_id"], pair_of[answer["source_id"]], parsed)
-            made = written.tables(made_by) | {"rejected": rejected.table()}
-            counts = {"in": answers.num_rows, "out": made["lineage"].num_rows, "rejected": rejected.counts_by_reason()}
-            return Output(made, counts=counts)
+                    output_rows.add(answer["gen_id"], pair_of[answer["source_id"]], parsed)
+            output = output_rows.tables(made_by) | {"rejected": rejected.table()}
+            counts = {
+                "in": answers.num_rows,
+                "out": output["lineage"].num_rows,
+                "rejected": rejected.counts_by_reason(),
+            }
+            return Output(output, counts=counts)
 
         return run
 
 
-class _Written:
-    """The rows that completions of one strategy make."""
+class _Rows:
+    """Collects the rows that completions of one strategy yield."""
 
     def __init__(self, strategy: Strategy) -> None:
         self.writes = strategy.writes
@@ -114,7 +118,7 @@ class _Written:
         self.rows: dict[str, list[dict[str, Any]]] = {"corpus": [], "qrels": [], "lineage": [], "changes": []}
 
     def add(self, gen_id: str, pair: dict[str, Any], parsed: Parsed) -> None:
-        """What one completion holds."""
+        """Adds the rows of one completion."""
         clean = [tables.clean(text) for text in parsed.kept]
         if self.writes == "triples":
             query_id = self._query(gen_id, 0, clean[0], pair)
@@ -150,11 +154,11 @@ class _Written:
         """The checked tables."""
         rows = self.rows | {"lineage": [row | made_by for row in self.rows["lineage"]]}
         queries = [{"query_id": query_id, "text": text} for query_id, text in self.queries.items()]
-        return {name: tables.table(name, each) for name, each in {**rows, "queries": queries}.items()}
+        return {name: tables.table(name, table_rows) for name, table_rows in {**rows, "queries": queries}.items()}
 
 
 class ConcatCorpora(Stage):
-    """The passages of several corpora as one, in their order; an id that two of them have must name the same passage."""
+    """The passages of several corpora as one, in order; an id that occurs in two of them must name the same passage."""
 
     abstract: ClassVar[bool] = False
     outputs: ClassVar[tuple[str, ...]] = ("corpus",)
@@ -169,31 +173,31 @@ class ConcatCorpora(Stage):
             seen = pa.array([], tables.TEXT)
             rows = 0
             for i in range(len(self.corpora)):
-                whole = inputs[f"corpora.{i}"].read("corpus")
-                rows += whole.num_rows
-                again = pc.is_in(whole["doc_id"], value_set=seen)
-                clash = whole.filter(again)
-                if clash.num_rows:
-                    before = pa.concat_tables(parts)
-                    before = before.filter(pc.is_in(before["doc_id"], value_set=clash["doc_id"].combine_chunks()))
-                    if clash.sort_by("doc_id") != before.sort_by("doc_id"):
+                corpus = inputs[f"corpora.{i}"].read("corpus")
+                rows += corpus.num_rows
+                is_known = pc.is_in(corpus["doc_id"], value_set=seen)
+                clashing = corpus.filter(is_known)
+                if clashing.num_rows:
+                    known = pa.concat_tables(parts)
+                    known = known.filter(pc.is_in(known["doc_id"], value_set=clashing["doc_id"].combine_chunks()))
+                    if clashing.sort_by("doc_id") != known.sort_by("doc_id"):
                         raise ConfigError(
-                            f"together: {clash['doc_id'][0].as_py()!r} names two passages; give each corpus ids of its own"
+                            f"concat-corpora: {clashing['doc_id'][0].as_py()!r} names two passages; give each corpus its own ids"
                         )
-                parts.append(whole.filter(pc.invert(again)))
+                parts.append(corpus.filter(pc.invert(is_known)))
                 seen = pa.concat_tables(parts)["doc_id"].combine_chunks()
-            made = pa.concat_tables(parts)
-            return Output({"corpus": made}, counts={"in": rows, "out": made.num_rows})
+            joined = pa.concat_tables(parts)
+            return Output({"corpus": joined}, counts={"in": rows, "out": joined.num_rows})
 
         return run
 
 
 class WithNegatives(Stage):
-    """Mined examples whose negatives are, or begin with, such as were written for their query.
+    """Mined examples in which written negatives replace or precede the mined ones.
 
-    ``written`` are stages whose ``qrels`` judge passages 0 for a query. ``total`` negatives stay for each example;
-    ``written_share`` of them, rounded up, are written where there are so many, in turn with the mined ones. An example
-    with fewer is kept and counted as ``short``; one with none is rejected.
+    ``written`` are stages whose ``qrels`` judge passages 0 for a query. Each example gets ``total`` negatives; a share of
+    ``written_share``, rounded up, are written ones if there are enough, in turn with the mined ones. An example with
+    fewer negatives is kept and counted as ``short``; one without any is rejected.
     """
 
     abstract: ClassVar[bool] = False
@@ -218,30 +222,32 @@ class WithNegatives(Stage):
         def run(start: int, stop: int) -> Output:
             negatives: dict[str, list[str]] = {}
             for i in range(len(self.written)):
-                judged = inputs[f"written.{i}"].read("qrels")
-                for row in judged.filter(pc.equal(judged["relevance"], 0)).to_pylist():
+                qrels = inputs[f"written.{i}"].read("qrels")
+                for row in qrels.filter(pc.equal(qrels["relevance"], 0)).to_pylist():
                     negatives.setdefault(row["query_id"], []).append(row["doc_id"])
             examples, rejected, short = [], tables.Rejected(), 0
-            wanted = -int(-self.total * self.written_share // 1)
+            written_total = -int(-self.total * self.written_share // 1)
             for row in inputs["mined"].read("examples").to_pylist():
-                own = negatives.get(row["query_id"], [])[:wanted]
-                mined = list(zip_longest(row["negative_ids"], row["negative_scores"] or []))[: self.total - wanted]
-                if not own and not mined:
+                written = negatives.get(row["query_id"], [])[:written_total]
+                mined = list(zip_longest(row["negative_ids"], row["negative_scores"] or []))[
+                    : self.total - written_total
+                ]
+                if not written and not mined:
                     rejected.add(row["query_id"], "with-negatives", "no-negatives")
                     continue
-                short += len(own) + len(mined) < self.total
-                ids = [*own, *(doc_id for doc_id, _ in mined)]
-                scores = [*(None for _ in own), *(score for _, score in mined)]
+                short += len(written) + len(mined) < self.total
+                ids = [*written, *(doc_id for doc_id, _ in mined)]
+                scores = [*(None for _ in written), *(score for _, score in mined)]
                 examples.append(row | {"negative_ids": ids, "negative_scores": scores})
             counts = {"in": len(examples) + len(rejected.ids), "out": len(examples), "short": short}
-            made = {"examples": tables.table("examples", examples), "rejected": rejected.table()}
-            return Output(made, counts=counts | {"rejected": rejected.counts_by_reason()})
+            output = {"examples": tables.table("examples", examples), "rejected": rejected.table()}
+            return Output(output, counts=counts | {"rejected": rejected.counts_by_reason()})
 
         return run
 
 
 class Expand(Stage):
-    """Passages with queries appended that were written for them: document expansion for BM25 (doc2query, arXiv 1904.08375).
+    """Passages with queries appended that were generated for them: document expansion for BM25 (doc2query, arXiv 1904.08375).
 
     ``queries`` is a stage with ``queries`` and ``qrels``. The first ``per_passage`` by hash are appended.
     """
@@ -258,16 +264,18 @@ class Expand(Stage):
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
         def run(start: int, stop: int) -> Output:
             text_of = tables.texts_of(inputs["queries"].read("queries"))
-            asked: dict[str, list[str]] = {}
+            query_ids_of: dict[str, list[str]] = {}
             for row in tables.relevant(inputs["queries"].read("qrels")).to_pylist():
-                asked.setdefault(row["doc_id"], []).append(row["query_id"])
+                query_ids_of.setdefault(row["doc_id"], []).append(row["query_id"])
             parts, expanded, rows = [tables.empty("corpus")], 0, 0
             for part in inputs["corpus"].scan("corpus"):
                 texts = []
                 for doc_id, text in zip(part["doc_id"].to_pylist(), part["text"].to_pylist(), strict=True):
-                    drawn = sorted(asked.get(doc_id, ()), key=lambda q: tables.unit_of("expand", q))[: self.per_passage]
-                    expanded += bool(drawn)
-                    texts.append("\n".join([text, *(text_of[query_id] for query_id in drawn)]))
+                    appended = sorted(query_ids_of.get(doc_id, ()), key=lambda q: tables.unit_of("expand", q))[
+                        : self.per_passage
+                    ]
+                    expanded += bool(appended)
+                    texts.append("\n".join([text, *(text_of[query_id] for query_id in appended)]))
                 rows += part.num_rows
                 parts.append(part.set_column(2, part.schema.field("text"), pa.array(texts, tables.TEXT)))
             return Output({"corpus": pa.concat_tables(parts)}, counts={"in": rows, "out": rows, "expanded": expanded})

@@ -1,4 +1,4 @@
-"""Scores of a filter for every query: once, whatever thresholds follow."""
+"""Computes a filter's score for every query once, whatever thresholds follow."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from dagr_ray.filters import Filter, ScoredQuery
 
 
 class Score(Stage):
-    """The score that a filter gives to each generated query. Thresholds of the filter are no part of the fingerprint.
+    """A filter's score for each generated query. The filter's thresholds are not part of the fingerprint.
 
-    ``corpus`` holds the passages that the queries were written for. With a ``search``, passages of ``corpus`` that are
-    equal but for case and spacing count as one: a search that returns a passage's twin has found the passage. Give the
-    searched corpus there, so that twins outside the sample that was asked about are known too. ``labels`` (a stage with
-    ``scores``) is for filters that read a teacher's; completions are those that ``parsed`` was made of. The rows of
-    ``scores`` stand as those of ``parsed``'s ``qrels`` do. A filter that is ``rowwise`` works shard by shard (one that reads
-    a search where its shards are ranges of queries), any other on all rows at once.
+    ``corpus`` holds the passages for which the queries were generated. With a ``search``, passages of ``corpus`` that are
+    equal except for case and spacing count as one: a search that returns a passage's twin has found the passage. In that
+    case give the searched corpus, so that twins outside the sample are known too. ``labels`` (a stage with ``scores``) is
+    for filters that read a teacher's scores; completions are the ones from which ``parsed`` was made. ``scores`` has its
+    rows in the order of ``parsed``'s ``qrels``. A ``rowwise`` filter works shard by shard (if it reads a search: if the
+    search's shards are ranges of queries), any other filter on all rows at once.
     """
 
     abstract: ClassVar[bool] = False
@@ -48,23 +48,23 @@ class Score(Stage):
         for table, name in fields.items():
             given = getattr(self, name) is not None
             if self.filter.reads == table and not given:
-                raise ConfigError(f"score: {name} is not set, and {self.filter.type!r} reads its {table}; give one")
+                raise ConfigError(f"score: {name} is not set, but {self.filter.type!r} reads its {table}; set it")
             if self.filter.reads != table and given:
-                raise ConfigError(f"score: the filter {self.filter.type!r} reads no {name}; leave {name} out")
+                raise ConfigError(f"score: the filter {self.filter.type!r} reads no {name}; remove {name}")
         if self.filter.reads == "generations" and self._completions() is None:
             raise ConfigError(
-                f"score: {self.parsed.folder_name()} was not made of completions, and {self.filter.type!r} reads them; "
-                "give what Parse made of them"
+                f"score: {self.parsed.folder_name()} was not parsed from completions, but {self.filter.type!r} reads them; "
+                "give the output of Parse"
             )
         if self.filter.reads == "generations" and not getattr(self._completions(), "keeps_logprob", True):
             raise ConfigError(
-                f"score: the completions of {self.parsed.folder_name()} keep no log-probabilities, and {self.filter.type!r} "
+                f"score: the completions of {self.parsed.folder_name()} have no log-probabilities, but {self.filter.type!r} "
                 "reads them; give Generate sampling=Sampling(logprob=True)"
             )
         return self
 
     def _completions(self) -> Stage | None:
-        """What the queries were written in, also where they were selected since."""
+        """The completions from which the queries were parsed, also if queries were selected since."""
         stage: Any = self.parsed
         while stage is not None and not hasattr(stage, "generations"):
             stage = getattr(stage, "parsed", None)
@@ -74,12 +74,12 @@ class Score(Stage):
         return self.filter.type
 
     def identity(self) -> dict[str, Any]:
-        """The filter by what decides its scores."""
+        """The filter enters only with the fields that decide its scores."""
         return super().identity() | {"filter": self.filter.scoring_identity()}
 
     @derived("whole")
     def _whole(self) -> Stage | None:
-        """A filter that compares all queries does so in a stage of its own, whose scores are cut into shards here."""
+        """A filter that compares all queries scores them in a stage of its own; its scores are cut into shards here."""
         return StreamScores(queries=self.parsed, filter=self.filter) if self.filter.streams else None
 
     @derived("generations")
@@ -88,7 +88,7 @@ class Score(Stage):
 
     @derived("search.queries")
     def _searched(self) -> Stage | None:
-        """The order of these queries tells where in the search those of a shard are."""
+        """The order of these queries tells in which shards of the search the hits are."""
         return None if self.search is None else self.search.shards_of()
 
     @property
@@ -99,7 +99,7 @@ class Score(Stage):
         return inputs["parsed"].count("qrels") if self._sharded else None
 
     def ranges(self, inputs: Inputs, step: int) -> list[tuple[int, int]]:
-        """Whole shards of the queries, several where they are small; all rows as one for a filter that compares them."""
+        """Whole shards of the queries, small ones joined; all rows at once for a filter that compares them."""
         parsed = inputs["parsed"]
         cut = self._sharded and ("search" not in inputs or "search.queries" in inputs)
         return (parsed.ranges("qrels", step) if cut else []) or [(0, parsed.count("qrels"))]
@@ -165,10 +165,10 @@ SCORES = "scores.npy"
 
 
 class StreamScores(Stage):
-    """The scores of a filter that ``streams``, float32 in the order of the queries: ``scores.npy``.
+    """The scores of a filter that ``streams``: ``scores.npy``, float32, in the order of the queries.
 
-    In one piece, because all queries are compared; they are read part by part, as often as the filter likes.
-    Thresholds are no part of the fingerprint.
+    Not sharded, because all queries are compared; they are read part by part, as often as the filter needs. Thresholds
+    are not part of the fingerprint.
     """
 
     abstract: ClassVar[bool] = False
@@ -181,7 +181,7 @@ class StreamScores(Stage):
         return self.filter.type
 
     def identity(self) -> dict[str, Any]:
-        """The filter by what decides its scores."""
+        """The filter enters only with the fields that decide its scores."""
         return super().identity() | {"filter": self.filter.scoring_identity()}
 
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
@@ -201,7 +201,7 @@ class StreamScores(Stage):
 
 
 def stored_scores(queries: Artifact, whole: Artifact, ids: pa.ChunkedArray, start: int) -> np.ndarray:
-    """The scores, float32, of some queries by id. They are looked for from row ``start`` on, where they mostly stand."""
+    """Scores, float32, of queries by id. They are looked up from row ``start`` on, where most are."""
     stored = np.load(whole.local_path(SCORES), mmap_mode="r" if queries.count("queries") else None)
     if queries.slice("queries", start, start + len(ids), ["query_id"])["query_id"].equals(ids):
         return np.array(stored[start : start + len(ids)])

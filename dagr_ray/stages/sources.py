@@ -1,4 +1,4 @@
-"""Sources of passages and human judgements: PyDocs, BEIR folders, and samples of another corpus."""
+"""Sources of passages and human judgements: Python's documentation, BEIR folders, Parquet, and samples of a corpus."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _content(kind: ModuleType, path: str) -> str:
 
 
 class PyDocs(Stage):
-    """The documentation inside the running Python, with queries and judgements written for it.
+    """The documentation of the running Python, with queries and judgements for it.
 
     ``stdlib`` is the standard library; ``numeric`` is numpy and pandas, for out-of-distribution tests.
     """
@@ -52,7 +52,7 @@ class PyDocs(Stage):
         return self.part
 
     def identity(self) -> dict[str, Any]:
-        """The texts belong to the interpreter and the packages, so their versions stand for them."""
+        """The texts come from the interpreter and the packages, so their versions identify them."""
         return super().identity() | {"texts": _documented(self.part), "judged": content_hash(pydocs.DATA / self.part)}
 
     def spoken(self) -> str:
@@ -88,17 +88,19 @@ def _documented(part: str) -> dict[str, str]:
 
 
 class Beir(Stage):
-    """A collection in BEIR's layout or another that ``layouts`` knows: a path or a URI that pyarrow opens.
+    """A collection in BEIR's layout or another one that ``layouts`` knows: a path or a URI that pyarrow opens.
 
-    Bad lines (broken JSON, wrong encoding, empty text, duplicate or unknown id) are left out, counted and listed in
-    ``rejected`` with file and line; over 1 % of them in one file raises ConfigError. A split whose judgements cannot be
-    used has no table: its file is listed in ``rejected`` with the reason ``unusable``. ``language`` is that of the passages
-    (an ISO 639 code, "und" for several), by which BM25 reads them; "auto" is told by the first ones.
+    Bad lines (broken JSON, wrong encoding, empty text, duplicate or unknown id) are omitted, counted and listed in
+    ``rejected`` with file and line; over 1 % of them in one file raises ConfigError. A split with unusable judgements has no
+    table: its file is listed in ``rejected`` with the reason ``unusable``. ``language`` is the language of the passages
+    (an ISO 639 code, "und" for several), for BM25's analyzer; "auto" detects it from the first ones.
     """
 
     abstract: ClassVar[bool] = False
     role: ClassVar[str] = "source"
-    version: ClassVar[int] = 2  # a title without a text is read once; TREC's four columns are told from BEIR's three
+    version: ClassVar[int] = (
+        2  # a title without text is read once; TREC's four columns are distinguished from BEIR's three
+    )
     outputs: ClassVar[tuple[str, ...]] = ("corpus", "queries", "rejected")
     path: FileOrFolder
     language: Spoken = AUTO
@@ -107,7 +109,7 @@ class Beir(Stage):
         return word_of(last_name(self.path))
 
     def identity(self) -> dict[str, Any]:
-        """The bytes of the folder's files stand for its path."""
+        """The content of the folder's files, whatever its path."""
         return {"type": self.type, "version": self.version, "content": _content(beir, self.path)}
 
     def spoken(self) -> str:
@@ -118,7 +120,7 @@ class Beir(Stage):
         return _heard(beir.head, self.path, _content(beir, self.path))
 
     def remark(self, counts: Json) -> str | None:
-        """That the passages look like another language than was named."""
+        """A warning if the passages look like another language than ``language``."""
         return _doubt(self.language, self._heard())
 
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
@@ -153,9 +155,9 @@ def _doubt(named: str, heard: str) -> str | None:
 
 
 class ParquetCheck(Stage):
-    """Which rows of a ``Parquet`` source are bad, and ``files.json``: its files with the rows of each row group.
+    """The bad rows of a ``Parquet`` source, and ``files.json``: its files with the rows of each row group.
 
-    In one piece, because ids must be unique over all files; needs some batches of rows and 16 bytes of disk a row.
+    Not sharded, because ids must be unique over all files; needs memory for some batches and 16 bytes of disk per row.
     """
 
     abstract: ClassVar[bool] = False
@@ -166,7 +168,7 @@ class ParquetCheck(Stage):
         return word_of(last_name(self.path))
 
     def identity(self) -> dict[str, Any]:
-        """The bytes of the files stand for their path."""
+        """The content of the files, whatever their path."""
         return {"type": self.type, "version": self.version, "content": _content(parquet, self.path)}
 
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
@@ -188,18 +190,18 @@ class ParquetCheck(Stage):
 
 
 class Parquet(Stage):
-    """Passages in Parquet: a file, a folder of files or a URI, with columns ``doc_id``, ``text`` and maybe ``title``.
+    """Passages in Parquet: a file, a folder of files or a URI, with columns ``doc_id``, ``text`` and optionally ``title``.
 
-    ``_id`` and ``id`` stand in where there is no ``doc_id``.
+    If there is no ``doc_id``, ``_id`` or ``id`` is used.
 
-    Read in ranges of rows, so any number of passages fits. Bad rows (no or duplicate id, empty text, wrong encoding) are
-    left out, counted and listed in ``rejected`` with file and row from 0; over 1 % of them in one file raises
-    ConfigError. A title stands in for an empty text. Integer ids become text. ``language`` is as in ``Beir``.
+    Read in ranges of rows, so any number of passages fits. Bad rows (missing or duplicate id, empty text, wrong encoding)
+    are omitted, counted and listed in ``rejected`` with file and row from 0; over 1 % of them in one file raises
+    ConfigError. A title replaces an empty text. Integer ids become text. ``language`` is as in ``Beir``.
     """
 
     abstract: ClassVar[bool] = False
     role: ClassVar[str] = "source"
-    version: ClassVar[int] = 2  # a title without a text is read once
+    version: ClassVar[int] = 2  # a title without text is read once
     outputs: ClassVar[tuple[str, ...]] = ("corpus", "rejected")
     path: FileOrFolder
     language: Spoken = AUTO
@@ -208,7 +210,7 @@ class Parquet(Stage):
         return word_of(last_name(self.path))
 
     def identity(self) -> dict[str, Any]:
-        """The bytes of the files stand for their path."""
+        """The content of the files, whatever their path."""
         return {"type": self.type, "version": self.version, "content": _content(parquet, self.path)}
 
     def spoken(self) -> str:
@@ -219,19 +221,19 @@ class Parquet(Stage):
         return _heard(parquet.head, self.path, _content(parquet, self.path))
 
     def remark(self, counts: Json) -> str | None:
-        """That the passages look like another language than was named."""
+        """A warning if the passages look like another language than ``language``."""
         return _doubt(self.language, self._heard())
 
     @derived("check")
     def _check(self) -> Stage:
-        """What is wrong with the source is found in one pass before it is read."""
+        """The source is checked in one pass before it is read."""
         return ParquetCheck(path=self.path)
 
     def size(self, inputs: Inputs) -> int:
         return sum(sum(each["groups"]) for each in inputs["check"].json_of("files.json"))
 
     def ranges(self, inputs: Inputs, step: int) -> list[tuple[int, int]]:
-        """Whole row groups, where these are not large."""
+        """Whole row groups, unless these are large."""
         return parquet.ranges(inputs["check"].json_of("files.json"), step)
 
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
@@ -256,10 +258,10 @@ class Parquet(Stage):
 
 
 class Sample(Stage):
-    """A part of a corpus: ``n`` passages or a ``share`` of it, drawn by hash, so that smaller samples lie inside larger ones.
+    """A part of a corpus: ``n`` passages or a ``share`` of it, drawn by hash; smaller samples are part of larger ones.
 
-    ``skip`` leaves out that many of the first drawn, for samples that share nothing, ``min_words`` passages too short
-    to ask about. Passages of ``exclude`` (exemplars) are left out, counted.
+    ``skip`` omits this many of the first drawn, for disjoint samples; ``min_words`` omits passages that are too short for
+    a query. Passages of ``exclude`` (exemplars) are omitted and counted.
     """
 
     abstract: ClassVar[bool] = False

@@ -18,11 +18,11 @@ log = logging.getLogger("dagr")
 
 
 class Take(Stage):
-    """A subset of mined examples by volume, nested: a smaller one lies inside a larger one of the same seed.
+    """A nested subset of mined examples: a smaller one is part of a larger one with the same seed.
 
-    ``coverage`` keeps that share of the positive passages, ``density`` that many queries for each of them, ``n`` that
-    many examples; in this order where several are set. All is drawn by hash, so neither the order of the rows nor the
-    number of workers matters. Examples stand in the order drawn, so the first k rows are ``Take(n=k)``.
+    ``coverage`` keeps this share of the positive passages, ``density`` this many queries for each of them, ``n`` this many
+    examples; they apply in this order. Everything is drawn by hash, so neither the order of the rows nor the number of
+    workers matters. Examples are in the order drawn, so the first k rows are ``Take(n=k)``.
     """
 
     abstract: ClassVar[bool] = False
@@ -43,30 +43,30 @@ class Take(Stage):
         def run(start: int, stop: int) -> Output:
             examples = inputs["mined"].read("examples")
             queries, positives = examples["query_id"].to_pylist(), examples["positive_id"].to_pylist()
-            # each draw has a name: a hash shared with the sampling of the corpus would draw the same passages again
-            drawn = [tables.unit_of("take", self.seed, query_id) for query_id in queries]
-            order = sorted(range(len(queries)), key=lambda i: (drawn[i], queries[i], positives[i]))
-            left_out = Counter[str]()
+            # each draw has its own key: with the corpus sample's hash it would select the same passages again
+            hashes = [tables.unit_of("take", self.seed, query_id) for query_id in queries]
+            order = sorted(range(len(queries)), key=lambda i: (hashes[i], queries[i], positives[i]))
+            dropped = Counter[str]()
             if self.coverage is not None:
-                inside = {p for p in set(positives) if tables.unit_of("coverage", self.seed, p) < self.coverage}
-                left_out["coverage"] = sum(p not in inside for p in positives)
-                order = [i for i in order if positives[i] in inside]
+                covered = {p for p in set(positives) if tables.unit_of("coverage", self.seed, p) < self.coverage}
+                dropped["coverage"] = sum(p not in covered for p in positives)
+                order = [i for i in order if positives[i] in covered]
             if self.density is not None:
-                taken, before = Counter[str](), len(order)
-                dense = []
+                counts_by_positive, size = Counter[str](), len(order)
+                thinned = []
                 for i in order:
-                    taken[positives[i]] += 1
-                    if taken[positives[i]] <= self.density:
-                        dense.append(i)
-                order, left_out["density"] = dense, before - len(dense)
+                    counts_by_positive[positives[i]] += 1
+                    if counts_by_positive[positives[i]] <= self.density:
+                        thinned.append(i)
+                order, dropped["density"] = thinned, size - len(thinned)
             if self.n is not None:
                 if len(order) < self.n:
-                    log.warning("take: n = %d, but only %d examples are there", self.n, len(order))
-                left_out["n"] = max(len(order) - self.n, 0)
+                    log.warning("take: n = %d, but there are only %d examples", self.n, len(order))
+                dropped["n"] = max(len(order) - self.n, 0)
                 order = order[: self.n]
-            made = examples.take(pa.array(order, pa.int64())).combine_chunks()
+            taken = examples.take(pa.array(order, pa.int64())).combine_chunks()
             short = max((self.n or 0) - len(order), 0)
-            counts = {"in": len(queries), "out": len(order), "short": short, "left_out": dict(left_out)}
-            return Output({"examples": made}, counts=counts)
+            counts = {"in": len(queries), "out": len(order), "short": short, "left_out": dict(dropped)}
+            return Output({"examples": taken}, counts=counts)
 
         return run

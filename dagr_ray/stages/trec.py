@@ -1,4 +1,4 @@
-"""What other systems and other people have left in TREC's formats: runs to be judged, and judgements."""
+"""Sources in TREC's formats: runs of other systems, and judgements."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ log = logging.getLogger("dagr")
 
 
 class _TrecFile(Stage):
-    """A file in one of TREC's formats, known by its bytes."""
+    """A file in a TREC format, identified by its bytes."""
 
     abstract: ClassVar[bool] = True
     outputs: ClassVar[tuple[str, ...]] = ("rejected",)
@@ -29,25 +29,25 @@ class _TrecFile(Stage):
         return word_of(last_name(self.path).removesuffix(".gz"))
 
     def identity(self) -> dict[str, Any]:
-        """The bytes of the file stand for its path."""
+        """The content of the file, whatever its path."""
         return super().identity() | {"path": trec.content(self.path)}
 
-    def _output(self, name: str, found: trec.TrecFile) -> Output:
-        for line in beir.summarise_problems(found.problems):
+    def _output(self, name: str, file: trec.TrecFile) -> Output:
+        for line in beir.summarise_problems(file.problems):
             log.warning("%s", line)
         rejected = tables.Rejected()
-        for problem in found.problems:
+        for problem in file.problems:
             rejected.add(f"{problem.file}:{problem.line}", self.type, problem.reason, problem.detail)
-        reasons = Counter(f"{self.type}/{problem.reason}" for problem in found.problems)
-        counts = {"in": found.lines, "out": found.table.num_rows, "rejected": dict(reasons)}
-        return Output({name: found.table, "rejected": rejected.table()}, counts=counts)
+        reasons = Counter(f"{self.type}/{problem.reason}" for problem in file.problems)
+        counts = {"in": file.lines, "out": file.table.num_rows, "rejected": dict(reasons)}
+        return Output({name: file.table, "rejected": rejected.table()}, counts=counts)
 
 
 class TrecRun(_TrecFile):
-    """A run that another system made, as ``candidates``: ``path`` (or a URI) of a TREC run file, plain or gzipped.
+    """Another system's run, as ``candidates``: ``path`` (or a URI) of a TREC run file, plain or gzipped.
 
-    What ``Evaluate`` takes as a search. Bad lines are left out, counted and listed in ``rejected`` with file
-    and line; over 1 % of them raises ConfigError. Order and ties are trec_eval's: see ``dagr_ray.formats.trec``.
+    ``Evaluate`` accepts it as a search. Bad lines are omitted, counted and listed in ``rejected`` with file and line; over
+    1 % of them raises ConfigError. Order and ties are trec_eval's: see ``dagr_ray.formats.trec``.
     """
 
     abstract: ClassVar[bool] = False
@@ -59,7 +59,7 @@ class TrecRun(_TrecFile):
 
 
 class TrecQrels(_TrecFile):
-    """Judgements in a TREC qrels file, as ``qrels.<split>``: the ``data`` of an ``Evaluate``. Bad lines as in ``TrecRun``."""
+    """Judgements in a TREC qrels file, as ``qrels.<split>``, for ``data`` of an ``Evaluate``. Bad lines as in ``TrecRun``."""
 
     abstract: ClassVar[bool] = False
     split: Annotated[str, Field(min_length=1)] = "test"

@@ -268,7 +268,7 @@ def test_what_was_made_from_other_bytes_is_made_again(tmp_path, caplog) -> None:
     second = materialize(end, runs, LIGHT).read("queries")["text"].to_pylist()
     assert second[:10] != first[:10] and second[10:] == first[10:]
     assert [r.message for r in caplog.records].count(
-        f"{end.folder_name()}: rebuilding all: what it reads (source) has other content now"
+        f"{end.folder_name()}: rebuilding all: its input source has other content now"
     ) == 1
     assert Upper(source=source).folder(runs).stale() is None
     # in the middle of its work

@@ -189,7 +189,7 @@ def test_heads_found_by_one_stage_are_those_of_the_next(teacher, tmp_path):
     scores = [r["score"] for r in materialize(label, str(tmp_path)).read("scores").to_pylist() if r["query_id"] == "q1"]
     kept = AttentionSession(teacher.model_copy(update={"heads": heads}))
     assert scores == pytest.approx(kept.score(sample[0].pairs), abs=1e-5)
-    with pytest.raises(ValueError, match="heads mean nothing to the teacher 'hybrid'"):
+    with pytest.raises(ValueError, match="heads have no effect on the teacher 'hybrid'"):
         Label(teacher=Hybrid(), queries=queries, corpus=docs, searches=(hits,), heads=found)
 
 

@@ -186,10 +186,10 @@ def test_one_index_serves_every_k1_and_b(tmp_path):
         ({"searches": searches()[:1]}, "1 searches; give at least two"),
         ({"searches": (searches()[0], searches("dev")[1])}, "not of the same queries"),
         ({"weights": (1.0, 1.0)}, "'rrf' has no weights"),
-        ({"method": "weights"}, "wants either weights, or dev"),
+        ({"method": "weights"}, "needs either weights, or dev"),
         ({"method": "weights", "weights": (1.0,)}, "for 2 searches"),
         ({"method": "weights", "weights": (0.0, 0.0)}, "are all 0"),
-        ({"method": "weights", "dev": ZOO, "dev_split": "test"}, "is what is searched"),
+        ({"method": "weights", "dev": ZOO, "dev_split": "test"}, "is the searched split"),
     ],
 )
 def test_fields_that_do_not_agree_are_named(fields, says):

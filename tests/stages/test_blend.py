@@ -102,7 +102,7 @@ def test_smaller_sets_lie_inside_larger_ones(tmp_path):
     # weights at which largest remainders, and turns that begin at the whole parts, take a seat away again
     weights = (0.0244, 0.0859, 0.4259, 0.0512, 0.0233, 0.3894)
     dealt = MixExamples(examples=(HUMAN,) * 6, queries=(HUMAN,) * 6, weights=weights)
-    seats = [dealt.model_copy(update={"n": n}).wanted([999] * 6) for n in range(1, 300)]
+    seats = [dealt.model_copy(update={"n": n}).shares([999] * 6) for n in range(1, 300)]
     assert all(sum(k) == n for n, k in enumerate(seats, 1))
     assert all(a <= b for one, more in itertools.pairwise(seats) for a, b in zip(one, more, strict=True))
 
@@ -127,7 +127,7 @@ def test_mistakes_are_named(tmp_path):
     for fields, said in [
         ({"weights": (1,)}, "weights = .* for 2 sources"),
         ({"weights": (0, 0)}, "not all of them 0"),
-        ({"weights": (1, 1), "temperature": 2}, "leave one of them out"),
+        ({"weights": (1, 1), "temperature": 2}, "remove one of them"),
     ]:
         with pytest.raises(ValueError, match=said):
             MixExamples(examples=(HUMAN, OURS), queries=(HUMAN, OURS), **fields)

@@ -12,7 +12,7 @@ from dagr_ray.core.config import ConfigError
 from dagr_ray.core.placement import Placement, Pool
 from dagr_ray.core.stage import Output, StageFailed, load_stage
 from dagr_ray.stages.label import Label
-from dagr_ray.teachers import NO_SCORE, QueryPassage, Teacher
+from dagr_ray.teachers import NO_SCORE, Pair, Teacher
 from dagr_ray.teachers.hybrid import Hybrid
 from tests.stages.test_select_mine import Given, search
 
@@ -28,7 +28,7 @@ class Words(Teacher):
     def open(self, pool: Pool) -> "Words":
         return self
 
-    def score(self, pairs: Sequence[QueryPassage], cost=None) -> list[float]:
+    def score(self, pairs: Sequence[Pair], cost=None) -> list[float]:
         with open(self.log, "a") as log:
             log.writelines(f"{pair.query_id} {pair.doc_id}\n" for pair in pairs)
         if self.stop_at and any(self.stop_at in pair.query for pair in pairs) and not os.path.exists(self.log + ".on"):
@@ -156,9 +156,9 @@ def test_a_teacher_that_fuses_sees_every_search(label):
 
 
 def test_errors_name_the_cause(label, tmp_path):
-    with pytest.raises(ValueError, match="fuses at least 1; give it searches"):
+    with pytest.raises(ValueError, match="fuses at least 1; give more searches"):
         Label(teacher=Hybrid(), queries=QUERIES, corpus=DOCS)
-    with pytest.raises(ValueError, match="leave one of them out"):
+    with pytest.raises(ValueError, match="remove one of them"):
         Label(teacher=Words(), queries=QUERIES, corpus=DOCS, examples=QUERIES, split="dev")
     with pytest.raises(ConfigError, match="split = 'test'.*allowed: dev"):
         label(split="test")

@@ -266,7 +266,7 @@ def test_other_thresholds_compare_nothing_anew(tmp_path, monkeypatch):
     assert both.read("queries")["query_id"].to_pylist() == ["g0"], "all whose passage is a relevant one"
     with pytest.raises(ValueError, match="greater than or equal to"):
         gate(minhash=0.1)
-    with pytest.raises(ValueError, match="scan the queries that are to pass"):
+    with pytest.raises(ValueError, match="scan the queries that go through the gate"):
         LeakGate(selected=Held(), scan=gate().scan)
 
 
@@ -301,7 +301,7 @@ def test_a_scorecard_has_it_both_ways(tmp_path):
         == every.fingerprint()
     )
     untouched = every.model_copy(update={"name": "toy-untouched", "leaks": gate(drop=())})
-    with pytest.raises(ConfigError, match="no judged query left"):
+    with pytest.raises(ConfigError, match="no judged query to evaluate"):
         materialize(untouched, str(tmp_path), SMALL)  # t1 stood in the prompt
     scan = gate().scan.model_copy(update={"exemplars": None})
     untouched = untouched.model_copy(update={"leaks": LeakGate(selected=Trained(), scan=scan)})

@@ -303,12 +303,12 @@ def test_completions_are_those_of_the_queries(tmp_path):
     queries = Parse(generations=raw, corpus=docs)
     chosen = Select(parsed=queries, scores=(Score(parsed=queries, corpus=docs, filter=Length(max_words=12)),))
     untold = Parse(generations=Generate(corpus=docs, strategy=Crop(), engine=CropEngine()), corpus=docs)
-    with pytest.raises(ValueError, match=r"keep no log-probabilities, .*Sampling\(logprob=True\)"):
+    with pytest.raises(ValueError, match=r"have no log-probabilities, .*Sampling\(logprob=True\)"):
         Score(parsed=untold, corpus=docs, filter=Logprob())
     for source in (queries, chosen):
         scored = Score(parsed=source, corpus=docs, filter=Logprob())
         assert scored.inputs()["generations"].fingerprint() == raw.fingerprint()
         folder = build(Select(parsed=source, scores=(scored,)))
         assert folder.manifest["counts"]["rejected"] == {"logprob/no-logprob": build(source).count("queries")}
-    with pytest.raises(ValueError, match="was not made of completions, and 'logprob' reads them"):
+    with pytest.raises(ValueError, match="was not parsed from completions, but 'logprob' reads them"):
         Score(parsed=parsed(("a", "d0")), corpus=DOCS, filter=Logprob())

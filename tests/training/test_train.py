@@ -187,7 +187,7 @@ def test_examples_are_split_by_passage(tmp_path):
     assert dev <= corpus and len(corpus) <= 2 * len(dev) + 5
     trained = materialize(toy_train(split, queries=toy, corpus=toy, dev=split, steps=1), str(tmp_path), HERE)
     assert trained.manifest["counts"]["examples"] == len(train)
-    with pytest.raises(ConfigError, match="take another share"):
+    with pytest.raises(ConfigError, match="use another share"):
         materialize(split.model_copy(update={"share": 1e-6}), str(tmp_path))
 
 
