@@ -184,7 +184,7 @@ def test_one_index_serves_every_k1_and_b(tmp_path):
     ("fields", "says"),
     [
         ({"searches": searches()[:1]}, "1 searches; give at least two"),
-        ({"searches": (searches()[0], searches("dev")[1])}, "not of the same queries"),
+        ({"searches": (searches()[0], searches("dev")[1])}, "differ in queries or split"),
         ({"weights": (1.0, 1.0)}, "'rrf' has no weights"),
         ({"method": "weights"}, "needs either weights, or dev"),
         ({"method": "weights", "weights": (1.0,)}, "for 2 searches"),

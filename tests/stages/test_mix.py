@@ -94,7 +94,7 @@ def test_weights_that_do_not_fit_are_refused():
         {"arms": (arm("a", 1),), "weights": (1.0, 2.0)},
         {"arms": (arm("a", 1),), "weights": (0.0,)},
     ):
-        with pytest.raises(ValueError, match="mix: "):
+        with pytest.raises(ValueError, match="mix-queries: "):
             MixQueries(**fields)
     assert issubclass(ConfigError, ValueError)
 

@@ -143,7 +143,7 @@ def test_wrong_wiring_is_refused():
     queries, docs = parsed(("a", "d0")), corpus("a")
     with pytest.raises(ValueError, match="search is not set"):
         Score(parsed=queries, corpus=docs, filter=RoundTrip())
-    with pytest.raises(ValueError, match="leave search out"):
+    with pytest.raises(ValueError, match="remove search"):
         Score(parsed=queries, corpus=docs, filter=Length(), search=search({}))
     with pytest.raises(ValueError, match="score the queries that are selected from"):
         Select(parsed=parsed(("b", "d0")), scores=(Score(parsed=queries, corpus=docs, filter=Length()),))
