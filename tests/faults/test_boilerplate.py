@@ -235,13 +235,13 @@ def test_cosines_are_kept_for_the_best_and_for_everyone(monkeypatch):
     about = SharedAnswers(np.array([5, 6, 6]), np.array([0, 1, 1]), np.array([10, 11, 12]), np.array([0, 1, 9]))
     found = texts.find_similar(array([f"mine {i}" for i in range(400)]), mine, about)
     cosines = mine @ held.T
-    near = found.those(found.how == MECHANISMS.index("embedding"))
+    near = found.select(found.how == MECHANISMS.index("embedding"))
     assert len(near) <= BEST * 400 + 300 < np.count_nonzero(cosines >= 0.8)
     for axis, places in ((1, near.rows), (0, near.held_out)):
         best = np.full(cosines.shape[1 - axis], -1, np.float32)
         np.maximum.at(best, places, near.scores)
         assert np.allclose(best, np.where(cosines.max(axis) >= 0.8, cosines.max(axis), -1), atol=1e-5)
-    same = found.those(found.how == MECHANISMS.index("paraphrase"))
+    same = found.select(found.how == MECHANISMS.index("paraphrase"))
     expected = {(5, 10), (6, 11)} & {(r, h) for r, h in zip(*np.nonzero(cosines >= 0.8), strict=True)}
     assert set(zip(same.rows.tolist(), same.held_out.tolist(), strict=True)) == expected and expected
     assert found.left_out.sum() == np.count_nonzero(cosines >= 0.8) - len(near)
