@@ -240,7 +240,7 @@ def test_a_purchase_is_the_safe_volume_and_costs_more_than_the_likely_one() -> N
 def test_nothing_is_bought_out_of_reach_or_on_a_test_that_cannot_see_it() -> None:
     beyond = purchase.buy(made_curve(), lambda n: n, generator="crop", base="minilm", target=0.09)
     assert beyond.n is None
-    assert "out of reach below 16,000 queries with a probability of 100%" in beyond.sentence()
+    assert "out of reach below 64,000 queries with a probability of 100%" in beyond.sentence()
     coarse = purchase.buy(made_curve(noise=0.01), lambda n: n, generator="crop", base="minilm", target=0.02)
     assert coarse.n is None
     assert "times as many judged queries" in coarse.sentence()
