@@ -9,7 +9,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dagr_ray.cli.inspect import folders
 from dagr_ray.cli.progress import Reporter, duration, size
@@ -25,7 +25,9 @@ from dagr_ray.study.job import Job, load_job, parse_axes
 from dagr_ray.study.plan import Study, plan_study
 from dagr_ray.study.preflight import check_data
 from dagr_ray.study.run import run_study
-from dagr_ray.study.visible import powers
+
+if TYPE_CHECKING:
+    from dagr_ray.report.decision.power import Power
 
 log = logging.getLogger("dagr")
 Args = argparse.Namespace
@@ -80,6 +82,7 @@ def _check_budget(stages: Iterable[Stage], runs: str) -> None:
 def check(args: Args) -> int | None:
     """``dagr check``."""
     from dagr_ray.study.estimate import estimate
+    from dagr_ray.study.visible import powers
 
     placement = load_placement(args.placement)
     with fingerprint_cache():
@@ -94,11 +97,15 @@ def check(args: Args) -> int | None:
     with fingerprint_cache():
         lines = list(plan(stages, args.runs, deep=args.deep, repair=args.deep))
         estimates = estimate([line.stage for line in lines if line.state != "cached"], args.runs, placement)
-        return _print_plan(args, lines, estimates, [*data_lines, *(power.sentence() for power in visible)])
+        return _print_plan(args, lines, estimates, data_lines, visible)
 
 
 def _print_plan(
-    args: Args, lines: Sequence[Status], estimates: dict[str, Any], data_lines: Sequence[str]
+    args: Args,
+    lines: Sequence[Status],
+    estimates: dict[str, Any],
+    data_lines: Sequence[str],
+    visible: Sequence[Power],
 ) -> int | None:
     """Prints the result of a dry run."""
     damaged = [line for line in lines if line.problem]
@@ -110,7 +117,7 @@ def _print_plan(
             }
             for s in lines
         ]  # fmt: skip
-        print_json({"data": data_lines, "stages": stages})
+        print_json({"data": data_lines, "power": [power.to_json() for power in visible], "stages": stages})
         return 1 if damaged else None
     rows = []
     for line in lines:
@@ -124,7 +131,7 @@ def _print_plan(
         rows.append([line.stage.folder_name(), line.state, shards, tokens, hours, stored, money, basis, line.problem])
     print_table(rows, ["stage", "state", "shards", "tokens ~", "time ~", "storage ~", "cost ~", "as in", "problem"])
     todo = [line for line in lines if line.state != "cached"]
-    for data_line in data_lines:
+    for data_line in [*data_lines, *(power.sentence() for power in visible)]:
         say(data_line)
     say(f"{len(lines)} stages, {len(lines) - len(todo)} cached; {_remaining_work(estimates.values())}")
     if any(values["basis"] != "this corpus" for values in estimates.values() if values["tokens"]):

@@ -14,8 +14,9 @@ from dagr_ray.core.paths import distinct_names
 from dagr_ray.report import stats
 from dagr_ray.report.arms import TrialResult
 from dagr_ray.report.compare import changed_queries
+from dagr_ray.report.decision import ALPHA, WORTH
 from dagr_ray.report.decision.estimates import Estimate, paired, seed_variance
-from dagr_ray.report.decision.outcomes import ALPHA, WORTH, smallest_enough
+from dagr_ray.report.decision.outcomes import smallest_enough
 from dagr_ray.report.verdict import best_arm
 
 MEASURE = "nDCG@10"

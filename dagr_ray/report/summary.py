@@ -10,7 +10,7 @@ from dagr_ray.core.config import ConfigError
 from dagr_ray.core.cost import Rates
 from dagr_ray.report.arms import TrialResult, group_seeds, use_same_set_names
 from dagr_ray.report.boards import MEASURE, averages, boards_of
-from dagr_ray.report.decision.outcomes import ALPHA, WORTH
+from dagr_ray.report.decision import ALPHA, WORTH
 from dagr_ray.report.leaks import leaks
 from dagr_ray.report.lexical import lexical
 from dagr_ray.report.lineage import Folders, funnel

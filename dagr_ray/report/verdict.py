@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterable
 
 from dagr_ray.core.artifact import Json
-from dagr_ray.report.decision.outcomes import ALPHA, QUERIES, WORTH, can_rule_out
+from dagr_ray.report.decision import ALPHA, WORTH
+from dagr_ray.report.decision.outcomes import QUERIES, can_rule_out
 from dagr_ray.report.decision.power import errors_seen
 from dagr_ray.report.numbers import dollars, duration, p_text, signed
 

@@ -13,7 +13,7 @@ from dagr_ray.core.artifact import Artifact, Json
 from dagr_ray.core.config import ConfigError, digest, fingerprint_cache
 from dagr_ray.core.stage import Stage, walk
 from dagr_ray.miners.bm25 import BM25
-from dagr_ray.report.decision.outcomes import ALPHA, WORTH
+from dagr_ray.report.decision import ALPHA, WORTH
 from dagr_ray.stages.evaluate import Scorecard
 from dagr_ray.stages.retrieve import Search
 from dagr_ray.study.job import Job

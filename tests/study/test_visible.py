@@ -63,6 +63,7 @@ def test_finished_arms_give_the_spread(data, tmp_path) -> None:
     assert power.spread == pytest.approx(0.1, rel=0.02)
     assert power.smallest == pytest.approx(0.0486, rel=0.02)
     assert "the largest of 2 finished arms" in power.sentence()
+    assert power.to_json()["needed"] == power.needed > power.queries
 
 
 def test_check_prints_what_each_test_set_can_see(data, tmp_path) -> None:

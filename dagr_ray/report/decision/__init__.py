@@ -8,3 +8,5 @@
 * ``curves``      gain over volume: families, fits of every resample, bands, the error on a rung that was held out, dips
 * ``purchase``    how many queries to buy, at what price and risk; generators at equal dollars
 """
+
+WORTH, ALPHA = 0.01, 0.05  # the smallest gain worth having, and the share of studies that may claim what is not so

@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import norm
 
 from dagr_ray.report.decision.estimates import Estimate, Floats
 from dagr_ray.report.stats import SEED, holm, over_seeds, resampled_means
@@ -179,12 +178,3 @@ def dips(steps: Sequence[Estimate], alpha: float = 0.05) -> list[Dip]:
     one_sided = [s.p() / 2 if s.mean < 0 else 1 - s.p() / 2 for s in steps]
     corrected = holm(one_sided)
     return [Dip(i + 1, s.mean, p) for i, (s, p) in enumerate(zip(steps, corrected, strict=True)) if p < alpha]
-
-
-def half_width(level: float) -> float:
-    """Standard errors on each side of a normal interval.
-
-    >>> round(half_width(0.95), 2)
-    1.96
-    """
-    return float(norm.ppf((1 + level) / 2))

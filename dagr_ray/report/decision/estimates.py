@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy.special import stdtr, stdtrit
 
 Floats = NDArray[np.float64]
 
@@ -27,14 +27,14 @@ class Estimate:
         >>> round(low, 4), round(high, 4)
         (0.0101, 0.0299)
         """
-        half = self.se * float(stats.t.ppf(1 - alpha / 2, self.df)) if self.se > 0 else 0.0
+        half = self.se * float(stdtrit(self.df, 1 - alpha / 2)) if self.se > 0 else 0.0
         return self.mean - half, self.mean + half
 
     def p(self) -> float:
         """Two-sided p value of "the mean is 0"."""
         if self.se <= 0:
             return 1.0 if self.mean == 0 else 0.0
-        return float(2 * stats.t.sf(abs(self.mean) / self.se, self.df))
+        return float(2 * stdtr(self.df, -abs(self.mean) / self.se))
 
 
 def seed_variance(arms: Sequence[Floats]) -> tuple[float, int]:

@@ -14,12 +14,12 @@ from typing import Literal
 
 import numpy as np
 
+from dagr_ray.report.decision import ALPHA, WORTH
 from dagr_ray.report.decision.estimates import Estimate, Floats, paired
 from dagr_ray.report.decision.power import POWER, errors_seen
 from dagr_ray.report.numbers import signed
 
 Outcome = Literal["better", "worse", "equivalent", "more volume", "more judged queries"]
-WORTH, ALPHA = 0.01, 0.05
 # What fewer judged queries, or fewer that changed, have not shown may well be there: an interval over them is no bound.
 QUERIES, CHANGED = 30, 10
 LIKELY = 0.5  # a rise by `worth` at the next rung that is as likely as not is tried, if nobody says what it is worth

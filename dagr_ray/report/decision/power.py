@@ -9,9 +9,10 @@ errors with the probability ``power``: 2.80 of them at 5 % and 80 % for one arm.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
-from scipy.stats import norm
+from scipy.special import ndtri
 
 # The standard deviation of a query's nDCG@10 gain over the frozen base before anything is measured. The largest that a
 # pre-trained base was seen to have on five shared collections (0.099 numeric, 0.126 stdlib, 0.131 cranfield,
@@ -26,7 +27,7 @@ def errors_seen(arms: int, alpha: float = 0.05, power: float = POWER) -> float:
     >>> round(errors_seen(1), 2), round(errors_seen(8), 2)
     (2.8, 3.58)
     """
-    return float(norm.ppf(1 - alpha / (2 * max(arms, 1))) + norm.ppf(power))
+    return float(ndtri(1 - alpha / (2 * max(arms, 1))) + ndtri(power))
 
 
 def smallest_gain(queries: int, spread: float, arms: int = 1, alpha: float = 0.05, power: float = POWER) -> float:
@@ -67,6 +68,10 @@ class Power:
     @property
     def needed(self) -> int:
         return queries_needed(self.worth, self.spread, self.arms, self.alpha)
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields, with ``smallest`` (a gain) and ``needed`` (judged queries)."""
+        return {**asdict(self), "smallest": self.smallest, "needed": self.needed}
 
     def sentence(self) -> str:
         """One line for a terminal.
