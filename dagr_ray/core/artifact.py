@@ -4,7 +4,7 @@
       plan.json                                 written first: config, inputs, shard -> row range
       generations/part-00000-1f0c9a3e.parquet   a part is named by its content
       receipts/00000.json                       names the parts of one shard with their checksums: present == committed
-      attempts/001-9c1f.jsonl                   what happened; a resume adds a file
+      attempts/001-9c1f.jsonl                   event log; a resume adds a file
       manifest.json                             written last: its presence == complete
 
 A shard writes all its parts and then its receipt, so every table of a shard appears at once or not at all. Parts are
@@ -42,16 +42,16 @@ from dagr_ray.core.shapes import Json
 __all__ = ["Artifact", "AttemptLog", "Damaged", "Json", "add_up", "folders_of"]
 log = logging.getLogger("dagr")
 READERS = 32  # small files read at once from an object store, which takes about 30 ms for each
-ROW_GROUP = 8192  # so that a few rows of a large part are read without the others
-PLAN = -1  # in place of a shard: the folder's plan
-# Two writers of one shard give their files names of their own, which say nothing of what is in them.
+ROW_GROUP = 8192  # small, so that a few rows of a large part can be read alone
+PLAN = -1  # stands for the folder's plan among shards
+# Two writers of a shard give their files unique suffixes, which do not belong to the content.
 _OWN = re.compile(r"-[0-9a-f]{8}(?=/)")
 _EMPTY: Json = {"stage": {}, "inputs": {}, "files": {}, "counts": {}, "cost": {}, "price": 0.0}
 
 
 @dataclass
 class _Known:
-    """A manifest as it lay in its folder, and what follows from it."""
+    """A manifest as it was read, and values derived from it."""
 
     path: str
     stamp: tuple[Any, ...]
@@ -65,13 +65,13 @@ class _Known:
         return made[name]["parts"]
 
     def starts(self, name: str) -> list[int]:
-        """The row that each part begins with; the number of rows last."""
+        """The first row of each part, and the number of rows at the end."""
         if name not in self.offsets:
             self.offsets[name] = list(accumulate((part["rows"] for part in self.parts(name)), initial=0))
         return self.offsets[name]
 
 
-# What this process has read of finished folders: with 10,000 shards, a manifest takes 0.1 s to parse.
+# Manifests that this process has read: with 10,000 shards, a manifest takes 0.1 s to parse.
 _folders: dict[tuple[str, str], _Known] = {}
 _plans: dict[tuple[str, str], tuple[tuple[Any, ...], Json]] = {}
 _contents: dict[tuple[str, str], tuple[tuple[Any, ...], str]] = {}
@@ -89,8 +89,8 @@ class Artifact(Folder):
     """One folder below a runs folder. Cheap to make and to pickle: it holds two strings until it is used."""
 
     def local_path(self, *parts: str) -> str:
-        """A path on this machine's disk of a file or folder, which is as it was written; that of a remote folder is
-        copied to a cache first. Of a folder, only the files that the stage has written are there. Raises Damaged.
+        """The local path of a file or folder, after its checksums are verified; a remote one is copied to a cache first.
+        A folder holds only the files that the stage has written. Raises Damaged.
         """
         target = "/".join([self.path, *parts])
         below = "/".join(parts)
@@ -108,24 +108,24 @@ class Artifact(Folder):
         return checksums.only_listed(found, entries) if entries and "" not in entries else found
 
     def json_of(self, relative: str) -> Any:
-        """The value of a JSON file that the stage has written itself, as it was written. Raises Damaged."""
+        """The value of a JSON file that the stage has written itself. Raises Damaged."""
         entry = (self.manifest or {}).get("files", {}).get(relative)
         if entry is not None:
             checksums.require(self.fs, f"{self.path}/{relative}", entry)
         found = self.read_json(relative)
         if found is None:
-            raise Damaged(f"{self.path}/{relative} is missing or not as it was written")
+            raise Damaged(f"{self.path}/{relative} is missing or damaged")
         return found
 
     @property
     def plan(self) -> Json:
-        """``plan.json``, remembered as long as it lies there. Shared: not to be changed. Raises Damaged."""
+        """``plan.json``, cached while the file is unchanged. Shared: do not modify it. Raises Damaged."""
         key, stamp = (self.runs, self.path), checksums.stamp(self.fs, f"{self.path}/plan.json")
         known = _plans.get(key)
         if known is None or known[0] != stamp:
             found = self.read_json("plan.json")
             if found is None:
-                raise Damaged(f"{self.path}/plan.json is missing or not as it was written")
+                raise Damaged(f"{self.path}/plan.json is missing or damaged")
             known = (stamp or (), found)
             checksums.remember(_plans, key, known, 8)
         return known[1]
@@ -133,7 +133,7 @@ class Artifact(Folder):
     # -- shards -----------------------------------------------------------------------------------------------------
 
     def commit(self, shard: int, rows: dict[str, pa.Table], more: Json, files: Iterable[str] = ()) -> Json:
-        """Writes every table of a shard, then its receipt. ``more`` (counts, cost) is kept in the receipt.
+        """Writes every table of a shard, then its receipt. ``more`` (counts, cost) goes into the receipt.
 
         Files named in ``files`` (already in the folder, relative paths) are recorded with their checksums. If another
         writer committed the same rows (``more["rows"]``) meanwhile, its receipt stands and is returned.
@@ -141,7 +141,7 @@ class Artifact(Folder):
         parts = {name: self._write_part(name, shard, value) for name, value in rows.items()}
         own = {f: {"file": f, **checksums.checksum(self.fs, f"{self.path}/{f}")} for f in files}
         receipt = {"shard": shard, "tables": parts, "files": own, **more}
-        if self.local:  # the receipt must not outlive what it names: one trip to the disk for all of a shard
+        if self.local:  # the receipt must not outlive its files: one flush for all files of a shard
             written = [f"{self.path}/{each['file']}" for each in (*parts.values(), *own.values())]
             disk.flush([*written, *dict.fromkeys(path.rsplit("/", 1)[0] for path in written)])
         earlier = self.receipt(shard)
@@ -161,11 +161,11 @@ class Artifact(Folder):
         return receipt
 
     def receipt(self, shard: int) -> Json | None:
-        """The receipt of a shard, or None where it is not committed."""
+        """The receipt of a shard; None if the shard is not committed."""
         return self.read_json(_receipt(shard))
 
     def _too_late(self, receipt: Json, stands: Json) -> Json:
-        self.write_json(_revoked(receipt["shard"]), receipt)  # it was paid for
+        self.write_json(_revoked(receipt["shard"]), receipt)  # its cost stays in the bill
         return stands
 
     def _write_part(self, name: str, shard: int, value: pa.Table) -> Json:
@@ -180,11 +180,11 @@ class Artifact(Folder):
         return {"file": file, "rows": value.num_rows, "bytes": len(data), "sha256": sha}
 
     def receipts(self) -> dict[int, Json]:
-        """Shard -> receipt, for the shards that are committed."""
+        """Shard -> receipt, for committed shards."""
         return {receipt["shard"]: receipt for receipt in self._read_all("receipts").values() if receipt is not None}
 
     def _read_all(self, folder: str) -> dict[str, Json | None]:
-        """Base name -> value of the files of a sub-folder; None for one that is damaged."""
+        """Base name -> value of the files in a sub-folder; None for a damaged file."""
         names = sorted(self.listing(folder))
         paths = [f"{folder}/{name}" for name in names]
         if self.local or len(names) < 2:
@@ -193,10 +193,10 @@ class Artifact(Folder):
             return dict(zip(names, pool.map(self.read_json, paths), strict=True))
 
     def damaged(self, deep: bool = False) -> dict[int, str]:
-        """Committed shards whose files are missing or of another size (``deep``: or of another checksum) -> what is wrong.
+        """Committed shards with files that are missing or of another size (``deep``: or checksum) -> what is wrong.
 
-        Of a finished folder the manifest says what should be there, and its receipts and plan are looked at if ``deep``
-        alone. ``PLAN`` stands for the plan.
+        The manifest of a finished folder lists the expected files; its receipts and plan are only checked if ``deep``.
+        ``PLAN`` stands for the plan.
         """
         manifest = self.manifest
         problems: dict[int, str] = {}
@@ -205,7 +205,7 @@ class Artifact(Folder):
             receipts = self._read_all("receipts")
         if manifest is None or deep:
             problems = {
-                shapes.shard_of(name): f"receipts/{name} is not as it was written"
+                shapes.shard_of(name): f"receipts/{name} is damaged"
                 for name, receipt in receipts.items()
                 if receipt is None
             }
@@ -226,7 +226,7 @@ class Artifact(Folder):
         return problems
 
     def _lost(self, receipts: dict[str, Json | None]) -> dict[int, str]:
-        """The plan of a finished folder, or receipts that it should have."""
+        """Problems of a finished folder's plan, or receipts that are missing."""
         plan = self.read_json("plan.json")
         if plan is None:
             return {PLAN: self.problem("plan.json") or "plan.json is missing"}
@@ -234,7 +234,7 @@ class Artifact(Folder):
         return {shapes.shard_of(name): f"receipts/{name} is missing" for name in names if name not in receipts}
 
     def _committed(self, manifest: Json | None, receipts: dict[str, Json | None]) -> Iterator[tuple[int, Json]]:
-        """(shard, part or file) of all committed shards: from the manifest where there is one, which is one file to read."""
+        """(shard, part or file) of all committed shards: from the manifest if there is one, because it is a single file."""
         sound_ones = [receipt for receipt in receipts.values() if receipt is not None]
         if manifest is None:
             for receipt in sound_ones:
@@ -249,7 +249,7 @@ class Artifact(Folder):
             yield entry.get("shard", owners.get(file, 0)), entry
 
     def revoke(self, shards: Iterable[int]) -> None:
-        """Takes shards back, so that they are built again. What they cost stays in the bill: see ``revoked``."""
+        """Revokes shards, so that they are built again. Their cost stays in the bill: see ``revoked``."""
         self.remove("manifest.json")
         checksums.remember(_folders, (self.runs, self.path), None, 64)
         marks = self.listing("tries")
@@ -260,24 +260,24 @@ class Artifact(Folder):
             receipt = self.receipt(shard)
             if receipt is not None:
                 for mark in (name for name in marks if name.startswith(f"{shard:05d}-")):
-                    self.remove(f"tries/{mark}")  # its cost is the receipt's
+                    self.remove(f"tries/{mark}")  # the receipt has its cost
                 self.write_json(_revoked(shard), receipt)
             self.remove(_receipt(shard))
 
     def restart(self) -> None:
-        """Takes all back, the plan too: what was read for it has other content now."""
+        """Revokes all shards and the plan, because an input has other content now."""
         self.revoke([shapes.shard_of(name) for name in self.listing("receipts")])
         self.remove("plan.json")
 
     def revoked(self) -> list[Json]:
-        """The receipts of shards that were taken back: work that was paid for and is not in the tables."""
+        """The receipts of revoked shards: work that was paid for and is not in the tables."""
         return [receipt for receipt in self._read_all("revoked").values() if receipt is not None]
 
     # -- the finished folder ----------------------------------------------------------------------------------------
 
     @property
     def manifest(self) -> Json | None:
-        """The manifest, or None while the folder is not complete. Shared by all who ask: not to be changed."""
+        """The manifest; None while the folder is incomplete. Shared: do not modify it."""
         known = self._known()
         return known.manifest if known else None
 
@@ -292,7 +292,7 @@ class Artifact(Folder):
         return known
 
     def content(self) -> str | None:
-        """A hash of what a finished folder holds, without names and times; None while it is not complete."""
+        """A hash of a finished folder's content, without names and times; None while it is incomplete."""
         key, stamp = (self.runs, self.path), checksums.stamp(self.fs, f"{self.path}/manifest.json")
         known = _contents.get(key)
         if known is None or known[0] != stamp:
@@ -306,10 +306,10 @@ class Artifact(Folder):
         return known[1]
 
     def stale(self) -> str | None:
-        """Which input has other content now than that which this folder is made from; None where none has.
+        """The input whose content has changed since this folder was made from it; None if there is none.
 
-        An input that is gone tells nothing. A folder from before this was recorded is taken as it is, unless an input
-        whose files nobody checked then, or that was remade since, is younger.
+        A missing input is no evidence. A folder from before contents were recorded counts as current, unless an input with
+        files (which were not checked then), or one that was rebuilt since, is newer.
         """
         made = self.manifest or self.read_json("plan.json") or {}
         for name, folder in made.get("inputs", {}).items():
@@ -332,7 +332,7 @@ class Artifact(Folder):
     def _finished(self) -> _Known:
         known = self._known()
         if known is None:
-            raise FileNotFoundError(errno.ENOENT, "not complete, or away", self.path)
+            raise FileNotFoundError(errno.ENOENT, "incomplete or unreachable", self.path)
         return known
 
     def count(self, name: str) -> int:
@@ -367,7 +367,7 @@ class Artifact(Folder):
         return pa.concat_tables(found) if found else schemas.empty(name)
 
     def slice(self, name: str, start: int, stop: int, columns: list[str] | None = None) -> pa.Table:
-        """Rows ``start`` to ``stop`` of a table, reading only what holds them."""
+        """Rows ``start`` to ``stop`` of a table; reads only the parts with these rows."""
         empty = schemas.empty(name)
         found = [empty if columns is None else empty.select(columns)]
         known = self._finished()
@@ -383,7 +383,7 @@ class Artifact(Folder):
         return pa.concat_tables(found)
 
     def ranges(self, name: str, step: int) -> list[tuple[int, int]]:
-        """The rows of a table in ranges of whole parts: as many as fit into ``step`` rows, at least one."""
+        """Ranges of rows that are whole parts: as many parts as fit into ``step`` rows, at least one."""
         ends = self._finished().starts(name)[1:]
         found, start = [], 0
         for end, after in zip(ends, [*ends[1:], None], strict=False):
@@ -393,28 +393,26 @@ class Artifact(Folder):
         return found
 
     def source_rows(self, name: str, start: int, stop: int) -> tuple[int, int]:
-        """The rows of the input, widened to whole shards, that rows ``start`` to ``stop`` of a table were made from."""
+        """The input rows, rounded to whole shards, from which rows ``start`` to ``stop`` of a table were made."""
         offsets, shards = self._finished().starts(name), self.plan["shards"]
         if start >= stop:
             return 0, 0
         if len(offsets) != len(shards) + 1:
-            raise Damaged(
-                f"{self.path}/plan.json is not as it was written: {len(shards)} shards, {len(offsets) - 1} parts"
-            )
+            raise Damaged(f"{self.path}/plan.json is damaged: {len(shards)} shards, {len(offsets) - 1} parts")
         first, last = bisect.bisect_right(offsets, start) - 1, bisect.bisect_left(offsets, stop) - 1
         return shards[first]["start"], shards[last]["stop"]
 
     def read_part(self, part: Json, columns: list[str] | None = None) -> pa.Table:
-        """The rows of a part that a receipt or a manifest names. Raises Damaged."""
-        # a flipped bit would else be an error from deep inside, or a wrong row that nobody sees
+        """The rows of a part of a receipt or a manifest. Raises Damaged."""
+        # without this, a flipped bit would be an obscure error, or a wrong row that nobody notices
         data = self.read_bytes(part["file"])
         if data is None or hashlib.sha256(data).hexdigest() != part["sha256"]:
-            raise Damaged(f"{self.path}/{part['file']} is {'missing' if data is None else 'not as it was written'}")
+            raise Damaged(f"{self.path}/{part['file']} is {'missing' if data is None else 'damaged'}")
         with pq.ParquetFile(pa.BufferReader(data)) as opened:
             return schemas.fill_columns(part["file"].split("/")[0], opened.read(columns), columns)
 
     def _read_rows(self, part: Json, columns: list[str] | None, first: int, last: int) -> pa.Table:
-        """Some rows of a part. All of it is checked once in a process, later only the pages that are read."""
+        """Some rows of a part. The whole part is checked once per process, later only the pages that are read."""
         file = f"{self.path}/{part['file']}"
         checksums.require(self.fs, file, part)
         with self.fs.open_input_file(file) as stream:
@@ -427,10 +425,10 @@ class Artifact(Folder):
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """One builder at a time on a local disk: a second driver waits here and then finds the work done.
+        """Allows one builder at a time on a local disk: a second driver waits here and then finds the work done.
 
-        The kernel drops the lock of a killed process. Object stores have no locks; there the receipts alone keep two
-        builders from harming each other, at the price of doing some shards twice.
+        The kernel releases the lock of a killed process. Object stores have no locks; there only the receipts protect two
+        builders from each other, and some shards may be built twice.
         """
         if not self.local:
             yield
@@ -442,13 +440,13 @@ class Artifact(Folder):
             disk.remove(f"{self.path}/.lock")
         with open(
             f"{self.path}/.lock", "a+", encoding="utf-8", errors="replace"
-        ) as handle:  # what it says is of its holder
+        ) as handle:  # its text describes the holder
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 handle.seek(0)
                 holder = " ".join(handle.read(200).split()) or "another process"
-                log.warning("waiting for %s: %s is at work on it", self.path, holder)
+                log.warning("waiting for %s: %s is building it", self.path, holder)
                 fcntl.flock(handle, fcntl.LOCK_EX)
             handle.seek(0)
             handle.truncate()
@@ -459,24 +457,24 @@ class Artifact(Folder):
 
 
 class AttemptLog:
-    """The event log of one try at a folder: ``attempts/001-9c1f.jsonl``, whole lines, never overwritten by a later try."""
+    """The event log of one attempt at a folder: ``attempts/001-9c1f.jsonl``. A later attempt never overwrites it."""
 
     def __init__(self, folder: Artifact) -> None:
         self.folder = folder
         self.number = max((int(re.split(r"[-.]", name)[0]) for name in folder.listing("attempts")), default=0) + 1
-        # two drivers on an object store, which has no locks, may count the same
+        # two drivers on an object store, which has no locks, may get the same number
         self.name = f"{self.number:03d}-{uuid.uuid4().hex[:4]}"
         self.lines: list[str] = []
 
     def note(self, event: str, **detail: Any) -> None:
-        """Adds an event with the time and writes the log out."""
+        """Adds an event with its time and writes the log."""
         place = f"attempts/{self.name}.jsonl"
         self.lines.append(shapes.line(self.folder.name, place, {"at": time.time(), "event": event, **detail}))
         self.folder.write_bytes(place, ("\n".join(self.lines) + "\n").encode())
 
 
 def add_up(total: Json, more: Json) -> Json:
-    """Sums two trees of numbers key by key (counts, rejections by reason, cost)."""
+    """Adds two trees of numbers key by key (counts, rejections by reason, cost)."""
     for key, value in more.items():
         total[key] = add_up(total.get(key, {}), value) if isinstance(value, dict) else total.get(key, 0) + value
     return total

@@ -1,4 +1,4 @@
-"""Parts that jobs share: functions that return stages."""
+"""Functions that return stages, shared by jobs."""
 
 from dagr_ray.recipes.augmentation import augment, filtered, gated, generator_named, own_round_trip
 from dagr_ray.recipes.evaluation import judge, named_sets, shown_split

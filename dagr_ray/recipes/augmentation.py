@@ -38,7 +38,7 @@ from dagr_ray.strategies.promptagator import Promptagator
 
 
 def generator_named(name: str, model: str | None = None) -> tuple[Strategy, Engine]:
-    """The strategy and engine of a generator: ``crop`` (no LLM), ``smollm2`` (the small one), or ``llm`` with a model."""
+    """The strategy and engine of a generator: ``crop`` (no LLM), ``smollm2`` (a small LLM), or ``llm`` with a model."""
     if name == "crop":
         return Crop(), CropEngine()
     if name == "smollm2":
@@ -71,14 +71,14 @@ def augment(
     tuned: Stage | None = None,
     max_candidates: int | None = None,
 ) -> tuple[Select | GenerateUntil | WithHumanLabels | LeakGate, Mine]:
-    """Queries for ``passages``, filtered and with BM25 negatives from ``corpus``: the selected queries and the examples.
+    """Generated queries for ``passages``, filtered and with BM25 negatives from ``corpus``: selected queries and examples.
 
-    With ``accepted``, passages are asked only until so many queries are accepted or a limit is reached: see ``GenerateUntil``.
-    Queries that resemble those of ``split`` in ``held_out`` (evaluation sets) are left out: see ``LeakGate``; with the
-    encoder ``base`` also those that only mean the same. ``without`` names filters, by type, that are left out. What
-    ``people`` said (``People``) wins over the filters, in both directions. A cropped query is a copy of its passage by
-    design, so the filter against copies is left out for it. The model of ``tuned`` (a ``TuneGenerator``) answers in place of
-    the engine's own, and needs no exemplars. ``max_candidates`` is the name of ``max_completions`` in 0.1.
+    With ``accepted``, generation stops when this many queries are accepted or a limit is reached: see ``GenerateUntil``.
+    Queries that resemble those of ``split`` in ``held_out`` (evaluation sets) are removed: see ``LeakGate``; with the
+    encoder ``base``, also paraphrases. ``without`` names types of filters to omit. Human labels (``people``) override the
+    filters: they can both reject and restore a query. A cropped query is a copy of its passage by design, so it is not
+    filtered for copies. The model of ``tuned`` (a ``TuneGenerator``) answers instead of the engine's own, and needs no
+    exemplars. ``max_candidates`` is the name of ``max_completions`` in 0.1.
     """
     max_completions = max_candidates if max_completions is None else max_completions
     sampling = Sampling(max_tokens=max_tokens)
@@ -128,8 +128,8 @@ def filtered(
 ) -> Select:
     """The queries of ``parsed`` that pass the cheap filters, ``extra``, and a round trip through BM25 over ``corpus``.
 
-    ``passages`` are those that they were written for; ``copies`` says that the queries may be copies of them. ``without``
-    names filters, by type, that are left out. ``search``, of the queries of ``parsed``, takes the place of BM25's.
+    ``passages`` are those for which they were generated; ``copies`` says that the queries may be copies of them.
+    ``without`` names types of filters to omit. ``search``, of the queries of ``parsed``, replaces the BM25 search.
     """
     cheap: list[Filter] = [Format(), Length(), Repetition(), Refusal(), Template(), Duplicate()]
     cheap += [] if copies else [Copied()]
@@ -148,9 +148,9 @@ def gated(
     exemplars: Stage | None = None,
     split: str = "test",
 ) -> LeakGate:
-    """``selected`` without the queries that resemble those of ``split`` in ``held_out``; ``passages`` hold their positives.
+    """``selected`` without queries that resemble those of ``split`` in ``held_out``; ``passages`` hold their positives.
 
-    ``exemplars`` are looked at too. With the encoder ``base`` also those are left out that only mean the same.
+    ``exemplars`` are compared too. With the encoder ``base``, paraphrases are also removed.
     """
     sets = tuple(held_out)
     scan = LeakScan(
@@ -162,12 +162,12 @@ def gated(
 def own_round_trip(
     parsed: Stage, corpus: Stage, base: Encoder, *, taught_by: Stage | None = None, depth: int = 100, **training: Any
 ) -> Search:
-    """The search for a round trip by a retriever that has learnt from the same queries before the filter.
+    """The search for a round trip through a retriever that is trained on the same queries before the filter.
 
     Promptagator's own recipe in two passes (Dai et al. 2022, arXiv 2209.11755, section 3.2): ``base`` is trained on all
-    queries of ``parsed``, or on those of ``taught_by`` (such as what the cheap filters keep), against the other passages
-    of its batch; then it looks for every query's passage. Give it to a ``Score`` with a ``RoundTrip``, and train the final
-    retriever from ``base`` again, on what is kept. ``training`` are fields of ``Train``.
+    queries of ``parsed``, or on those of ``taught_by`` (such as the output of the cheap filters), against the other
+    passages of its batch; then it searches for every query's passage. Give the search to a ``Score`` with a ``RoundTrip``,
+    and train the final retriever from ``base`` again, on the queries that pass. ``training`` are fields of ``Train``.
     """
     from dagr_ray.stages.train import Train  # brings Ray Train and torch
 

@@ -1,4 +1,4 @@
-"""How a retriever is judged on several data sets."""
+"""Evaluates a retriever on several data sets."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from dagr_ray.stages.sources import Beir
 if TYPE_CHECKING:
     pass
 
-JUDGED = 100  # passages of a query that count: R@100 is the deepest measure
-FUSED = (0.6, 0.4)  # weights of BM25 and of the retriever, as of the hybrid teacher
+JUDGED = 100  # passages of a query that are evaluated: R@100 is the deepest measure
+FUSED = (0.6, 0.4)  # weights of BM25 and of the retriever, as in the hybrid teacher
 
 
 def shown_split(split: str) -> str:
-    """The split that exemplars are drawn from where ``split`` is judged: another one.
+    """The split from which exemplars are drawn if ``split`` is evaluated: another one.
 
     >>> shown_split("test"), shown_split("dev"), shown_split("validation")
     ('dev', 'train', 'train')
@@ -34,22 +34,22 @@ def shown_split(split: str) -> str:
 
 
 def named_sets(*data: Stage | str | None) -> dict[str, Stage]:
-    """Data sets by a name for each, for ``judge``: what is given twice is there once, and no two have one name.
+    """Data sets by unique names, for ``judge``; a data set that is given twice occurs once.
 
-    A text stands for BEIR folders, joined by ``+``. The name is the stage's label; of a second one with that label, the
-    path tells more, and else its content.
+    A text stands for BEIR folders, joined by ``+``. The name is the stage's label; for a second stage with this label it
+    is extended by the path, or else by the content.
     """
-    found: dict[str, Stage] = {}
-    texts = {each: [Beir(path=path) for path in split_values(each, "+")] for each in data if isinstance(each, str)}
-    for each in [stage for one in data if one for stage in (texts[one] if isinstance(one, str) else [one])]:
-        if each.fingerprint() in {other.fingerprint() for other in found.values()}:
+    sets: dict[str, Stage] = {}
+    texts = {item: [Beir(path=path) for path in split_values(item, "+")] for item in data if isinstance(item, str)}
+    for item in [stage for entry in data if entry for stage in (texts[entry] if isinstance(entry, str) else [entry])]:
+        if item.fingerprint() in {other.fingerprint() for other in sets.values()}:
             continue
-        name = each.label() or each.type
-        if name in found:
-            places = [str(getattr(other, "path", "")) for other in (each, found[name])]
+        name = item.label() or item.type
+        if name in sets:
+            places = [str(getattr(other, "path", "")) for other in (item, sets[name])]
             name = word_of(distinct_names(places)[places[0]]) if all(places) and places[0] != places[1] else name
-        found[f"{name}_{each.fingerprint()[:4]}" if name in found else name] = each
-    return found
+        sets[f"{name}_{item.fingerprint()[:4]}" if name in sets else name] = item
+    return sets
 
 
 def judge(
@@ -65,20 +65,20 @@ def judge(
 ) -> Scorecard:
     """The scorecard of a retriever on several data sets, the in-distribution one first.
 
-    ``prefixes`` gives a set its own query and passage prefixes in place of the encoder's, as models with instructions
-    want them (``{"arguana": ("query: ", "query: ")}``); BM25 has none.
+    ``prefixes`` gives a set its own query and passage prefixes instead of the encoder's, as models with instructions
+    need them (``{"arguana": ("query: ", "query: ")}``); BM25 has none.
 
-    The best 100 passages of a query count; one more is searched, because a query that is a passage itself is taken out.
-    With ``fused`` each set is there a second time as ``NAME-fused``: the retriever together with BM25, as most teams run
-    search. Both scores are scaled by the query's hits to mean 0 and deviation 1, and weighted 0.6 and 0.4 (``FUSED``); these
-    weights are fixed beforehand and the same for all arms, the frozen base included.
+    ``judge`` retrieves 101 passages and evaluates the top 100, because a query that is also a passage is removed from its
+    own results. With ``fused`` each set occurs a second time as ``NAME-fused``: the retriever together with BM25, as most
+    teams run search. Both scores are scaled over the query's hits to mean 0 and deviation 1, and weighted 0.6 and 0.4
+    (``FUSED``); these weights are fixed beforehand and the same for all arms, including the frozen base.
 
-    With ``leaks`` (a ``LeakGate``) each set is there twice: as it is, and as ``NAME-untouched`` without the queries that
+    With ``leaks`` (a ``LeakGate``) each set occurs twice: unchanged, and as ``NAME-untouched`` without the queries that
     the training data resembles.
     """
     unknown = sorted((prefixes or {}).keys() - sets.keys())
     if unknown:
-        raise ConfigError(f"judge: prefixes for {unknown[0]!r}, which is no set; allowed: {', '.join(sets)}")
+        raise ConfigError(f"judge: prefixes for {unknown[0]!r}, which is not a data set; allowed: {', '.join(sets)}")
     evaluations: list[Evaluate] = []
     together: list[Evaluate] = []
     for position, (name, data) in enumerate(sets.items()):

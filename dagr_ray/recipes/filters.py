@@ -1,4 +1,4 @@
-"""Queries by the set of filters that they must pass."""
+"""Selects queries by a set of filters."""
 
 from __future__ import annotations
 
@@ -34,11 +34,12 @@ def filtered_by(
     exemplars: Stage | None = None,
     split: str = "test",
 ) -> Stage:
-    """The queries of ``parsed`` by ``all`` the filters of ``filtered``, ``none``, all ``without-NAME``, or all ``with-NAME`` too.
+    """The queries of ``parsed`` that pass ``all`` filters of ``filtered``, ``none``, ``without-NAME``, or also ``with-NAME``.
 
-    NAME is a filter's type; with ``logprob`` and ``teacher-score`` (the margin of a hybrid teacher) the better half is kept,
-    and ``diversity`` keeps half of what all others kept, that which covers the space best. Of ``held_out`` (evaluation
-    sets) and ``exemplars``, the leak gate is the last of all but ``none`` and ``without-leak``. Raises ConfigError for another.
+    NAME is a filter's type; ``logprob`` and ``teacher-score`` (the margin of a hybrid teacher) keep the better half, and
+    ``diversity`` keeps the half of the remaining queries that covers the space best. With ``held_out`` (evaluation sets)
+    and ``exemplars``, the leak gate comes last in all settings but ``none`` and ``without-leak``. Raises ConfigError for
+    any other setting.
     """
     every = filtered(parsed, passages, corpus, max_rank=max_rank)
     names = [score.filter.type for score in every.scores]
@@ -62,7 +63,7 @@ def filtered_by(
 
 
 def _extra(name: str, parsed: Parse, passages: Stage, corpus: Stage, encoder: Encoder) -> Score:
-    """The score of one of the filters of ``EXTRA`` that looks at a row."""
+    """The score of a rowwise filter of ``EXTRA``."""
     if name != "teacher-score":
         found: dict[str, Filter] = {"logprob": Logprob(top_share=0.5), "language": Language(), "pii": Pii()}
         return Score(parsed=parsed, corpus=passages, filter=found[name])

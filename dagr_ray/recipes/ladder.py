@@ -1,4 +1,4 @@
-"""The rungs of training: in-batch, mined negatives, a teacher's scores, filters; and negatives that are mined anew."""
+"""Rungs of training: in-batch, mined negatives, a teacher's scores, filters; and negatives that are mined anew."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ def refreshed(
 ) -> Train:
     """A training whose negatives are mined anew by its own last checkpoint every ``steps`` steps, ``rounds`` times.
 
-    The first round mines with ``base``, each later one with the model of the one before, from which it goes on: ANCE
-    (Xiong et al. 2020, arXiv 2007.00808), whose index lags behind in the same way. ``searches`` (BM25's, say) take turns
-    with the retriever's own. ``relabel`` makes examples with a teacher's scores of what was mined. ``training`` are fields of
-    ``Train``; the rate rises and falls once in each round unless they say ``schedule="constant"``. Every round is a
-    stage, so a run that stopped goes on where it was.
+    The first round mines with ``base``, each later one with the previous round's model, which it also continues to train:
+    ANCE (Xiong et al. 2020, arXiv 2007.00808), whose index lags behind in the same way. ``searches`` (such as BM25's) take
+    turns with the retriever's own. ``relabel`` adds a teacher's scores to mined examples. ``training`` are fields of
+    ``Train``; the learning rate rises and falls once in each round unless ``schedule="constant"``. Every round is a stage,
+    so an interrupted run resumes.
     """
     from dagr_ray.stages.train import Train  # brings Ray Train and torch
 
@@ -74,7 +74,7 @@ def refreshed(
 
 
 class Source(NamedTuple):
-    """Queries to train on: their weight, the stage that holds them, and the corpus that holds their passages."""
+    """Queries to train on: their weight, their stage, and the corpus with their passages."""
 
     weight: float
     queries: Stage
@@ -97,19 +97,17 @@ def climb(
     """``n`` examples of some queries at a rung of the ladder, the stage with their queries, and the losses to train with.
 
     * ``in-batch``: a query and its passage, against the other passages of its batch;
-    * ``mined``: and against one that BM25 or ``base`` confuse with it, by the positive-aware rule (``Mine``);
-    * ``teacher`` and ``filters``: and ``negatives`` of them, which are learnt in the order and at the distances that a
-      teacher finds (listwise KL, as in Ren et al., arXiv 2110.07367), with a tenth of the in-batch loss.
+    * ``mined``: also against a hard negative of BM25 or ``base``, by the positive-aware rule (``Mine``);
+    * ``teacher`` and ``filters``: with ``negatives`` hard negatives, trained towards a teacher's order and distances
+      (listwise KL, as in Ren et al., arXiv 2110.07367), and a tenth of the in-batch loss.
 
-    The teacher is, unless another is given, the weighted mean of BM25's z-scores, with a weight of ``bm25_share`` (0.6), and
-    ``base``'s; another's scores are logits, as a cross-encoder's are, and so at a temperature of 1. ``filters`` differs
-    from ``teacher`` in the queries that are given: see ``filtered``. Several sources are blended by weight (``MixExamples``).
-    Queries that resemble those of ``split`` in ``held_out`` are left out.
+    The default teacher is the weighted mean of the z-scores of BM25, with weight ``bm25_share`` (0.6), and of ``base``.
+    Another teacher's scores are logits, as a cross-encoder's are, at a temperature of 1. ``filters`` differs from
+    ``teacher`` only in its queries: see ``filtered``. Several sources are mixed by weight (``MixExamples``). Queries that
+    resemble those of ``split`` in ``held_out`` are removed.
     """
     if teacher is not None and bm25_share is not None:
-        raise ConfigError(
-            f"climb: bm25_share = {bm25_share} is the hybrid teacher's; leave it out beside {teacher.type}"
-        )
+        raise ConfigError(f"climb: bm25_share = {bm25_share} is the hybrid teacher's; remove it with {teacher.type}")
     bm25_share = 0.6 if bm25_share is None else bm25_share
     if not 0 <= bm25_share <= 1:
         raise ConfigError(f"climb: bm25_share = {bm25_share}; give BM25's share of the teacher, from 0 to 1")
@@ -133,7 +131,7 @@ def _examples(rung: Rung, queries: Stage, corpus: Stage, base: Encoder, negative
     searches = tuple(Search(index=Index(corpus=corpus, miner=m), queries=queries, depth=100) for m in miners)
     if rung == "mined":
         return Mine(selected=queries, corpus=corpus, searches=searches, negatives=1)
-    # what is relevant besides the positive is the teacher's to say: nothing is left out for scoring near it
+    # the teacher decides what else is relevant, so no negative is removed for a score near the positive's
     mined = Mine(selected=queries, corpus=corpus, searches=searches, negatives=negatives, margin=None)
     labels = Label(teacher=teacher, queries=queries, corpus=corpus, searches=searches, examples=mined)
     return Relabel(mined=mined, labels=labels)

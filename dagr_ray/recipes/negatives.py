@@ -1,4 +1,4 @@
-"""Examples by the source of their negatives."""
+"""Examples with negatives from different sources."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from dagr_ray.teachers.hybrid import Hybrid
 NEGATIVES = (
     "bm25", "dense", "llm", "mixed", "llm-filtered", "searched", "searched-dropped", "searched-relabelled",
 )  # fmt: skip
-SPARE = 4  # times the negatives that are wanted are mined where a teacher takes some out
+SPARE = 4  # this many times the wanted negatives are mined if a teacher removes some
 
 
 def hybrid_scores(queries: Stage, corpus: Stage, encoder: Encoder, *, examples: Stage | None = None) -> Label:
@@ -38,17 +38,17 @@ def hybrid_scores(queries: Stage, corpus: Stage, encoder: Encoder, *, examples: 
 def negatives_from(
     source: str, queries: Stage, corpus: Stage, encoder: Encoder, engine: Engine, *, k: int = 5
 ) -> tuple[Stage, Stage]:
-    """Examples of ``queries`` with ``k`` negatives each out of ``source``, and the corpus with all their passages.
+    """Examples of ``queries`` with ``k`` negatives each from ``source``, and the corpus with all their passages.
 
-    * ``bm25``, ``dense``: what that search returns besides the positive, by the positive-aware rule of ``Mine``;
-    * ``llm``: written by ``engine`` (``HardNegative``), and none besides;
-    * ``mixed``: written ones and those of both searches in equal parts;
-    * ``llm-filtered``: written ones without those that a teacher (the weighted z-scores of both searches over passages and
-      negatives together) scores at 95 % of the positive or above;
-    * ``searched``: what both searches return, whatever it scores; without those that the same teacher finds relevant
+    * ``bm25``, ``dense``: hits of that search, by the positive-aware rule of ``Mine``;
+    * ``llm``: only negatives written by ``engine`` (``HardNegative``);
+    * ``mixed``: written negatives and hits of both searches in equal parts;
+    * ``llm-filtered``: written negatives, except those that a teacher (the weighted z-scores of both searches over
+      passages and negatives together) scores at 95 % of the positive or above;
+    * ``searched``: hits of both searches with any score; without those that the same teacher finds relevant
       (``searched-dropped``), or with these as positives (``searched-relabelled``; RLHN, arXiv 2505.16967).
 
-    Source: arXiv 2504.21015, which compares the first five at ``k`` = 5. Raises ConfigError for another source.
+    Source: arXiv 2504.21015, which compares the first five at ``k`` = 5. Raises ConfigError for any other source.
     """
     if source not in NEGATIVES:
         raise ConfigError(f"negatives = {source!r}; allowed: {', '.join(NEGATIVES)}")

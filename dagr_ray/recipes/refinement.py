@@ -1,4 +1,4 @@
-"""A loop of generator and evaluator, unrolled into stages."""
+"""A generate-and-critique loop, unrolled into stages."""
 
 from __future__ import annotations
 
@@ -38,32 +38,32 @@ def refine(
     max_tokens: int = 32,
     until: Literal["filters", "evaluator"] = "filters",
 ) -> tuple[MixQueries, tuple[Select, ...]]:
-    """Queries of at most ``rounds`` rounds of generator and evaluator: all that were accepted, and those of each step.
+    """Queries of at most ``rounds`` rounds of generation and critique: all accepted ones, and those of each step.
 
-    In a round, the passages that have no accepted query yet are asked with the best accepted ones as exemplars (by the
-    ``scores`` of ``label``, a teacher's stage for given queries); ``Critique`` names what is wrong with the answers, and
-    ``Retry`` writes those again. What comes of either is accepted by the filters. ``until`` says who ends the loop for a
-    passage: the filters alone, or also the evaluator where it finds nothing wrong with the last answer. Source: MetaSynth,
-    arXiv 2510.01523. Every step is a stage, so a loop that stopped goes on, and the report tells what each of them added.
+    A round generates for passages without an accepted query, with the best accepted queries as exemplars (by the
+    ``scores`` of ``label``, a teacher's stage for given queries). ``Critique`` names faults of the answers, and ``Retry``
+    writes these answers again. Filters accept or reject the queries of both. ``until`` says what ends the loop for a
+    passage: the filters alone, or also a critique without faults. Source: MetaSynth, arXiv 2510.01523. Every step is a
+    stage, so an interrupted loop resumes, and the report shows the gain of each step.
     """
     sampling = Sampling(max_tokens=max_tokens)
     accepted: list[Select] = []
     verdicts: list[CritiquedPairs] = []
-    shown, left = exemplars, passages
+    shown, remaining = exemplars, passages
     for number in range(rounds):
         if number:
             so_far = MixQueries(arms=tuple(accepted))
             shown = TopExemplars(selected=so_far, corpus=corpus, scores=label(so_far), k=k)
             done = tuple(verdicts) if until == "evaluator" else ()
-            left = RemainingPassages(corpus=passages, accepted=tuple(accepted), verdicts=done)
+            remaining = RemainingPassages(corpus=passages, accepted=tuple(accepted), verdicts=done)
         raw = Generate(
-            corpus=left, strategy=strategy, engine=engine, sampling=sampling, samples=samples, exemplars=shown
+            corpus=remaining, strategy=strategy, engine=engine, sampling=sampling, samples=samples, exemplars=shown
         )
-        parsed = Parse(generations=raw, corpus=left)
-        accepted.append(filtered(parsed, left, corpus, max_rank=max_rank))
-        pairs = Pairs(queries=parsed, corpus=left)
+        parsed = Parse(generations=raw, corpus=remaining)
+        accepted.append(filtered(parsed, remaining, corpus, max_rank=max_rank))
+        pairs = Pairs(queries=parsed, corpus=remaining)
         verdict = Generate(corpus=pairs, strategy=Critique(), engine=engine, sampling=sampling)
         verdicts.append(CritiquedPairs(critiques=verdict))
         again = Rewrite(generations=Generate(corpus=verdicts[-1], strategy=Retry(), engine=engine, sampling=sampling))
-        accepted.append(filtered(again, left, corpus, max_rank=max_rank))
+        accepted.append(filtered(again, remaining, corpus, max_rank=max_rank))
     return MixQueries(arms=tuple(accepted)), tuple(accepted)

@@ -28,14 +28,14 @@ from dagr_ray.stages.select import Select
 from dagr_ray.strategies import Strategy
 from dagr_ray.strategies.promptagator import Promptagator
 
-MOST = 10_000_000  # queries: more than a budget is for
-# How many tokens an answer may have, by what is written.
+MOST = 10_000_000  # queries: more than any budget pays for
+# The maximum tokens of a completion, by what is generated.
 TOKENS = {"queries": 32, "passages": 96, "negatives": 96, "triples": 224}
 
 
 @dataclass(frozen=True)
 class Arm:
-    """What a strategy's answers become: ``examples`` to train on, with the stages that hold their queries and passages."""
+    """The arm of a strategy: ``examples`` to train on, with the stages of their queries and passages."""
 
     generations: Generate
     parsed: Stage
@@ -45,25 +45,27 @@ class Arm:
 
 
 def strategy_named(name: str) -> Strategy:
-    """A strategy by its type, or in one of its forms (``inpars/gbq``). Raises ConfigError with those that make an arm.
+    """A strategy by its type, or in one of its forms (``inpars/gbq``). Raises ConfigError, which lists those with an arm.
 
     >>> strategy_named("crop/span").name(), strategy_named("crop").name()
     ('crop/span', 'crop')
     """
-    found = {kind: cls for kind, cls in plugins(Strategy).items() if cls.writes in TOKENS}
+    types = {kind: cls for kind, cls in plugins(Strategy).items() if cls.writes in TOKENS}
     kind, _, form = name.partition("/")
-    if kind not in found:
-        raise ConfigError(f"strategy = {name!r} is not in the catalogue; allowed: {', '.join(sorted(found))}")
+    if kind not in types:
+        raise ConfigError(f"strategy = {name!r} is not in the catalogue; allowed: {', '.join(sorted(types))}")
     if not form:
-        return found[kind]()
-    field = next((each for each in ("form", "mode") if each in found[kind].model_fields), None)
+        return types[kind]()
+    field = next(
+        (name_of_field for name_of_field in ("form", "mode") if name_of_field in types[kind].model_fields), None
+    )
     if field is None:
         raise ConfigError(f"strategy = {name!r}: {kind!r} has one form only; write {kind!r}")
-    return found[kind](**{field: form})
+    return types[kind](**{field: form})
 
 
 def _engine_of(strategy: Strategy, engine: Engine) -> Engine:
-    """The engine that answers a strategy: some have one of their own, without a language model."""
+    """The engine for a strategy: some strategies have their own, without a language model."""
     return lookup(strategy.own_engine, Engine)() if strategy.own_engine else engine
 
 
@@ -82,13 +84,13 @@ def arm(
     split: str = "test",
     max_cost: float | None = None,
 ) -> Arm:
-    """The arm of a strategy. Those that read a query read ``Promptagator``'s accepted ones, which are so part of the cost.
+    """The arm of a strategy. Strategies that read a query get ``Promptagator``'s accepted ones, whose cost counts too.
 
-    Queries that resemble those of ``split`` in ``held_out`` (evaluation sets) are left out. With ``max_cost``, passages are
-    asked in steps until so many dollars are spent (``GenerateUntil``). Raises ConfigError for that where a strategy reads pairs.
+    Queries that resemble those of ``split`` in ``held_out`` (evaluation sets) are removed. With ``max_cost``, passages are
+    used in steps until this many dollars are spent (``GenerateUntil``); raises ConfigError for a strategy that reads pairs.
     """
     if max_cost is not None and (strategy.reads, strategy.writes) != ("corpus", "queries"):
-        raise ConfigError(f"max_cost = {max_cost}: {strategy.type!r} does not write queries for passages; leave it out")
+        raise ConfigError(f"max_cost = {max_cost}: {strategy.type!r} does not write queries for passages; remove it")
 
     def clean(queries: Stage, positives: Stage) -> Stage:
         return gated(queries, positives, held_out, encoder, split=split) if held_out else queries
@@ -129,7 +131,7 @@ def arm(
         asked = Pairs(queries=first, corpus=corpus)
     made = _rewritten(strategy, used, asked, sampling, samples)
     if strategy.writes == "queries":
-        # words of another language are in no index of words
+        # words of another language are not in the index
         miner = Dense(encoder=encoder) if strategy.changes_language else BM25()
         search = Search(index=Index(corpus=corpus, miner=miner), queries=made, depth=100)
         found = filtered(made, corpus, corpus, max_rank=max_rank, search=search)
@@ -150,7 +152,7 @@ def arm(
 
 
 def parts(strategies: str, mix: str = "all", weights: str | None = None) -> dict[str, float]:
-    """Weights of the strategies of a mixture: of ``all`` that ``strategies`` names, ``only-NAME`` or all ``without-NAME``.
+    """Weights of the strategies in a mixture: ``all`` of ``strategies``, ``only-NAME`` or ``without-NAME``.
 
     Raises ConfigError for another ``mix`` and for weights that do not fit.
 
@@ -162,34 +164,34 @@ def parts(strategies: str, mix: str = "all", weights: str | None = None) -> dict
     if (one and one not in names) or not kept or (word == "all") != (not one):
         raise ConfigError(f"mix = {mix!r}; allowed: all, and only-NAME or without-NAME with one of {', '.join(names)}")
     try:
-        found = [float(each) for each in weights.split("+")] if weights else [1.0] * len(names)
+        values = [float(value) for value in weights.split("+")] if weights else [1.0] * len(names)
     except ValueError:
-        found = []
-    if len(found) != len(names):
+        values = []
+    if len(values) != len(names):
         raise ConfigError(
             f"weights = {weights!r}: there are {len(names)} strategies; give a number each, such as 2+1+1"
         )
-    return {name: weight for name, weight in zip(names, found, strict=True) if name in kept}
+    return {name: weight for name, weight in zip(names, values, strict=True) if name in kept}
 
 
 def mixed(
     arms: Sequence[Arm], *, n: int | None = None, weights: tuple[float, ...] | None = None
 ) -> tuple[MixExamples, Stage]:
-    """``n`` examples of several arms by weight, or all where neither is given, and the corpus with their passages.
+    """``n`` examples of several arms by weight, or all if neither is given, and the corpus with their passages.
 
-    What comes out is for ``Train(examples=blend, queries=blend, corpus=corpus)``. Written negatives and passages stay with
+    Use the result as ``Train(examples=mix, queries=mix, corpus=corpus)``. Written negatives and passages stay with
     their queries.
     """
     blend = MixExamples(
-        examples=tuple(each.examples for each in arms), queries=tuple(each.queries for each in arms),
+        examples=tuple(arm.examples for arm in arms), queries=tuple(arm.queries for arm in arms),
         weights=weights, n=n,
     )  # fmt: skip
-    corpora = {each.corpus.fingerprint(): each.corpus for each in arms}
+    corpora = {arm.corpus.fingerprint(): arm.corpus for arm in arms}
     return blend, arms[0].corpus if len(corpora) == 1 else ConcatCorpora(corpora=tuple(corpora.values()))
 
 
 def _rewritten(strategy: Strategy, engine: Engine, asked: Stage, sampling: Sampling, samples: int) -> Rewrite:
-    # of long texts that say the same, one is enough
+    # one of several long texts with the same meaning is enough
     several = 1 if strategy.writes == "passages" else samples
     return Rewrite(
         generations=Generate(corpus=asked, strategy=strategy, engine=engine, sampling=sampling, samples=several)

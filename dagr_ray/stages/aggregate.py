@@ -1,10 +1,10 @@
-"""Many coarse ratings into one fine ranking: raters with thresholds that nobody knows.
+"""Aggregates many coarse ratings into one fine ranking: raters with unknown thresholds.
 
 The model is that of Villemaud, Sankagiri and Grossglauser 2025 (arXiv 2510.01871): item i has a score x_i, a rater u has
-a threshold y_u, and u rates i positively where x_i > y_u. A rater alone says little; together they cut the items into
-ordered bins, and inside a bin nothing is known. A rating with several grades is several thresholds. Real raters slip, so
-what is fitted is the model's noisy form, P(positive) = 1 / (1 + exp(-(x_i - y_u))), Rasch's: with complete ratings and no
-slips it orders items by their number of positive ratings, which is the order of the bins.
+a threshold y_u, and u rates i positively if x_i > y_u. One rater tells little; together they divide the items into ordered
+bins, and the order inside a bin is unknown. A rating with several grades counts as several thresholds. Real raters make
+mistakes, so the noisy form of the model is fitted, P(positive) = 1 / (1 + exp(-(x_i - y_u))) (Rasch's): with complete
+ratings and no mistakes, it orders items by their number of positive ratings, which is the order of the bins.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from dagr_ray.core.placement import Pool
 from dagr_ray.core.stage import Inputs, Output, Run, Stage
 
 STEPS = 100
-PAIRS = 1 << 22  # of items that are compared at once
+PAIRS = 1 << 22  # of items compared at once
 PRIOR = 3.0  # standard deviation of scores and thresholds before any rating: 95 % of raters' odds within 1 to 365
 
 
 @dataclass
 class Ranking:
-    """What ratings say about ``n`` items. Ranks count from 1, the best.
+    """The ranking of ``n`` items from ratings. Ranks count from 1, the best.
 
     ``score`` [n] is the estimate of x_i and ``deviation`` [n] its standard error. ``first`` and ``last`` [n] are the best
-    and the worst rank that an item can have: it stands behind all that more raters put above it than below it, and the
-    others may be anywhere. ``threshold`` [raters] is the estimate of y_u.
+    and the worst possible rank of an item: it comes after all items that more raters put above it than below it, and the
+    other items may be anywhere. ``threshold`` [raters] is the estimate of y_u.
     """
 
     score: np.ndarray
@@ -43,7 +43,7 @@ class Ranking:
     threshold: np.ndarray
 
     def bins(self) -> list[list[int]]:
-        """The items from best to worst; those that no rater tells apart stand together.
+        """The items from best to worst; items that no rater distinguishes are grouped.
 
         >>> rank(np.array([[1, 1, 0, 0], [1, 1, 1, 0]], float)).bins()
         [[0, 1], [2], [3]]
@@ -60,9 +60,9 @@ class Ranking:
 
 
 def rank(ratings: np.ndarray) -> Ranking:
-    """Fits ``ratings`` [raters, items], each 1, 0 or NaN (not asked), by the most probable scores and thresholds.
+    """Fits ``ratings`` [raters, items], each 1, 0 or NaN (not rated), by the most probable scores and thresholds.
 
-    Newton's steps in turn, with a normal prior of deviation 3 that keeps items that everybody likes at a finite score.
+    Alternating Newton steps, with a normal prior of deviation 3 that keeps an item that everybody likes at a finite score.
 
     >>> np.argsort(-rank(np.array([[1, 0, 0], [1, 1, 0], [np.nan, 1, 0]])).score).tolist()
     [0, 1, 2]
@@ -88,9 +88,9 @@ def rank(ratings: np.ndarray) -> Ranking:
     n = ratings.shape[1]
     first, last = np.ones(n, np.int64), np.full(n, n)
     step = max(PAIRS // max(n, 1), 1)
-    for start in range(0, n, step):  # a square of the items does not fit where there are many
+    for start in range(0, n, step):  # a matrix of all pairs of items may not fit in memory
         some = slice(start, start + step)
-        # [i, j]: raters who like i and not j, less those who like j and not i
+        # [i, j]: raters who like i but not j, minus raters who like j but not i
         net = above[:, some].T @ below - below[:, some].T @ above
         first[some] += (net < 0).sum(axis=1)
         last[some] -= (net > 0).sum(axis=1)
@@ -115,12 +115,12 @@ def worth_asking(ratings: np.ndarray, ranking: Ranking, k: int) -> list[tuple[in
 
 
 class Aggregate(Stage):
-    """One ranking of each query's passages out of the scores of several raters, in ``scores``.
+    """One ranking of each query's passages from the scores of several raters, in ``scores``.
 
-    Every scorer of every one of ``labels`` is a rater, and every person where one holds ``ratings`` (``People``). Grades (up
-    to ``levels`` different values) are taken as they are; finer scores are cut into ``levels`` of equal numbers of pairs.
-    Each step between two levels is a threshold of its own, unknown: see this module. A query is fitted alone, because what
-    a rater calls relevant depends on it.
+    Every scorer in each of ``labels`` is a rater, and so is every person in ``ratings`` (``People``). Grades (up to
+    ``levels`` different values) are used as they are; finer scores are divided into ``levels`` of equal numbers of pairs.
+    Each step between two levels is an unknown threshold of its own: see this module. Each query is fitted alone, because
+    a rater's threshold for relevance depends on the query.
 
     The scorer ``aggregate`` gives each passage's score, ``aggregate-deviation`` its standard error, and ``ask.json`` the
     ``ask`` (rater, query, passage) that would tell most and have not been asked, best first, for people or judges.

@@ -1,4 +1,4 @@
-"""Which generated queries become training data: decisions by thresholds on stored scores."""
+"""Selects generated queries for training, by thresholds on stored scores."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ log = logging.getLogger("dagr")
 
 
 class Select(Stage):
-    """The queries that every filter keeps, asked in the order of ``scores``; the first refusal is the reason.
+    """The queries that all filters keep, in the order of ``scores``; the first filter that rejects gives the reason.
 
-    Cheap: reads stored scores, so another threshold makes another folder of this stage and no new scoring. A
-    filter with a ``quota`` keeps so many of the best rows that all filters before it keep; ties are broken by hash. If a
+    Cheap: reads stored scores, so another threshold needs a new folder of this stage but no new scoring. A filter with
+    a ``quota`` keeps this many of the best rows that all filters before it keep; ties are broken by hash. If a
     filter rewrites a text, the query keeps its id, and ``masked`` records the change.
     """
 
@@ -53,7 +53,7 @@ class Select(Stage):
         return f"{len(self.scores)}filters"
 
     def identity(self) -> dict[str, Any]:
-        """Scores by what they measure, and the filters with their thresholds."""
+        """The scores, and the filters with their thresholds."""
         return super().identity() | {"filters": [score.filter.identity() for score in self.scores]}
 
     @derived("scores.{}.corpus")
@@ -65,7 +65,7 @@ class Select(Stage):
         return inputs["parsed"].count("qrels")
 
     def ranges(self, inputs: Inputs, step: int) -> list[tuple[int, int]]:
-        """Whole shards of the queries, several where they are small."""
+        """Whole shards of the queries, small ones joined."""
         return inputs["parsed"].ranges("qrels", step) or [(0, 0)]
 
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
@@ -102,14 +102,14 @@ def _rewrites_texts(filter: Filter) -> bool:
 
 
 class _Cut(NamedTuple):
-    """The last that is kept of the best: a better score passes, an equal one passes up to the hash ``draw``."""
+    """The last row within a quota: a better score passes, an equal one passes up to the hash ``draw``."""
 
     score: float
     draw: float
 
 
 class _Part(NamedTuple):
-    """What is decided of some rows: ``by`` is the filter that refuses a row, -1 where none does."""
+    """Decisions about rows: ``by`` is the filter that rejects a row, -1 if none does."""
 
     qrels: pa.Table
     ids: list[str]
@@ -120,7 +120,7 @@ class _Part(NamedTuple):
 
 
 class _Decisions:
-    """Asks the filters of a selection about any rows of it."""
+    """Applies a selection's filters to any range of rows."""
 
     def __init__(self, stage: Select, inputs: Inputs) -> None:
         self.parsed = inputs["parsed"]
@@ -170,7 +170,7 @@ class _Decisions:
         return rows["score"].to_numpy()
 
     def _ask(self, part: _Part, i: int, judge: Filter, rows: np.ndarray, scores: np.ndarray) -> None:
-        """Each score once: most filters give few different ones."""
+        """Decides each distinct score once: most filters have few."""
         values, places = np.unique(scores, return_inverse=True)
         reasons = [judge.keep(value) for value in values.tolist()]
         refused = np.array([reason is not None for reason in reasons], bool)[places] if len(rows) else places

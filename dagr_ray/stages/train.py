@@ -1,4 +1,4 @@
-"""Fine-tunes a bi-encoder on mined examples with Ray Train. What a worker does is in ``dagr_ray.training``, without Ray."""
+"""Fine-tunes a bi-encoder on mined examples with Ray Train. The work of a worker is in ``dagr_ray.training``, without Ray."""
 
 from __future__ import annotations
 
@@ -33,32 +33,32 @@ log = logging.getLogger("dagr")
 class Train(Stage):
     """``base`` fine-tuned on ``examples`` with the weighted sum of ``losses``.
 
-    ``batch_size`` is that of a whole step: workers share each batch and gather its embeddings, so that their number
-    changes the order of additions and nothing else (``step``). For that, and because a CPU is faster without it, there is
-    no dropout unless ``dropout`` is set. An epoch takes each example once; its last batch may be smaller. While another
-    order can avoid it, no passage is in a batch twice where it would be one query's positive and another's negative
-    (``repeats`` in the counts says how often it could not), and a passage that some example gives as a query's positive
-    is never its negative in the batch. ``curriculum`` takes easy examples first: those whose positive scores most above
-    their best negative, by the scores in ``examples`` (the first search's, or the teacher's after ``Relabel``).
-    ``steps`` ends the training after so many, and takes as many epochs as that needs.
+    ``batch_size`` is the size of a whole step: workers share each batch and gather its embeddings, so that their number
+    changes only the order of additions (``step``). For that reason, and because a CPU is faster without it, there is no
+    dropout unless ``dropout`` is set. An epoch uses each example once; its last batch may be smaller. If another order
+    can avoid it, no passage occurs twice in a batch as one query's positive and another's negative (``repeats`` counts
+    the cases in which it cannot), and a passage that any example has as a query's positive is never that query's negative
+    in the batch. ``curriculum`` starts with easy examples: those with the largest margin of the positive over the best
+    negative, by the scores in ``examples`` (the first search's, or the teacher's after ``Relabel``). ``steps`` ends the
+    training after this many steps, in as many epochs as needed.
 
-    A base reads texts in training as it does in search, with its prompts; where it is cut to so many dimensions, these are
-    trained. The model is saved with the base's prompts and length, which are not those of training. Tables of words (static
-    models) are trained without ``lora`` and without ``cached`` losses.
+    A base reads texts in training as in search, with its prompts; if its vectors are truncated, the truncated ones are
+    trained. The model is saved with the base's prompts and length, not those of training. Tables of words (static models)
+    are trained without ``lora`` and without ``cached`` losses.
 
-    ``start`` is a training of the same base whose model this one goes on from. ``warmup`` is the share of the steps in
-    which the rate rises; then it falls to zero in a line or half a cosine, or stays. Passages are cut to ``max_length``
-    tokens in training. ``precision`` ``auto`` computes as the base's ``dtype`` says; weights stay float32.
-    ``lora`` trains adapters in place of the weights; a tenfold ``lr`` suits them.
+    ``start`` is a training of the same base, whose model is trained further. ``warmup`` is the share of the steps in which
+    the learning rate rises; then it falls to zero in a line or half a cosine, or is constant. Passages are truncated to
+    ``max_length`` tokens in training. ``precision`` ``auto`` computes in the base's ``dtype``; weights stay float32.
+    ``lora`` trains adapters instead of the weights; use a tenfold ``lr`` for them.
 
-    ``dev`` has queries judged in ``qrels.<dev_split>``, whose passages no example may have as a positive (``DevSplit`` makes
-    one); they are searched in ``dev_corpus`` (the dev set's own corpus, else the training's). Before the first step,
-    every ``eval_every`` steps (a tenth of them) and at the end nDCG@10 is taken; the model with the best value is kept,
-    the base included, and after ``patience`` evaluations without a better one the training ends.
+    ``dev`` has queries judged in ``qrels.<dev_split>``, whose passages may not be positives of examples (``DevSplit`` makes
+    such a set); they are searched in ``dev_corpus`` (the dev set's own corpus, else the training's). nDCG@10 is computed
+    before the first step, every ``eval_every`` steps (a tenth of them) and at the end. The model with the best value is
+    kept, including the base, and training ends after ``patience`` evaluations without improvement.
 
     The metrics hold the mean loss of every few steps as ``loss@<step>``, and ``nDCG@10@<step>`` of split ``dev``. Counts:
-    ``effective_negatives`` is how many negatives a query met on average, by loss; ``padding`` the share of the computed
-    tokens that was none; ``best_step`` 0 says that the base was better than what became of it.
+    ``effective_negatives`` is the mean number of negatives per query, by loss; ``padding`` the share of computed tokens
+    that were padding; ``best_step`` is 0 if the base was better than every later model.
     """
 
     abstract: ClassVar[bool] = False
@@ -101,49 +101,45 @@ class Train(Stage):
         names = [loss.type for loss in self.losses]
         if len(set(names)) < len(names):
             raise ConfigError(
-                f"train: losses = {', '.join(names)}: a kind is there twice; give each once, with its weight"
+                f"train: losses = {', '.join(names)}: a kind occurs twice; give each once, with its weight"
             )
         if self.start is not None and (not isinstance(self.start, Train) or self.start.base != self.base):
             raise ConfigError(
-                f"train: start = {self.start.label()!r} is no training of the same base; give one that is"
+                f"train: start = {self.start.label()!r} is not a training of the same base; give one that is"
             )
         if self.patience is not None and self.dev is None:
-            raise ConfigError(
-                f"train: patience = {self.patience} and no dev set to judge by; set dev, or leave patience out"
-            )
+            raise ConfigError(f"train: patience = {self.patience} needs a dev set; set dev, or remove patience")
         if self.dev_corpus is not None and self.dev is None:
-            raise ConfigError("train: dev_corpus is set and dev is not; set dev, or leave dev_corpus out")
+            raise ConfigError("train: dev_corpus is set but dev is not; set dev, or remove dev_corpus")
         return self
 
     def identity(self) -> dict[str, Any]:
-        """Without what trades memory for time and changes no result."""
+        """Without fields that trade memory for time and change no result."""
         return {k: v for k, v in super().identity().items() if k != "gradient_checkpointing"}
 
     def label(self) -> str:
         return self.base.label()
 
     def check(self) -> None:
-        """Raises ConfigError where the base cannot be trained in the way that the fields say."""
+        """Raises ConfigError if the base cannot be trained with these fields."""
         if not self.base.local:
             return
         kinds = model_folders.kinds(self.base.folder, "train")
         if not model_folders.has_trainable_weights(self.base.folder, "train"):
-            raise ConfigError(
-                f"train: base = {self.base.model!r} has no weights that can be trained; give another base"
-            )
+            raise ConfigError(f"train: base = {self.base.model!r} has no trainable weights; give another base")
         tables_of_words = sorted({"StaticEmbedding", "BoW"} & set(kinds))
         if tables_of_words and self.lora is not None:
-            raise ConfigError(f"train: lora: base = {self.base.model!r} is a {tables_of_words[0]}; leave lora out")
+            raise ConfigError(f"train: lora: base = {self.base.model!r} is a {tables_of_words[0]}; remove lora")
         if tables_of_words and any(getattr(loss, "cached", None) for loss in self.losses):
             raise ConfigError(
                 f"train: cached: base = {self.base.model!r} is a {tables_of_words[0]}, whose batches need no cutting; "
                 "leave cached out"
             )
         if self.lora is not None and kinds and "Transformer" not in kinds:
-            raise ConfigError(f"train: lora: base = {self.base.model!r} has no transformer; leave lora out")
+            raise ConfigError(f"train: lora: base = {self.base.model!r} has no transformer; remove lora")
 
     def job(self, pool: Pool) -> Job:
-        """What the workers are told."""
+        """The settings for the workers."""
         named = {f.name for f in fields(Settings)} & set(Train.model_fields)
         settings = Settings(
             **{name: getattr(self, name) for name in named}, checkpoint_every=pool.checkpoint_every, fsdp=pool.fsdp
@@ -166,7 +162,7 @@ class Train(Stage):
             }
             if dev and not counts["best_step"]:
                 log.warning(
-                    "%s: the base is better on the dev set (%s %.4f) than anything that came of it; the base is kept",
+                    "%s: the base is better on the dev set (%s %.4f) than every trained model; the base is kept",
                     folder.name, MEASURE, result["dev"][0][1],
                 )  # fmt: skip
             cost = {"train_s": result["train_s"], "setup_s": time.time() - started - result["train_s"]}
@@ -179,7 +175,7 @@ class Train(Stage):
         return run
 
     def _check(self, examples: Artifact) -> None:
-        """Raises ConfigError where the examples cannot be learnt from as the fields say. Holds no more than a range of them."""
+        """Raises ConfigError if the examples do not fit the fields. Reads them range by range."""
         rows, name = examples.count("examples"), examples.name
         if not rows:
             raise ConfigError(
@@ -195,13 +191,13 @@ class Train(Stage):
             asked, given = (pc.list_value_length(part[c]) for c in ("negative_ids", "negative_scores"))
             if pc.any(pc.equal(asked, 0)).as_py():
                 raise ConfigError(
-                    f"train: {by} compares scores, and examples = {name!r} has rows without negatives; mine some"
+                    f"train: {by} compares scores, but examples = {name!r} has rows without negatives; mine some"
                 )
             short = pc.any(pc.not_equal(asked, pc.fill_null(given, -1))).as_py()
             flat = pc.list_flatten(part["negative_scores"])
             if short or part["positive_score"].null_count or flat.null_count:
                 raise ConfigError(
-                    f"train: {by} needs a score for every positive and negative, and examples = {name!r} lacks some; "
+                    f"train: {by} needs a score for every positive and negative, but examples = {name!r} lacks some; "
                     "have a teacher score them with Label, and put the scores in with Relabel"
                 )
 
@@ -210,7 +206,7 @@ class Train(Stage):
 
 
 class Job(NamedTuple):
-    """What a worker is told: no stages, since a worker may lack the files that these stand for."""
+    """Settings for a worker: without stages, because a worker may lack the files that these stand for."""
 
     base: Encoder
     settings: Settings
@@ -237,7 +233,7 @@ def _work(config: dict[str, Any], worker: TrainWorker) -> dict[str, Any] | None:
     data.remove()
     if rank:
         return None
-    if settings.fsdp and workers > 1:  # the model that was trained is in pieces
+    if settings.fsdp and workers > 1:  # the trained model is in pieces
         model = encoder.load(job.base, device="cpu", model=before)
         if settings.lora is not None:
             lora.adapt(model, settings.lora, settings.seed)
@@ -251,7 +247,7 @@ def _work(config: dict[str, Any], worker: TrainWorker) -> dict[str, Any] | None:
         "prompts": job.base.prompts(),
         "reads": [module.max_seq_length for module in encoder.transformers(model)],
     }
-    model.similarity_fn_name = "cosine"  # what it was trained by, and is searched by
+    model.similarity_fn_name = "cosine"  # the similarity of training and search
     with model_folder(folder) as target:
         encoder.save(model, target)
         (target / "README.md").write_text(model_card(job.card, summary), encoding="utf-8")

@@ -204,5 +204,5 @@ def test_a_set_has_its_own_prefixes(tmp_path):
     assert (one.query_prefix, one.doc_prefix) == ("q: ", "p: ")
     assert (two.query_prefix, two.doc_prefix) == ("ask: ", "") and two.model == encoder.model
     assert judge({"one": data}, BM25(), prefixes={"one": ("a", "b")}) == judge({"one": data}, BM25())
-    with pytest.raises(ConfigError, match="prefixes for 'three', which is no set; allowed: one, two"):
+    with pytest.raises(ConfigError, match="prefixes for 'three', which is not a data set; allowed: one, two"):
         judge({"one": data, "two": data}, Dense(encoder=encoder), prefixes={"three": ("", "")})

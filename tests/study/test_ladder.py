@@ -66,9 +66,7 @@ def test_a_cross_encoder_may_be_the_teacher(data, tmp_path):
     assert not of(mined, Label)
     assert [each.teacher.type for each in of(filters, Label)] == ["cross-encoder"]
     assert of(filters, Train)[0].losses[0].teacher_temperature == 1.0
-    with pytest.raises(
-        ConfigError, match=r"bm25_share = 0.3 is the hybrid teacher's; leave it out beside cross-encoder"
-    ):
+    with pytest.raises(ConfigError, match=r"bm25_share = 0.3 is the hybrid teacher's; remove it with cross-encoder"):
         planned(data, "base=minilm", f"teacher={tmp_path / 'reranker'}", "bm25_share=0.3")
 
 

@@ -135,9 +135,9 @@ def test_mistakes_are_one_line_before_anything_starts(tmp_path):
     assert "kl compares scores" in message(toy=Toy(n=8, negatives=(1, 0), scored=True), losses=(KL(),))
     assert "curriculum needs a score" in message(toy=Toy(n=8), curriculum=True)
     for says, fields in {
-        "no dev set to judge by": {"patience": 2},
-        "a kind is there twice": {"losses": (InfoNCE(), InfoNCE(weight=2))},
-        "is no training of the same base": {"start": toy_train(base=small(max_length=32))},
+        "needs a dev set": {"patience": 2},
+        "a kind occurs twice": {"losses": (InfoNCE(), InfoNCE(weight=2))},
+        "is not a training of the same base": {"start": toy_train(base=small(max_length=32))},
     }.items():
         with pytest.raises(ValueError, match=says):
             toy_train(**fields)
