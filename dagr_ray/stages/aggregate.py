@@ -196,7 +196,7 @@ class Aggregate(Stage):
         return {name: self._cuts(own) for name, own in values.items()}, rated
 
     def _cuts(self, values: list[float]) -> list[float]:
-        """What lies between a rater's levels: a rating is positive where it is over the cut."""
+        """The cuts between a rater's levels: a rating is positive if it is above the cut."""
         known = sorted(set(values))
         if len(known) <= self.levels:
             return known[:-1]

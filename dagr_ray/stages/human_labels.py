@@ -312,7 +312,7 @@ class WithHumanLabels(Stage):
 
 
 def _scored(rows: pa.Table, judged: dict[Any, int], values: tuple[float, ...], counts: dict[str, int]) -> pa.Table:
-    """The rows with people's scores; a graded pair without a row joins where its query has rows."""
+    """Rows with the human scores; a graded pair without a row is added if its query has rows."""
     pairs = list(zip(tables.texts(rows["query_id"]), tables.texts(rows["doc_id"]), strict=True))
     score = np.array(rows["score"].to_numpy(), np.float32)
     for i, pair in enumerate(pairs):

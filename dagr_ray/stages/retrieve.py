@@ -1,4 +1,4 @@
-"""Index a corpus with a miner, and search it: BM25, a frozen encoder or a fine-tuned one, alone or fused."""
+"""Indexes a corpus with a miner, and searches it: BM25, a frozen encoder or a fine-tuned one."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ from dagr_ray.retrieval.vectors import Ranking
 log = logging.getLogger("dagr")
 ROWS_AT_ONCE = 8192
 QUERIES_AT_ONCE = 16384
-NO_HITS = 0.2  # share of queries without a hit that is said
-# Queries of one shard of a search, in rows of a placement's shard: an exact search reads all vectors for each shard.
+NO_HITS = 0.2  # share of queries without a hit from which a warning is logged
+# Queries per search shard, in units of the placement's shard rows: an exact search reads all vectors for each shard.
 SEARCHED = 64
-# An index of more vectors is searched slab by slab, so many queries at once, and what the slabs give is merged.
+# A larger index is searched slab by slab, with this many queries at once, and the slabs' results are merged.
 SLAB, CELL = 2_000_000, 16384
 PART = re.compile(r"index/((\d{10})-[0-9a-f]{8})/")
 
@@ -49,8 +49,8 @@ def _model(inputs: Inputs, name: str) -> Path | None:
 class Index(Stage):
     """The index of a corpus as files below ``index/``, in parts. ``trained`` (a training stage) replaces the encoder's weights.
 
-    A part is a shard: it is built once, on any worker, and what is built stays when others fail. How the corpus is cut
-    into parts (``Miner.shards_per_part``) changes nothing that a search finds. Miners that differ only in how they search share it.
+    A part is a shard: it is built once, on any worker, and stays if others fail. The division of the corpus into parts
+    (``Miner.shards_per_part``) does not change search results. Miners that differ only in how they search share an index.
     Cost: ``passages`` and ``index_s``, the seconds spent on them (for a dense miner, encoding).
     """
 
@@ -66,11 +66,11 @@ class Index(Stage):
         return "-".join(part for part in (self.miner.type, "trained" if self.trained else self.miner.label()) if part)
 
     def identity(self) -> dict[str, Any]:
-        """The miner by what its index is made of."""
+        """The miner enters only with the fields that decide the index."""
         return super().identity() | {"miner": self.settled().index_settings().fingerprint()}
 
     def to_json(self) -> dict[str, Any]:
-        """With the miner as it was settled, so that a plan says how its index was made and is built so again."""
+        """With the settled miner, so that the plan records how its index was built and it is rebuilt in the same way."""
         found = super().to_json()
         found["miner"] = self.settled().to_json()
         return found
@@ -80,7 +80,7 @@ class Index(Stage):
         return self.miner.for_language(_spoken(self.corpus))
 
     def _told(self, inputs: Inputs) -> Miner:
-        """``settled``, by the passages themselves where no source tells beforehand."""
+        """``settled``, by the passages themselves if no source knows the language."""
         language = _spoken(self.corpus)
         if language is None:
             rows = inputs["corpus"].slice("corpus", 0, PASSAGES).select(["title", "text"]).to_pylist()
@@ -90,7 +90,7 @@ class Index(Stage):
         return self.miner.for_language(language)
 
     def remark(self, counts: Json) -> str | None:
-        """That the passages are in another language than the miner reads."""
+        """A warning if the passages are in another language than the miner reads."""
         return self.miner.language_mismatch(_spoken(self.corpus))
 
     def size(self, inputs: Inputs) -> int | None:
@@ -115,7 +115,7 @@ class Index(Stage):
 
 
 def _spoken(corpus: Stage) -> str | None:
-    """The language of the first source that a corpus is made of."""
+    """The language of the first source of a corpus."""
     seen: dict[int, Stage] = {}  # which keeps their ids from being used again
     ahead = [corpus]
     while ahead:
@@ -126,7 +126,7 @@ def _spoken(corpus: Stage) -> str | None:
         if (language := stage.spoken()) is not None:
             return language
         inner = stage.inputs()
-        # what a corpus is called in most stages is looked at first
+        # a field called corpus is followed first
         ahead += sorted(inner.values(), key=lambda each: each is inner.get("corpus"))
     return None
 
@@ -137,11 +137,11 @@ def _passages(inputs: Inputs, start: int, stop: int) -> Iterator[pa.Table]:
 
 
 def _written(folder: Artifact, name: str, write: Any) -> list[str]:
-    """What ``write`` put into a sub-folder ``name`` of its own: two writers of one shard cannot mix their files."""
+    """The files that ``write`` makes in a sub-folder of its own, so that two writers of one shard cannot mix them."""
     with tempfile.TemporaryDirectory(prefix="dagr-index-") as scratch:
         home = Path(folder.path if folder.local else scratch)
         for left in home.glob(f"{name}-*") if folder.local else ():
-            shutil.rmtree(left, ignore_errors=True)  # by an earlier try, which no receipt names
+            shutil.rmtree(left, ignore_errors=True)  # from an earlier attempt without a receipt
         name = f"{name}-{uuid.uuid4().hex[:8]}"
         target = home / name
         target.mkdir(parents=True)
@@ -154,9 +154,9 @@ def _written(folder: Artifact, name: str, write: Any) -> list[str]:
 
 
 def _parts(index: Artifact, slab: slice = slice(None)) -> list[Path]:
-    """The folders of an index's parts on this machine, in the order of the corpus."""
+    """Local folders of an index's parts, in the order of the corpus."""
     named = (PART.match(file) for file in (index.manifest or {})["files"])
-    # one without parts has its files below index/ itself
+    # an index without parts has its files directly below index/
     names = dict.fromkeys(name.groups()[:1] if name else () for name in named)
     return [Path(index.local_path("index", *part)) for part in list(names)[slab]]
 
@@ -206,7 +206,7 @@ def _method(index: Index) -> Approximation | None:
 
 
 class QuerySet:
-    """The queries of a stage, or those with a judgement in a split. Raises ConfigError where there is no such split."""
+    """The queries of a stage, or those with a judgement in a split. Raises ConfigError if the split does not exist."""
 
     def __init__(self, inputs: Inputs, split: str | None) -> None:
         self.queries, self.judged = inputs["queries"], None
@@ -219,7 +219,7 @@ class QuerySet:
         return self.queries.count("queries") if self.judged is None else len(self.judged)
 
     def some(self, start: int, stop: int) -> tuple[list[str], list[str]]:
-        """Ids and texts of the queries from ``start`` to ``stop``; of all others, nothing is read where there is no split."""
+        """Ids and texts of queries ``start`` to ``stop``; without a split, no other queries are read."""
         rows = (
             self.queries.slice("queries", start, stop)
             if self.judged is None
@@ -229,7 +229,7 @@ class QuerySet:
 
 
 class SearchBase(Stage):
-    """What a search and its probe have in common."""
+    """Common parts of a search and its probe."""
 
     abstract: ClassVar[bool] = True
     rows_from: ClassVar[str] = "queries"
@@ -244,7 +244,7 @@ class SearchBase(Stage):
         return "-".join(part for part in (self.index.miner.type, self.split) if part)
 
     def identity(self) -> dict[str, Any]:
-        """The miner too, where its index stands for several."""
+        """Includes the miner if its index serves several."""
         miner = self.index.settled()
         shared = miner.index_settings().fingerprint() != miner.fingerprint()
         return super().identity() | ({"miner": miner.fingerprint()} if shared else {})
@@ -309,9 +309,9 @@ def _timed(searcher: Searcher, texts: Sequence[str], depth: int) -> tuple[list[R
 
 
 class ShardedSearch(SearchBase):
-    """The best of each slab of a large index for each range of queries: workers hold a slab each, not all vectors.
+    """The best hits in each slab of a large index, for ranges of queries: a worker holds one slab, not all vectors.
 
-    The candidates of a query are there once for each slab; ``Search`` merges them.
+    Each query has candidates for each slab; ``Search`` merges them.
     """
 
     abstract: ClassVar[bool] = False
@@ -349,7 +349,7 @@ def _cells(queries: QuerySet) -> list[tuple[int, int]]:
 
 
 def _merged(slabs: Artifact, cell: int, cells: int, depth: int) -> pa.Table:
-    """What all slabs found for a range of queries, the best of each query."""
+    """The best hits of each query over all slabs, for a range of queries."""
     rows = [part["rows"] for part in (slabs.manifest or {})["tables"]["candidates"]["parts"]]
     starts = [0, *accumulate(rows)]
     found = pa.concat_tables(slabs.slice("candidates", starts[i], starts[i + 1]) for i in range(cell, len(rows), cells))
@@ -380,14 +380,14 @@ class Search(SearchBase):
         return RecallProbe(**self._asked()) if _method(self.index) else None
 
     def shards_of(self) -> Stage | None:
-        """The queries, unless those of a split are picked from them."""
+        """The queries, unless a split selects some of them."""
         return self.queries if self.split is None else None
 
     def dynamic_inputs(self, inputs: Inputs, build: Callable[[Stage], Artifact]) -> Inputs:
         """A large index is searched slab by slab first."""
         method = _method(self.index)
         if method is not None:
-            self._notice(inputs, method)  # here, because nobody reads what a worker says
+            self._notice(inputs, method)  # here, because a worker's log is not shown
         elif isinstance(self.index.miner, Dense) and len(_slabs(inputs["index"])) > 1:
             return {"slabs": build(ShardedSearch(**self._asked()))}
         return {}
@@ -396,7 +396,7 @@ class Search(SearchBase):
         return len(QuerySet(inputs, self.split))
 
     def ranges(self, inputs: Inputs, step: int) -> list[tuple[int, int]]:
-        """What the slabs found is merged as they were asked."""
+        """The slabs' results are merged in the same ranges."""
         return super().ranges(inputs, CELL if "slabs" in inputs else step * SEARCHED) or [(0, 0)]
 
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
@@ -420,7 +420,7 @@ class Search(SearchBase):
         return run
 
     def remark(self, counts: Json) -> str | None:
-        """That many queries found nothing."""
+        """A warning if many queries have no hits."""
         none, every = counts["no_hits"], counts["in"]
         if none <= NO_HITS * every:
             return None

@@ -11,8 +11,8 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[2] / "dagr_ray"
 # Folders and modules in plain words. Add yours when it is done.
 ROOMS = (
-    "annotation", "cli", "engines", "filters", "formats", "leakage", "losses", "miners", "packages.py", "prompts.py", "quickstart",
-    "report", "retrieval", "strategies", "study", "teachers", "training",
+    "annotation", "cli", "core", "engines", "filters", "formats", "leakage", "losses", "miners", "packages.py", "prompts.py",
+    "quickstart", "recipes", "report", "retrieval", "stages", "strategies", "study", "teachers", "training",
 )  # fmt: skip
 MOST = 0.3  # uses of "where" for each "if"; ordinary technical English has fewer
 
