@@ -21,7 +21,7 @@ from dagr_ray.core.stage import load_stage
 from dagr_ray.quickstart import models
 from dagr_ray.retrieval.encoder import Encoder
 from dagr_ray.stages import human_labels
-from tests.stages.test_select_mine import Given
+from tests.stages.test_select_mine import FixedTables
 from tests.support.browser import MISSING, Browser, find
 
 EVIL = (
@@ -33,7 +33,7 @@ PAIRS = [(f"q{i}", f"d{j}") for i in range(6) for j in range(i, i + 3)]
 
 def judged(scorer, scores):
     """A folder as a teacher leaves it, with the queries and passages."""
-    return Given(
+    return FixedTables(
         rows={
             "queries": tuple((f"q{i}", text) for i, text in enumerate(QUERIES)),
             "corpus": tuple((f"d{i}", "" if i % 2 else f"Title {i}", f"passage {i} {EVIL}") for i in range(8)),
@@ -54,7 +54,7 @@ def folders(runs):
     other = {pair: float(i) for i, pair in enumerate(PAIRS)} | {("q1", "d3"): 99.0}
     claims = judged("", {}).rows | {"qrels": (("q0", "d0", 1), ("q1", "d1", 1))}
     claims.pop("scores")
-    stages = judged("llm-judge", judge), judged("cross-encoder", other), Given(rows=claims)
+    stages = judged("llm-judge", judge), judged("cross-encoder", other), FixedTables(rows=claims)
     return [materialize(stage, runs) for stage in stages]
 
 
@@ -160,7 +160,9 @@ def test_two_folders_of_one_teacher_are_two_teachers(runs, tmp_path):
 def test_one_teacher_or_none(runs, folders, tmp_path):
     export.export(folders[1:2], str(tmp_path / "one"), items=4)
     assert {row["reason"] for row in asked(tmp_path / "one")} == {"random"}
-    plain = Given(rows={"queries": (("q0", "a"),), "corpus": (("d0", "", "b"),), "qrels.test": (("q0", "d0", 1),)})
+    plain = FixedTables(
+        rows={"queries": (("q0", "a"),), "corpus": (("d0", "", "b"),), "qrels.test": (("q0", "d0", 1),)}
+    )
     export.export([materialize(plain, runs)], str(tmp_path / "none"))
     assert len(asked(tmp_path / "none")) == 1
 

@@ -71,7 +71,7 @@ TAKEN = [
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_a_name_that_could_lead_elsewhere_is_refused_with_the_name(tmp_path, kind):
+def test_names_that_leave_the_folder_are_refused(tmp_path, kind):
     with pytest.raises(ConfigError) as told:
         below(tmp_path, REFUSED[kind], source="bucket/m")
     assert "refused" in str(told.value) and "bucket/m" in str(told.value) and len(str(told.value)) < 400
@@ -81,14 +81,14 @@ def test_a_name_that_could_lead_elsewhere_is_refused_with_the_name(tmp_path, kin
 
 
 @pytest.mark.parametrize("name", TAKEN)
-def test_a_name_below_the_folder_is_taken_as_it_is(tmp_path, name):
+def test_names_inside_the_folder_are_accepted(tmp_path, name):
     found = below(tmp_path, name)
     assert found == f"{tmp_path}/{name}" and Path(found).resolve().is_relative_to(tmp_path.resolve())
     os.makedirs(os.path.dirname(found), exist_ok=True)
     Path(found).write_text("x")
 
 
-def test_a_symlink_inside_that_leads_out_is_refused_and_one_that_stays_is_taken(tmp_path):
+def test_symlinks_out_of_the_folder_are_refused(tmp_path):
     folder, outside = tmp_path / "folder", tmp_path / "outside"
     (folder / "in").mkdir(parents=True)
     outside.mkdir()
@@ -145,7 +145,7 @@ KEYS = ["/../x", "/../../../../x", "/a/../../x", "/./x", "/a//b", "//x", "/a/.."
 
 
 @pytest.mark.parametrize("key", KEYS)
-def test_a_key_that_is_no_path_below_is_refused_and_nothing_is_kept(bucket, tmp_path, key):
+def test_keys_outside_the_folder_are_refused(bucket, tmp_path, key):
     address = bucket({"/config.json": b"{}", key: b"written by the store"})
     with pytest.raises((ConfigError, OSError)) as told:
         local_folder(address)
@@ -154,7 +154,7 @@ def test_a_key_that_is_no_path_below_is_refused_and_nothing_is_kept(bucket, tmp_
     assert not [name for name in everything(tmp_path) if "plan" not in name], "nothing is left, inside or outside"
 
 
-def test_markers_of_empty_folders_are_left_out(bucket, tmp_path):
+def test_markers_of_empty_folders_are_ignored(bucket, tmp_path):
     marks = {"/": b"", "/sub/": b"", "/sub/deep/": b"", "/empty/": b""}
     address = bucket(
         {**marks, "/config.json": b"{}", "/sub/a.bin": b"a", "/sub/deep/b.bin": b"bb", "/old_$folder$": b""}
@@ -167,18 +167,18 @@ def test_markers_of_empty_folders_are_left_out(bucket, tmp_path):
     assert all(".part" not in name for name in everything(tmp_path))
 
 
-def test_a_file_and_a_folder_of_one_name_are_refused_in_one_line(bucket, tmp_path):
+def test_a_file_and_folder_of_one_name_are_refused(bucket, tmp_path):
     with pytest.raises(ConfigError, match="is a file and a folder"):
         local_folder(bucket({"/a": b"x", "/a/b": b"y"}))
     assert not everything(tmp_path)
 
 
-def test_names_that_differ_in_case_alone_stay_two(bucket):
+def test_names_that_differ_only_in_case_stay_two(bucket):
     found = local_folder(bucket({"/README.md": b"one", "/readme.md": b"two"}))
     assert ((found / "README.md").read_bytes(), (found / "readme.md").read_bytes()) == (b"one", b"two")
 
 
-def test_a_fetch_that_fails_leaves_nothing_and_the_next_one_brings_all(bucket, server, tmp_path):
+def test_a_failed_fetch_leaves_nothing_behind(bucket, server, tmp_path):
     address = bucket({f"/{i}.bin": bytes([i]) * 100 for i in range(12)})
     server.hook = lambda request: 403 if request.method == "GET" and request.key.endswith("/7.bin") else None
     with pytest.raises(OSError):
@@ -192,7 +192,7 @@ def test_a_fetch_that_fails_leaves_nothing_and_the_next_one_brings_all(bucket, s
     assert len(list(local_folder(address).iterdir())) == 12
 
 
-def test_what_killed_fetches_left_is_removed_later_and_what_others_bring_now_is_not(tmp_path):
+def test_partial_files_of_killed_fetches_are_removed(tmp_path):
     source, scratch = tmp_path / "source", tmp_path / "scratch"
     (source / "sub").mkdir(parents=True)
     (source / "sub" / "a").write_text("a")
@@ -245,7 +245,7 @@ LISTS = {
 
 
 @pytest.mark.parametrize("kind", LISTS)
-def test_a_checkpoint_s_list_that_is_none_of_ours_is_not_whole_and_writes_nothing_outside(tmp_path, kind):
+def test_a_foreign_checkpoint_list_writes_nothing_outside(tmp_path, kind):
     folder = Artifact(str(tmp_path / "runs"), "train-x")
     files = tmp_path / "files"
     files.mkdir()
@@ -263,7 +263,7 @@ def test_a_checkpoint_s_list_that_is_none_of_ours_is_not_whole_and_writes_nothin
     assert everything(into) == ["a"] and sorted(os.listdir(into)) == ["a"]
 
 
-def test_a_label_that_would_be_a_path_is_refused_before_anything_is_written(tmp_path):
+def test_a_label_that_is_a_path_is_refused(tmp_path):
     data = Beir(path=str(tiny_beir(tmp_path / "set")))
     for split in ("../../x", "a/b", "a\x00", "x" * 300, "a\\b", "a\n"):
         search = Search(index=Index(corpus=data, miner=BM25()), queries=data, split=split)
@@ -273,7 +273,7 @@ def test_a_label_that_would_be_a_path_is_refused_before_anything_is_written(tmp_
 
 
 @pytest.mark.parametrize("split", ["../../x", "/x", "a/b", "a\\b", "a\nb", "x" * 250])
-def test_a_split_that_cannot_be_a_folder_is_refused_before_its_table_is_written(tmp_path, split):
+def test_a_split_that_cannot_name_a_folder_is_refused(tmp_path, split):
     with pytest.raises(ConfigError, match="of a table is refused"):
         tables.check(f"qrels.{split}", tables.empty("qrels"))
     folder = tiny_beir(tmp_path / "set")
@@ -284,7 +284,7 @@ def test_a_split_that_cannot_be_a_folder_is_refused_before_its_table_is_written(
         assert not [name for name in everything(tmp_path / "runs") if f"qrels.{split}" in name]
 
 
-def test_names_of_data_sets_are_places_of_their_own_in_mlflow():
+def test_data_set_names_stay_distinct_in_mlflow():
     names = [
         "scifact",
         "../set",
@@ -310,7 +310,7 @@ def test_names_of_data_sets_are_places_of_their_own_in_mlflow():
     assert (placed[0], placed[11]) == ("scifact", "é 1.0")
 
 
-def test_a_data_set_in_a_store_is_read_with_markers_beside_it(bucket, tmp_path):
+def test_a_data_set_in_a_store_is_read_despite_markers(bucket, tmp_path):
     folder = tiny_beir(tmp_path / "set")
     files = {f"/{p.relative_to(folder).as_posix()}": p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     address = bucket({**files, "/": b"", "/qrels/": b"", "/../x": b"x", "/qrels/../../y.tsv": b"y"})

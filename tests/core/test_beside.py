@@ -19,7 +19,7 @@ from dagr_ray.stages.retrieve import Index, Search
 from dagr_ray.stages.score import Score
 from dagr_ray.stages.select import Select
 from dagr_ray.strategies.crop import Crop
-from tests.stages.test_select_mine import Given
+from tests.stages.test_select_mine import FixedTables
 
 pytestmark = pytest.mark.slow
 
@@ -62,7 +62,7 @@ def rows_of(stage, runs, rows, table):
     return folder.read(table).to_pylist(), counts, len(folder.manifest["tables"][table]["parts"])
 
 
-def test_a_round_trip_and_mining_in_shards_give_what_they_give_at_once(tmp_path):
+def test_round_trip_and_mining_do_not_depend_on_shards(tmp_path):
     score, mine = made()
     for stage, name in ((score, "scores"), (mine, "examples")):
         whole, counts, one = rows_of(stage, tmp_path / "whole", 10_000, name)
@@ -78,16 +78,16 @@ def test_a_round_trip_and_mining_in_shards_give_what_they_give_at_once(tmp_path)
         assert len(set(texts)) == len(texts), row
 
 
-def test_a_search_that_was_asked_more_queries_gives_those_of_a_part(tmp_path):
+def test_candidates_of_a_part_of_a_search_s_queries(tmp_path):
     ours, other = made()[1], made("parsed")[1]
     (rows, _, many), (same, _, also) = (rows_of(each, tmp_path, 7, "examples") for each in (ours, other))
     assert many == also > 10 and rows == same
 
 
-def test_queries_without_a_text_lend_their_passages_to_no_other(tmp_path):
+def test_queries_without_text_share_no_positives(tmp_path):
     rows = {"queries": (("q0", ""), ("q1", " "), ("q2", "bells"), ("q3", "Bells "), ("q4", "boats")),
             "qrels": (("q0", "d0", 1), ("q1", "d1", 1), ("q2", "d2", 1), ("q3", "d3", 1), ("q4", "d4", 1))}  # fmt: skip
-    folder = materialize(Given(rows=rows), str(tmp_path))
+    folder = materialize(FixedTables(rows=rows), str(tmp_path))
     assert Positives(folder).of(folder.read("qrels")) == {
         "q0": {"d0", "d1"}, "q1": {"d0", "d1"}, "q2": {"d2", "d3"}, "q3": {"d2", "d3"}, "q4": {"d4"},
     }  # fmt: skip

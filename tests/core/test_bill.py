@@ -60,7 +60,7 @@ materialize(from_json(stage, Stage), runs, placement)
 
 
 @pytest.mark.parametrize(("workers", "kills"), [(0, 4), (1, 2)])
-def test_after_kills_and_a_damaged_shard_the_bill_holds_all_that_the_server_counted(tmp_path, workers, kills):
+def test_the_bill_matches_the_server_after_kills_and_damage(tmp_path, workers, kills):
     chance, lived, runs, hold = random.Random(4), 0.0, str(tmp_path / "runs"), Hold()
     tiny_beir(tmp_path / "set", docs=150)
     pool = Pool(workers=workers, cpus=0.5, shard_rows=10, in_flight=1)
@@ -121,9 +121,7 @@ def test_after_kills_and_a_damaged_shard_the_bill_holds_all_that_the_server_coun
 
 
 @pytest.mark.parametrize("committed", [False, True])
-def test_what_was_done_and_never_committed_is_in_the_bill_and_what_was_committed_is_there_once(
-    tmp_path, monkeypatch, committed
-):
+def test_uncommitted_work_is_billed_and_committed_work_once(tmp_path, monkeypatch, committed):
     def commit(folder, shard, *rest, really=Artifact.commit):
         receipt = really(folder, shard, *rest) if shard < 2 or committed else None
         if shard == 2:
@@ -152,7 +150,7 @@ def test_what_was_done_and_never_committed_is_in_the_bill_and_what_was_committed
         assert folder.listing("tries") == {}
 
 
-def test_workers_that_die_while_they_write_a_shard_are_not_replaced_for_ever(tmp_path, monkeypatch):
+def test_a_stage_fails_if_workers_die_while_writing_a_shard(tmp_path, monkeypatch):
     def commit(*_):
         raise Killed
 
@@ -174,7 +172,7 @@ def test_workers_that_die_while_they_write_a_shard_are_not_replaced_for_ever(tmp
         assert cost["lost_tokens"] == 3 * (cost["prompt_tokens"] + cost["completion_tokens"])
 
 
-def test_what_tokens_cost_is_what_the_endpoint_bills_and_no_machine(tmp_path):
+def test_token_prices_replace_machine_prices(tmp_path):
     tiny_beir(tmp_path / "set", docs=20)
     found = {}
     for name, fields in {"each": {}, "at once": {"one_request": True}}.items():
@@ -194,7 +192,7 @@ def test_what_tokens_cost_is_what_the_endpoint_bills_and_no_machine(tmp_path):
     assert found["each"]["tokens"]["completion"] == found["at once"]["tokens"]["completion"]
 
 
-def test_prices_of_a_model_come_from_the_placement_where_the_engine_has_none(tmp_path):
+def test_model_prices_come_from_the_placement_by_default(tmp_path):
     table = {"tokens": {"m@1": {"prompt": 3.0}, "default": {"completion": 5.0}}, "cpu_hour": 1.0}
     prices = from_json(table, Prices)
     assert from_json(prices.to_json(), Prices) == prices
@@ -283,7 +281,7 @@ def _rows(path: Path) -> list[dict]:
 
 
 @pytest.mark.parametrize("outage", ["refuses", "gone"])
-def test_an_outage_fails_the_stage_and_the_next_run_asks_again_only_what_failed(tmp_path, outage):
+def test_after_an_outage_only_failed_shards_are_repeated(tmp_path, outage):
     tiny_beir(tmp_path / "set", docs=64)
     runs = str(tmp_path / "runs")
 
@@ -363,7 +361,7 @@ def test_bills_for_people_say_the_totals(arms):
     assert len(json.loads(said("generate-crop", "--json"))["shards"]) == 8
 
 
-def test_a_stage_of_one_shard_that_takes_all_workers_is_billed_for_them(tmp_path):
+def test_a_stage_that_holds_all_workers_is_billed_for_them(tmp_path):
     held = resources_held(Pool(workers=3, cpus=2, gpus=1), together=True)
     attempt = AttemptCost("001", 100.0, 110.0, held)
     rates = Rates(cpu_hour=36.0, gpu_hour=360.0)
@@ -387,7 +385,7 @@ class Wide(CropEngine):
         return 3.0
 
 
-def test_the_cores_that_an_engine_takes_are_billed_and_older_folders_still_are(tmp_path):
+def test_an_engine_s_cores_are_billed_also_in_older_folders(tmp_path):
     corpus = Beir(path=str(tiny_beir(tmp_path / "set")))
     stage = Generate(corpus=corpus, strategy=Crop(), engine=Wide())
     runs = str(tmp_path / "runs")
@@ -416,7 +414,7 @@ def test_vllm_on_a_cpu_takes_its_share_of_the_machine():
     assert engine.cores(Pool(workers=cores)) == 1 and engine.cores(Pool(workers=1, cpus=cores + 2)) == cores + 2
 
 
-def test_the_page_and_the_terminal_show_cached_beside_computed_tokens(tmp_path):
+def test_page_and_terminal_show_cached_and_computed_tokens(tmp_path):
     scores = {"in": [0.1 + 0.01 * i for i in range(60)]}
     with served(answers()) as server:
         engine = OpenAIServer(model="m", base_url=server.url, **PRICES)
@@ -439,7 +437,7 @@ def test_the_page_and_the_terminal_show_cached_beside_computed_tokens(tmp_path):
     )
 
 
-def test_a_spent_budget_stops_the_command_before_it_starts_anything(tmp_path):
+def test_a_spent_budget_stops_a_run_before_it_starts(tmp_path):
     tiny_beir(tmp_path / "set", docs=16)
     job = """
 from dagr_ray.engines.openai import OpenAIServer

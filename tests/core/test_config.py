@@ -64,7 +64,7 @@ def test_fingerprint_follows_fields_version_and_type() -> None:
         Inner.version = 1
 
 
-def test_a_later_field_enters_the_fingerprint_where_it_is_not_its_default() -> None:
+def test_a_new_field_is_fingerprinted_unless_it_has_its_default() -> None:
     assert Outer().identity().keys() == {"type", "version", "inner", "several", "name"}
     assert Outer(since=Inner()).identity()["since"] == Inner().fingerprint()
     assert Outer(options={"a": 0}).identity()["options"] == {"a": 0}
@@ -140,7 +140,7 @@ class Link(Config):
         return super().identity()
 
 
-def test_a_graph_is_fingerprinted_node_by_node_and_not_path_by_path() -> None:
+def test_a_graph_is_fingerprinted_node_by_node() -> None:
     top = Link()
     for depth in range(1, 31):
         top = Link(depth=depth, left=top, right=top)
@@ -151,7 +151,7 @@ def test_a_graph_is_fingerprinted_node_by_node_and_not_path_by_path() -> None:
     assert len(Link.asked) == 62, "a fingerprint must not be kept: files that it stands for may change"
 
 
-def test_a_graph_is_written_and_read_node_by_node_and_not_path_by_path(tmp_path) -> None:
+def test_a_graph_is_written_and_read_node_by_node(tmp_path) -> None:
     top = Link()
     for depth in range(1, 61):
         top = Link(depth=depth, left=top, right=top)

@@ -21,7 +21,7 @@ def row(name: str) -> str:
     return next(line for line in PAGE.splitlines() if line.startswith("| ") and f"`{name}`" in line.split("|")[1])
 
 
-def test_every_variable_of_the_module_is_on_the_page_with_its_default() -> None:
+def test_the_page_lists_every_variable_with_its_default() -> None:
     for name, default in environment.READ.items():
         assert default in row(name).split("|")[2]
     for values in (environment.COMMAND, environment.VLLM, environment.MLFLOW):

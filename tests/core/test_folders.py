@@ -224,7 +224,7 @@ def test_two_drivers_at_once_share_the_work(tmp_path) -> None:
     assert json.loads((Path(folder.path) / "manifest.json").read_text())["tables"]["queries"]["rows"] == 100
 
 
-def test_a_flipped_bit_in_an_input_is_found_when_it_is_read_and_rebuilt(tmp_path):
+def test_a_flipped_bit_in_an_input_is_found_and_rebuilt(tmp_path):
 
     corpus = Beir(path=str(tiny_beir(tmp_path / "set")))
     folder = materialize(corpus, str(tmp_path / "runs"))
@@ -254,7 +254,7 @@ disk.write(sys.argv[1], b"whole", os.path.dirname(sys.argv[1]), lasting=True)
 """
 
 
-def test_what_killed_writers_leave_is_removed_and_what_another_driver_writes_is_not(tmp_path) -> None:
+def test_files_of_killed_writers_are_removed(tmp_path) -> None:
     folder = Numbers(n=30).folder(str(tmp_path))
     receipts = Path(folder.path, "receipts")
     writers = []

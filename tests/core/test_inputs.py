@@ -279,7 +279,7 @@ class Growing(Stage):
         return lambda start, stop: Output({"corpus": inputs["made"].read("corpus")})
 
 
-def test_a_stage_that_grows_can_read_what_it_has_built(tmp_path):
+def test_a_stage_can_read_its_dynamic_inputs(tmp_path):
     sources = [Source(number=i) for i in range(3)]
     growing = Growing(corpus=sources[0], made=sources[1], looked_at=sources[1])
     assert growing.inputs() == {"corpus": sources[0]}

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.cluster
 ROOT = Path(__file__).parents[2]
 
 
-def test_stages_of_the_light_pool_write_on_workers_what_they_write_in_the_driver(tmp_path) -> None:
+def test_light_stages_write_the_same_on_workers_and_driver(tmp_path) -> None:
     corpus = Beir(path=str(tiny_beir(tmp_path / "set")))
     generate = Generate(corpus=corpus, strategy=Crop(), engine=CropEngine(), samples=2)
     parsed = Parse(generations=generate, corpus=corpus)

@@ -89,7 +89,7 @@ def held(token, text):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_special_tokens_of_a_family_are_broken_and_can_still_be_read(family):
+def test_special_tokens_of_a_family_are_escaped_readably(family):
     for marker in FAMILIES[family].split():
         for text in (
             marker,
@@ -181,7 +181,7 @@ def test_the_special_tokens_of_a_tokenizer_s_files(tmp_path):
 @pytest.mark.parametrize(
     "text", ["", "[", "[1]", "null", '{"added_tokens": [1]}', '{"added_tokens": [{"special": true}]}', "[" * 5000]
 )
-def test_a_tokenizer_s_file_that_is_none_is_named(tmp_path, text):
+def test_an_invalid_tokenizer_file_is_named(tmp_path, text):
     (tmp_path / "tokenizer.json").write_text(text)
     with pytest.raises(ConfigError, match="tokenizer.json: not a tokenizer file"):
         special_tokens(tmp_path)

@@ -77,7 +77,7 @@ def metrics(tmp_path):
             driver.wait(timeout=20)
 
 
-def test_metrics_of_stages_on_ray_and_in_the_driver_are_on_the_port_of_their_node(metrics):
+def test_stage_metrics_are_on_the_port_of_their_node(metrics):
     page, name, parsed = metrics
 
     def value(metric: str, name: str = name, **tags: str) -> list[float]:

@@ -24,7 +24,7 @@ from dagr_ray.teachers.attention_rerank import (
     head_scores,
 )
 from dagr_ray.teachers.hybrid import Hybrid
-from tests.stages.test_select_mine import Given, search
+from tests.stages.test_select_mine import FixedTables, search
 
 TEXTS = [
     "Return a shallow copy of the dictionary.",
@@ -172,9 +172,9 @@ def test_heads_of_a_model(teacher, masses):
 
 
 def test_heads_found_by_one_stage_are_those_of_the_next(teacher, tmp_path):
-    docs = Given(rows={"corpus": tuple((pair.doc_id, "", pair.passage) for pair in PAIRS)})
+    docs = FixedTables(rows={"corpus": tuple((pair.doc_id, "", pair.passage) for pair in PAIRS)})
     asked = (("q1", "copy a dict"), ("q2", "sort a list"), ("q3", "nobody judged this"))
-    queries = Given(rows={"queries": asked, "qrels.dev": (("q1", "d0", 1), ("q2", "d1", 1), ("q2", "d2", 0))})
+    queries = FixedTables(rows={"queries": asked, "qrels.dev": (("q1", "d0", 1), ("q2", "d1", 1), ("q2", "d2", 0))})
     hits = search({q: [(pair.doc_id, 1.0 / i) for i, pair in enumerate(PAIRS, 1)] for q, _ in asked})
     found = RetrievalHeads(teacher=teacher, queries=queries, corpus=docs, searches=(hits,), keep=2)
     rows = materialize(found, str(tmp_path)).read("metrics").to_pylist()

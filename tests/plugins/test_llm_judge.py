@@ -17,7 +17,7 @@ from dagr_ray.quickstart.models import smollm2
 from dagr_ray.stages.label import Label
 from dagr_ray.teachers import NO_SCORE, QueryPassage
 from dagr_ray.teachers.llm_judge import GRADES, LLMJudge, _JudgeSession
-from tests.stages.test_select_mine import Given
+from tests.stages.test_select_mine import FixedTables
 
 pytestmark = [pytest.mark.cluster, pytest.mark.engine]
 
@@ -115,7 +115,7 @@ def test_as_a_stage_with_its_cost(session, engine, pairs, tmp_path):
     """The last test with the session: the stage opens an engine of its own, which ends the other."""
     some = pairs[:4]
     docs = {pair.doc_id: pair.passage for pair in some}
-    data = Given(
+    data = FixedTables(
         rows={
             "corpus": tuple((doc_id, "", text) for doc_id, text in docs.items()),
             "queries": tuple({pair.query_id: pair.query for pair in some}.items()),

@@ -10,7 +10,7 @@ from dagr_ray.filters.pii import Pii
 from dagr_ray.stages.mask_pii import Mask
 from dagr_ray.stages.score import Score
 from dagr_ray.stages.select import Select
-from tests.stages.test_select_mine import Given, corpus, parsed
+from tests.stages.test_select_mine import FixedTables, corpus, parsed
 
 FOUND = {
     "write to jane.doe+work@mail.company.co.uk today": ("email", "[email]"),
@@ -100,7 +100,9 @@ def test_a_masked_query_keeps_its_id_and_lineage(build):
 
 
 def test_passages(build):
-    docs = Given(rows={"corpus": (("d0", "Jane, jane@corp.net", "Ring +49 30 901820."), ("d1", "", "Return a copy."))})
+    docs = FixedTables(
+        rows={"corpus": (("d0", "Jane, jane@corp.net", "Ring +49 30 901820."), ("d1", "", "Return a copy."))}
+    )
     folder = build(Mask(corpus=docs))
     assert folder.read("corpus").to_pylist() == [
         {"doc_id": "d0", "title": "Jane, [email]", "text": "Ring [phone]."},

@@ -13,7 +13,7 @@ from dagr_ray.stages import aggregate
 from dagr_ray.stages.aggregate import Aggregate, rank, worth_asking
 from dagr_ray.stages.human_labels import People
 from tests.annotation.test_annotate import line
-from tests.stages.test_select_mine import Given
+from tests.stages.test_select_mine import FixedTables
 
 
 def simulated(items, raters, seed, slips=0.0):
@@ -29,7 +29,7 @@ def test_the_examples_in_the_docstrings():
 
 
 @pytest.mark.parametrize("raters", [1, 10, 100])
-def test_without_slips_the_bins_are_those_that_the_thresholds_cut(raters):
+def test_without_mistakes_the_bins_follow_the_thresholds(raters):
     ratings, truth = simulated(40, raters, raters)
     ranking = rank(ratings)
     likes = ratings.sum(axis=0)
@@ -42,7 +42,7 @@ def test_without_slips_the_bins_are_those_that_the_thresholds_cut(raters):
     assert all(likes[a] >= likes[b] for a, b in pairwise(order))
 
 
-def test_with_slips_more_raters_still_help():
+def test_with_mistakes_more_raters_still_help():
     def distance(raters):
         found = []
         for seed in range(5):
@@ -56,7 +56,7 @@ def test_with_slips_more_raters_still_help():
     assert many < few / 2
 
 
-def test_deviation_falls_with_what_was_asked():
+def test_deviation_falls_with_more_ratings():
     ratings, _ = simulated(30, 60, 1)
     ratings[10:, :15] = np.nan
     ranking = rank(ratings)
@@ -76,7 +76,7 @@ GRADES = {
 
 def test_scores_of_several_teachers_become_one_ranking(tmp_path):
     def given(name):
-        return Given(rows={"scores": tuple((q, d, name, s) for (q, d), s in GRADES[name].items())})
+        return FixedTables(rows={"scores": tuple((q, d, name, s) for (q, d), s in GRADES[name].items())})
 
     folder = materialize(Aggregate(labels=(given("a"), given("b"))), str(tmp_path), Placement())
     rows = {(r["scorer"], r["query_id"], r["doc_id"]): r["score"] for r in folder.read("scores").to_pylist()}
@@ -95,7 +95,7 @@ def test_people_are_raters_beside_a_judge(tmp_path):
 
     (tmp_path / "people.jsonl").write_text(rated("ann", GRADES["a"]) + rated("bob", GRADES["b"]))
     people = People(files=(str(tmp_path / "people.jsonl"),))
-    judge = Given(rows={"scores": tuple((q, d, "llm-judge", -s) for (q, d), s in GRADES["a"].items())})
+    judge = FixedTables(rows={"scores": tuple((q, d, "llm-judge", -s) for (q, d), s in GRADES["a"].items())})
     folder = materialize(Aggregate(labels=(people, judge)), str(tmp_path / "runs"), Placement())
     assert folder.manifest["counts"]["raters"] == 3
     rows = {r["doc_id"]: r["score"] for r in folder.read("scores").to_pylist() if r["scorer"] == "aggregate"}
@@ -105,7 +105,7 @@ def test_people_are_raters_beside_a_judge(tmp_path):
 
 
 def test_fine_scores_are_cut_into_levels(tmp_path):
-    fine = Given(rows={"scores": tuple(("q", f"d{i}", "t", i / 10) for i in range(100))})
+    fine = FixedTables(rows={"scores": tuple(("q", f"d{i}", "t", i / 10) for i in range(100))})
     folder = materialize(Aggregate(labels=(fine, fine), levels=5), str(tmp_path))
     scores = {r["doc_id"]: r["score"] for r in folder.read("scores").to_pylist() if r["scorer"] == "aggregate"}
     assert len({round(s, 6) for s in scores.values()}) == 5 and folder.manifest["counts"]["raters"] == 2

@@ -178,7 +178,7 @@ def searched(data, **fields):
                   queries=data, split="test")  # fmt: skip
 
 
-def test_the_baselines_of_a_fusion_are_bm25_and_the_fusion_untrained(tmp_path):
+def test_the_baselines_of_a_fusion_are_bm25_and_untrained(tmp_path):
     data = Beir(path=str(tiny_beir(tmp_path / "set")))
     keyword = Search(index=Index(corpus=data, miner=BM25(k1=1.2)), queries=data, split="test")
     fused = Fused(searches=(searched(data, trained=Bag(name="t", n=1)), keyword))

@@ -46,7 +46,7 @@ ANSWERS = {
         ({"language": "en-GB", "length": (8, 20), "formality": "formal", "specificity": "specific"}, {"formal"}),
     ],
 )
-def test_what_misses_a_control_is_rejected_with_the_attribute(controls, kept):
+def test_queries_that_miss_a_control_are_rejected(controls, kept):
     wanted = Controls(**controls)
     found = {kind: first_violation(wanted, text) for text, kind in ANSWERS.items()}
     if controls == {"formality": "formal"}:  # measured in English: the others are not asked about
@@ -77,7 +77,7 @@ WRITTEN = [cls for name, cls in sorted(plugins(Strategy).items()) if name not in
 
 
 @pytest.mark.parametrize("strategy", WRITTEN, ids=lambda cls: cls.type)
-def test_controls_stand_after_the_passage_and_change_the_fingerprint(strategy):
+def test_controls_follow_the_passage_and_are_fingerprinted(strategy):
     plain, controlled = strategy(), strategy(controls=Controls(language="pt-BR", formality=None))
     first, second = (one.prompt(ROW, (), random.Random(0)) for one in (plain, controlled))
     assert first.before == second.before and "Wanted" not in first.text

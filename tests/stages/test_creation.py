@@ -93,7 +93,7 @@ class Says(Engine):
 # -- what is drawn for each sample ----------------------------------------------------------------------------------------
 
 
-def test_each_sample_is_asked_for_its_own_form_and_its_lineage_names_it(data, tmp_path):
+def test_each_sample_has_its_form_and_lineage_names_it(data, tmp_path):
     stage = asked(data, Typed())
     rows, lineage, _ = built(stage, tmp_path)
     assert len(rows) == 180 and [row["sample"] for row in rows[:6]] == [0, 1, 2, 0, 1, 2]
@@ -112,7 +112,7 @@ def test_each_sample_is_asked_for_its_own_form_and_its_lineage_names_it(data, tm
     assert alone.count(3) > 50
 
 
-def test_what_is_drawn_does_not_hang_on_the_shards(data, tmp_path):
+def test_drawn_forms_do_not_depend_on_the_shards(data, tmp_path):
     stage = asked(data, Persona(), samples=2)
     wide = Placement(generate=Pool(workers=0, shard_rows=100), light=Pool(workers=0, shard_rows=100))
     _, found, _ = built(stage, tmp_path / "a")
@@ -120,7 +120,7 @@ def test_what_is_drawn_does_not_hang_on_the_shards(data, tmp_path):
     assert found == again and len({name for name, _ in found.values()}) == len(PERSONAS)
 
 
-def test_strategies_that_draw_and_those_that_do_not_stand_side_by_side(data, tmp_path):
+def test_strategies_with_and_without_drawn_forms_combine(data, tmp_path):
     strategies = (Promptagator(), Typed(mix={"claim": 1, "title": 1}), Crop(mode="span"))
     rows, lineage, _ = built(asked(data, Several(strategies=strategies), samples=2), tmp_path)
     names = [lineage[row["gen_id"]][0] for row in rows]
@@ -129,7 +129,7 @@ def test_strategies_that_draw_and_those_that_do_not_stand_side_by_side(data, tmp
         assert sorted(names[i + 2 : i + 4]) == ["typed/claim", "typed/title"]
 
 
-def test_a_strategy_that_draws_nothing_is_asked_as_before(data):
+def test_a_strategy_without_drawn_forms_keeps_its_prompts(data):
     # fields that came after version 2 (words of any script) change no fingerprint: what was paid for stays
     assert Promptagator().fingerprint() == "bec477ff4426" and Crop().fingerprint() == "48381cea9c90"
     assert asked(data, Promptagator()).per_request() == 3 and asked(data, Typed(form="claim")).per_request() == 3
@@ -157,7 +157,7 @@ def test_forms_have_the_shares_of_their_weights(samples):
     assert abs(first["question"] / 2000 - 0.5) < 0.05
 
 
-def test_the_forms_of_one_passage_are_asked_after_the_same_beginning():
+def test_prompts_of_a_passage_share_their_prefix():
     prompts = [one.prompt(ROW, (), random.Random(0)) for one in Typed().strategies_for(random.Random(0), 20)]
     assert len({prompt.before + prompt.passage for prompt in prompts}) == 1 and len({p.after for p in prompts}) == 7
     shown = Typed(mix={"claim": 1, "title": 1}).prompt(ROW, (), random.Random(0)).before
@@ -253,7 +253,7 @@ def cuts(prefix, query, draws=500):
     return [prefix.cut(query, random.Random(seed)) for seed in range(draws)]
 
 
-def test_prefixes_are_shorter_than_their_query_and_of_the_lengths_given():
+def test_prefixes_have_the_given_lengths():
     query = "how to copy a folder with everything in it"
     for made in cuts(Prefix(), query):
         assert query.startswith(made) and 2 <= len(made) < len(query) and made == made.strip()

@@ -211,7 +211,7 @@ def test_no_such_split_means_no_exemplars(data, tmp_path):
     assert materialize(stage, str(tmp_path), HERE).count("generations") == 120
 
 
-def test_another_split_shows_exemplars_where_the_first_is_not_there(data, tmp_path):
+def test_exemplars_fall_back_to_another_split(data, tmp_path):
     runs = str(tmp_path)
     fallen = materialize(Exemplars(corpus=data, split="train", otherwise="dev", k=3), runs, HERE).read("exemplars")
     assert fallen.equals(materialize(Exemplars(corpus=data, k=3), runs, HERE).read("exemplars")) and len(fallen) == 3
@@ -282,7 +282,7 @@ def test_errors_under_the_limit_become_rejections(data, tmp_path, monkeypatch):
     assert all("\x00" not in row["text"] for row in parsed.read("queries").to_pylist())
 
 
-def test_a_mended_parser_does_not_generate_again(data, monkeypatch):
+def test_a_changed_parser_does_not_generate_again(data, monkeypatch):
     generated = crops(data)
     before = generated.fingerprint(), Parse(generations=generated, corpus=data).fingerprint()
     monkeypatch.setattr(Crop, "parse_version", 99)

@@ -73,7 +73,7 @@ def test_a_limit_that_is_reached_first_is_named(selected, tmp_path, caplog, limi
     assert f"stopped by {why}" in caplog.text and 0 < folder.count("queries") < 5000
 
 
-def test_a_mixture_by_budget_holds_what_each_arm_got_for_its_money(selected, tmp_path):
+def test_a_mixture_by_budget_holds_what_each_arm_could_buy(selected, tmp_path):
     corpus, runs = selected.parsed.corpus, str(tmp_path / "runs")
     cut = Parse(
         generations=selected.parsed.generations.model_copy(update={"strategy": Crop(mode="span")}), corpus=corpus
@@ -110,7 +110,7 @@ def test_a_goal_that_was_interrupted_goes_on(selected, tmp_path):
     assert before <= {p.name for p in (tmp_path / "runs").glob("generate-*")}
 
 
-def test_a_recipe_with_a_goal_gives_examples_for_what_was_accepted(tmp_path):
+def test_a_recipe_with_a_goal_gives_examples_of_accepted_queries(tmp_path):
     corpus = Beir(path=str(tiny_beir(tmp_path / "set", docs=120)))
     selected, mined = augment(
         corpus, corpus, *generator_named("crop"), exemplars=None, samples=2, max_rank=50, accepted=30

@@ -14,7 +14,7 @@ from dagr_ray.core.stage import Output, StageFailed, load_stage
 from dagr_ray.stages.label import Label
 from dagr_ray.teachers import NO_SCORE, Pair, Teacher
 from dagr_ray.teachers.hybrid import Hybrid
-from tests.stages.test_select_mine import Given, search
+from tests.stages.test_select_mine import FixedTables, search
 
 
 class Words(Teacher):
@@ -43,7 +43,7 @@ class Words(Teacher):
         pass
 
 
-class InParts(Given):
+class InParts(FixedTables):
     """Writes its candidates in parts of one row."""
 
     type: ClassVar[str] = "given-in-parts"
@@ -56,10 +56,10 @@ class InParts(Given):
         return lambda start, stop: Output({"candidates": whole.slice(start, stop - start)})
 
 
-DOCS = Given(
+DOCS = FixedTables(
     rows={"corpus": tuple((f"d{i}", "", text) for i, text in enumerate(["a b", "b c", "c d e", "unreadable", "x"]))}
 )
-QUERIES = Given(
+QUERIES = FixedTables(
     rows={
         "queries": (("q0", "a b"), ("q1", "c d"), ("q2", "x"), ("q3", "a c")),
         "qrels": (("q0", "d0", 1), ("q1", "d2", 1), ("q2", "d4", 1)),
@@ -104,13 +104,13 @@ def test_a_search_in_many_parts_and_in_no_order(label):
 
 
 def test_pairs_of_examples(label):
-    mined = Given(rows={"examples": (("q1", "d2", ("d1", "d4")), ("q0", "d0", ("d1",)), ("q0", "d1", ()))})
+    mined = FixedTables(rows={"examples": (("q1", "d2", ("d1", "d4")), ("q0", "d0", ("d1",)), ("q0", "d1", ()))})
     _, scores = label(examples=mined)
     assert scores == {("q1", "d2"): 2, ("q1", "d1"): 1, ("q1", "d4"): 0, ("q0", "d0"): 2, ("q0", "d1"): 1}
 
 
 def test_a_pair_without_a_score_is_rejected_and_too_many_fail(label):
-    many = Given(
+    many = FixedTables(
         rows={
             "queries": tuple((f"q{i}", "a") for i in range(300)),
             "qrels": (*((f"q{i}", "d0", 1) for i in range(300)), ("q7", "d3", 1)),
@@ -120,14 +120,14 @@ def test_a_pair_without_a_score_is_rejected_and_too_many_fail(label):
     counts = folder.manifest["counts"]
     assert counts["in"] == 301 == counts["out"] + counts["rejected"]["label/no-score"] == len(scores) + 1
     assert folder.read("rejected").to_pylist() == [{"id": "q7", "by": "label", "reason": "no-score", "detail": "d3"}]
-    few = Given(rows={"queries": (("q0", "a"),), "qrels": (("q0", "d3", 1),)})
+    few = FixedTables(rows={"queries": (("q0", "a"),), "qrels": (("q0", "d3", 1),)})
     with pytest.raises(StageFailed, match="1 of 1 rows failed"):
         label(queries=few)
 
 
 def test_a_resume_asks_only_for_what_is_missing(label, tmp_path):
     stops = Words(log=str(tmp_path / "log"), stop_at="c d")
-    queries = Given(
+    queries = FixedTables(
         rows={
             "queries": tuple((f"q{i}", "c d" if i == 9 else "a b") for i in range(10)),
             "qrels": tuple((f"q{i}", "d0", 1) for i in range(10)),
@@ -150,7 +150,7 @@ def test_a_teacher_that_fuses_sees_every_search(label):
     assert scores["q1", "d2"] == pytest.approx(1 / 62 + 1 / 61, rel=1e-6)
     assert scores["q1", "d4"] == pytest.approx(1 / 62, rel=1e-6)
     assert scores["q2", "d4"] == 0
-    mined = Given(rows={"examples": (("q1", "d2", ("d0",)),)})
+    mined = FixedTables(rows={"examples": (("q1", "d2", ("d0",)),)})
     _, of_examples = label(teacher=Hybrid(fusion="min-max"), searches=(HITS, other), examples=mined)
     assert of_examples == pytest.approx({("q1", "d2"): (7 / 8 + 1) / 2, ("q1", "d0"): 0.0})
 
@@ -162,13 +162,13 @@ def test_errors_name_the_cause(label, tmp_path):
         Label(teacher=Words(), queries=QUERIES, corpus=DOCS, examples=QUERIES, split="dev")
     with pytest.raises(ConfigError, match="split = 'test'.*allowed: dev"):
         label(split="test")
-    few = Given(rows={"corpus": (("d0", "", "a"),)})
+    few = FixedTables(rows={"corpus": (("d0", "", "a"),)})
     with pytest.raises(AssertionError, match="passages of the pairs are not in"):
         label(corpus=few)
 
 
 def test_no_queries_and_no_pairs(label):
-    folder, scores = label(queries=Given(rows={"queries": (), "qrels": ()}))
+    folder, scores = label(queries=FixedTables(rows={"queries": (), "qrels": ()}))
     assert scores == {} and folder.read("scores").schema.equals(tables.schema("scores"))
-    folder, scores = label(queries=Given(rows={"queries": (("q", "a"),), "qrels": ()}))
+    folder, scores = label(queries=FixedTables(rows={"queries": (("q", "a"),), "qrels": ()}))
     assert scores == {} and folder.manifest["counts"]["queries"] == 1

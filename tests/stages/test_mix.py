@@ -15,14 +15,14 @@ from dagr_ray.retrieval.encoder import Encoder
 from dagr_ray.stages import mix
 from dagr_ray.stages.describe import Describe, distinct, form_of
 from dagr_ray.stages.mix import MixQueries
-from tests.stages.test_select_mine import Given, corpus
+from tests.stages.test_select_mine import FixedTables, corpus
 
 HERE = Placement(generate=Pool(workers=0), light=Pool(workers=0))
 
 
 def arm(name, n, text="query {i} of {name}"):
     ids = [f"{name}{i}" for i in range(n)]
-    return Given(
+    return FixedTables(
         rows={
             "queries": tuple((q, text.format(i=i, name=name)) for i, q in enumerate(ids)),
             "qrels": tuple((q, "d0", 1) for q in ids),
@@ -108,7 +108,7 @@ def test_forms_and_distinct_words():
 def test_a_description_is_what_arithmetic_says(tmp_path):
     passages = corpus("the old stone bridge", "a small boat")
     said = ("where is the old bridge", "stone bridge", "boat boat boat")
-    queries = Given(
+    queries = FixedTables(
         rows={
             "queries": tuple((f"q{i}", text) for i, text in enumerate(said)),
             "qrels": (("q0", "d0", 1), ("q1", "d0", 1), ("q2", "d1", 1)),

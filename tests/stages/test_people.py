@@ -22,7 +22,7 @@ from dagr_ray.stages.sources import Beir
 from dagr_ray.strategies.crop import Crop
 from tests.annotation.test_annotate import line
 from tests.conftest import tiny_beir
-from tests.stages.test_select_mine import Given, corpus, examples, parsed, search
+from tests.stages.test_select_mine import FixedTables, corpus, examples, parsed, search
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ HITS = search({q: [(f"d{i}", 9.0 - i) for i in range(4)] for q in ("q0", "q1", "
 
 
 @pytest.mark.cluster
-def test_people_win_over_the_filters_of_a_recipe(build, tmp_path):
+def test_human_labels_override_the_filters_of_a_recipe(build, tmp_path):
     docs = Beir(path=str(tiny_beir(tmp_path / "set")))
     files = tmp_path / "people.jsonl"
 
@@ -103,7 +103,7 @@ def test_mine_takes_positives_and_negatives_as_people_say(build, by_people):
     assert lenient.read("qrels")["relevance"].to_pylist()[0] == 1
 
 
-def test_what_a_filter_refused_comes_back(build, by_people):
+def test_a_rejected_relevant_query_is_restored(build, by_people):
     chosen = Select(parsed=SOURCE, scores=(Score(parsed=SOURCE, corpus=DOCS, filter=Length(min_words=3)),))
     assert build(chosen).read("queries")["query_id"].to_pylist() == ["q0", "q2"]
     folder = build(WithHumanLabels(source=chosen, people=by_people(q1_d1=3, q0_d0=0, q2_d2=2), queries=SOURCE))
@@ -116,7 +116,7 @@ def test_what_a_filter_refused_comes_back(build, by_people):
     assert stays.count("queries") == 2 and stays.count("rejected") == 1
 
 
-def test_select_reads_people_where_they_spoke(build, by_people):
+def test_select_reads_human_labels(build, by_people):
     """Filters over labelled queries, and a filter over labelled scores."""
     labelled = WithHumanLabels(source=SOURCE, people=by_people(q0_d0=0, q1_d1=3))
     chosen = Select(parsed=labelled, scores=(Score(parsed=labelled, corpus=DOCS, filter=Length(min_words=2)),))
@@ -127,7 +127,7 @@ def test_select_reads_people_where_they_spoke(build, by_people):
 
 
 def test_scores_follow_people_whatever_the_threshold(build, by_people):
-    teacher = Given(
+    teacher = FixedTables(
         rows={
             "scores": (("q0", "d0", "t", 0.5), ("q0", "d1", "t", 0.2), ("q1", "d1", "t", 0.9), ("q2", "d2", "t", -1.0))
         }
@@ -147,7 +147,7 @@ def test_scores_follow_people_whatever_the_threshold(build, by_people):
 def test_negatives_that_people_find_relevant_become_positives(build, by_people):
     mined = Mine(selected=SOURCE, corpus=DOCS, searches=(HITS,), negatives=3, margin=None)
     pairs = [(q, d) for q in ("q0", "q1", "q2") for d in ("d0", "d1", "d2", "d3")]
-    teacher = Given(rows={"scores": tuple((q, d, "t", 0.9 if q[1] == d[1] else 0.1) for q, d in pairs)})
+    teacher = FixedTables(rows={"scores": tuple((q, d, "t", 0.9 if q[1] == d[1] else 0.1) for q, d in pairs)})
     labels = WithHumanLabels(source=teacher, people=by_people(q1_d3=3))
     plain = build(Relabel(mined=mined, labels=teacher, threshold=0.8))
     found = build(Relabel(mined=mined, labels=labels, threshold=0.8))
@@ -155,7 +155,7 @@ def test_negatives_that_people_find_relevant_become_positives(build, by_people):
     assert positives[1] - positives[0] == {("q1", "d3")} and positives[0] <= positives[1]
 
 
-class InShards(Given):
+class InShards(FixedTables):
     """Three shards, the second without rows."""
 
     type: ClassVar[str] = "given-in-shards"

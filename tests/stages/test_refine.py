@@ -24,7 +24,7 @@ from dagr_ray.strategies.noisy import Noisy
 from dagr_ray.strategies.promptagator import Promptagator
 from dagr_ray.teachers.hybrid import Hybrid
 from tests.conftest import tiny_beir
-from tests.stages.test_select_mine import Given, corpus
+from tests.stages.test_select_mine import FixedTables, corpus
 from tests.study.test_canary import answers
 from tests.support.endpoint import served
 
@@ -45,7 +45,7 @@ def said(body):
     return good if number % 3 else " what is this all about then"
 
 
-def test_rounds_ask_what_is_left_and_show_the_best(tmp_path):
+def test_rounds_use_remaining_passages_and_top_exemplars(tmp_path):
     runs, docs = str(tmp_path / "runs"), Beir(path=str(tiny_beir(tmp_path / "set")))
 
     def label(queries: Stage) -> Stage:
@@ -107,10 +107,10 @@ class Scores(Stage):
         return lambda start, stop: Output({"scores": tables.table("scores", rows)})
 
 
-def test_the_best_are_one_for_a_passage_and_unlike_each_other(tmp_path):
+def test_top_exemplars_differ_in_passage_and_words(tmp_path):
     texts = ("old stone bridge", "stone bridge old", "a boat", "a boat on the lake", "when do the bells ring")
     passages = ("d0", "d1", "d2", "d2", "d3")
-    queries = Given(
+    queries = FixedTables(
         rows={
             "queries": tuple((f"q{i}", text) for i, text in enumerate(texts)),
             "qrels": tuple((f"q{i}", doc, 1) for i, doc in enumerate(passages)),

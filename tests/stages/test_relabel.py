@@ -9,9 +9,9 @@ from dagr_ray.stages.label import Label
 from dagr_ray.stages.mine import Mine
 from dagr_ray.stages.relabel import Relabel
 from dagr_ray.teachers.hybrid import Hybrid
-from tests.stages.test_select_mine import Given, corpus, parsed, search
+from tests.stages.test_select_mine import FixedTables, corpus, parsed, search
 
-MINED = Given(
+MINED = FixedTables(
     rows={
         "examples": (
             ("q0", "p0", ("a", "b", "c"), 9.0, (1.0, 2.0, None)),
@@ -30,7 +30,7 @@ SCORES = {
 
 
 def labels(scores=SCORES, scorer="t"):
-    return Given(rows={"scores": tuple((q, d, scorer, s) for q, own in scores.items() for d, s in own.items())})
+    return FixedTables(rows={"scores": tuple((q, d, scorer, s) for q, own in scores.items() for d, s in own.items())})
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def test_a_whole_example_can_go(relabel):
     assert counts["in"] == counts["out"] + counts["rejected"]["relabel/relevant-negative"]
 
 
-def test_the_first_negatives_of_those_left(relabel):
+def test_the_first_remaining_negatives_are_kept(relabel):
     rows, counts, _ = relabel(share=0.95, negatives=1)
     assert [n for *_, n, _, _ in rows] == [["b"], ["b"], [], ["a"]]
     assert counts["short"] == 0
@@ -108,12 +108,12 @@ def test_the_first_negatives_of_those_left(relabel):
 
 
 def test_a_positive_in_one_row_is_a_negative_in_none(relabel):
-    mined = Given(rows={"examples": (("q", "p", ("x", "y", "z")), ("q", "x", ("p", "y")), ("r", "y", ("x",)))})
+    mined = FixedTables(rows={"examples": (("q", "p", ("x", "y", "z")), ("q", "x", ("p", "y")), ("r", "y", ("x",)))})
     scores = labels({"q": {"p": 2.0, "x": 2.0, "y": 1.99, "z": 0.0}, "r": {"y": 1.0, "x": 0.1}})
     rows, counts, rejected = relabel(mined, scores, share=0.95)
     assert [(q, p, n) for q, p, n, *_ in rows] == [("q", "p", ["z"]), ("q", "y", ["z"]), ("r", "y", ["x"])]
     assert counts["added"] == 1 and [(r["id"], r["detail"]) for r in rejected] == [("q", "x")]
-    mined = Given(rows={"examples": (("q", "p", ("x", "z")), ("q", "x", ("z",)))})
+    mined = FixedTables(rows={"examples": (("q", "p", ("x", "z")), ("q", "x", ("z",)))})
     rows, _, _ = relabel(mined, labels({"q": {"p": 2.0, "x": 1.0, "z": 0.0}}), share=0.95)
     assert [(p, n) for _, p, n, *_ in rows] == [("p", ["z"]), ("x", ["z"])], "whatever the teacher says of it"
 
@@ -121,7 +121,7 @@ def test_a_positive_in_one_row_is_a_negative_in_none(relabel):
 def test_errors_name_the_cause(relabel):
     with pytest.raises(ValueError, match="set share or threshold"):
         Relabel(mined=MINED, labels=labels(), relevant="drop")
-    two = Given(rows={"scores": (("q0", "a", "one", 1.0), ("q0", "a", "two", 2.0))})
+    two = FixedTables(rows={"scores": (("q0", "a", "one", 1.0), ("q0", "a", "two", 2.0))})
     with pytest.raises(ConfigError, match="scores of one, two; give those of one teacher"):
         relabel(scores=two)
 

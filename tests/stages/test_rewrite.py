@@ -57,7 +57,7 @@ def last_passage(body):
     return body["prompt"].rpartition("Passage: ")[2].partition("\n")[0]
 
 
-def test_pairs_are_judgements_with_their_texts_and_smaller_draws_nest(docs, tmp_path):
+def test_pairs_are_judgements_with_texts_and_nest(docs, tmp_path):
     whole = materialize(Pairs(queries=docs, corpus=docs, split="test"), str(tmp_path), HERE).read("pairs").to_pylist()
     assert len(whole) == 48 and len({row["doc_id"] for row in whole}) == 48
     for row in whole:
@@ -87,7 +87,7 @@ def test_a_paraphrase_is_a_new_query_of_the_same_passage(docs, tmp_path):
         assert materialize(other, str(tmp_path / "again"), again).read("queries") == made.read("queries")
 
 
-def test_a_hypothetical_passage_is_a_positive_that_training_can_take(docs, tmp_path):
+def test_a_hypothetical_passage_is_a_positive_for_training(docs, tmp_path):
     runs = str(tmp_path)
     made, _, stage = rewritten(
         docs, runs, Hyde(), lambda body: f" The thing was seen: {last_query(body)}, so they say."
@@ -102,7 +102,7 @@ def test_a_hypothetical_passage_is_a_positive_that_training_can_take(docs, tmp_p
     assert positives == {row["query_id"]: row["doc_id"] for row in made.read("qrels").to_pylist()}
 
 
-def test_written_negatives_stand_before_mined_ones_up_to_their_share(docs, tmp_path):
+def test_written_negatives_precede_mined_ones(docs, tmp_path):
     runs = str(tmp_path)
     number = iter(range(10_000))
     said = lambda body: f" Boats of {next(number)} go there in winter and come back in spring."  # noqa: E731
@@ -126,14 +126,14 @@ def test_written_negatives_stand_before_mined_ones_up_to_their_share(docs, tmp_p
 
 def docs_with_qrels(docs):
     """The test queries of a data set as a stage with ``qrels``, as selected queries have them."""
-    from tests.stages.test_select_mine import Given
+    from tests.stages.test_select_mine import FixedTables
 
     folder = docs.path
     rows = [line.split("\t") for line in open(f"{folder}/qrels/test.tsv").read().splitlines()[1:]]
     import json
 
     texts = {row["_id"]: row["text"] for row in map(json.loads, open(f"{folder}/queries.jsonl"))}
-    return Given(
+    return FixedTables(
         rows={
             "queries": tuple((q, texts[q]) for q, _, _ in rows),
             "qrels": tuple((q, d, 1) for q, d, _ in rows),
@@ -153,7 +153,7 @@ def test_a_counterfactual_says_what_it_changed(docs, tmp_path):
     assert {row["relevance"] for row in made.read("qrels").to_pylist()} == {0}
 
 
-def test_two_hops_are_relevant_to_both_passages_and_link_another_text(docs, tmp_path):
+def test_two_hop_queries_are_relevant_to_both_passages(docs, tmp_path):
     runs = str(tmp_path)
     asked = AsQueries(corpus=docs)
     search = Search(index=Index(corpus=docs, miner=BM25()), queries=asked, depth=10)
@@ -201,7 +201,7 @@ def test_slips_need_no_model_and_differ_by_sample(docs, tmp_path):
     assert len(texts) >= 90 and len(set(texts)) >= 90 and made.manifest["counts"]["in"] == 96
 
 
-def test_expansion_appends_what_was_asked_about_a_passage(docs, tmp_path):
+def test_expansion_appends_the_queries_of_a_passage(docs, tmp_path):
     strategy, engine = generator_named("crop")
     asked = Sample(corpus=docs, n=20)
     parsed = Parse(generations=Generate(corpus=asked, strategy=strategy, engine=engine, samples=2), corpus=asked)
@@ -217,7 +217,7 @@ def test_expansion_appends_what_was_asked_about_a_passage(docs, tmp_path):
     assert all(after[doc_id].startswith(before[doc_id] + "\n") and after[doc_id].count("\n") == 1 for doc_id in grown)
 
 
-def test_what_does_not_fit_together_is_refused_with_the_remedy(docs):
+def test_contradicting_fields_are_refused_with_the_remedy(docs):
     with pytest.raises(ValueError, match="'paraphrase' reads pairs.*give Pairs or LinkedPairs"):
         Generate(corpus=docs, strategy=Paraphrase(), engine=CropEngine())
     with pytest.raises(ValueError, match="'promptagator' reads corpus.*give passages"):

@@ -29,7 +29,7 @@ from dagr_ray.stages.select import Select
 from dagr_ray.stages.sources import Beir
 from dagr_ray.strategies.crop import Crop
 from tests.conftest import tiny_beir
-from tests.stages.test_select_mine import Given, corpus, parsed, search
+from tests.stages.test_select_mine import FixedTables, corpus, parsed, search
 
 ROWS = 60
 
@@ -95,7 +95,7 @@ def values(folder):
 
 
 @pytest.mark.parametrize("kind", [Length(), Copied()])
-def test_a_shard_at_a_time_is_all_at_once(build, kind):
+def test_sharded_and_unsharded_selection_are_equal(build, kind):
     queries = Parts(part=4)
     whole = build(Score(parsed=queries, corpus=DOCS, filter=kind), 1000, "whole")
     shards = build(Score(parsed=queries, corpus=DOCS, filter=kind), 9, "shards")
@@ -115,12 +115,12 @@ def test_passages_are_found_in_any_order(build, monkeypatch):
     """Windows of two rows: the passages of a shard stand anywhere in the corpus, and one is read but once a shard."""
     monkeypatch.setattr("dagr_ray.core.joins.WINDOW", 2)
     expected = values(build(Score(parsed=Parts(), corpus=DOCS, filter=Copied()), 1000, "expected"))
-    turned = Given(rows={"corpus": DOCS.rows["corpus"][::-1]})
+    turned = FixedTables(rows={"corpus": DOCS.rows["corpus"][::-1]})
     assert values(build(Score(parsed=Parts(), corpus=turned, filter=Copied()), 9, "turned")) == expected
     assert values(build(Score(parsed=Parts(backwards=True), corpus=DOCS, filter=Copied()), 9, "back")).keys() <= {
         (f"q{i}", f"d{i % 7}") for i in range(ROWS)
     }
-    missing = Given(rows={"corpus": DOCS.rows["corpus"][1:]})
+    missing = FixedTables(rows={"corpus": DOCS.rows["corpus"][1:]})
     with pytest.raises(AssertionError, match="1 rows of corpus are not in .*, such as d0"):
         build(Score(parsed=Parts(), corpus=missing, filter=Copied()), 9, "missing")
 
@@ -132,7 +132,7 @@ def generated(values):
         {"gen_id": f"g{i}", "source_id": "d0", "sample": 0, "seed": 0, "prompt_sha": "", "truncated": False}
         for i in values
     ]
-    return Given(
+    return FixedTables(
         rows={
             "generations": tuple(
                 tuple({**r, "logprob": values[int(r["gen_id"][1:])]}.get(n) for n in names) for r in rows
@@ -184,7 +184,7 @@ def test_round_trip_keeps_a_share_and_knows_the_corpus(build):
     assert len(kept(max_rank="auto")) == 8, "nine passages are a small corpus"
     stage = Select(parsed=queries, scores=(scored.model_copy(update={"filter": RoundTrip(max_rank="auto")}),))
     assert [*stage.inputs()] == ["parsed", "scores.0", "scores.0.corpus"]
-    large = Given(rows={"corpus": tuple((f"d{i}", "", f"text {i}") for i in range(5000))})
+    large = FixedTables(rows={"corpus": tuple((f"d{i}", "", f"text {i}") for i in range(5000))})
     sized = Score(parsed=queries, corpus=large, filter=RoundTrip(max_rank="auto"), search=hits)
     assert build(Select(parsed=queries, scores=(sized,))).read("queries")["query_id"].to_pylist() == ["q0", "q1"]
 
@@ -197,7 +197,7 @@ def test_forms_have_their_own_threshold(build):
     assert kept.count("queries") == 25
 
 
-def test_of_several_refusals_the_first_counts(build):
+def test_the_first_of_several_rejections_counts(build):
     queries = parsed(("?", "d0"), ("copy a dict", "d1"), ("1. x", "d2"))
     scores = tuple(Score(parsed=queries, corpus=DOCS, filter=f) for f in (Length(min_words=3), Format()))
     for order, by in ((scores, "length"), (scores[::-1], "format")):
@@ -208,7 +208,7 @@ def test_of_several_refusals_the_first_counts(build):
 
 def test_a_teacher_of_one_stage(build):
     queries = parsed(("a", "d0"), ("b", "d1"), ("c", "d2"))
-    labels = Given(rows={"scores": (("q0", "d0", "t", 0.9), ("q0", "d3", "t", 0.95), ("q1", "d1", "t", 0.2))})
+    labels = FixedTables(rows={"scores": (("q0", "d0", "t", 0.9), ("q0", "d3", "t", 0.95), ("q1", "d1", "t", 0.2))})
     scored = Score(parsed=queries, corpus=DOCS, filter=Teacher(min_score=0.5), labels=labels)
     assert build(Select(parsed=queries, scores=(scored,))).read("queries")["query_id"].to_pylist() == ["q0"]
     stored = build(scored).read("scores")["score"].to_pylist()
@@ -221,7 +221,7 @@ def test_a_teacher_of_one_stage(build):
             Score(parsed=queries, corpus=DOCS, filter=Teacher(), **{"labels": labels, **wrong})
 
 
-def test_scores_of_no_teacher_are_named_as_before_there_were_teachers():
+def test_scores_without_a_teacher_keep_their_fingerprints():
     score = Score(parsed=parsed(("a", "d0")), corpus=DOCS, filter=Length())
     assert "labels" not in score.identity()
 

@@ -18,7 +18,7 @@ from dagr_ray.stages.select import Select
 from dagr_ray.stages.take import Take
 
 
-class Given(Stage):
+class FixedTables(Stage):
     """Writes the rows that it is given: {table: ((value, ...), ...)}."""
 
     abstract: ClassVar[bool] = False
@@ -37,13 +37,13 @@ class Given(Stage):
 
 
 def corpus(*texts):
-    return Given(rows={"corpus": tuple((f"d{i}", f"title {i}", text) for i, text in enumerate(texts))})
+    return FixedTables(rows={"corpus": tuple((f"d{i}", f"title {i}", text) for i, text in enumerate(texts))})
 
 
 def parsed(*pairs):
     """(query text, doc id) -> queries q0, q1, ... with qrels and lineage."""
     ids = [f"q{i}" for i in range(len(pairs))]
-    return Given(
+    return FixedTables(
         rows={
             "queries": tuple((i, text) for i, (text, _) in zip(ids, pairs, strict=True)),
             "qrels": tuple((i, doc, 1) for i, (_, doc) in zip(ids, pairs, strict=True)),
@@ -55,7 +55,7 @@ def parsed(*pairs):
 def search(hits):
     """{query id: [(doc id, score), ...]} in order of rank."""
     rows = [(q, d, rank, score) for q, found in hits.items() for rank, (d, score) in enumerate(found, 1)]
-    return Given(rows={"candidates": tuple(rows)})
+    return FixedTables(rows={"candidates": tuple(rows)})
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def test_what_scoring_reads_changes_its_fingerprint():
     assert exact.fingerprint() != normalised.fingerprint()
 
 
-def test_rows_add_up_and_the_first_refusal_is_the_reason(build):
+def test_rows_add_up_and_the_first_rejection_is_the_reason(build):
     queries = parsed(
         ("copy a dict", "d0"), ("Copy a dict?", "d1"), ("x", "d0"), ("1. copy", "d1"), ("<p>merge</p>", "d0")
     )
@@ -151,7 +151,7 @@ def test_wrong_wiring_is_refused():
 
 # -- Take -----------------------------------------------------------------------------------------------------------
 
-MINED = Given(rows={"examples": tuple((f"q{i}", f"d{i % 40}", ("d0",), None, (None,)) for i in range(200))})
+MINED = FixedTables(rows={"examples": tuple((f"q{i}", f"d{i % 40}", ("d0",), None, (None,)) for i in range(200))})
 
 
 def taken(build, **fields):
@@ -185,7 +185,7 @@ def test_take_combines(build):
 def test_coverage_is_not_the_draw_that_made_the_sample(build):
     """Passages sampled by hash all have a small hash: a coverage by the same hash would keep every one of them."""
     ids = sorted((f"d{i}" for i in range(2000)), key=lambda i: tables.unit_of(0, i))[:200]
-    mined = Given(rows={"examples": tuple((f"q{i}", doc, (), None, ()) for i, doc in enumerate(ids))})
+    mined = FixedTables(rows={"examples": tuple((f"q{i}", doc, (), None, ()) for i, doc in enumerate(ids))})
     assert 60 < build(Take(mined=mined, coverage=0.5)).count("examples") < 140
 
 

@@ -31,7 +31,7 @@ FORMS = ("where is the {}", "price of a {}", "{} for children", "old {} value")
 HERE = Placement(train=Pool(workers=0), retrieve=Pool(workers=0))
 
 
-def test_the_retriever_has_learnt_from_the_queries(tmp_path):
+def test_the_retriever_was_trained_on_the_queries(tmp_path):
     docs = corpus(*(f"All that there is to know on the {thing}." for thing in NAMES.values()))
     queries = parsed(*((form.format(name), f"d{i}") for form in FORMS for i, name in enumerate(NAMES)))
     base = Encoder(model=str(models.minilm()), max_length=16, dtype="float32", layers=1)
