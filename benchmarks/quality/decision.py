@@ -1,6 +1,6 @@
 """Is what a study says true? Simulated studies whose answers are known, and each bar of the decision with its figure.
 
-    python -m benchmarks.quality.decision [--studies 300] [--sizes 50 100 200 500 2000 5000]
+    python -m benchmarks.quality.decision [--studies 200] [--sizes 50 100 200 500 2000 5000]
 
 A study has five rungs (62 to 15,872 queries, four times as many each), three training seeds, and a test set. A query changes
 with a probability of 0.4, and then by a skewed share that all rungs have, one of the rung, and one of the seed; paired differences
@@ -182,7 +182,7 @@ def times(count: Count) -> str:
 def main() -> int:
     """Simulates all cells, says the tables, and holds each bar to its bound."""
     bench = Benchmark(__file__, __doc__)
-    bench.add("--studies", type=int, default=300, help="studies of each size and curve (default: %(default)s)")
+    bench.add("--studies", type=int, default=200, help="studies of each size and curve (default: %(default)s)")
     bench.add("--sizes", type=int, nargs="+", default=[50, 100, 200, 500, 2000, 5000], help="test queries")
     bench.add("--resamples", type=int, default=200, help="bootstrap samples of a curve (default: %(default)s)")
     args = bench.parse()
@@ -265,7 +265,7 @@ def main() -> int:
             for size, c in ((size, cells[size, "flat"]) for size in args.sizes)
         ),
     )  # fmt: skip
-    bench.say(f"\n{time.time() - began:.0f} s.\n")
+    bench.say()
     _bars(bench, cells, every, args.sizes)
     return bench.finish()
 
