@@ -112,6 +112,12 @@ def test_a_level_curve_is_shown_to_be_enough_with_queries_to_see_it() -> None:
     assert not {0, 1} & set(named)
 
 
+def test_queries_that_all_tie_show_nothing_until_they_are_many() -> None:
+    scored = np.random.default_rng(12).uniform(0, 1, (600, 1))
+    assert outcomes.smallest_enough([scored[:60]] * 3).at is None
+    assert outcomes.smallest_enough([scored] * 3).at == 0
+
+
 @given(st.floats(0.001, 0.3), st.integers(1, 40))
 def test_looks_spend_no_more_than_alpha(alpha, looks) -> None:
     assert sum(sequential.spent(alpha, k, looks) for k in range(1, looks + 1)) == pytest.approx(alpha)
@@ -229,6 +235,7 @@ def test_a_purchase_is_the_safe_volume_and_costs_more_than_the_likely_one() -> N
     found = purchase.buy(curve, lambda n: 0.5 + n / 1_000, generator="crop", base="minilm", target=0.04)
     assert found.n is not None
     assert 700 <= found.likely <= found.n <= 1_600
+    assert found.likely < found.n
     assert found.price == pytest.approx(0.5 + found.n / 1_000, rel=0.01)
     assert found.low < found.gain < found.high
     assert found.per_dollar > found.next_per_dollar > 0

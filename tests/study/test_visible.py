@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dagr_ray.core.config import ConfigError
+from dagr_ray.core.config import ConfigError, digest
 from dagr_ray.report.decision.power import SPREAD
 from dagr_ray.study.job import load_job, parse_axes
 from dagr_ray.study.plan import plan_study
@@ -35,6 +35,9 @@ def test_worth_and_alpha_are_part_of_a_study_and_usual_ones_change_no_name(data,
         for rule in ({}, {"worth": 0.01, "alpha": 0.05}, {"worth": 0.02}, {"alpha": 0.1}, {"worth": 0.02, "alpha": 0.1})
     }
     assert len(names) == 4
+    study = planned(data)
+    before = digest([study.job.name, sorted(trial.card.fingerprint() for trial in study.trials)])
+    assert study.folder(str(tmp_path)).name == f"study-beir-{before}"
     for rule, words in (
         ({"worth": 0.0}, "worth = 0; give"),
         ({"alpha": 0.5}, "alpha = 0.5; give"),

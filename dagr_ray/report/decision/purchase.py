@@ -74,7 +74,7 @@ class Purchase:
         >>> numbers = 0.03, 0.1, 1200, 0.041, 0.031, 0.052, 1.5
         >>> print(Purchase("crop", "minilm", *numbers, likely=800, rates="$0.05 an hour").sentence())
         Buy 1,200 queries of crop for minilm: +0.041 [+0.031, +0.052] at $1.50 (at $0.05 an hour). It brings less \
-than +0.030 with a probability of 10 %; 800 would do as likely as not.
+than +0.030 with a probability of at most 10 %; 800 would do as likely as not.
         """
         if self.n is None:
             return f"Buy nothing of {self.generator} for {self.base} yet: {self.reason}."
@@ -82,7 +82,7 @@ than +0.030 with a probability of 10 %; 800 would do as likely as not.
         ends = f"[{signed(self.low)}, {signed(self.high)}]"
         return (
             f"Buy {self.n:,} queries of {self.generator} for {self.base}: {signed(self.gain)} {ends} at "
-            f"{dollars(self.price)}{rates}. It brings less than {signed(self.target)} with a probability of "
+            f"{dollars(self.price)}{rates}. It brings less than {signed(self.target)} with a probability of at most "
             f"{100 * self.risk:g} %; {self.likely:,} would do as likely as not."
         )
 
@@ -103,8 +103,8 @@ def buy(
     """The purchase that misses the target with a probability of ``risk``.
 
     ``target`` is a gain; without it, within ``worth`` of what the last of ``curve.at`` brings, resample by resample.
-    What is bought is the quantile 1 - ``risk`` / ``LUCK`` of the least volume. Nothing is bought if it is out of reach, or if the test set is too small for
-    the target (``PRECISE``): then more judged queries or seeds come before more queries to train on.
+    What is bought is the quantile 1 - ``risk`` / ``LUCK`` of the least volume. Nothing is bought if it is out of reach, or if
+    the test set is too small for the target (``PRECISE``): then more judged queries or seeds come before more queries.
     """
     aims = curve.drawn[:, -1] - worth if target is None else np.full(len(curve.drawn), target)
     reached = curve.drawn >= aims[:, None]
