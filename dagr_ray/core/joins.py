@@ -43,8 +43,8 @@ def rows_with(
 
 def rows_beside(folder: Artifact, known: str, other: str, start: int, stop: int) -> tuple[int, int]:
     """The rows of table ``other`` from the shards with rows ``start`` to ``stop`` of ``known``: a shard writes all its tables."""
-    made = (folder.manifest or {})["tables"]
-    known_parts, other_parts = ([part["rows"] for part in made[name]["parts"]] for name in (known, other))
+    manifest_tables = (folder.manifest or {})["tables"]
+    known_parts, other_parts = ([part["rows"] for part in manifest_tables[name]["parts"]] for name in (known, other))
     if len(known_parts) != len(other_parts):
         return 0, folder.count(other)
     starts, others = list(accumulate(known_parts, initial=0)), list(accumulate(other_parts, initial=0))
@@ -137,8 +137,11 @@ class Rows:
 
     def of(self, query_ids: pa.ChunkedArray) -> Hashes:
         """Their rows, and rows of other queries with an equal hash."""
-        wanted = np.unique(_hashes(query_ids))
-        first, last = np.searchsorted(self.known, wanted), np.searchsorted(self.known, wanted, side="right")
+        wanted_hashes = np.unique(_hashes(query_ids))
+        first, last = (
+            np.searchsorted(self.known, wanted_hashes),
+            np.searchsorted(self.known, wanted_hashes, side="right"),
+        )
         return _all(self.row_of[a:b] for a, b in zip(first.tolist(), last.tolist(), strict=True))
 
 
@@ -163,12 +166,12 @@ class SearchResults:
         if self.source is None:
             return rows_with(self.search, "candidates", "query_id", query_ids.unique())
         rows = np.arange(start, stop) if self.source == self.queries else self._rows.of(query_ids)
-        made = (self.search.manifest or {})["tables"]["candidates"]["parts"]
-        edges = list(accumulate((part["rows"] for part in made), initial=0))
-        found = [tables.empty("candidates")]
+        parts_written = (self.search.manifest or {})["tables"]["candidates"]["parts"]
+        edges = list(accumulate((part["rows"] for part in parts_written), initial=0))
+        shard_tables = [tables.empty("candidates")]
         for shard in np.unique(np.searchsorted(self.starts, rows, side="right") - 1).tolist():
-            found.append(self.search.slice("candidates", edges[shard], edges[shard + 1]))
-        return pa.concat_tables(found)
+            shard_tables.append(self.search.slice("candidates", edges[shard], edges[shard + 1]))
+        return pa.concat_tables(shard_tables)
 
 
 class Twins:
@@ -185,26 +188,26 @@ class Twins:
             folded = tables.fold_texts(part["text"])
             return pc.if_else(pc.equal(folded, ""), tables.fold_texts(part["title"]), folded) if titled else folded
 
-        known, hashes = [], []
+        id_hashes, hashes = [], []
         for part in corpus.scan("corpus", columns):
-            known.append(_hashes(part["doc_id"]))
+            id_hashes.append(_hashes(part["doc_id"]))
             hashes.append(_hashes(texts(part)))
-        self.corpus, self.known, again = corpus, np.sort(_all(known)), _recurring(hashes)
-        found = [pa.table({"doc_id": pa.array([], tables.TEXT), "text": pa.array([], tables.TEXT)})]
-        for part in corpus.scan("corpus", columns) if len(again) else ():
+        self.corpus, self.known, recurring = corpus, np.sort(_all(id_hashes)), _recurring(hashes)
+        repeated = [pa.table({"doc_id": pa.array([], tables.TEXT), "text": pa.array([], tables.TEXT)})]
+        for part in corpus.scan("corpus", columns) if len(recurring) else ():
             rows = pa.table({"doc_id": part["doc_id"], "text": texts(part)})
-            rows = rows.filter(pa.array(np.isin(_hashes(rows["text"]), again)))
-            found.append(rows if titled else rows.filter(pc.not_equal(rows["text"], "")))
-        among = pa.concat_tables(found)
-        firsts = among.group_by("text").aggregate([("doc_id", "min")])
-        self.ids = among["doc_id"].combine_chunks()
-        place = pc.index_in(among["text"], value_set=firsts["text"].combine_chunks())
-        self.firsts = firsts["doc_id_min"].take(place).combine_chunks()
+            rows = rows.filter(pa.array(np.isin(_hashes(rows["text"]), recurring)))
+            repeated.append(rows if titled else rows.filter(pc.not_equal(rows["text"], "")))
+        twins = pa.concat_tables(repeated)
+        firsts = twins.group_by("text").aggregate([("doc_id", "min")])
+        self.ids = twins["doc_id"].combine_chunks()
+        index = pc.index_in(twins["text"], value_set=firsts["text"].combine_chunks())
+        self.firsts = firsts["doc_id_min"].take(index).combine_chunks()
 
     def first(self, ids: pa.ChunkedArray) -> pa.ChunkedArray:
         """The representative of each id; an id that is not in the corpus represents itself."""
-        place = pc.index_in(ids, value_set=self.ids).combine_chunks()
-        return pa.chunked_array([pc.coalesce(self.firsts.take(place), ids.combine_chunks())], tables.TEXT)
+        index = pc.index_in(ids, value_set=self.ids).combine_chunks()
+        return pa.chunked_array([pc.coalesce(self.firsts.take(index), ids.combine_chunks())], tables.TEXT)
 
     def require(self, ids: pa.ChunkedArray) -> None:
         """Raises AssertionError if an id is not in the corpus."""
@@ -220,12 +223,14 @@ class Positives:
     def __init__(self, queries: Artifact) -> None:
         texts = _recurring(_hashes(tables.fold_texts(part["text"])) for part in queries.scan("queries", ["text"]))
         # a query may have passages in several parts
-        apart = _recurring(np.unique(_hashes(part["query_id"])) for part in queries.scan("qrels", ["query_id"]))
+        split_queries = _recurring(np.unique(_hashes(part["query_id"])) for part in queries.scan("qrels", ["query_id"]))
         self.said: dict[str, str] = {}
-        for part in queries.scan("queries", ["query_id", "text"]) if len(texts) or len(apart) else ():
+        for part in queries.scan("queries", ["query_id", "text"]) if len(texts) or len(split_queries) else ():
             said = pa.table({"query_id": part["query_id"], "text": tables.fold_texts(part["text"])})
-            again = np.isin(_hashes(said["text"]), texts) | np.isin(_hashes(said["query_id"]), apart)
-            self.said.update(zip(*(column.to_pylist() for column in said.filter(pa.array(again)).columns), strict=True))
+            needed = np.isin(_hashes(said["text"]), texts) | np.isin(_hashes(said["query_id"]), split_queries)
+            self.said.update(
+                zip(*(column.to_pylist() for column in said.filter(pa.array(needed)).columns), strict=True)
+            )
         self.passages: dict[str, set[str]] = {}
         for part in queries.scan("qrels", ["query_id", "doc_id", "relevance"]) if self.said else ():
             rows = tables.relevant(part)
@@ -235,11 +240,13 @@ class Positives:
 
     def of(self, qrels: pa.Table) -> dict[str, set[str]]:
         """Query id -> passages, for the queries of some relevant ``qrels``."""
-        found: dict[str, set[str]] = {}
+        docs_of: dict[str, set[str]] = {}
         for query_id, doc_id in zip(*(qrels[name].to_pylist() for name in ("query_id", "doc_id")), strict=True):
-            found.setdefault(query_id, set()).add(doc_id)
+            docs_of.setdefault(query_id, set()).add(doc_id)
         # queries with the same text share one set, because a set for each would take quadratic memory
-        return {key: self.passages.get(self.said[key], own) if key in self.said else own for key, own in found.items()}
+        return {
+            key: self.passages.get(self.said[key], docs) if key in self.said else docs for key, docs in docs_of.items()
+        }
 
 
 def _hashes(texts: pa.ChunkedArray) -> Hashes:

@@ -59,17 +59,21 @@ class Stage(Config):
 
         Do not override it: declare further inputs with ``derived``.
         """
-        found: dict[str, Stage] = {}
-        for name in (each for each in self.__class__.model_fields if each not in self.templates):
+        stages_by_name: dict[str, Stage] = {}
+        for name in (field_name for field_name in self.__class__.model_fields if field_name not in self.templates):
             value = getattr(self, name)
-            several = value if isinstance(value, tuple) else (value,)
-            stages = [item for item in several if isinstance(item, Stage)]
-            found |= {f"{name}.{i}" if isinstance(value, tuple) else name: item for i, item in enumerate(stages)}
+            items = value if isinstance(value, tuple) else (value,)
+            stages = [item for item in items if isinstance(item, Stage)]
+            stages_by_name |= {
+                f"{name}.{i}" if isinstance(value, tuple) else name: item for i, item in enumerate(stages)
+            }
         for name, method in derived_inputs(type(self)).items():
-            given = getattr(self, method)()
-            places: list[tuple[Any, Stage | None]] = list(enumerate(given)) if "{}" in name else [("", given)]
-            found |= {name.replace("{}", str(i)): stage for i, stage in places if stage is not None}
-        return found
+            derived_value = getattr(self, method)()
+            places: list[tuple[Any, Stage | None]] = (
+                list(enumerate(derived_value)) if "{}" in name else [("", derived_value)]
+            )
+            stages_by_name |= {name.replace("{}", str(i)): stage for i, stage in places if stage is not None}
+        return stages_by_name
 
     def main_inputs(self) -> list[str]:
         """The names of the inputs whose rows the stage works on; none for a stage without inputs."""
@@ -150,7 +154,7 @@ class Stage(Config):
 @lru_cache(maxsize=1024)
 def derived_inputs(kind: type[Stage]) -> dict[str, str]:
     """Input name -> method name, for all inputs that a stage class declares."""
-    methods = dict.fromkeys(name for each in reversed(kind.__mro__) for name in vars(each))
+    methods = dict.fromkeys(name for base in reversed(kind.__mro__) for name in vars(base))
     names = {method: getattr(getattr(kind, method, None), "derived_input", None) for method in methods}
     return {name: method for method, name in names.items() if name is not None}
 
@@ -201,13 +205,13 @@ def _names(runs: str) -> dict[str, str]:
     try:
         changed = os.stat(runs).st_mtime_ns
         if _listed.get(runs, (0, {}))[0] != changed:
-            found: dict[str, str] = {}
+            name_of: dict[str, str] = {}
             for name in sorted(os.listdir(runs)):
                 rest, _, fingerprint = name.rpartition("-")
                 while rest:  # a type and a label may both have hyphens
-                    found.setdefault(f"{rest} {fingerprint}", name)
+                    name_of.setdefault(f"{rest} {fingerprint}", name)
                     rest = rest.rpartition("-")[0]
-            _listed[runs] = changed, found
+            _listed[runs] = changed, name_of
     except OSError:
         return {}
     return _listed[runs][1]
@@ -224,8 +228,8 @@ def parts(value: Any) -> Iterator[Config]:
     if isinstance(value, Config):
         yield value
         value = [getattr(value, name) for name in value.__class__.model_fields]
-    for each in value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ():
-        yield from parts(each)
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ():
+        yield from parts(item)
 
 
 def walk(*stages: Stage) -> list[Stage]:
@@ -235,8 +239,8 @@ def walk(*stages: Stage) -> list[Stage]:
     def visit(stage: Stage) -> None:
         key = stage.fingerprint()
         if key not in seen:
-            for each in stage.inputs().values():
-                visit(each)
+            for inner in stage.inputs().values():
+                visit(inner)
             seen[key] = stage
 
     with fingerprint_cache():

@@ -35,8 +35,8 @@ def form_of(text: str) -> str:
     """
     if text.rstrip().endswith(("?", "？", "؟", "፧", "\u037e")) or "՞" in text or _ASKS.match(text.strip()):
         return "question"
-    said = folded(text)
-    return "keywords" if sum(word in _SMALL for word in said) <= len(said) // 6 else "statement"
+    query_words = folded(text)
+    return "keywords" if sum(word in _SMALL for word in query_words) <= len(query_words) // 6 else "statement"
 
 
 def distinct(texts: Iterable[str], n: int) -> float:
@@ -47,8 +47,8 @@ def distinct(texts: Iterable[str], n: int) -> float:
     """
     counts = Counter[tuple[str, ...]]()
     for text in texts:
-        said = folded(text)
-        counts.update(zip(*(said[i:] for i in range(n)), strict=False))
+        text_words = folded(text)
+        counts.update(zip(*(text_words[i:] for i in range(n)), strict=False))
     return len(counts) / counts.total() if counts else 0.0
 
 
@@ -76,40 +76,40 @@ class Describe(Stage):
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
         def run(start: int, stop: int) -> Output:
             text_of = tables.texts_of(inputs["queries"].read("queries"))
-            drawn = sorted(text_of, key=lambda query_id: (tables.unit_of("describe", query_id), query_id))[: self.n]
-            texts = [text_of[query_id] for query_id in drawn]
-            found = {f"distinct@{n}": distinct(texts, n) for n in (1, 2)}
+            sample = sorted(text_of, key=lambda query_id: (tables.unit_of("describe", query_id), query_id))[: self.n]
+            texts = [text_of[query_id] for query_id in sample]
+            metrics = {f"distinct@{n}": distinct(texts, n) for n in (1, 2)}
             if texts:
-                found["words"] = float(np.mean([len(words(text)) for text in texts]))
-                found["overlap"] = self._overlap(inputs, text_of, set(drawn))
+                metrics["words"] = float(np.mean([len(words(text)) for text in texts]))
+                metrics["overlap"] = self._overlap(inputs, text_of, set(sample))
             forms = _forms(texts)
-            found |= {f"form:{form}": share for form, share in forms.items()}
+            metrics |= {f"form:{form}": share for form, share in forms.items()}
             if "human" in inputs:
-                judged = inputs["human"].qrels(self.split, self.type, ["query_id"])["query_id"].unique().to_pylist()
-                by_people = tables.texts_of(inputs["human"].read("queries"))
-                other = _forms([by_people[query_id] for query_id in judged])
-                found["form:distance"] = sum(abs(forms[form] - other[form]) for form in forms) / 2
+                human_ids = inputs["human"].qrels(self.split, self.type, ["query_id"])["query_id"].unique().to_pylist()
+                human_text_of = tables.texts_of(inputs["human"].read("queries"))
+                human_forms = _forms([human_text_of[query_id] for query_id in human_ids])
+                metrics["form:distance"] = sum(abs(forms[form] - human_forms[form]) for form in forms) / 2
             if self.encoder is not None and len(texts) > 1:
                 vectors = encode(load(self.encoder), texts).astype(np.float64)
                 n, total = len(vectors), vectors.sum(axis=0)
-                found["spread"] = 1 - float(total @ total - (vectors * vectors).sum()) / (n * (n - 1))
-            rows: list[dict[str, Any]] = [{"measure": name, "value": value} for name, value in found.items()]
+                metrics["spread"] = 1 - float(total @ total - (vectors * vectors).sum()) / (n * (n - 1))
+            rows: list[dict[str, Any]] = [{"measure": name, "value": value} for name, value in metrics.items()]
             return Output({"metrics": tables.table("metrics", rows)}, counts={"in": len(text_of), "out": len(texts)})
 
         return run
 
     def _overlap(self, inputs: Inputs, text_of: dict[str, str], drawn: set[str]) -> float:
-        judged = tables.relevant(inputs["queries"].read("qrels"))
-        pairs = [row for row in judged.to_pylist() if row["query_id"] in drawn]
+        relevant = tables.relevant(inputs["queries"].read("qrels"))
+        pairs = [row for row in relevant.to_pylist() if row["query_id"] in drawn]
         passages = rows_with(inputs["corpus"], "corpus", "doc_id", {row["doc_id"] for row in pairs})
-        said: dict[str, set[str]] = {}
+        words_of: dict[str, set[str]] = {}
         for row in passages.to_pylist():
-            said[row["doc_id"]] = set(folded(tables.passage_text(row["title"], row["text"])))
+            words_of[row["doc_id"]] = set(folded(tables.passage_text(row["title"], row["text"])))
         shares = []
         for row in pairs:
-            own = folded(text_of[row["query_id"]])
-            if own and row["doc_id"] in said:
-                shares.append(sum(word in said[row["doc_id"]] for word in own) / len(own))
+            query_words = folded(text_of[row["query_id"]])
+            if query_words and row["doc_id"] in words_of:
+                shares.append(sum(word in words_of[row["doc_id"]] for word in query_words) / len(query_words))
         return float(np.mean(shares)) if shares else 0.0
 
 

@@ -50,28 +50,32 @@ class DevSplit(Stage):
                     f"dev-split: share = {self.share} of {len(examples)} examples leaves {len(train)} to train on and "
                     f"{len(dev)} to evaluate on; use another share, or more examples"
                 )
-            near = pa.chunked_array([*dev["positive_id"].chunks, pc.list_flatten(dev["negative_ids"]).combine_chunks()])
-            corpus = self._corpus(inputs["corpus"], near.unique())
-            said = inputs["queries"].read("queries")
-            asked = said.filter(pc.is_in(said["query_id"], value_set=dev["query_id"].unique()))
-            judged = tables.columns("qrels", len(dev), query_id=dev["query_id"], doc_id=dev["positive_id"], relevance=1)
-            made = {"examples": train, "queries": asked, "qrels.dev": judged, "corpus": corpus}
+            dev_passages = pa.chunked_array(
+                [*dev["positive_id"].chunks, pc.list_flatten(dev["negative_ids"]).combine_chunks()]
+            )
+            corpus = self._corpus(inputs["corpus"], dev_passages.unique())
+            all_queries = inputs["queries"].read("queries")
+            dev_queries = all_queries.filter(pc.is_in(all_queries["query_id"], value_set=dev["query_id"].unique()))
+            dev_qrels = tables.columns(
+                "qrels", len(dev), query_id=dev["query_id"], doc_id=dev["positive_id"], relevance=1
+            )
+            output = {"examples": train, "queries": dev_queries, "qrels.dev": dev_qrels, "corpus": corpus}
             counts = {"in": len(examples), "out": len(train), "dev": len(dev), "dev_passages": corpus.num_rows}
-            return Output(made, counts=counts)
+            return Output(output, counts=counts)
 
         return run
 
     def _corpus(self, corpus: Artifact, wanted: pa.Array) -> pa.Table:
         """The wanted passages and the first others by hash; memory holds no more than these and one part."""
-        kept, others = [tables.empty("corpus")], tables.empty("corpus")
+        parts, others = [tables.empty("corpus")], tables.empty("corpus")
         for part in corpus.scan("corpus"):
             inside = pc.is_in(part["doc_id"], value_set=wanted)
-            kept.append(part.filter(inside))
+            parts.append(part.filter(inside))
             others = pa.concat_tables([others, part.filter(pc.invert(inside))])
             ids = others["doc_id"].to_pylist()
-            drawn = sorted(range(len(ids)), key=lambda i: (tables.unit_of("distractor", self.seed, ids[i]), ids[i]))
-            others = others.take(pa.array(sorted(drawn[: self.distractors]), pa.int64()))
-        return pa.concat_tables([*kept, others]).combine_chunks()
+            order = sorted(range(len(ids)), key=lambda i: (tables.unit_of("distractor", self.seed, ids[i]), ids[i]))
+            others = others.take(pa.array(sorted(order[: self.distractors]), pa.int64()))
+        return pa.concat_tables([*parts, others]).combine_chunks()
 
 
 def _folded(corpus: Artifact, ids: pa.ChunkedArray) -> dict[str, str]:

@@ -39,8 +39,8 @@ def measure(qrels: Qrels, run: Rankings) -> dict[str, dict[str, float]]:
     """
     import ir_measures
 
-    asked = {name: ir_measures.parse_measure(name) for name in MEASURES}
-    judged = [ir_measures.Qrel(q, d, relevance) for q, docs in qrels.items() for d, relevance in docs.items()]
+    metrics = {name: ir_measures.parse_measure(name) for name in MEASURES}
+    qrel_list = [ir_measures.Qrel(q, d, relevance) for q, docs in qrels.items() for d, relevance in docs.items()]
     ranked = [
         ir_measures.ScoredDoc(q, doc_id, float(-rank))
         for q, hits in run.items()
@@ -49,9 +49,9 @@ def measure(qrels: Qrels, run: Rankings) -> dict[str, dict[str, float]]:
     ]
     values: dict[str, dict[str, float]] = {name: dict.fromkeys(qrels, 0.0) for name in MEASURES}
     if ranked:
-        spelled = {parsed: name for name, parsed in asked.items()}
-        for metric in ir_measures.iter_calc(list(spelled), judged, ranked):
-            values[spelled[metric.measure]][metric.query_id] = float(metric.value)
+        name_of = {parsed: name for name, parsed in metrics.items()}
+        for metric in ir_measures.iter_calc(list(name_of), qrel_list, ranked):
+            values[name_of[metric.measure]][metric.query_id] = float(metric.value)
     return values
 
 
@@ -88,14 +88,14 @@ class Evaluate(Stage):
 
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
         def run(start: int, stop: int) -> Output:
-            judged = qrels_of(inputs["data"], self.split)
-            excluded = (_exemplars(inputs) | _touched(inputs)) & judged.keys()
-            qrels = {query_id: docs for query_id, docs in judged.items() if query_id not in excluded}
+            all_qrels = qrels_of(inputs["data"], self.split)
+            excluded = (_exemplars(inputs) | _touched(inputs)) & all_qrels.keys()
+            qrels = {query_id: docs for query_id, docs in all_qrels.items() if query_id not in excluded}
             if not qrels:
                 raise ConfigError(
                     f"evaluate: split = {self.split!r} of {inputs['data'].name} has no judged query to evaluate"
                 )
-            ranked, itself = rankings(inputs["search"].read("candidates"), qrels)
+            ranked, self_hits = rankings(inputs["search"].read("candidates"), qrels)
             ranked = {query_id: hits[: self.depth] for query_id, hits in ranked.items()}
             candidates = _table(ranked)
             lines = trec.run_lines(
@@ -103,11 +103,11 @@ class Evaluate(Stage):
             )
             folder.write_bytes(TREC_RUN, "".join(f"{line}\n" for line in lines).encode())
             counts = {
-                "in": len(judged),
+                "in": len(all_qrels),
                 "out": len(qrels),
                 "excluded": len(excluded),
                 "no_hits": sum(not ranked.get(query_id) for query_id in qrels),
-                "itself": itself,
+                "itself": self_hits,
             }
             metrics = self._metrics(measure(qrels, ranked))
             return Output({"metrics": metrics, "candidates": candidates}, [TREC_RUN], counts)
@@ -117,9 +117,9 @@ class Evaluate(Stage):
     def _metrics(self, values: dict[str, dict[str, float]]) -> pa.Table:
         rows: list[dict[str, Any]] = []
         for name, by_query in values.items():
-            where = {"measure": name, "data": self.name, "split": self.split}
-            rows.append(where | {"query_id": None, "value": float(np.mean(list(by_query.values())))})
-            rows += [where | {"query_id": query_id, "value": value} for query_id, value in sorted(by_query.items())]
+            base = {"measure": name, "data": self.name, "split": self.split}
+            rows.append(base | {"query_id": None, "value": float(np.mean(list(by_query.values())))})
+            rows += [base | {"query_id": query_id, "value": value} for query_id, value in sorted(by_query.items())]
         return tables.table("metrics", rows)
 
 
@@ -130,22 +130,22 @@ def qrels_of(data: Artifact, split: str) -> Qrels:
 
 def as_qrels(table: pa.Table) -> Qrels:
     """A ``qrels`` table as query -> passage -> relevance."""
-    judged: Qrels = defaultdict(dict)
+    qrels: Qrels = defaultdict(dict)
     for query_id, doc_id, relevance in zip(*(column.to_pylist() for column in table.columns), strict=True):
-        judged[query_id][doc_id] = relevance
-    return dict(judged)
+        qrels[query_id][doc_id] = relevance
+    return dict(qrels)
 
 
 def _exemplars(inputs: Inputs) -> set[str]:
     """Ids of the exemplars' queries, and of queries of ``data`` with the same wording."""
     if "exclude" not in inputs:
         return set()
-    shown = inputs["exclude"].read("exemplars", ["query_id", "query"]).to_pylist()
-    wordings = {wording(row["query"]) for row in shown}
+    exemplars = inputs["exclude"].read("exemplars", ["query_id", "query"]).to_pylist()
+    wordings = {wording(row["query"]) for row in exemplars}
     # judgements from a TREC file come without query texts
     texts = tables.texts_of(inputs["data"].read("queries")) if "queries" in inputs["data"].table_names() else {}
-    same = {query_id for query_id, text in texts.items() if wording(text) in wordings}
-    return same | {row["query_id"] for row in shown}
+    similar = {query_id for query_id, text in texts.items() if wording(text) in wordings}
+    return similar | {row["query_id"] for row in exemplars}
 
 
 def _touched(inputs: Inputs) -> set[str]:
@@ -168,17 +168,17 @@ def rankings(candidates: pa.Table, qrels: Qrels) -> tuple[Rankings, int]:
     As in BEIR (``ignore_identical_ids``), except for passages that were judged for the query of the same id.
     """
     hits: dict[str, Ranking] = defaultdict(list)
-    itself = 0
+    self_hits = 0
     columns = (candidates[name].to_pylist() for name in ("query_id", "doc_id", "score"))
     for query_id, doc_id, score in zip(*columns, strict=True):
         if query_id not in qrels:
             continue
         # in numbered collections, a query and a passage of the same id are unrelated
         if query_id == doc_id and doc_id not in qrels[query_id]:
-            itself += 1
+            self_hits += 1
         else:
             hits[query_id].append((doc_id, score))
-    return {query_id: best_first(found) for query_id, found in hits.items()}, itself
+    return {query_id: best_first(query_hits) for query_id, query_hits in hits.items()}, self_hits
 
 
 def _table(ranked: Rankings) -> pa.Table:
@@ -199,7 +199,7 @@ class Scorecard(Stage):
 
     @model_validator(mode="after")
     def _distinct(self) -> Scorecard:
-        names = [f"{each.name}/{each.split}" for each in self.evaluations]
+        names = [f"{evaluation.name}/{evaluation.split}" for evaluation in self.evaluations]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice or not names:
             raise ConfigError(f"scorecard: evaluations = {names}: give at least one, each with its own name and split")
@@ -207,8 +207,8 @@ class Scorecard(Stage):
 
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
         def run(start: int, stop: int) -> Output:
-            found = [inputs[f"evaluations.{i}"].read("metrics") for i in range(len(self.evaluations))]
-            metrics = pa.concat_tables(found)
-            return Output({"metrics": metrics}, counts={"in": len(found), "out": metrics.num_rows})
+            metric_tables = [inputs[f"evaluations.{i}"].read("metrics") for i in range(len(self.evaluations))]
+            metrics = pa.concat_tables(metric_tables)
+            return Output({"metrics": metrics}, counts={"in": len(metric_tables), "out": metrics.num_rows})
 
         return run

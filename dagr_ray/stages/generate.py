@@ -94,50 +94,50 @@ class Generate(Stage):
     def skip_row(self, inputs: Inputs, row: int, reason: str, detail: str) -> Output:
         """A skipped passage: no completions, and a row in ``rejected``."""
         [doc_id] = inputs["corpus"].slice(self.strategy.reads, row, row + 1)["doc_id"].to_pylist()
-        refused = {"id": doc_id, "by": "generate", "reason": reason, "detail": tables.clean(detail)}
-        made = {"generations": tables.empty("generations"), "rejected": tables.table("rejected", [refused])}
-        return Output(made, counts={"in": 1, "out": 0, "errors": 0, "rejected": {f"generate/{reason}": 1}})
+        row_rejected = {"id": doc_id, "by": "generate", "reason": reason, "detail": tables.clean(detail)}
+        output = {"generations": tables.empty("generations"), "rejected": tables.table("rejected", [row_rejected])}
+        return Output(output, counts={"in": 1, "out": 0, "errors": 0, "rejected": {f"generate/{reason}": 1}})
 
     def prompts(self, inputs: Inputs, ids: Iterable[str], sample: int = 0) -> dict[str, str]:
         """The exact prompts of passages for sample number ``sample``, by doc_id, before an engine cuts long ones."""
         rows, (shown, _) = rows_with(inputs["corpus"], self.strategy.reads, "doc_id", ids), _exemplars(inputs)
-        asked, _ = self._asked(rows, tables.encode_id_part(self.fingerprint()), shown, set())
-        prompts = asked.prompts[sample // self.per_request() :: self.per_passage() // self.per_request()]
-        return {doc_id: prompt.text for doc_id, prompt in zip(asked.ids, prompts, strict=True)}
+        requests, _ = self._asked(rows, tables.encode_id_part(self.fingerprint()), shown, set())
+        prompts = requests.prompts[sample // self.per_request() :: self.per_passage() // self.per_request()]
+        return {doc_id: prompt.text for doc_id, prompt in zip(requests.ids, prompts, strict=True)}
 
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
         # from the plan: a worker would have to read the whole corpus again, which may have changed meanwhile
         plan = folder.read_json("plan.json") or {"fingerprint": self.fingerprint()}
         ids, (shown, held_out) = tables.encode_id_part(plan["fingerprint"]), _exemplars(inputs)
-        began = time.time()
+        opening = time.time()
         engine = self.engine
         if "tuned" in inputs:
             engine = engine.with_model(Path(inputs["tuned"].local_path("model")))
         session = cost.with_remaining_budget(engine, folder, pool.workers).open(pool)
         atexit.register(session.close)
-        start_s = [time.time() - began]
+        start_s = [time.time() - opening]
         sampling = self.sampling.model_copy(update={"logprob": self.keeps_logprob})
 
         def run(start: int, stop: int) -> Output:
-            asked, rejected = self._asked(
+            requests, rejected = self._asked(
                 inputs["corpus"].slice(self.strategy.reads, start, stop), ids, shown, held_out
             )
-            before = time.time()
-            answers = session.generate(asked.prompts, self._seeds(asked), sampling, self.per_request())
-            spent = {"generate_s": time.time() - before, "engine_start_s": start_s.pop() if start_s else 0.0}
-            generations = self._generations(asked, answers)
+            generating = time.time()
+            answers = session.generate(requests.prompts, self._seeds(requests), sampling, self.per_request())
+            spent = {"generate_s": time.time() - generating, "engine_start_s": start_s.pop() if start_s else 0.0}
+            generations = self._generations(requests, answers)
             samples = [completion for answer in answers for completion in answer]
-            each = self.per_passage()
-            of_a_passage = [samples[i : i + each] for i in range(0, len(samples), each)]
+            per_passage = self.per_passage()
+            by_passage = [samples[i : i + per_passage] for i in range(0, len(samples), per_passage)]
             counts = {
                 "in": stop - start,
                 "out": generations["error"].null_count,
-                "errors": sum(any(c.error for c in a) for a in of_a_passage) if any(c.error for c in samples) else 0,
-                "truncated": sum(any(c.truncated for c in a) for a in of_a_passage),
+                "errors": sum(any(c.error for c in a) for a in by_passage) if any(c.error for c in samples) else 0,
+                "truncated": sum(any(c.truncated for c in a) for a in by_passage),
                 "rejected": rejected.counts_by_reason(),
             }
-            made = {"generations": generations, "rejected": rejected.table()}
-            return Output(made, counts=counts, cost={**token_usage(answers), **spent})
+            output = {"generations": generations, "rejected": rejected.table()}
+            return Output(output, counts=counts, cost={**token_usage(answers), **spent})
 
         return run
 
@@ -186,29 +186,29 @@ class Generate(Stage):
         """The rows of the table, samples of a passage adjacent. As columns: a dict per row takes 8 times as long."""
         prompts = len(asked.prompts)
         assert len(answers) == prompts, f"{self.engine.type} answered {len(answers)} of {prompts} prompts"
-        each, together = range(self.per_passage()), self.per_request()
+        numbers_range, per_request = range(self.per_passage()), self.per_request()
         for answer in answers:
-            assert len(answer) == together, f"{self.engine.type} gave {len(answer)} of {together}"
-        numbers = [tables.encode_id_part(i) for i in each]
+            assert len(answer) == per_request, f"{self.engine.type} gave {len(answer)} of {per_request}"
+        numbers = [tables.encode_id_part(i) for i in numbers_range]
         shas = [tables.prompt_sha(prompt.text) for prompt in asked.prompts]
-        made = [completion for answer in answers for completion in answer]
+        completions = [completion for answer in answers for completion in answer]
         clean = tables.clean
         return tables.columns(
             "generations",
-            len(made),
+            len(completions),
             gen_id=[tables.hash_id(content + number) for content in asked.contents for number in numbers],
-            source_id=[doc_id for doc_id in asked.ids for _ in each],
-            sample=[i for _ in asked.ids for i in each],
-            seed=[seed + i for seed in asked.seeds for i in each],
-            prompt_sha=[sha for sha in shas for _ in range(together)],
-            truncated=[c.truncated for c in made],
-            raw=[None if c.raw is None else clean(c.raw) for c in made],
-            finish_reason=[c.finish_reason for c in made],
-            prompt_tokens=[c.prompt_tokens for c in made],
-            cached_tokens=[c.cached_tokens for c in made],
-            completion_tokens=[c.completion_tokens for c in made],
-            logprob=[c.logprob for c in made],
-            error=[None if c.error is None else clean(c.error) for c in made],
+            source_id=[doc_id for doc_id in asked.ids for _ in numbers_range],
+            sample=[i for _ in asked.ids for i in numbers_range],
+            seed=[seed + i for seed in asked.seeds for i in numbers_range],
+            prompt_sha=[sha for sha in shas for _ in range(per_request)],
+            truncated=[c.truncated for c in completions],
+            raw=[None if c.raw is None else clean(c.raw) for c in completions],
+            finish_reason=[c.finish_reason for c in completions],
+            prompt_tokens=[c.prompt_tokens for c in completions],
+            cached_tokens=[c.cached_tokens for c in completions],
+            completion_tokens=[c.completion_tokens for c in completions],
+            logprob=[c.logprob for c in completions],
+            error=[None if c.error is None else clean(c.error) for c in completions],
         )
 
 

@@ -74,25 +74,25 @@ def read_ratings(path: str) -> list[Rating]:
     name = last_name(path)
     rows = _csv_rows(name, text) if name.lower().endswith(".csv") else _json_rows(text)
     bad: list[str] = []
-    found: dict[tuple[str, str, str], Rating] = {}
+    by_key: dict[tuple[str, str, str], Rating] = {}
     for line, row in rows:
         rating = _rating(row, f"{name}:{line}")
         if isinstance(rating, str):
             bad.append(f"{name}:{line}: {rating}")
             continue
-        before = found.get(key := (rating.who, rating.query_id, rating.doc_id))
-        if before is not None:
+        earlier = by_key.get(key := (rating.who, rating.query_id, rating.doc_id))
+        if earlier is not None:
             pair = f"({rating.query_id}, {rating.doc_id})"
             bad.append(
-                f"{rating.where}: {pair} was rated by {rating.who!r} in {before.where} already; keep one of them"
+                f"{rating.where}: {pair} was rated by {rating.who!r} in {earlier.where} already; keep one of them"
             )
-        found.setdefault(key, rating)
+        by_key.setdefault(key, rating)
     if bad:
         more = f" (and {len(bad) - 1} more bad lines)" if len(bad) > 1 else ""
         raise ConfigError(f"{bad[0]}{more}; nothing was imported")
-    if not found:
+    if not by_key:
         raise ConfigError(f"{path}: no rating in it; rate some items and save them first")
-    return list(found.values())
+    return list(by_key.values())
 
 
 def _json_rows(text: str) -> Iterator[tuple[int, Any]]:
@@ -165,25 +165,25 @@ class People(Stage):
             ]
             by_person = sorted(ratings, key=lambda each: (each.query_id, each.doc_id, each.who))
             rows = [{name: getattr(each, name) for name in tables.schema("ratings").names} for each in by_person]
-            made = {"qrels": tables.table("qrels", qrels), "ratings": tables.table("ratings", rows)}
+            output = {"qrels": tables.table("qrels", qrels), "ratings": tables.table("ratings", rows)}
             people = len({rating.who for rating in ratings})
-            return Output(made, counts={"in": len(ratings), "out": len(qrels), "people": people})
+            return Output(output, counts={"in": len(ratings), "out": len(qrels), "people": people})
 
         return run
 
 
 def all_ratings(files: tuple[str, ...]) -> list[Rating]:
     """The ratings of several files. Raises ConfigError if one person rated a pair in two of them."""
-    found: dict[tuple[str, str, str], Rating] = {}
+    by_key: dict[tuple[str, str, str], Rating] = {}
     for path in files:
         for rating in read_ratings(path):
-            before = found.setdefault((rating.who, rating.query_id, rating.doc_id), rating)
-            if before is not rating:
+            earlier = by_key.setdefault((rating.who, rating.query_id, rating.doc_id), rating)
+            if earlier is not rating:
                 raise ConfigError(
-                    f"{rating.where}: ({rating.query_id}, {rating.doc_id}) was rated by {rating.who!r} in {before.where} "
+                    f"{rating.where}: ({rating.query_id}, {rating.doc_id}) was rated by {rating.who!r} in {earlier.where} "
                     "already; keep one of them; nothing was imported"
                 )
-    return list(found.values())
+    return list(by_key.values())
 
 
 def _content(path: str) -> str:
@@ -201,15 +201,15 @@ def cut(folder: str, scorer: str, grade: int = 2) -> float:
     Raises ConfigError if the folder is no import, or has no labels for this teacher's scores.
     """
     runs, _, name = folder.rstrip("/").rpartition("/")
-    told = Artifact(runs or ".", name).read_json(AGREEMENT)
-    if told is None:
+    agreement = Artifact(runs or ".", name).read_json(AGREEMENT)
+    if agreement is None:
         raise ConfigError(f"people: no {AGREEMENT} in {folder!r}; give the folder that `dagr annotate import` wrote")
-    if scorer not in told["teachers"] or grade not in GRADES[1:]:
-        known = ", ".join(told["teachers"]) or "none"
+    if scorer not in agreement["teachers"] or grade not in GRADES[1:]:
+        teachers = ", ".join(agreement["teachers"]) or "none"
         raise ConfigError(
-            f"people: scorer = {scorer!r}, grade = {grade}; allowed in {folder!r}: {known}; grades 1 to 3"
+            f"people: scorer = {scorer!r}, grade = {grade}; allowed in {folder!r}: {teachers}; grades 1 to 3"
         )
-    return float(told["teachers"][scorer]["recalibrated"]["cuts"][grade - 1])
+    return float(agreement["teachers"][scorer]["recalibrated"]["cuts"][grade - 1])
 
 
 class WithHumanLabels(Stage):
@@ -247,27 +247,29 @@ class WithHumanLabels(Stage):
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
         source, names, shards = inputs["source"], inputs["source"].table_names(), self.size(inputs)
         rows = inputs["people"].read("qrels").to_pylist()
-        judged = {(row["query_id"], row["doc_id"]): row["relevance"] for row in rows}
+        grade_of = {(row["query_id"], row["doc_id"]): row["relevance"] for row in rows}
         values = self._values(source) if "scores" in names else ()
         starts = {name: _starts(source, name, shards) for name in names}
 
         def run(start: int, stop: int) -> Output:
-            made = {name: source.slice(name, starts[name][start], starts[name][stop]) for name in names}
-            counts = {"in": sum(map(len, made.values())), "overridden": 0, "added": 0, "back": 0}
-            asked = set(tables.texts(made["queries"]["query_id"])) if "queries" in names else set()
+            output = {name: source.slice(name, starts[name][start], starts[name][stop]) for name in names}
+            counts = {"in": sum(map(len, output.values())), "overridden": 0, "added": 0, "back": 0}
+            query_ids = set(tables.texts(output["queries"]["query_id"])) if "queries" in names else set()
             for name in names:
                 if name.split(".")[0] == "qrels":
-                    made[name] = self._qrels(made[name], judged, asked if name == "qrels" else set(), counts)
+                    output[name] = self._qrels(output[name], grade_of, query_ids if name == "qrels" else set(), counts)
                 elif name == "scores":
-                    made[name] = _scored(made[name], judged, values, counts)
+                    output[name] = _scored(output[name], grade_of, values, counts)
             if stop == shards and "queries" in inputs:
-                self._bring_back(made, inputs, judged, counts)
+                self._bring_back(output, inputs, grade_of, counts)
             if "rejected" in names and "queries" in inputs:
-                back = pa.array(
-                    sorted({q for (q, _), grade in judged.items() if grade >= self.relevant_from}), tables.TEXT
+                restored = pa.array(
+                    sorted({q for (q, _), grade in grade_of.items() if grade >= self.relevant_from}), tables.TEXT
                 )
-                made["rejected"] = made["rejected"].filter(pc.invert(pc.is_in(made["rejected"]["id"], value_set=back)))
-            return Output(made, counts=counts | {"out": sum(map(len, made.values()))})
+                output["rejected"] = output["rejected"].filter(
+                    pc.invert(pc.is_in(output["rejected"]["id"], value_set=restored))
+                )
+            return Output(output, counts=counts | {"out": sum(map(len, output.values()))})
 
         return run
 
@@ -278,8 +280,8 @@ class WithHumanLabels(Stage):
         if self.scale is not None:
             return self.scale
         ends = [pc.min_max(part["score"]).as_py() for part in source.scan("scores", ["score"])]
-        lowest = min((each["min"] for each in ends if each["min"] is not None), default=0.0)
-        highest = max((each["max"] for each in ends if each["max"] is not None), default=0.0)
+        lowest = min((extremes["min"] for extremes in ends if extremes["min"] is not None), default=0.0)
+        highest = max((extremes["max"] for extremes in ends if extremes["max"] is not None), default=0.0)
         return tuple(highest if grade >= self.relevant_from else lowest for grade in GRADES)
 
     def _qrels(self, rows: pa.Table, judged: dict[Any, int], asked: set[str], counts: dict[str, int]) -> pa.Table:
@@ -289,10 +291,11 @@ class WithHumanLabels(Stage):
             if pair in judged:
                 relevance[i] = self._relevance(judged[pair])
                 counts["overridden"] += 1
-        there, here = set(pairs), {query_id for query_id, _ in pairs} | asked
-        new = [p for p, grade in judged.items() if p[0] in here and p not in there and grade >= self.relevant_from]
-        counts["added"] += len(new)
-        added = [{"query_id": q, "doc_id": d, "relevance": judged[q, d]} for q, d in new]
+        pairs_there, queries_there = set(pairs), {query_id for query_id, _ in pairs} | asked
+        absent = (pair for pair in judged if pair[0] in queries_there and pair not in pairs_there)
+        new_pairs = [pair for pair in absent if judged[pair] >= self.relevant_from]
+        counts["added"] += len(new_pairs)
+        added = [{"query_id": q, "doc_id": d, "relevance": judged[q, d]} for q, d in new_pairs]
         rows = rows.set_column(2, rows.schema.field("relevance"), pa.array(relevance))
         return pa.concat_tables([rows, tables.table("qrels", added)])
 

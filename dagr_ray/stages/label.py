@@ -92,43 +92,45 @@ class Label(Stage):
         return Output(made, counts=counts)
 
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
-        began = time.time()
+        opening = time.time()
         source = _PairTexts(self, inputs)
         teacher = self.teacher
         if "heads" in inputs:
             teacher = teacher.model_copy(update={"heads": _heads(inputs["heads"])})
         scorer = _affordable(teacher, folder, pool.workers).open(pool)
         atexit.register(scorer.close)
-        start_s = [time.time() - began]
+        start_s = [time.time() - opening]
 
         def run(start: int, stop: int) -> Output:
-            before = time.time()
+            scoring = time.time()
             pairs = source.of(start, stop)
             cost: dict[str, float] = {}
             scores = scorer.score(pairs, cost) if pairs else []
             assert len(scores) == len(pairs), f"{self.teacher.type} gave {len(scores)} scores for {len(pairs)} pairs"
             rejected = tables.Rejected()
-            told = [not math.isnan(score) for score in scores]
-            for pair in (pair for pair, there in zip(pairs, told, strict=True) if not there):
+            has_score = [not math.isnan(score) for score in scores]
+            for pair in (pair for pair, scored in zip(pairs, has_score, strict=True) if not scored):
                 rejected.add(pair.query_id, self.type, "no-score", pair.doc_id)
-            kept = [(pair, score) for pair, score, there in zip(pairs, scores, told, strict=True) if there]
-            made = tables.columns(
+            scored_pairs = [
+                (pair, score) for pair, score, scored in zip(pairs, scores, has_score, strict=True) if scored
+            ]
+            scores_table = tables.columns(
                 "scores",
-                len(kept),
-                query_id=[pair.query_id for pair, _ in kept],
-                doc_id=[pair.doc_id for pair, _ in kept],
+                len(scored_pairs),
+                query_id=[pair.query_id for pair, _ in scored_pairs],
+                doc_id=[pair.doc_id for pair, _ in scored_pairs],
                 scorer=self.teacher.scorer(),
-                score=[score for _, score in kept],
+                score=[score for _, score in scored_pairs],
             )
             counts = {
                 "in": len(pairs),
-                "out": len(kept),
-                "errors": len(pairs) - len(kept),
+                "out": len(scored_pairs),
+                "errors": len(pairs) - len(scored_pairs),
                 "queries": stop - start,
                 "rejected": rejected.counts_by_reason(),
             }
-            spent = {"label_s": time.time() - before, "teacher_start_s": start_s.pop() if start_s else 0.0}
-            return Output({"scores": made, "rejected": rejected.table()}, counts=counts, cost=cost | spent)
+            spent = {"label_s": time.time() - scoring, "teacher_start_s": start_s.pop() if start_s else 0.0}
+            return Output({"scores": scores_table, "rejected": rejected.table()}, counts=counts, cost=cost | spent)
 
         return run
 
@@ -172,16 +174,20 @@ class RetrievalHeads(Stage):
                 if relevance > 0:
                     relevant.setdefault(query_id, set()).add(doc_id)
             order = sorted(relevant, key=lambda query_id: tables.unit_of("heads", self.seed, query_id))
-            pairs = {own[0].query_id: own for own in by_query(source.of_ids(order[: self.sample]))}
+            pairs = {
+                query_pairs[0].query_id: query_pairs for query_pairs in by_query(source.of_ids(order[: self.sample]))
+            }
             session = AttentionSession(self.teacher.model_copy(update={"heads": ()}))
-            judged = [LabelledQuery(own, frozenset(relevant[query_id])) for query_id, own in pairs.items()]
-            scores = head_scores([(session.masses(each.pairs), each) for each in judged], self.temperature)
+            examples = [
+                LabelledQuery(query_pairs, frozenset(relevant[query_id])) for query_id, query_pairs in pairs.items()
+            ]
+            scores = head_scores([(session.masses(example.pairs), example) for example in examples], self.temperature)
             rows = [
                 {"measure": f"core@{layer}.{head}", "value": float(scores[layer, head])}
                 for layer, head in best_heads(scores, self.keep)
             ]
             cost = {"prompt_tokens": session.tokens}
-            return Output({"metrics": tables.table("metrics", rows)}, [], {"in": len(judged), "out": len(rows)}, cost)
+            return Output({"metrics": tables.table("metrics", rows)}, [], {"in": len(examples), "out": len(rows)}, cost)
 
         return run
 
@@ -234,18 +240,18 @@ class _PairTexts:
 
     def _of(self, rows: pa.Table) -> list[QueryPassage]:
         texts = dict(zip(rows["query_id"].to_pylist(), rows["text"].to_pylist(), strict=True))
-        found = [search.of(texts) for search in self.searches]
-        asked: list[tuple[str, str, Any, Any]] = []
-        own = (self.examples or self.judged).of(texts)  # type: ignore[union-attr]
+        hits_by_search = [search.of(texts) for search in self.searches]
+        keys: list[tuple[str, str, Any, Any]] = []
+        own_rows = (self.examples or self.judged).of(texts)  # type: ignore[union-attr]
         for query_id in texts:
-            lists = [self._hits(each.get(query_id, [])) for each in found]
+            lists = [self._hits(hits_of.get(query_id, [])) for hits_of in hits_by_search]
             spreads = tuple(_spread(hits) for hits in lists)
-            for doc_id in self._docs(own.get(query_id, []), lists):
-                asked.append((query_id, doc_id, tuple(hits.get(doc_id) for hits in lists), spreads))
-        passages = self.passages.of([doc_id for _, doc_id, _, _ in asked])
+            for doc_id in self._docs(own_rows.get(query_id, []), lists):
+                keys.append((query_id, doc_id, tuple(hits.get(doc_id) for hits in lists), spreads))
+        passages = self.passages.of([doc_id for _, doc_id, _, _ in keys])
         return [
             QueryPassage(query_id, texts[query_id], doc_id, passage, hits, spreads)
-            for (query_id, doc_id, hits, spreads), passage in zip(asked, passages, strict=True)
+            for (query_id, doc_id, hits, spreads), passage in zip(keys, passages, strict=True)
         ]
 
     def _hits(self, rows: list[dict[str, Any]]) -> dict[str, SearchHit]:
@@ -280,6 +286,6 @@ class _Passages:
         places = pc.index_in(pa.array(ids, tables.TEXT), value_set=self.ids)
         missing = [doc_id for doc_id, place in zip(ids, places.to_pylist(), strict=True) if place is None]
         assert not missing, f"{len(missing)} passages of the pairs are not in {self.path}, such as {missing[0]!r}"
-        found = self.rows.take(places)
-        titles, bodies = found["title"].to_pylist(), found["text"].to_pylist()
+        rows = self.rows.take(places)
+        titles, bodies = rows["title"].to_pylist(), rows["text"].to_pylist()
         return [tables.passage_text(title, text) for title, text in zip(titles, bodies, strict=True)]

@@ -79,33 +79,39 @@ class LeakScan(Stage):
         sets = [_held(inputs[f"held_out.{i}"], self.split, self.encoder) for i in range(len(self.held_out))]
 
         def run(start: int, stop: int) -> Output:
-            found = _Found()
+            leaks = _Found()
             queries = inputs["selected"].slice("queries", start, stop, ["query_id", "text"])
             ids, texts = _flat(queries["query_id"]), _flat(queries["text"])
             positives = _Positives(inputs, start, stop, ids)
             vectors, passage_vectors = encoded(texts, True), encoded(positives.texts, False)
-            for each in sets:
-                alike = positives.by_query(each.passages.find_similar(positives.texts, passage_vectors))
-                about = each.asked_of(alike[0], pc.index_in(alike[1], value_set=ids).to_numpy())
-                found.add("query-query", each, each.queries.find_similar(texts, vectors, about), ids, texts)
-                found.add("query-passage", each, each.passages.quoted(texts), ids, texts)
-                found.add("positive-query", each, *positives.by_query(each.queries.quoting(positives.texts)))
-                found.add("positive-passage", each, *alike)
+            for held_set in sets:
+                similar = positives.by_query(held_set.passages.find_similar(positives.texts, passage_vectors))
+                answered = held_set.asked_of(similar[0], pc.index_in(similar[1], value_set=ids).to_numpy())
+                leaks.add("query-query", held_set, held_set.queries.find_similar(texts, vectors, answered), ids, texts)
+                leaks.add("query-passage", held_set, held_set.passages.quoted(texts), ids, texts)
+                leaks.add("positive-query", held_set, *positives.by_query(held_set.queries.quoting(positives.texts)))
+                leaks.add("positive-passage", held_set, *similar)
             if start == 0 and "exemplars" in inputs:
-                shown = inputs["exemplars"].read("exemplars")
-                ids, texts, passages = (_flat(shown[name]) for name in ("query_id", "query", "passage"))
+                exemplars = inputs["exemplars"].read("exemplars")
+                ids, texts, passages = (_flat(exemplars[name]) for name in ("query_id", "query", "passage"))
                 vectors, passage_vectors = encoded(texts, True), encoded(passages, False)
-                for each in sets:
-                    shared = each.passages.find_similar(passages, passage_vectors)
-                    about = each.asked_of(shared, np.arange(len(ids)))
-                    found.add("exemplar-query", each, each.queries.find_similar(texts, vectors, about), ids, texts)
-                    found.add("exemplar-passage", each, shared, ids, passages)
-            made = found.table()
-            counts: dict[str, Any] = {"in": queries.num_rows, "out": made.num_rows, "compared": _by_mechanism(made)}
-            counts["left_out"] = found.left_out
+                for held_set in sets:
+                    shared = held_set.passages.find_similar(passages, passage_vectors)
+                    answered = held_set.asked_of(shared, np.arange(len(ids)))
+                    leaks.add(
+                        "exemplar-query", held_set, held_set.queries.find_similar(texts, vectors, answered), ids, texts
+                    )
+                    leaks.add("exemplar-passage", held_set, shared, ids, passages)
+            leak_table = leaks.table()
+            counts: dict[str, Any] = {
+                "in": queries.num_rows,
+                "out": leak_table.num_rows,
+                "compared": _by_mechanism(leak_table),
+            }
+            counts["left_out"] = leaks.left_out
             if start == 0:  # once, because the shards' counts are added up
-                counts["common"] = {each.name: each.common() for each in sets}
-            return Output({"leaks": made}, counts=counts)
+                counts["common"] = {held_set.name: held_set.common() for held_set in sets}
+            return Output({"leaks": leak_table}, counts=counts)
 
         return run
 
@@ -140,9 +146,9 @@ class _Positives:
         passages = rows_with(inputs["corpus"], "corpus", "doc_id", docs)
         self.texts = _texts(passages)
         self._shown = _shown(self.texts)
-        place = pc.index_in(qrels["doc_id"], value_set=_flat(passages["doc_id"]))
-        assert place.null_count == 0, f"positives are not in {inputs['corpus'].path}; give the corpus that holds them"
-        self._passage = place.to_numpy().astype(np.int64)
+        index = pc.index_in(qrels["doc_id"], value_set=_flat(passages["doc_id"]))
+        assert index.null_count == 0, f"positives are not in {inputs['corpus'].path}; give the corpus that holds them"
+        self._passage = index.to_numpy().astype(np.int64)
         self._queries = _flat(qrels["query_id"])
 
     def by_query(self, found: Matches) -> tuple[Matches, pa.Array, pa.Array]:
@@ -153,12 +159,14 @@ class _Positives:
         order = np.argsort(-found.scores, kind="stable")
         rows, passages = found.rows[order].astype(np.uint64), self._passage.astype(np.uint64)
         match, pair = matching(rows, passages, BEST * len(MECHANISMS))
-        more = np.zeros(len(MECHANISMS), np.int64)
+        left_out = np.zeros(len(MECHANISMS), np.int64)
         for how in np.unique(found.how[order]):
-            mine = found.how[order] == how
-            more[how] = count_matching(rows[mine], passages) - np.count_nonzero(mine[match])
+            is_mechanism = found.how[order] == how
+            left_out[how] = count_matching(rows[is_mechanism], passages) - np.count_nonzero(is_mechanism[match])
         match = order[match]
-        expanded = Matches(pair, found.held_out[match], found.how[match], found.scores[match], found.left_out + more)
+        expanded = Matches(
+            pair, found.held_out[match], found.how[match], found.scores[match], found.left_out + left_out
+        )
         return expanded, self._queries, self._shown.take(pa.array(self._passage))
 
 
@@ -193,12 +201,12 @@ class _Set:
         asks = pc.index_in(pairs["query_id"], value_set=self.query_ids).to_numpy().astype(np.int64)
         answers = pc.index_in(pairs["doc_id"], value_set=self.passage_ids).fill_null(-1).to_numpy().astype(np.int64)
         texts, bodies = _flat(queries["text"]), _texts(passages)
-        telling = WordInformation(split_words(texts), [split_words(_texts(data.slice("corpus", 0, PASSAGES)))])
-        self.queries = HeldOut(texts, telling=telling, vectors=encoded(texts, True))
+        word_weights = WordInformation(split_words(texts), [split_words(_texts(data.slice("corpus", 0, PASSAGES)))])
+        self.queries = HeldOut(texts, telling=word_weights, vectors=encoded(texts, True))
         self.passages = HeldOut(bodies, ngram=PASSAGE_NGRAM, vectors=encoded(bodies, False))
-        there = answers >= 0
+        in_corpus = answers >= 0
         # passages with equal words count as one
-        self._asks, self._answers = asks[there], self.passages.same[answers[there]]
+        self._asks, self._answers = asks[in_corpus], self.passages.same[answers[in_corpus]]
         self.shown = {"query": _shown(texts), "passage": _shown(bodies)}
 
     def common(self) -> dict[str, dict[str, int]]:
@@ -318,19 +326,19 @@ class LeakGate(Stage):
             lineage = beside(selected, "queries", "lineage", start, stop)
             ids = _flat(queries["query_id"])
             leaks = self._over(_of_rows(scan, scanned, start, stop))
-            mine = pc.is_in(leaks["id"], value_set=ids)
+            of_shard = pc.is_in(leaks["id"], value_set=ids)
             if start == 0:  # the first shard also gets the exemplars, which belong to no query
-                mine = pc.or_(mine, pc.starts_with(leaks["kind"], "exemplar"))
-            leaks = leaks.filter(mine)
+                of_shard = pc.or_(of_shard, pc.starts_with(leaks["kind"], "exemplar"))
+            leaks = leaks.filter(of_shard)
             reasons = self._reasons(leaks)
             rejected = tables.Rejected()
             for query_id in tables.texts(queries["query_id"]):
                 if query_id in reasons:
                     rejected.add(query_id, "leak", *reasons[query_id])
-            out = pa.array(rejected.ids, tables.TEXT)
-            made = {
+            rejected_ids = pa.array(rejected.ids, tables.TEXT)
+            output = {
                 name: rows.filter(
-                    pc.and_(pc.is_in(rows[key], value_set=ids), pc.invert(pc.is_in(rows[key], value_set=out)))
+                    pc.and_(pc.is_in(rows[key], value_set=ids), pc.invert(pc.is_in(rows[key], value_set=rejected_ids)))
                 )
                 for name, key, rows in (
                     ("queries", "query_id", queries),
@@ -338,10 +346,10 @@ class LeakGate(Stage):
                     ("lineage", "id", lineage),
                 )
             }
-            made |= {"rejected": rejected.table(), "leaks": leaks}
-            counts: dict[str, Any] = {"in": queries.num_rows, "out": made["queries"].num_rows}
+            output |= {"rejected": rejected.table(), "leaks": leaks}
+            counts: dict[str, Any] = {"in": queries.num_rows, "out": output["queries"].num_rows}
             counts |= {"rejected": rejected.counts_by_reason(), "leaks": _by_mechanism(leaks)}
-            return Output(made, counts=counts)
+            return Output(output, counts=counts)
 
         return run
 
@@ -354,10 +362,10 @@ class LeakGate(Stage):
 
     def _reasons(self, leaks: pa.Table) -> dict[str, tuple[str, str]]:
         """Query id -> reason and detail, by the strictest mechanism."""
-        found: dict[str, tuple[str, str]] = {}
+        reason_of: dict[str, tuple[str, str]] = {}
         order = {name: place for place, name in enumerate(MECHANISMS)}
         rows = leaks.filter(pc.is_in(leaks["kind"], value_set=pa.array(self.drop, tables.TEXT))).to_pylist()
         for row in sorted(rows, key=lambda r: (order[r["mechanism"]], -r["score"], r["held_out_id"])):
             detail = f"{row['kind']}, {row['data']} {row['held_out_id']}, score {row['score']:g}"
-            found.setdefault(row["id"], (row["mechanism"], detail))
-        return found
+            reason_of.setdefault(row["id"], (row["mechanism"], detail))
+        return reason_of

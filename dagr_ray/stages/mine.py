@@ -82,44 +82,44 @@ class Mine(Stage):
 
         def run(start: int, stop: int) -> Output:
             qrels = tables.relevant(selected.slice("qrels", start, stop)).select(["query_id", "doc_id"])
-            asked = rows_beside(selected, "qrels", "queries", start, stop)
-            results = [_Results(each.of(qrels["query_id"], *asked), qrels, self.depth) for each in candidates]
-            of_query = positives().of(qrels)
-            text_of = _text_of(twins(), results, of_query)
+            query_rows = rows_beside(selected, "qrels", "queries", start, stop)
+            results = [_Results(search.of(qrels["query_id"], *query_rows), qrels, self.depth) for search in candidates]
+            docs_of = positives().of(qrels)
+            text_of = _text_of(twins(), results, docs_of)
             # one set for each different set of passages: queries with the same text share it
-            texts_of = {id(docs): {text_of[doc_id] for doc_id in docs} for docs in of_query.values()}
-            relevant = {query_id: texts_of[id(docs)] for query_id, docs in of_query.items()}
+            texts_of = {id(docs): {text_of[doc_id] for doc_id in docs} for docs in docs_of.values()}
+            relevant = {query_id: texts_of[id(docs)] for query_id, docs in docs_of.items()}
             examples, rejected = [], []
-            near = short = 0
+            total_close = short = 0
             for query_id, positive_id in zip(*(column.to_pylist() for column in qrels.columns), strict=True):
                 lists = [r.of(query_id) for r in results]
-                found, dropped = self._negatives(lists, text_of, text_of[positive_id], relevant[query_id])
-                near += dropped
-                if not found and self.negatives:
-                    searched = sum(len(each) for each in lists)
-                    detail = f"{searched} candidates, {dropped} of them too close to the positive"
+                negatives, too_close = self._negatives(lists, text_of, text_of[positive_id], relevant[query_id])
+                total_close += too_close
+                if not negatives and self.negatives:
+                    count = sum(len(search) for search in lists)
+                    detail = f"{count} candidates, {too_close} of them too close to the positive"
                     rejected.append({"id": query_id, "by": self.type, "reason": "no-negative", "detail": detail})
                     continue
-                short += len(found) < self.negatives
+                short += len(negatives) < self.negatives
                 first = {hit.doc_id: hit.score for hit in lists[0]} if lists else {}
                 examples.append(
                     {
                         "query_id": query_id,
                         "positive_id": positive_id,
-                        "negative_ids": found,
+                        "negative_ids": negatives,
                         "positive_score": first.get(positive_id),
-                        "negative_scores": [first.get(doc_id) for doc_id in found],
+                        "negative_scores": [first.get(doc_id) for doc_id in negatives],
                     }
                 )
-            made = {"examples": tables.table("examples", examples), "rejected": tables.table("rejected", rejected)}
+            output = {"examples": tables.table("examples", examples), "rejected": tables.table("rejected", rejected)}
             counts = {
                 "in": qrels.num_rows,
                 "out": len(examples),
                 "rejected": {f"{self.type}/no-negative": len(rejected)} if rejected else {},
-                "too_close": near,
+                "too_close": total_close,
                 "short": short,
             }
-            return Output(made, counts=counts)
+            return Output(output, counts=counts)
 
         return run
 
@@ -127,27 +127,27 @@ class Mine(Stage):
         self, lists: list[list[_Hit]], text_of: dict[str, str], positive: str, alike: set[str]
     ) -> tuple[list[str], int]:
         """The negatives of one query, and how many candidates the positive-aware rule dropped."""
-        close = set()
+        close_texts = set()
         for hits in lists:
-            own = max((hit.score for hit in hits if text_of[hit.doc_id] == positive), default=None)
+            positive_score = max((hit.score for hit in hits if text_of[hit.doc_id] == positive), default=None)
             limits = []
-            if own is not None and self.margin is not None:
-                limits.append(_share_of(own, self.margin))
-            if own is not None and self.difference is not None:
-                limits.append(own - self.difference)
+            if positive_score is not None and self.margin is not None:
+                limits.append(_share_of(positive_score, self.margin))
+            if positive_score is not None and self.difference is not None:
+                limits.append(positive_score - self.difference)
             if limits:
-                close |= {text_of[hit.doc_id] for hit in hits if hit.score > min(limits)}
+                close_texts |= {text_of[hit.doc_id] for hit in hits if hit.score > min(limits)}
             if self.threshold is not None:
-                close |= {text_of[hit.doc_id] for hit in hits if hit.score >= self.threshold}
-        close = {text for text in close if text not in alike}
-        taken: dict[str, str] = {}
+                close_texts |= {text_of[hit.doc_id] for hit in hits if hit.score >= self.threshold}
+        close_texts = {text for text in close_texts if text not in alike}
+        chosen: dict[str, str] = {}
         for hit in _in_turn(lists):
             text = text_of[hit.doc_id]
-            if len(taken) == self.negatives:
+            if len(chosen) == self.negatives:
                 break
-            if text not in alike and text not in close:
-                taken.setdefault(text, hit.doc_id)
-        return list(taken.values()), len(close)
+            if text not in alike and text not in close_texts:
+                chosen.setdefault(text, hit.doc_id)
+        return list(chosen.values()), len(close_texts)
 
 
 class _Hit(NamedTuple):
@@ -164,14 +164,14 @@ class _Results:
     """A search's hits by query, best first. Arrow arrays, because a hundred hits per query are many Python objects."""
 
     def __init__(self, candidates: pa.Table, qrels: pa.Table, depth: int) -> None:
-        wanted = qrels["query_id"].unique()
-        mask = pc.and_(pc.is_in(candidates["query_id"], value_set=wanted), pc.less_equal(candidates["rank"], depth))
+        query_ids = qrels["query_id"].unique()
+        mask = pc.and_(pc.is_in(candidates["query_id"], value_set=query_ids), pc.less_equal(candidates["rank"], depth))
         rows = candidates.filter(mask).combine_chunks()
-        place = pc.index_in(rows["query_id"], value_set=wanted).to_numpy()
-        order = np.lexsort((rows["rank"].to_numpy(), place))
+        index = pc.index_in(rows["query_id"], value_set=query_ids).to_numpy()
+        order = np.lexsort((rows["rank"].to_numpy(), index))
         self.rows = rows.select(["doc_id", "score"]).take(pa.array(order))
-        edges = np.searchsorted(place[order], np.arange(len(wanted) + 1))
-        self.range_of = {q: (edges[i], edges[i + 1]) for i, q in enumerate(wanted.to_pylist())}
+        edges = np.searchsorted(index[order], np.arange(len(query_ids) + 1))
+        self.range_of = {q: (edges[i], edges[i + 1]) for i, q in enumerate(query_ids.to_pylist())}
 
     def of(self, query_id: str) -> list[_Hit]:
         start, stop = self.range_of[query_id]
@@ -181,8 +181,8 @@ class _Results:
 
 def _text_of(twins: Twins, results: list[_Results], positives: dict[str, set[str]]) -> dict[str, str]:
     """Passage id -> representative of its text, for all passages of a shard."""
-    named = pa.array(sorted(set().union(*{id(docs): docs for docs in positives.values()}.values())), tables.TEXT)
-    ids = pa.chunked_array([named, *(r.rows["doc_id"].unique() for r in results)], tables.TEXT).unique()
-    every = pa.chunked_array([ids])
-    twins.require(every)
-    return dict(zip(ids.to_pylist(), twins.first(every).to_pylist(), strict=True))
+    positive_ids = pa.array(sorted(set().union(*{id(docs): docs for docs in positives.values()}.values())), tables.TEXT)
+    ids = pa.chunked_array([positive_ids, *(r.rows["doc_id"].unique() for r in results)], tables.TEXT).unique()
+    all_ids = pa.chunked_array([ids])
+    twins.require(all_ids)
+    return dict(zip(ids.to_pylist(), twins.first(all_ids).to_pylist(), strict=True))

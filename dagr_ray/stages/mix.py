@@ -40,13 +40,13 @@ class HumanPairs(Stage):
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
         def run(start: int, stop: int) -> Output:
             data = inputs["data"]
-            judged = tables.relevant(data.qrels(self.split, self.type))
-            order = _drawn(judged["query_id"].to_pylist(), judged["doc_id"].to_pylist(), self.seed)[: self.n]
-            qrels = judged.take(pa.array(sorted(order), pa.int64()))
+            relevant = tables.relevant(data.qrels(self.split, self.type))
+            order = _drawn(relevant["query_id"].to_pylist(), relevant["doc_id"].to_pylist(), self.seed)[: self.n]
+            qrels = relevant.take(pa.array(sorted(order), pa.int64()))
             queries = data.read("queries")
             queries = queries.filter(pc.is_in(queries["query_id"], value_set=qrels["query_id"].unique()))
-            made = {"queries": queries, "qrels": qrels, "lineage": tables.empty("lineage")}
-            return Output(made, counts={"in": judged.num_rows, "out": qrels.num_rows})
+            output = {"queries": queries, "qrels": qrels, "lineage": tables.empty("lineage")}
+            return Output(output, counts={"in": relevant.num_rows, "out": qrels.num_rows})
 
         return run
 
@@ -112,26 +112,26 @@ class MixExamples(Stage):
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
         def run(start: int, stop: int) -> Output:
             sources = [inputs[f"examples.{i}"].read("examples") for i in range(len(self.examples))]
-            wanted = self.shares([rows.num_rows for rows in sources])
-            taken, drawn = [], []
-            for rows, k in zip(sources, wanted, strict=True):
-                order = _drawn(rows["query_id"].to_pylist(), rows["positive_id"].to_pylist(), self.seed)[:k]
-                drawn.append(rows.take(pa.array(order, pa.int64())))
-                taken.append(len(order))
-            examples = pa.concat_tables(drawn)
+            shares = self.shares([rows.num_rows for rows in sources])
+            sizes, samples = [], []
+            for rows, share in zip(sources, shares, strict=True):
+                order = _drawn(rows["query_id"].to_pylist(), rows["positive_id"].to_pylist(), self.seed)[:share]
+                samples.append(rows.take(pa.array(order, pa.int64())))
+                sizes.append(len(order))
+            examples = pa.concat_tables(samples)
             queries, lineage = _Queries(), [tables.empty("lineage")]
-            for i, rows in enumerate(drawn):
+            for i, rows in enumerate(samples):
                 source = inputs[f"queries.{i}"]
                 ids = rows["query_id"].unique()
                 queries.add(source, ids)
                 if "lineage" in source.table_names():
-                    own = source.read("lineage")
-                    lineage.append(own.filter(pc.is_in(own["id"], value_set=ids)))
+                    lineage_rows = source.read("lineage")
+                    lineage.append(lineage_rows.filter(pc.is_in(lineage_rows["id"], value_set=ids)))
             # in hash order over all sources, so that the first k rows approximate the mixture of k
             mixed = _drawn(examples["query_id"].to_pylist(), examples["positive_id"].to_pylist(), self.seed)
             examples = examples.take(pa.array(mixed, pa.int64())).combine_chunks()
             pairs = examples.group_by(["query_id", "positive_id"], use_threads=False).aggregate([])
-            made = {
+            output = {
                 "examples": examples,
                 "queries": queries.table(),
                 "qrels": tables.columns(
@@ -141,11 +141,11 @@ class MixExamples(Stage):
             }
             counts = {
                 "in": sum(rows.num_rows for rows in sources),
-                "out": sum(taken),
-                "short": sum(wanted) - sum(taken),
-                "taken": {f"{i}-{self.examples[i].folder_name()}": k for i, k in enumerate(taken)},
+                "out": sum(sizes),
+                "short": sum(shares) - sum(sizes),
+                "taken": {f"{i}-{self.examples[i].folder_name()}": share for i, share in enumerate(sizes)},
             }
-            return Output(made, counts=counts)
+            return Output(output, counts=counts)
 
         return run
 
@@ -191,11 +191,11 @@ class _Queries:
     def add(self, source: Artifact, ids: pa.ChunkedArray) -> None:
         """Adds queries by id. Raises ConfigError if an id is known with another text."""
         rows = source.read("queries")
-        found = tables.texts_of(rows.filter(pc.is_in(rows["query_id"], value_set=ids)))
-        missing = next((each for each in ids.to_pylist() if each not in found), None)
+        text_by_id = tables.texts_of(rows.filter(pc.is_in(rows["query_id"], value_set=ids)))
+        missing = next((each for each in ids.to_pylist() if each not in text_by_id), None)
         if missing is not None:
             raise ConfigError(f"mix-examples: {source.name} has no query {missing!r}; give the queries of the examples")
-        for query_id, text in found.items():
+        for query_id, text in text_by_id.items():
             if self.text_of.setdefault(query_id, text) != text:
                 raise ConfigError(
                     f"mix-examples: {query_id!r} is one query in {self.source_of[query_id]} and another in {source.name}; "
@@ -265,21 +265,21 @@ class MixQueries(Stage):
         def run(start: int, stop: int) -> Output:
             arms = [inputs[f"arms.{i}"] for i in range(len(self.arms))]
             ids = [arm.read("queries", ["query_id"])["query_id"].to_pylist() for arm in arms]
-            wanted, taken, seen = self.shares([len(each) for each in ids]), [], set[str]()
-            made: dict[str, list[pa.Table]] = {name: [tables.empty(name)] for name in self.outputs}
-            for arm, own, k in zip(arms, ids, wanted, strict=True):
-                fresh = [query_id for query_id in own if query_id not in seen]
-                drawn = sorted(fresh, key=lambda query_id: (tables.unit_of("mix", self.seed, query_id), query_id))[:k]
-                seen |= set(drawn)
-                taken.append(len(drawn))
-                kept = pa.array(drawn, tables.TEXT)
-                for name, rows in made.items():
+            wanted, sizes, used_ids = self.shares([len(arm_ids) for arm_ids in ids]), [], set[str]()
+            rows_by_table: dict[str, list[pa.Table]] = {name: [tables.empty(name)] for name in self.outputs}
+            for arm, query_ids, k in zip(arms, ids, wanted, strict=True):
+                fresh = [query_id for query_id in query_ids if query_id not in used_ids]
+                sample = sorted(fresh, key=lambda query_id: (tables.unit_of("mix", self.seed, query_id), query_id))[:k]
+                used_ids |= set(sample)
+                sizes.append(len(sample))
+                sample_ids = pa.array(sample, tables.TEXT)
+                for name, rows in rows_by_table.items():
                     table = arm.read(name)
                     rows.append(
-                        table.filter(pc.is_in(table["id" if name == "lineage" else "query_id"], value_set=kept))
+                        table.filter(pc.is_in(table["id" if name == "lineage" else "query_id"], value_set=sample_ids))
                     )
-            counts = {"in": sum(map(len, ids)), "out": sum(taken), "short": sum(wanted) - sum(taken)}
-            shares = {self.arms[i].folder_name(): taken[i] for i in range(len(taken))}
-            return Output({k: pa.concat_tables(v) for k, v in made.items()}, counts=counts | {"taken": shares})
+            counts = {"in": sum(map(len, ids)), "out": sum(sizes), "short": sum(wanted) - sum(sizes)}
+            shares = {self.arms[i].folder_name(): sizes[i] for i in range(len(sizes))}
+            return Output({k: pa.concat_tables(v) for k, v in rows_by_table.items()}, counts=counts | {"taken": shares})
 
         return run

@@ -38,19 +38,19 @@ class Pairs(Stage):
 
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
         def run(start: int, stop: int) -> Output:
-            judged = tables.relevant(inputs["queries"].qrels(self.split, self.type))
-            query_ids, passage_ids = judged["query_id"].to_pylist(), judged["doc_id"].to_pylist()
+            relevant = tables.relevant(inputs["queries"].qrels(self.split, self.type))
+            query_ids, passage_ids = relevant["query_id"].to_pylist(), relevant["doc_id"].to_pylist()
             order = list(range(len(query_ids)))
             if self.n is not None and self.n < len(order):
-                drawn = [tables.unit_of("pairs", self.seed, *ids) for ids in zip(query_ids, passage_ids, strict=True)]
-                order = sorted(sorted(order, key=drawn.__getitem__)[: self.n])
+                hashes = [tables.unit_of("pairs", self.seed, *ids) for ids in zip(query_ids, passage_ids, strict=True)]
+                order = sorted(sorted(order, key=hashes.__getitem__)[: self.n])
             text_of = tables.texts_of(inputs["queries"].read("queries"))
             rows = [
                 {"query_id": query_ids[i], "query": text_of[query_ids[i]], "passage_id": passage_ids[i], "other": ""}
                 for i in order
             ]
-            made = _with_passages(rows, inputs["corpus"])
-            return Output({"pairs": made}, counts={"in": len(query_ids), "out": made.num_rows})
+            pairs = _with_passages(rows, inputs["corpus"])
+            return Output({"pairs": pairs}, counts={"in": len(query_ids), "out": pairs.num_rows})
 
         return run
 
@@ -67,10 +67,10 @@ class AsQueries(Stage):
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
         def run(start: int, stop: int) -> Output:
             rows = inputs["corpus"].read("corpus")
-            whole = map(tables.passage_text, rows["title"].to_pylist(), rows["text"].to_pylist())
-            texts = [first_words(text, self.words) for text in whole]
-            made = tables.columns("queries", rows.num_rows, query_id=rows["doc_id"], text=texts)
-            return Output({"queries": made}, counts={"in": rows.num_rows, "out": rows.num_rows})
+            passages = map(tables.passage_text, rows["title"].to_pylist(), rows["text"].to_pylist())
+            texts = [first_words(text, self.words) for text in passages]
+            queries = tables.columns("queries", rows.num_rows, query_id=rows["doc_id"], text=texts)
+            return Output({"queries": queries}, counts={"in": rows.num_rows, "out": rows.num_rows})
 
         return run
 
@@ -103,18 +103,20 @@ class LinkedPairs(Stage):
             ids = inputs["passages"].read("corpus", ["doc_id"])["doc_id"].to_pylist()
             hits: dict[str, list[str]] = {}
             for part in inputs["search"].scan("candidates"):
-                near = part.filter(
+                links = part.filter(
                     pc.and_(pc.greater_equal(part["rank"], self.first), pc.less_equal(part["rank"], self.last))
                 )
-                for query_id, doc_id in zip(near["query_id"].to_pylist(), near["doc_id"].to_pylist(), strict=True):
+                for query_id, doc_id in zip(links["query_id"].to_pylist(), links["doc_id"].to_pylist(), strict=True):
                     hits.setdefault(query_id, []).append(doc_id)
-            seen = set(ids) | {doc_id for near in hits.values() for doc_id in near}
-            text_of = _passages(inputs["corpus"], seen)
+            wanted_ids = set(ids) | {doc_id for links in hits.values() for doc_id in links}
+            text_of = _passages(inputs["corpus"], wanted_ids)
             rows, rejected = [], tables.Rejected()
             for doc_id in ids:
-                own = _folded(text_of[doc_id]) if doc_id in text_of else None
-                linked = next((i for i in hits.get(doc_id, ()) if i != doc_id and _folded(text_of[i]) != own), None)
-                if linked is None or own is None:
+                own_text = _folded(text_of[doc_id]) if doc_id in text_of else None
+                linked = next(
+                    (i for i in hits.get(doc_id, ()) if i != doc_id and _folded(text_of[i]) != own_text), None
+                )
+                if linked is None or own_text is None:
                     rejected.add(doc_id, "linked", "no-link")
                     continue
                 other = tables.passage_text(text_of[linked]["title"], text_of[linked]["text"])
@@ -143,12 +145,12 @@ def _with_passages(rows: list[dict[str, Any]], corpus: Artifact) -> pa.Table:
         raise ConfigError(
             f"pairs: passage {missing!r} is judged but not in {corpus.name}; give the corpus that was judged"
         )
-    made = []
+    pairs = []
     for row in rows:
         passage = text_of[row["passage_id"]]
         doc_id = tables.id_of("pair", row.get("query_id"), row["passage_id"], row.get("other_id"))
-        made.append({"doc_id": doc_id, "title": passage["title"], "text": passage["text"], **row})
-    return tables.table("pairs", made)
+        pairs.append({"doc_id": doc_id, "title": passage["title"], "text": passage["text"], **row})
+    return tables.table("pairs", pairs)
 
 
 FIELDS = (
@@ -186,14 +188,14 @@ class Topics(Stage):
 
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
         def run(start: int, stop: int) -> Output:
-            every = [f"{field}, as in {angle}" for field in self.fields for angle in self.angles]
-            every.sort(key=lambda text: tables.unit_of("topics", self.seed, text))
+            combinations = [f"{field}, as in {angle}" for field in self.fields for angle in self.angles]
+            combinations.sort(key=lambda text: tables.unit_of("topics", self.seed, text))
             ids, texts = [], []
             for i in range(self.n):
-                text = every[i % len(every)]
-                ids.append(tables.id_of("topic", text, i // len(every)))
+                text = combinations[i % len(combinations)]
+                ids.append(tables.id_of("topic", text, i // len(combinations)))
                 texts.append(text)
-            made = tables.columns("corpus", self.n, doc_id=ids, title="", text=texts)
-            return Output({"corpus": made}, counts={"in": self.n, "out": self.n})
+            corpus = tables.columns("corpus", self.n, doc_id=ids, title="", text=texts)
+            return Output({"corpus": corpus}, counts={"in": self.n, "out": self.n})
 
         return run

@@ -48,30 +48,32 @@ class TopExemplars(Stage):
                 (row["query_id"], row["doc_id"])
                 for row in tables.relevant(inputs["selected"].read("qrels")).to_pylist()
             }
-            scored = [
+            ranked = [
                 row for row in inputs["scores"].read("scores").to_pylist() if (row["query_id"], row["doc_id"]) in own
             ]
-            scored.sort(key=lambda row: (-row["score"], tables.unit_of("best", row["query_id"]), row["query_id"]))
-            drawn: list[tuple[str, str]] = []
-            seen: list[set[str]] = []
-            for row in scored:
-                said = set(folded(text_of[row["query_id"]]))
-                alike = any(len(said & other) > len(said) / 2 for other in seen)
-                if said and not alike and row["doc_id"] not in {doc_id for _, doc_id in drawn}:
-                    drawn.append((row["query_id"], row["doc_id"]))
-                    seen.append(said)
-                if len(drawn) == self.k:
+            ranked.sort(key=lambda row: (-row["score"], tables.unit_of("best", row["query_id"]), row["query_id"]))
+            chosen: list[tuple[str, str]] = []
+            chosen_words: list[set[str]] = []
+            for row in ranked:
+                own_words = set(folded(text_of[row["query_id"]]))
+                alike = any(len(own_words & other) > len(own_words) / 2 for other in chosen_words)
+                if own_words and not alike and row["doc_id"] not in {doc_id for _, doc_id in chosen}:
+                    chosen.append((row["query_id"], row["doc_id"]))
+                    chosen_words.append(own_words)
+                if len(chosen) == self.k:
                     break
-            passages = rows_with(inputs["corpus"], "corpus", "doc_id", {doc_id for _, doc_id in drawn}).to_pylist()
+            passages = rows_with(inputs["corpus"], "corpus", "doc_id", {doc_id for _, doc_id in chosen}).to_pylist()
             passage_of = {
                 row["doc_id"]: first_words(tables.passage_text(row["title"], row["text"]), self.max_words)
                 for row in passages
             }
-            made = [
+            exemplars = [
                 {"query_id": query_id, "doc_id": doc_id, "query": text_of[query_id], "passage": passage_of[doc_id]}
-                for query_id, doc_id in drawn
+                for query_id, doc_id in chosen
             ]
-            return Output({"exemplars": tables.table("exemplars", made)}, counts={"in": len(scored), "out": len(made)})
+            return Output(
+                {"exemplars": tables.table("exemplars", exemplars)}, counts={"in": len(ranked), "out": len(exemplars)}
+            )
 
         return run
 
@@ -87,7 +89,7 @@ class CritiquedPairs(Stage):
     critiques: Stage
 
     @property
-    def made(self) -> Generate:
+    def generate(self) -> Generate:
         """The stage that asked for the critiques."""
         return cast("Generate", self.critiques)
 
@@ -95,17 +97,17 @@ class CritiquedPairs(Stage):
     def _critiques(self) -> CritiquedPairs:
         if "generations" not in self.critiques.outputs:
             raise ConfigError(f"critiqued-pairs: {self.critiques.type!r} has no completions; give a Generate")
-        asked = self.made.strategy
-        if asked.writes != "critiques":
+        strategy = self.generate.strategy
+        if strategy.writes != "critiques":
             raise ConfigError(
-                f"criticised: strategy {asked.type!r} writes {asked.writes}; give one that writes critiques"
+                f"criticised: strategy {strategy.type!r} writes {strategy.writes}; give one that writes critiques"
             )
         return self
 
     @derived("pairs")
     def _pairs(self) -> Stage:
         """The criticised pairs are read again."""
-        return self.made.corpus
+        return self.generate.corpus
 
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
         def run(start: int, stop: int) -> Output:
@@ -117,14 +119,16 @@ class CritiquedPairs(Stage):
                 if answer["sample"]:
                     continue
                 passage = Passage(pair["doc_id"], pair["title"], pair["text"], pair["query"], pair["other"])
-                said = self.made.strategy.parse(passage, answer["raw"] or "")
-                if said.kept and said.kept[0] != FINE:
-                    pairs.append(pair | {"other": tables.clean(said.kept[0])})
+                critique = self.generate.strategy.parse(passage, answer["raw"] or "")
+                if critique.kept and critique.kept[0] != FINE:
+                    pairs.append(pair | {"other": tables.clean(critique.kept[0])})
                 else:
-                    reason = "accepted" if said.kept else said.rejected[0][0]
+                    reason = "accepted" if critique.kept else critique.rejected[0][0]
                     rejected.add(pair["doc_id"], "critique", reason, answer["error"])
-            made = {"pairs": tables.table("pairs", pairs), "rejected": rejected.table()}
-            return Output(made, counts={"in": len(pair_of), "out": len(pairs), "rejected": rejected.counts_by_reason()})
+            output = {"pairs": tables.table("pairs", pairs), "rejected": rejected.table()}
+            return Output(
+                output, counts={"in": len(pair_of), "out": len(pairs), "rejected": rejected.counts_by_reason()}
+            )
 
         return run
 
@@ -145,25 +149,27 @@ class RemainingPassages(Stage):
     @derived("pairs.{}")
     def _pairs(self) -> list[Stage]:
         """The criticised pairs are read again."""
-        return [verdict.made.corpus for verdict in self.verdicts]
+        return [verdict.generate.corpus for verdict in self.verdicts]
 
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
         def run(start: int, stop: int) -> Output:
-            done = [tables.relevant(inputs[f"accepted.{i}"].read("qrels"))["doc_id"] for i in range(len(self.accepted))]
-            done += [_fine(inputs[f"verdicts.{i}"], inputs[f"pairs.{i}"]) for i in range(len(self.verdicts))]
-            served = pa.chunked_array([chunk for column in done for chunk in column.chunks], tables.TEXT)
+            columns = [
+                tables.relevant(inputs[f"accepted.{i}"].read("qrels"))["doc_id"] for i in range(len(self.accepted))
+            ]
+            columns += [_fine(inputs[f"verdicts.{i}"], inputs[f"pairs.{i}"]) for i in range(len(self.verdicts))]
+            served_ids = pa.chunked_array([chunk for column in columns for chunk in column.chunks], tables.TEXT)
             rows = inputs["corpus"].read("corpus")
-            made = rows.filter(pc.invert(pc.is_in(rows["doc_id"], value_set=served.combine_chunks())))
-            return Output({"corpus": made}, counts={"in": rows.num_rows, "out": made.num_rows})
+            remaining = rows.filter(pc.invert(pc.is_in(rows["doc_id"], value_set=served_ids.combine_chunks())))
+            return Output({"corpus": remaining}, counts={"in": rows.num_rows, "out": remaining.num_rows})
 
         return run
 
 
 def _fine(verdict: Artifact, pairs: Artifact) -> pa.ChunkedArray:
     """The passages with at least one faultless query and no faulty one."""
-    judged = verdict.read("rejected", ["id", "reason"])
-    accepted = judged.filter(pc.equal(judged["reason"], "accepted"))["id"].combine_chunks()
+    rejected = verdict.read("rejected", ["id", "reason"])
+    accepted = rejected.filter(pc.equal(rejected["reason"], "accepted"))["id"].combine_chunks()
     wrong = verdict.read("pairs", ["passage_id"])["passage_id"].combine_chunks()
-    found = pairs.read("pairs", ["doc_id", "passage_id"])
-    found = found.filter(pc.is_in(found["doc_id"], value_set=accepted))["passage_id"]
-    return found.filter(pc.invert(pc.is_in(found, value_set=wrong)))
+    passage_ids = pairs.read("pairs", ["doc_id", "passage_id"])
+    passage_ids = passage_ids.filter(pc.is_in(passage_ids["doc_id"], value_set=accepted))["passage_id"]
+    return passage_ids.filter(pc.invert(pc.is_in(passage_ids, value_set=wrong)))

@@ -46,10 +46,10 @@ class Score(Stage):
     def _given_what_it_reads(self) -> Score:
         fields = {"candidates": "search", "scores": "labels"}
         for table, name in fields.items():
-            given = getattr(self, name) is not None
-            if self.filter.reads == table and not given:
+            is_set = getattr(self, name) is not None
+            if self.filter.reads == table and not is_set:
                 raise ConfigError(f"score: {name} is not set, but {self.filter.type!r} reads its {table}; set it")
-            if self.filter.reads != table and given:
+            if self.filter.reads != table and is_set:
                 raise ConfigError(f"score: the filter {self.filter.type!r} reads no {name}; remove {name}")
         if self.filter.reads == "generations" and self._completions() is None:
             raise ConfigError(
@@ -107,8 +107,8 @@ class Score(Stage):
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
         parsed, total = inputs["parsed"], max(inputs["parsed"].count("qrels"), 1)
         passages = Lookup(inputs["corpus"], "corpus", "doc_id") if self.filter.needs_passage else None
-        made_by = Lookup(inputs["generations"], "generations", "gen_id") if "generations" in inputs else None
-        found = SearchResults(inputs["search"], inputs.get("search.queries"), parsed) if "search" in inputs else None
+        completions = Lookup(inputs["generations"], "generations", "gen_id") if "generations" in inputs else None
+        hits = SearchResults(inputs["search"], inputs.get("search.queries"), parsed) if "search" in inputs else None
         twins = lru_cache(maxsize=1)(lambda: Twins(inputs["corpus"]))
 
         def run(start: int, stop: int) -> Output:
@@ -119,24 +119,26 @@ class Score(Stage):
             text_of = dict(zip(*map(tables.texts, queries.select(["query_id", "text"]).columns), strict=True))
             passage_of: dict[str, str] = {}
             if passages is not None:
-                read = passages.of(qrels["doc_id"], start / total, ["title", "text"])
-                passage_of = {key: tables.passage_text(title, text) for key, title, text in read}
-            first, evidence = qrels["doc_id"], None
-            if found is not None:
-                candidates = found.of(qrels["query_id"], *rows_beside(parsed, "qrels", "queries", start, stop))
+                passage_rows = passages.of(qrels["doc_id"], start / total, ["title", "text"])
+                passage_of = {key: tables.passage_text(title, text) for key, title, text in passage_rows}
+            first_ids, evidence = qrels["doc_id"], None
+            if hits is not None:
+                candidates = hits.of(qrels["query_id"], *rows_beside(parsed, "qrels", "queries", start, stop))
                 place = candidates.schema.get_field_index("doc_id")
-                same = twins().first(candidates["doc_id"])
-                evidence, first = (
-                    candidates.set_column(place, candidates.schema.field(place), same),
-                    twins().first(first),
+                twin_ids = twins().first(candidates["doc_id"])
+                evidence, first_ids = (
+                    candidates.set_column(place, candidates.schema.field(place), twin_ids),
+                    twins().first(first_ids),
                 )
             if "labels" in inputs:
                 evidence = rows_with(inputs["labels"], "scores", "query_id", qrels["query_id"].unique())
-            if made_by is not None:
+            if completions is not None:
                 lineage = beside(parsed, "qrels", "lineage", start, stop)
-                evidence = _logprobs(lineage, made_by, start / total)
-            ids = map(tables.texts, (*qrels.columns, first))
-            rows = [ScoredQuery(q, text_of[q], same, passage_of.get(d, "")) for q, d, same in zip(*ids, strict=True)]
+                evidence = _logprobs(lineage, completions, start / total)
+            ids = map(tables.texts, (*qrels.columns, first_ids))
+            rows = [
+                ScoredQuery(q, text_of[q], twin_ids, passage_of.get(d, "")) for q, d, twin_ids in zip(*ids, strict=True)
+            ]
             scores = self.filter.score(rows, evidence)
             assert len(scores) == len(rows), f"{self.filter.type} gave {len(scores)} scores for {len(rows)} rows"
             return self._stored(qrels, scores)
@@ -144,7 +146,7 @@ class Score(Stage):
         return run
 
     def _stored(self, qrels: pa.Table, scores: Any) -> Output:
-        made = tables.columns(
+        scores_table = tables.columns(
             "scores",
             len(qrels),
             query_id=qrels["query_id"],
@@ -152,7 +154,7 @@ class Score(Stage):
             scorer=self.filter.type,
             score=pa.array(scores, pa.float32()),
         )
-        return Output({"scores": made}, counts={"in": len(qrels), "out": len(qrels)})
+        return Output({"scores": scores_table}, counts={"in": len(qrels), "out": len(qrels)})
 
 
 def _logprobs(lineage: pa.Table, made_by: Lookup, hint: float) -> pa.Table:
@@ -192,9 +194,9 @@ class StreamScores(Stage):
             rows = inputs["queries"].count("queries")
             scores = self.filter.score_stream(parts, rows)
             assert scores.shape == (rows,), f"{self.filter.type} gave {scores.shape} scores for {rows} queries"
-            written = io.BytesIO()
-            np.save(written, scores.astype(np.float32, copy=False))
-            folder.write_bytes(SCORES, pa.py_buffer(written.getbuffer()))
+            buffer = io.BytesIO()
+            np.save(buffer, scores.astype(np.float32, copy=False))
+            folder.write_bytes(SCORES, pa.py_buffer(buffer.getbuffer()))
             return Output({}, [SCORES], {"in": rows, "out": rows})
 
         return run
@@ -202,8 +204,8 @@ class StreamScores(Stage):
 
 def stored_scores(queries: Artifact, whole: Artifact, ids: pa.ChunkedArray, start: int) -> np.ndarray:
     """Scores, float32, of queries by id. They are looked up from row ``start`` on, where most are."""
-    stored = np.load(whole.local_path(SCORES), mmap_mode="r" if queries.count("queries") else None)
+    scores = np.load(whole.local_path(SCORES), mmap_mode="r" if queries.count("queries") else None)
     if queries.slice("queries", start, start + len(ids), ["query_id"])["query_id"].equals(ids):
-        return np.array(stored[start : start + len(ids)])
-    place = pc.index_in(ids, value_set=queries.read("queries", ["query_id"])["query_id"])
-    return np.array(stored[place.to_numpy()])
+        return np.array(scores[start : start + len(ids)])
+    rows = pc.index_in(ids, value_set=queries.read("queries", ["query_id"])["query_id"])
+    return np.array(scores[rows.to_numpy()])

@@ -62,20 +62,23 @@ class PyDocs(Stage):
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
         def run(start: int, stop: int) -> Output:
             passages = pydocs.stdlib_passages() if self.part == "stdlib" else pydocs.package_passages()
-            judged = pydocs.read_judgements(self.part, {p.doc_id for p in passages})
-            made = {
+            judgements = pydocs.read_judgements(self.part, {p.doc_id for p in passages})
+            output = {
                 "corpus": tables.table("corpus", (p._asdict() for p in passages)),
-                "queries": tables.table("queries", ({"query_id": k, "text": v} for k, v in judged.queries.items())),
-                "rejected": tables.table("rejected", ({"by": "pydocs", **row} for row in judged.rejected)),
+                "queries": tables.table("queries", ({"query_id": k, "text": v} for k, v in judgements.queries.items())),
+                "rejected": tables.table("rejected", ({"by": "pydocs", **row} for row in judgements.rejected)),
             }
-            for split, rows in judged.qrels.items():
-                made[f"qrels.{split}"] = tables.table("qrels", rows)
-            if judged.rejected:
+            for split, rows in judgements.qrels.items():
+                output[f"qrels.{split}"] = tables.table("qrels", rows)
+            if judgements.rejected:
                 log.warning(
-                    "pydocs-%s: %d judgements dropped: this Python lacks the passage", self.part, len(judged.rejected)
+                    "pydocs-%s: %d judgements dropped: this Python lacks the passage",
+                    self.part,
+                    len(judgements.rejected),
                 )
             return Output(
-                made, counts={"in": len(passages), "out": len(passages), "judgements_dropped": len(judged.rejected)}
+                output,
+                counts={"in": len(passages), "out": len(passages), "judgements_dropped": len(judgements.rejected)},
             )
 
         return run
@@ -134,8 +137,8 @@ class Beir(Stage):
                 log.warning("the judgements %r cannot be used: %s", split, why)
                 rejected.add(f"qrels.{split}", "beir", UNUSABLE, why)
             counts = {"in": sum(data.lines.values()), "out": sum(t.num_rows for t in data.tables.values())}
-            made = {**data.tables, "rejected": rejected.table()}
-            return Output(made, counts={**counts, "rejected": rejected.counts_by_reason()})
+            output = {**data.tables, "rejected": rejected.table()}
+            return Output(output, counts={**counts, "rejected": rejected.counts_by_reason()})
 
         return run
 
@@ -173,15 +176,15 @@ class ParquetCheck(Stage):
 
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
         def run(start: int, stop: int) -> Output:
-            found = parquet.check(self.path)
+            report = parquet.check(self.path)
             rejected = tables.Rejected()
-            beir.warn(self.path, found.problems)
-            for problem in found.problems:
+            beir.warn(self.path, report.problems)
+            for problem in report.problems:
                 rejected.add(f"{problem.file}:{problem.line}", "parquet", problem.reason, problem.detail)
-            folder.write_json("files.json", found.layout)
+            folder.write_json("files.json", report.layout)
             counts = {
-                "in": found.rows,
-                "out": found.rows - len(found.problems),
+                "in": report.rows,
+                "out": report.rows - len(report.problems),
                 "rejected": rejected.counts_by_reason(),
             }
             return Output({"rejected": rejected.table()}, ["files.json"], counts)
@@ -230,7 +233,7 @@ class Parquet(Stage):
         return ParquetCheck(path=self.path)
 
     def size(self, inputs: Inputs) -> int:
-        return sum(sum(each["groups"]) for each in inputs["check"].json_of("files.json"))
+        return sum(sum(file["groups"]) for file in inputs["check"].json_of("files.json"))
 
     def ranges(self, inputs: Inputs, step: int) -> list[tuple[int, int]]:
         """Whole row groups, unless these are large."""
@@ -238,18 +241,18 @@ class Parquet(Stage):
 
     def open(self, inputs: Inputs, folder: Artifact, pool: Pool) -> Run:
         layout = inputs["check"].json_of("files.json")
-        bad = inputs["check"].read("rejected")
-        named = bad["id"].combine_chunks()
+        bad_rows = inputs["check"].read("rejected")
+        bad_ids = bad_rows["id"].combine_chunks()
 
         def run(start: int, stop: int) -> Output:
-            kept, refused = [tables.empty("corpus")], [tables.empty("rejected")]
+            passages, bad_parts = [tables.empty("corpus")], [tables.empty("rejected")]
             for file, first, rows in parquet.read(self.path, layout, start, stop):
-                if bad.num_rows:
+                if bad_rows.num_rows:
                     names = pa.array([f"{file}:{i}" for i in range(first, first + rows.num_rows)], tables.TEXT)
-                    rows = rows.filter(pc.invert(pc.is_in(names, value_set=named)))
-                    refused.append(bad.filter(pc.is_in(named, value_set=names)))
-                kept.append(rows)
-            corpus, rejected = pa.concat_tables(kept), pa.concat_tables(refused)
+                    rows = rows.filter(pc.invert(pc.is_in(names, value_set=bad_ids)))
+                    bad_parts.append(bad_rows.filter(pc.is_in(bad_ids, value_set=names)))
+                passages.append(rows)
+            corpus, rejected = pa.concat_tables(passages), pa.concat_tables(bad_parts)
             reasons = Counter(f"parquet/{reason}" for reason in rejected["reason"].to_pylist())
             counts = {"in": stop - start, "out": corpus.num_rows, "rejected": dict(reasons)}
             return Output({"corpus": corpus, "rejected": rejected}, counts=counts)
@@ -289,24 +292,24 @@ class Sample(Stage):
             held_out: pa.Array = pa.array([], tables.TEXT)
             if "exclude" in inputs:
                 held_out = inputs["exclude"].read("exemplars", ["doc_id"])["doc_id"].unique()
-            is_out = pc.is_in(corpus["doc_id"], value_set=held_out)
+            is_excluded = pc.is_in(corpus["doc_id"], value_set=held_out)
             rejected = [
                 {"id": doc_id, "by": "sample", "reason": "exemplar", "detail": None}
-                for doc_id in corpus.filter(is_out)["doc_id"].to_pylist()
+                for doc_id in corpus.filter(is_excluded)["doc_id"].to_pylist()
             ]
-            pool_of = corpus.filter(pc.invert(is_out))
+            pool_of = corpus.filter(pc.invert(is_excluded))
             if self.min_words:
                 words = pc.list_value_length(pc.utf8_split_whitespace(pool_of["text"])).to_numpy().copy()
                 for row in np.flatnonzero(~pc.string_is_ascii(pool_of["text"]).to_numpy()):
                     words[row] = word_count(pool_of["text"][row].as_py())
                 pool_of = pool_of.filter(pa.array(words >= self.min_words))
-            drawn = [tables.unit_of(self.seed, doc_id) for doc_id in pool_of["doc_id"].to_pylist()]
-            order = sorted(range(len(drawn)), key=drawn.__getitem__)
+            hashes = [tables.unit_of(self.seed, doc_id) for doc_id in pool_of["doc_id"].to_pylist()]
+            order = sorted(range(len(hashes)), key=hashes.__getitem__)
             if self.share is not None:
-                order = [i for i in order if drawn[i] < self.share]
+                order = [i for i in order if hashes[i] < self.share]
             order = order[self.skip : None if self.n is None else self.skip + self.n]
-            kept = pool_of.take(pa.array(sorted(order), pa.int64())).combine_chunks()
-            counts = {"in": corpus.num_rows, "out": kept.num_rows, "rejected": {"sample/exemplar": len(rejected)}}
-            return Output({"corpus": kept, "rejected": tables.table("rejected", rejected)}, counts=counts)
+            sampled = pool_of.take(pa.array(sorted(order), pa.int64())).combine_chunks()
+            counts = {"in": corpus.num_rows, "out": sampled.num_rows, "rejected": {"sample/exemplar": len(rejected)}}
+            return Output({"corpus": sampled, "rejected": tables.table("rejected", rejected)}, counts=counts)
 
         return run
