@@ -39,7 +39,7 @@ VERBS = {
     "compare": "evaluate TREC runs on a data set's judgements, and compare them with the first run",
     "export": "write a folder as a BEIR, sentence-transformers or TREC data set",
     "annotate": "export the pairs that a person should rate first, or import the ratings",
-    "plugins": "list the installed strategies, engines, filters, miners and stages",
+    "plugins": "the strategies, engines, filters, miners, teachers, losses and stages that are installed, with their modules",
     "doctor": "check what is installed, and show the command for what is missing",
     "track": "log finished studies to MLflow",
 }

@@ -310,6 +310,7 @@ def plugins(args: Args) -> int | None:
     """``dagr plugins``."""
     from dagr_ray.engines import Engine
     from dagr_ray.filters import Filter
+    from dagr_ray.losses import Loss
     from dagr_ray.miners import Miner
     from dagr_ray.strategies import Strategy
     from dagr_ray.teachers import Teacher
@@ -321,10 +322,12 @@ def plugins(args: Args) -> int | None:
         ("filter", Filter),
         ("miner", Miner),
         ("teacher", Teacher),
+        ("loss", Loss),
         ("stage", Stage),
     ):
-        rows += [[kind, name, (c.__doc__ or "").strip().splitlines()[0]] for name, c in registered(base).items()]
-    print_table(rows, ["kind", "name", "what it does"])
+        for name, c in registered(base).items():
+            rows.append([kind, name, (c.__doc__ or "").strip().splitlines()[0], c.__module__])
+    print_table(rows, ["kind", "name", "what it does", "module"])
     return None
 
 

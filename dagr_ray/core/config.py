@@ -260,14 +260,18 @@ def unpacked(text: bytes) -> Any:
 
 @lru_cache(maxsize=1)
 def discover() -> dict[str, type[Config]]:
-    """Imports every plugin file of this package and every ``dagr_ray.plugins`` entry point; returns the registry."""
+    """Imports every plugin file of this package and of the packages that ``dagr_ray.plugins`` entry points name; returns the
+    registry."""
     for package in PLUGIN_PACKAGES:
         folder = importlib.import_module(f"dagr_ray.{package}")
         for info in pkgutil.iter_modules(folder.__path__):
             if not info.name.startswith("_"):  # a helper of plugins; one of them imports vLLM
                 importlib.import_module(f"{folder.__name__}.{info.name}")
     for entry in entry_points(group="dagr_ray.plugins"):
-        entry.load()
+        plugin = entry.load()
+        for info in pkgutil.iter_modules(getattr(plugin, "__path__", ())):
+            if not info.name.startswith("_"):
+                importlib.import_module(f"{plugin.__name__}.{info.name}")
     return Config._registry
 
 

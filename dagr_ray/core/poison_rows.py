@@ -107,7 +107,9 @@ class RangeMarks:
         A worker that died together with its driver is no evidence. Neither is a range that was cancelled or finished, nor a
         death while memory was short.
         """
-        relevant = (mark for mark in marks if mark.attempt == self.attempt or (self.inline and mark.inline))
+        # what an earlier attempt wrote down about a row may be mended by now; only a death leaves no word
+        died = (mark for mark in marks if self.inline and mark.inline and not mark.cause)
+        relevant = [*(mark for mark in marks if mark.attempt == self.attempt), *died]
         return [mark for mark in relevant if mark.cause not in (STOPPED, ENDED, DONE, MEMORY)]
 
     def begin(self, shard: int, start: int, stop: int) -> Mark:

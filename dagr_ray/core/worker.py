@@ -340,7 +340,7 @@ class _Worker:
             why = next(iter(skipped.values()))
             raise StageFailed(
                 f"{self.folder.name}: {len(skipped)} rows of shard {shard['shard']} failed alone, the first with "
-                f"{why.reason}: {why.detail}; the rows are not at fault: fix the engine and run again"
+                f"{why.reason}: {why.detail}; the rows are not at fault: fix the strategy or the engine and run again"
             )
 
     def _on_low_memory(self, mark: Mark) -> None:

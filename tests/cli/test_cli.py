@@ -139,7 +139,7 @@ CATALOGUE = {
     "strategy": "promptagator inpars typed persona multi-hop task-triple hyde hard-negative prefix crop paraphrase "
     "counterfactual simplify translate translate-passage noisy critique retry",
     "teacher": "llm-judge cross-encoder hybrid attention-rerank",
-    "stage": "aggregate relabel expand leak-gate mix reach",
+    "stage": "aggregate relabel expand leak-gate mix-queries generate-until",
     "filter": "format length language repetition refusal template copied duplicate round-trip teacher-score logprob pii "
     "diversity",
 }
@@ -239,7 +239,7 @@ def test_a_missing_import_of_a_job_names_the_install_command(tmp_path) -> None:
     for text, said in [
         (
             "import no_such_package.inner",
-            f"{job} imports 'no_such_package', which is neither installed nor a file beside the job; ",
+            f"{job} imports 'no_such_package', which is neither installed nor a file in the job's folder; ",
         ),
         ("import dagr_ray.nothing", f"{job}: No module named 'dagr_ray.nothing'; mend the job file"),
     ]:

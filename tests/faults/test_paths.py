@@ -149,7 +149,7 @@ def test_what_a_worker_gets_leads_where_the_driver_stood(tmp_path, monkeypatch) 
         (["data=set", "--placement", "set"], "placement"),
         (["data=set", "--placement", ""], "placement"),
         (["data=set", "volume=1,000"], "write 1000"),
-        (["data=set", "volume=0,1,024"], "marks or leading zeros"),
+        (["data=set", "volume=0,1,024"], "separators or leading zeros"),
         (["data=set", "volume=8", "volume=16"], "volume=8,16"),
         (["data=set", "volume=8,8"], "'8' twice"),
         (["data=set", "lr=1e-5,0.00001"], "same as '1e-5'"),
@@ -203,8 +203,8 @@ def test_a_job_imports_what_lies_beside_it(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("import my_promts", "'my_promts', which is neither installed nor a file beside the job"),
-        ("from . import x", "mend the job file"),
+        ("import my_promts", "'my_promts', which is neither installed nor a file in the job's folder"),
+        ("from . import x", "correct the job file"),
         ("x = 1 / 0", "line 1: ZeroDivisionError"),
         ("import nothing_of.inner", "'nothing_of'"),
     ],

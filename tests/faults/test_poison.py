@@ -101,6 +101,17 @@ def test_a_stage_that_skipped_all_rows_fails_and_resumes(tmp_path):
     assert materialize(asked(tmp_path), runs, here).name == made.name
 
 
+def test_a_mended_engine_is_asked_again_about_every_row(tmp_path):
+    """What a broken one raised is no evidence against the rows: the advice to fix it and run again works."""
+    runs, here = str(tmp_path / "runs"), Placement(generate=Pool(workers=0, shard_rows=60))
+    broken = asked(tmp_path, **{f"n{i}": "raise" for i in range(60)})
+    with pytest.raises(StageFailed, match="rows of shard 0 failed alone.*fix the strategy or the engine and run again"):
+        materialize(broken, runs, here)
+    folder = materialize(asked(tmp_path), runs, here)
+    assert folder.name == broken.folder(runs).name and folder.count("generations") == 60
+    assert refused(folder) == {} and folder.listing("tries") == {}
+
+
 @pytest.mark.parametrize("workers", [1, 0])
 def test_rows_that_raise_or_answer_nothing_are_given_up_alone(tmp_path, workers):
     stage = asked(tmp_path, n5="raise", n7="nothing", n40="raise")
@@ -194,7 +205,7 @@ def test_a_row_that_kills_the_driver_is_skipped_later(tmp_path):
 
 def test_an_engine_that_fails_for_every_row_fails_the_stage_soon(tmp_path):
     stage = asked(tmp_path, **{f"n{i}": "raise" for i in range(60)})
-    with pytest.raises(StageFailed, match="4 rows of shard 0 failed alone.*fix the engine"):
+    with pytest.raises(StageFailed, match="4 rows of shard 0 failed alone.*fix the strategy or the engine"):
         materialize(stage, str(tmp_path / "runs"), Placement(generate=Pool(workers=0, shard_rows=60)))
 
 

@@ -51,7 +51,7 @@ def test_the_recorded_identity_is_that_of_the_unpacked_model(tmp_path: Path, mon
     assert named.fingerprint() == before and not list(tmp_path.iterdir())
     with pytest.raises(ConfigError, match="max_model_len = 8193, but smollm2-135m-instruct reads at most 8192"):
         VLLM(model=models.SMOLLM2, max_model_len=8193).check()
-    with pytest.raises(ValueError, match="revision = 'a' means nothing"):
+    with pytest.raises(ValueError, match="revision = 'a' has no effect"):
         VLLM(model=models.SMOLLM2, revision="a")
     # a folder that was changed is another model; one that another version of transformers wrote is not
     folder = models.smollm2_folder()

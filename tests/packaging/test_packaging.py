@@ -224,7 +224,7 @@ def test_a_folder_of_something_else_is_not_cleared(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("ten years")
     refused = setup("sys.argv = ['setup.py']; sys.exit(setup.main())", tmp_path)
     assert refused.returncode == 1
-    assert "is a folder of something else; set VENV" in refused.stderr
+    assert "is not a virtual environment; set VENV" in refused.stderr
     assert (tmp_path / "thesis.txt").read_text() == "ten years"
 
 
