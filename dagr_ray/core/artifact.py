@@ -60,9 +60,9 @@ class _Known:
 
     def parts(self, name: str) -> list[Json]:
         """The parts of a table in shard order."""
-        made = self.manifest["tables"]
-        assert name in made, f"{self.path} has no table {name!r}; it has {sorted(made)}"
-        return made[name]["parts"]
+        manifest_tables = self.manifest["tables"]
+        assert name in manifest_tables, f"{self.path} has no table {name!r}; it has {sorted(manifest_tables)}"
+        return manifest_tables[name]["parts"]
 
     def starts(self, name: str) -> list[int]:
         """The first row of each part, and the number of rows at the end."""
@@ -102,33 +102,33 @@ class Artifact(Folder):
         }
         if self.local:
             checksums.require_all(self.fs, ((f"{self.path}/{entry['file']}", entry) for entry in entries.values()))
-            found = target
+            path = target
         else:
-            found = checksums.local_copy(self.fs, target, entries)
-        return checksums.only_listed(found, entries) if entries and "" not in entries else found
+            path = checksums.local_copy(self.fs, target, entries)
+        return checksums.only_listed(path, entries) if entries and "" not in entries else path
 
     def json_of(self, relative: str) -> Any:
         """The value of a JSON file that the stage has written itself. Raises Damaged."""
         entry = (self.manifest or {}).get("files", {}).get(relative)
         if entry is not None:
             checksums.require(self.fs, f"{self.path}/{relative}", entry)
-        found = self.read_json(relative)
-        if found is None:
+        value = self.read_json(relative)
+        if value is None:
             raise Damaged(f"{self.path}/{relative} is missing or damaged")
-        return found
+        return value
 
     @property
     def plan(self) -> Json:
         """``plan.json``, cached while the file is unchanged. Shared: do not modify it. Raises Damaged."""
         key, stamp = (self.runs, self.path), checksums.stamp(self.fs, f"{self.path}/plan.json")
-        known = _plans.get(key)
-        if known is None or known[0] != stamp:
-            found = self.read_json("plan.json")
-            if found is None:
+        cached = _plans.get(key)
+        if cached is None or cached[0] != stamp:
+            plan = self.read_json("plan.json")
+            if plan is None:
                 raise Damaged(f"{self.path}/plan.json is missing or damaged")
-            known = (stamp or (), found)
-            checksums.remember(_plans, key, known, 8)
-        return known[1]
+            cached = (stamp or (), plan)
+            checksums.remember(_plans, key, cached, 8)
+        return cached[1]
 
     # -- shards -----------------------------------------------------------------------------------------------------
 
@@ -139,11 +139,11 @@ class Artifact(Folder):
         writer committed the same rows (``more["rows"]``) meanwhile, its receipt stands and is returned.
         """
         parts = {name: self._write_part(name, shard, value) for name, value in rows.items()}
-        own = {f: {"file": f, **checksums.checksum(self.fs, f"{self.path}/{f}")} for f in files}
-        receipt = {"shard": shard, "tables": parts, "files": own, **more}
+        file_entries = {f: {"file": f, **checksums.checksum(self.fs, f"{self.path}/{f}")} for f in files}
+        receipt = {"shard": shard, "tables": parts, "files": file_entries, **more}
         if self.local:  # the receipt must not outlive its files: one flush for all files of a shard
-            written = [f"{self.path}/{each['file']}" for each in (*parts.values(), *own.values())]
-            disk.flush([*written, *dict.fromkeys(path.rsplit("/", 1)[0] for path in written)])
+            paths = [f"{self.path}/{entry['file']}" for entry in (*parts.values(), *file_entries.values())]
+            disk.flush([*paths, *dict.fromkeys(path.rsplit("/", 1)[0] for path in paths)])
         earlier = self.receipt(shard)
         if earlier is not None:
             if earlier.get("rows") == receipt.get("rows"):
@@ -201,7 +201,7 @@ class Artifact(Folder):
         manifest = self.manifest
         problems: dict[int, str] = {}
         receipts: dict[str, Json | None] = {}
-        if manifest is None or deep or any("shard" not in each for each in manifest["files"].values()):
+        if manifest is None or deep or any("shard" not in entry for entry in manifest["files"].values()):
             receipts = self._read_all("receipts")
         if manifest is None or deep:
             problems = {
@@ -210,7 +210,7 @@ class Artifact(Folder):
                 if receipt is None
             }
         if manifest is not None and deep and shapes.is_stage(self.name):
-            problems |= self._lost(receipts)
+            problems |= self._missing(receipts)
         sizes: dict[str, dict[str, int]] = {}
         for shard, part in self._committed(manifest, receipts):
             folder, _, base = part["file"].rpartition("/")
@@ -225,7 +225,7 @@ class Artifact(Folder):
                 problems[shard] = wrong
         return problems
 
-    def _lost(self, receipts: dict[str, Json | None]) -> dict[int, str]:
+    def _missing(self, receipts: dict[str, Json | None]) -> dict[int, str]:
         """Problems of a finished folder's plan, or receipts that are missing."""
         plan = self.read_json("plan.json")
         if plan is None:
@@ -241,8 +241,8 @@ class Artifact(Folder):
                 for part in [*receipt["tables"].values(), *receipt["files"].values()]:
                     yield receipt["shard"], part
             return
-        for made in manifest["tables"].values():
-            for part in made["parts"]:
+        for table in manifest["tables"].values():
+            for part in table["parts"]:
                 yield shapes.shard_of(part["file"]), part
         owners = {file: receipt["shard"] for receipt in sound_ones for file in receipt["files"]}
         for file, entry in manifest["files"].items():
@@ -294,16 +294,18 @@ class Artifact(Folder):
     def content(self) -> str | None:
         """A hash of a finished folder's content, without names and times; None while it is incomplete."""
         key, stamp = (self.runs, self.path), checksums.stamp(self.fs, f"{self.path}/manifest.json")
-        known = _contents.get(key)
-        if known is None or known[0] != stamp:
+        cached = _contents.get(key)
+        if cached is None or cached[0] != stamp:
             manifest = self.manifest
             if manifest is None or stamp is None:
                 return None
-            made = {name: [part["sha256"] for part in each["parts"]] for name, each in manifest["tables"].items()}
+            tables_by_name = {
+                name: [part["sha256"] for part in entry["parts"]] for name, entry in manifest["tables"].items()
+            }
             files = sorted((_OWN.sub("", name), entry["sha256"]) for name, entry in manifest["files"].items())
-            known = (stamp, digest([made, files], 32))
-            checksums.remember(_contents, key, known, 16384)
-        return known[1]
+            cached = (stamp, digest([tables_by_name, files], 32))
+            checksums.remember(_contents, key, cached, 16384)
+        return cached[1]
 
     def stale(self) -> str | None:
         """The input whose content has changed since this folder was made from it; None if there is none.
@@ -311,18 +313,20 @@ class Artifact(Folder):
         A missing input is no evidence. A folder from before contents were recorded counts as current, unless an input with
         files (which were not checked then), or one that was rebuilt since, is newer.
         """
-        made = self.manifest or self.read_json("plan.json") or {}
-        for name, folder in made.get("inputs", {}).items():
+        own = self.manifest or self.read_json("plan.json") or {}
+        for name, folder in own.get("inputs", {}).items():
             source = Artifact(self.runs, folder)
             now = source.content()
             if now is None:
                 continue
-            then = made.get("made_from", {}).get(name)
-            if then is not None and then != now:
+            recorded = own.get("made_from", {}).get(name)
+            if recorded is not None and recorded != now:
                 return name
-            if then is None and "finished" in made:
-                theirs = source.manifest or {}
-                if (theirs["files"] or theirs.get("remade")) and theirs.get("finished", 0) > made["finished"]:
+            if recorded is None and "finished" in own:
+                input_manifest = source.manifest or {}
+                if (input_manifest["files"] or input_manifest.get("remade")) and input_manifest.get(
+                    "finished", 0
+                ) > own["finished"]:
                     return name
         return None
 
@@ -363,34 +367,34 @@ class Artifact(Folder):
 
     def read(self, name: str, columns: list[str] | None = None) -> pa.Table:
         """A whole table. Raises FileNotFoundError if the folder is not complete, AssertionError if it has no such table."""
-        found = list(self.scan(name, columns))
-        return pa.concat_tables(found) if found else schemas.empty(name)
+        parts = list(self.scan(name, columns))
+        return pa.concat_tables(parts) if parts else schemas.empty(name)
 
     def slice(self, name: str, start: int, stop: int, columns: list[str] | None = None) -> pa.Table:
         """Rows ``start`` to ``stop`` of a table; reads only the parts with these rows."""
         empty = schemas.empty(name)
-        found = [empty if columns is None else empty.select(columns)]
+        tables = [empty if columns is None else empty.select(columns)]
         known = self._finished()
         parts, offsets = known.parts(name), known.starts(name)
         at = bisect.bisect_right(offsets, start) - 1
         while at < len(parts) and offsets[at] < stop:
             first, last = max(start - offsets[at], 0), min(stop, offsets[at + 1]) - offsets[at]
             if first == 0 and last == parts[at]["rows"]:
-                found.append(self.read_part(parts[at], columns))
+                tables.append(self.read_part(parts[at], columns))
             elif first < last:
-                found.append(self._read_rows(parts[at], columns, first, last))
+                tables.append(self._read_rows(parts[at], columns, first, last))
             at += 1
-        return pa.concat_tables(found)
+        return pa.concat_tables(tables)
 
     def ranges(self, name: str, step: int) -> list[tuple[int, int]]:
         """Ranges of rows that are whole parts: as many parts as fit into ``step`` rows, at least one."""
         ends = self._finished().starts(name)[1:]
-        found, start = [], 0
+        ranges, start = [], 0
         for end, after in zip(ends, [*ends[1:], None], strict=False):
             if end > start and (after is None or after - start > step):
-                found.append((start, end))
+                ranges.append((start, end))
                 start = end
-        return found
+        return ranges
 
     def source_rows(self, name: str, start: int, stop: int) -> tuple[int, int]:
         """The input rows, rounded to whole shards, from which rows ``start`` to ``stop`` of a table were made."""

@@ -51,21 +51,21 @@ def filtered_by(
         return Select(parsed=parsed)
     if setting == "without-leak":
         return every
-    kept = every
+    selected = every
     if word == "without":
-        kept = filtered(parsed, passages, corpus, max_rank=max_rank, without=(name,))
+        selected = filtered(parsed, passages, corpus, max_rank=max_rank, without=(name,))
     elif name == "diversity":
         order = Score(parsed=every, corpus=passages, filter=Diversity(encoder=encoder, share=0.5))
-        kept = Select(parsed=every, scores=(order,))
+        selected = Select(parsed=every, scores=(order,))
     elif word == "with":
-        kept = every.model_copy(update={"scores": (*every.scores, _extra(name, parsed, passages, corpus, encoder))})
-    return gated(kept, passages, held_out, encoder, exemplars=exemplars, split=split) if held_out else kept
+        selected = every.model_copy(update={"scores": (*every.scores, _extra(name, parsed, passages, corpus, encoder))})
+    return gated(selected, passages, held_out, encoder, exemplars=exemplars, split=split) if held_out else selected
 
 
 def _extra(name: str, parsed: Parse, passages: Stage, corpus: Stage, encoder: Encoder) -> Score:
     """The score of a rowwise filter of ``EXTRA``."""
     if name != "teacher-score":
-        found: dict[str, Filter] = {"logprob": Logprob(top_share=0.5), "language": Language(), "pii": Pii()}
-        return Score(parsed=parsed, corpus=passages, filter=found[name])
+        filters: dict[str, Filter] = {"logprob": Logprob(top_share=0.5), "language": Language(), "pii": Pii()}
+        return Score(parsed=parsed, corpus=passages, filter=filters[name])
     labels = hybrid_scores(parsed, corpus, encoder)
     return Score(parsed=parsed, corpus=corpus, filter=Teacher(by="margin", top_share=0.5), labels=labels)

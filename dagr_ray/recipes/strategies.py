@@ -104,51 +104,51 @@ def arm(
             max_tokens=sampling.max_tokens, held_out=held_out, base=encoder, without=without, max_cost=max_cost,
             accepted=None if max_cost is None else MOST, split=split,
         )  # fmt: skip
-        kept: Stage = selected
-        while isinstance(kept, LeakGate | GenerateUntil):
-            kept = kept.selected
-        assert isinstance(kept, Select) and isinstance(kept.parsed, Parse)
-        parsed = kept.parsed
+        selection: Stage = selected
+        while isinstance(selection, LeakGate | GenerateUntil):
+            selection = selection.selected
+        assert isinstance(selection, Select) and isinstance(selection.parsed, Parse)
+        parsed = selection.parsed
         read = Cloze(corpus=corpus, selected=selected) if strategy.name() == CLOZE else corpus
         return Arm(parsed.generations, parsed, selected, read, mined)
     if strategy.writes == "triples":
-        asked: Stage = Topics(n=passages.n)  # type: ignore[attr-defined]
-        made = _rewritten(strategy, used, asked, sampling, samples)
-        queries = clean(made, made)
-        mined = Mine(selected=queries, corpus=made, negatives=0)
-        examples: Stage = WithNegatives(mined=mined, written=(made,), total=1)
-        return Arm(made.generate, made, queries, made, examples)
+        source: Stage = Topics(n=passages.n)  # type: ignore[attr-defined]
+        rewritten = _rewritten(strategy, used, source, sampling, samples)
+        queries = clean(rewritten, rewritten)
+        mined = Mine(selected=queries, corpus=rewritten, negatives=0)
+        examples: Stage = WithNegatives(mined=mined, written=(rewritten,), total=1)
+        return Arm(rewritten.generate, rewritten, queries, rewritten, examples)
     if strategy.reads_links:
         near = Search(
             index=Index(corpus=corpus, miner=Dense(encoder=encoder)), queries=AsQueries(corpus=passages), depth=10
         )
-        asked = LinkedPairs(passages=passages, corpus=corpus, search=near)
+        source = LinkedPairs(passages=passages, corpus=corpus, search=near)
     else:
         first, mined = augment(
             passages, corpus, Promptagator(), engine, exemplars=exemplars, samples=samples, max_rank=max_rank,
             negatives=negatives, held_out=held_out, base=encoder, split=split,
         )  # fmt: skip
-        asked = Pairs(queries=first, corpus=corpus)
-    made = _rewritten(strategy, used, asked, sampling, samples)
+        source = Pairs(queries=first, corpus=corpus)
+    rewritten = _rewritten(strategy, used, source, sampling, samples)
     if strategy.writes == "queries":
         # words of another language are not in the index
         miner = Dense(encoder=encoder) if strategy.changes_language else BM25()
-        search = Search(index=Index(corpus=corpus, miner=miner), queries=made, depth=100)
-        found = filtered(made, corpus, corpus, max_rank=max_rank, search=search)
+        search = Search(index=Index(corpus=corpus, miner=miner), queries=rewritten, depth=100)
+        selected_queries = filtered(rewritten, corpus, corpus, max_rank=max_rank, search=search)
         if strategy.keeps_meaning:  # by retrieval, and by embedding
-            near = Search(index=Index(corpus=corpus, miner=Dense(encoder=encoder)), queries=made, depth=100)
-            same = Score(parsed=made, corpus=corpus, filter=RoundTrip(max_rank=max_rank), search=near)
-            found = found.model_copy(update={"scores": (*found.scores, same)})
-        queries = clean(found, corpus)
+            near = Search(index=Index(corpus=corpus, miner=Dense(encoder=encoder)), queries=rewritten, depth=100)
+            meaning_score = Score(parsed=rewritten, corpus=corpus, filter=RoundTrip(max_rank=max_rank), search=near)
+            selected_queries = selected_queries.model_copy(update={"scores": (*selected_queries.scores, meaning_score)})
+        queries = clean(selected_queries, corpus)
         mined = Mine(selected=queries, corpus=corpus, searches=(search,), negatives=negatives)
-        return Arm(made.generate, made, queries, corpus, mined)
-    both = ConcatCorpora(corpora=(corpus, made))
+        return Arm(rewritten.generate, rewritten, queries, corpus, mined)
+    both = ConcatCorpora(corpora=(corpus, rewritten))
     if strategy.writes == "negatives":
-        examples = WithNegatives(mined=mined, written=(made,), total=negatives)
-        return Arm(made.generate, made, first, both, examples)
-    search = Search(index=Index(corpus=both, miner=BM25()), queries=made, depth=100)
-    mined = Mine(selected=made, corpus=both, searches=(search,), negatives=negatives)
-    return Arm(made.generate, made, made, both, mined)
+        examples = WithNegatives(mined=mined, written=(rewritten,), total=negatives)
+        return Arm(rewritten.generate, rewritten, first, both, examples)
+    search = Search(index=Index(corpus=both, miner=BM25()), queries=rewritten, depth=100)
+    mined = Mine(selected=rewritten, corpus=both, searches=(search,), negatives=negatives)
+    return Arm(rewritten.generate, rewritten, rewritten, both, mined)
 
 
 def parts(strategies: str, mix: str = "all", weights: str | None = None) -> dict[str, float]:
@@ -160,8 +160,8 @@ def parts(strategies: str, mix: str = "all", weights: str | None = None) -> dict
     ({'typed': 3.0, 'hyde': 1.0}, {'hyde': 1.0})
     """
     names, (word, _, one) = strategies.split("+"), mix.partition("-")
-    kept = {"all": names, "only": [one], "without": [n for n in names if n != one]}.get(word, [])
-    if (one and one not in names) or not kept or (word == "all") != (not one):
+    chosen = {"all": names, "only": [one], "without": [n for n in names if n != one]}.get(word, [])
+    if (one and one not in names) or not chosen or (word == "all") != (not one):
         raise ConfigError(f"mix = {mix!r}; allowed: all, and only-NAME or without-NAME with one of {', '.join(names)}")
     try:
         values = [float(value) for value in weights.split("+")] if weights else [1.0] * len(names)
@@ -171,7 +171,7 @@ def parts(strategies: str, mix: str = "all", weights: str | None = None) -> dict
         raise ConfigError(
             f"weights = {weights!r}: there are {len(names)} strategies; give a number each, such as 2+1+1"
         )
-    return {name: weight for name, weight in zip(names, values, strict=True) if name in kept}
+    return {name: weight for name, weight in zip(names, values, strict=True) if name in chosen}
 
 
 def mixed(
@@ -190,9 +190,9 @@ def mixed(
     return blend, arms[0].corpus if len(corpora) == 1 else ConcatCorpora(corpora=tuple(corpora.values()))
 
 
-def _rewritten(strategy: Strategy, engine: Engine, asked: Stage, sampling: Sampling, samples: int) -> Rewrite:
+def _rewritten(strategy: Strategy, engine: Engine, source: Stage, sampling: Sampling, samples: int) -> Rewrite:
     # one of several long texts with the same meaning is enough
     several = 1 if strategy.writes == "passages" else samples
     return Rewrite(
-        generations=Generate(corpus=asked, strategy=strategy, engine=engine, sampling=sampling, samples=several)
+        generations=Generate(corpus=source, strategy=strategy, engine=engine, sampling=sampling, samples=several)
     )

@@ -49,14 +49,14 @@ class Ranking:
         [[0, 1], [2], [3]]
         """
         order = sorted(range(len(self.score)), key=lambda i: (self.first[i] + self.last[i], i))
-        found: list[list[int]] = []
+        groups: list[list[int]] = []
         for item in order:
-            last = found[-1][-1] if found else None
+            last = groups[-1][-1] if groups else None
             if last is not None and (self.first[last], self.last[last]) == (self.first[item], self.last[item]):
-                found[-1].append(item)
+                groups[-1].append(item)
             else:
-                found.append([item])
-        return found
+                groups.append([item])
+        return groups
 
 
 def rank(ratings: np.ndarray) -> Ranking:
@@ -67,24 +67,24 @@ def rank(ratings: np.ndarray) -> Ranking:
     >>> np.argsort(-rank(np.array([[1, 0, 0], [1, 1, 0], [np.nan, 1, 0]])).score).tolist()
     [0, 1, 2]
     """
-    told = ~np.isnan(ratings)
-    likes = np.where(told, ratings, 0.0)
+    is_rated = ~np.isnan(ratings)
+    likes = np.where(is_rated, ratings, 0.0)
     score, threshold = np.zeros(ratings.shape[1]), np.zeros(ratings.shape[0])
     weight = np.zeros_like(likes)
     for _ in range(STEPS):
         before = score.copy()
         for axis in (0, 1):
             odds = 1 / (1 + np.exp(-(score[None, :] - threshold[:, None])))
-            weight = np.where(told, odds * (1 - odds), 0.0)
-            gap = np.where(told, likes - odds, 0.0).sum(axis=axis)
+            weight = np.where(is_rated, odds * (1 - odds), 0.0)
+            gap = np.where(is_rated, likes - odds, 0.0).sum(axis=axis)
             if axis == 0:
                 score = score + (gap - score / PRIOR**2) / (weight.sum(axis=0) + 1 / PRIOR**2)
             else:
                 threshold = threshold + (-gap - threshold / PRIOR**2) / (weight.sum(axis=1) + 1 / PRIOR**2)
         if np.abs(score - before).max(initial=0.0) < 1e-9:
             break
-    above = told.astype(float) * likes
-    below = told.astype(float) * (1 - likes)
+    above = is_rated.astype(float) * likes
+    below = is_rated.astype(float) * (1 - likes)
     n = ratings.shape[1]
     first, last = np.ones(n, np.int64), np.full(n, n)
     step = max(PAIRS // max(n, 1), 1)
@@ -110,8 +110,8 @@ def worth_asking(ratings: np.ndarray, ranking: Ranking, k: int) -> list[tuple[in
     gain = variance**2 * information / (1 + variance * information)
     gain = np.where(np.isnan(ratings) & (ranking.first < ranking.last)[None, :], gain, 0.0)
     best = np.argsort(-gain, axis=None, kind="stable")[:k]
-    found = ((int(i // gain.shape[1]), int(i % gain.shape[1]), float(gain.flat[i])) for i in best)
-    return [each for each in found if each[2] > 0]
+    candidates = ((int(i // gain.shape[1]), int(i % gain.shape[1]), float(gain.flat[i])) for i in best)
+    return [candidate for candidate in candidates if candidate[2] > 0]
 
 
 class Aggregate(Stage):
@@ -148,37 +148,38 @@ class Aggregate(Stage):
             asks: list[tuple[float, str, str, str]] = []
             for query_id, of in rated.items():
                 docs = list(dict.fromkeys(doc for _, doc in of))
-                raters = [(scorer, cut) for scorer, found in cuts.items() for cut in found]
+                raters = [(scorer, cut) for scorer, scorer_cuts in cuts.items() for cut in scorer_cuts]
                 ratings = np.full((len(raters), len(docs)), np.nan)
                 for u, (scorer, cut) in enumerate(raters):
                     for i, doc in enumerate(docs):
                         score = of.get((scorer, doc))
                         ratings[u, i] = np.nan if score is None else score > cut
-                found = rank(ratings)
-                for name, values in (("aggregate", found.score), ("aggregate-deviation", found.deviation)):
+                ranking = rank(ratings)
+                for name, values in (("aggregate", ranking.score), ("aggregate-deviation", ranking.deviation)):
                     rows += [
                         {"query_id": query_id, "doc_id": doc, "scorer": name, "score": float(value)}
                         for doc, value in zip(docs, values, strict=True)
                     ]
-                for u, i, gain in worth_asking(ratings, found, self.ask):
+                for u, i, gain in worth_asking(ratings, ranking, self.ask):
                     asks.append((gain, raters[u][0], query_id, docs[i]))
                 if len(asks) > 100 * (self.ask + 1):
-                    asks = self._told(asks)
-            told = self._told(asks)
+                    asks = self._best_questions(asks)
+            questions = self._best_questions(asks)
             names = ("gain", "rater", "query_id", "doc_id")
             folder.write_bytes(
-                "ask.json", json.dumps([dict(zip(names, each, strict=True)) for each in told], indent=1).encode()
+                "ask.json",
+                json.dumps([dict(zip(names, question, strict=True)) for question in questions], indent=1).encode(),
             )
             pairs = len(rows) // 2
-            counts = {"in": pairs, "out": pairs, "queries": len(rated), "raters": len(cuts), "ask": len(told)}
+            counts = {"in": pairs, "out": pairs, "queries": len(rated), "raters": len(cuts), "ask": len(questions)}
             return Output({"scores": tables.table("scores", rows)}, ["ask.json"], counts)
 
         return run
 
-    def _told(self, asks: list[tuple[float, str, str, str]]) -> list[tuple[float, str, str, str]]:
+    def _best_questions(self, asks: list[tuple[float, str, str, str]]) -> list[tuple[float, str, str, str]]:
         """The best of some (gain, rater, query, passage); a rater has several thresholds: of one question the largest gain."""
-        once = {each[1:]: each for each in sorted(asks)}
-        return sorted(once.values(), key=lambda each: (-each[0], each[1:]))[: self.ask]
+        unique = {question[1:]: question for question in sorted(asks)}
+        return sorted(unique.values(), key=lambda question: (-question[0], question[1:]))[: self.ask]
 
     def _rated(self, labels: list[Artifact]) -> tuple[dict[str, list[float]], dict[str, dict[tuple[str, str], float]]]:
         """Rater -> its cuts, and query -> (rater, passage) -> score. Raters of one name in two labels are two raters."""

@@ -77,22 +77,22 @@ class Select(Stage):
             for row in np.flatnonzero(part.by >= 0):
                 by = self.scores[part.by[row]].filter.type
                 rejected.add(part.ids[row], by, part.reasons[row], f"score {part.values[row]:g}")
-            kept = part.qrels.filter(pa.array(part.by < 0))
-            ids = kept["query_id"].unique()
+            qrels = part.qrels.filter(pa.array(part.by < 0))
+            ids = qrels["query_id"].unique()
             queries, lineage = (beside(inputs["parsed"], "qrels", name, start, stop) for name in ("queries", "lineage"))
             queries = queries.filter(pc.is_in(queries["query_id"], value_set=ids))
-            made = {
+            output = {
                 "queries": queries,
-                "qrels": kept,
+                "qrels": qrels,
                 "lineage": lineage.filter(pc.is_in(lineage["id"], value_set=ids)),
                 "rejected": rejected.table(),
             }
             if any(_rewrites_texts(score.filter) for score in self.scores):
-                made["queries"], made["masked"] = decisions.rewritten(queries, part)
-            counts = {"in": len(part.ids), "out": kept.num_rows, "rejected": rejected.counts_by_reason()}
-            if "masked" in made:
-                counts["masked"] = made["masked"].num_rows
-            return Output(made, counts=counts)
+                output["queries"], output["masked"] = decisions.rewritten(queries, part)
+            counts = {"in": len(part.ids), "out": qrels.num_rows, "rejected": rejected.counts_by_reason()}
+            if "masked" in output:
+                counts["masked"] = output["masked"].num_rows
+            return Output(output, counts=counts)
 
         return run
 
@@ -150,8 +150,8 @@ class _Decisions:
             scores = self._scores(i, qrels, start, stop)
             part.scores.append(scores)
             for query_type, rows in query_types.items():
-                asked = rows[by[rows] < 0]
-                self._ask(part, i, self.filters_for[i](query_type), asked, scores[asked])
+                remaining = rows[by[rows] < 0]
+                self._apply_filter(part, i, self.filters_for[i](query_type), remaining, scores[remaining])
             self._cut_off(part, i, scores)
         return part
 
@@ -169,7 +169,7 @@ class _Decisions:
         assert rows.select(["query_id", "doc_id"]).combine_chunks().equals(pairs), f"{self.stored[i].path}: other rows"
         return rows["score"].to_numpy()
 
-    def _ask(self, part: _Part, i: int, judge: Filter, rows: np.ndarray, scores: np.ndarray) -> None:
+    def _apply_filter(self, part: _Part, i: int, judge: Filter, rows: np.ndarray, scores: np.ndarray) -> None:
         """Decides each distinct score once: most filters have few."""
         values, places = np.unique(scores, return_inverse=True)
         reasons = [judge.keep(value) for value in values.tolist()]
@@ -192,10 +192,10 @@ class _Decisions:
         filter, total = self.filters[i], self.parsed.count("qrels")
         if filter.quota(total) is None:
             return None
-        sign, found = 1 if filter.best == "high" else -1, [np.empty(0, np.float32)]
-        for part in self._survey(i):
-            found.append(sign * part.scores[i][part.by < 0])
-        scores = np.concatenate(found)
+        sign, score_parts = 1 if filter.best == "high" else -1, [np.empty(0, np.float32)]
+        for part in self._parts_before_cut(i):
+            score_parts.append(sign * part.scores[i][part.by < 0])
+        scores = np.concatenate(score_parts)
         quota = filter.quota(len(scores))
         if quota is None or quota >= len(scores):
             return None
@@ -205,12 +205,12 @@ class _Decisions:
         spare = quota - int((scores > last).sum())
         draws = sorted(
             _draw(part.ids[row])
-            for part in self._survey(i)
+            for part in self._parts_before_cut(i)
             for row in np.flatnonzero((part.by < 0) & (sign * part.scores[i] == last)).tolist()
         )
         return _Cut(last, draws[spare - 1])
 
-    def _survey(self, i: int) -> Iterator[_Part]:
+    def _parts_before_cut(self, i: int) -> Iterator[_Part]:
         """All rows, with the decisions of the filters up to ``i`` (its own cut is not known yet)."""
         for start, stop in self.parsed.ranges("qrels", 1):
             yield self.of(start, stop, i + 1)
@@ -224,13 +224,13 @@ class _Decisions:
             if not _rewrites_texts(filter):
                 continue
             for place, query_id in enumerate(ids):
-                done = filter.rewrite(texts[place], float(part.scores[i][row_of[query_id]]))
-                if done is not None:
-                    texts[place] = tables.clean(done[0])
-                    for column, value in zip(changed.values(), (query_id, filter.type, done[1]), strict=True):
+                change = filter.rewrite(texts[place], float(part.scores[i][row_of[query_id]]))
+                if change is not None:
+                    texts[place] = tables.clean(change[0])
+                    for column, value in zip(changed.values(), (query_id, filter.type, change[1]), strict=True):
                         column.append(value)
-        made = tables.columns("queries", len(ids), query_id=queries["query_id"], text=texts)
-        return made, tables.columns("masked", len(changed["id"]), **changed)
+        rewritten = tables.columns("queries", len(ids), query_id=queries["query_id"], text=texts)
+        return rewritten, tables.columns("masked", len(changed["id"]), **changed)
 
 
 def _draw(query_id: str) -> float:
