@@ -96,7 +96,7 @@ def test_a_rebuilt_folder_is_not_read_through_what_is_remembered(tmp_path):
     assert reader.count("corpus") == 4
     folder.revoke([0])
     assert reader.manifest is None
-    with pytest.raises(FileNotFoundError, match="not complete"):
+    with pytest.raises(FileNotFoundError, match="incomplete or unreachable"):
         reader.slice("corpus", 0, 1)
     finished(tmp_path, [2, 5])
     assert reader.count("corpus") == 7 and reader.slice("corpus", 5, 7).num_rows == 2
