@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
-# Folders of the loaded jobs, the last one first; and those of them that this module added to sys.path.
+# Folders of the loaded jobs, the last one first; and the subset that this module added to sys.path.
 _job_folders: list[str] = []
 _added: set[str] = set()
 

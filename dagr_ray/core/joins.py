@@ -162,7 +162,7 @@ class SearchResults:
         return Rows(self.source)
 
     def of(self, query_ids: pa.ChunkedArray, start: int, stop: int) -> pa.Table:
-        """SearchResults of queries in rows ``start`` to ``stop``, with those of the rest of their shards."""
+        """Candidates of queries in rows ``start`` to ``stop``, and of the other queries in their shards."""
         if self.source is None:
             return rows_with(self.search, "candidates", "query_id", query_ids.unique())
         rows = np.arange(start, stop) if self.source == self.queries else self._rows.of(query_ids)

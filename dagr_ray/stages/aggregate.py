@@ -1,6 +1,6 @@
 """Aggregates many coarse ratings into one fine ranking: raters with unknown thresholds.
 
-The model is that of Villemaud, Sankagiri and Grossglauser 2025 (arXiv 2510.01871): item i has a score x_i, a rater u has
+The model is from Villemaud, Sankagiri and Grossglauser 2025 (arXiv 2510.01871): item i has a score x_i, a rater u has
 a threshold y_u, and u rates i positively if x_i > y_u. One rater tells little; together they divide the items into ordered
 bins, and the order inside a bin is unknown. A rating with several grades counts as several thresholds. Real raters make
 mistakes, so the noisy form of the model is fitted, P(positive) = 1 / (1 + exp(-(x_i - y_u))) (Rasch's): with complete
@@ -99,11 +99,11 @@ def rank(ratings: np.ndarray) -> Ranking:
 
 
 def worth_asking(ratings: np.ndarray, ranking: Ranking, k: int) -> list[tuple[int, int, float]]:
-    """Up to ``k`` (rater, item, gain) that have not been asked and would tell most, best first.
+    """Up to ``k`` missing ratings (rater, item, gain) that would tell most, best first.
 
-    The gain is how much the variance of the item's score falls, on average over the two answers. An item that stands
-    alone in its bin needs nobody. A rater who is as likely to say one as the other tells most, so this asks raters near
-    their thresholds, as the paper's search does.
+    The gain is the expected fall of the variance of the item's score over the two answers. An item that is alone in its
+    bin needs no further rating. A rater who is equally likely to give either answer tells most, so raters near their
+    thresholds come first, as in the paper's search.
     """
     odds = 1 / (1 + np.exp(-(ranking.score[None, :] - ranking.threshold[:, None])))
     information, variance = odds * (1 - odds), ranking.deviation[None, :] ** 2
@@ -123,7 +123,7 @@ class Aggregate(Stage):
     a rater's threshold for relevance depends on the query.
 
     The scorer ``aggregate`` gives each passage's score, ``aggregate-deviation`` its standard error, and ``ask.json`` the
-    ``ask`` (rater, query, passage) that would tell most and have not been asked, best first, for people or judges.
+    ``ask`` missing ratings (rater, query, passage) that would tell most, best first, for people or judges.
     """
 
     abstract: ClassVar[bool] = False

@@ -101,7 +101,7 @@ class Generate(Stage):
     def prompts(self, inputs: Inputs, ids: Iterable[str], sample: int = 0) -> dict[str, str]:
         """The exact prompts of passages for sample number ``sample``, by doc_id, before an engine cuts long ones."""
         rows, (shown, _) = rows_with(inputs["corpus"], self.strategy.reads, "doc_id", ids), _exemplars(inputs)
-        requests, _ = self._asked(rows, tables.encode_id_part(self.fingerprint()), shown, set())
+        requests, _ = self._requests(rows, tables.encode_id_part(self.fingerprint()), shown, set())
         prompts = requests.prompts[sample // self.per_request() :: self.per_passage() // self.per_request()]
         return {doc_id: prompt.text for doc_id, prompt in zip(requests.ids, prompts, strict=True)}
 
@@ -119,7 +119,7 @@ class Generate(Stage):
         sampling = self.sampling.model_copy(update={"logprob": self.keeps_logprob})
 
         def run(start: int, stop: int) -> Output:
-            requests, rejected = self._asked(
+            requests, rejected = self._requests(
                 inputs["corpus"].slice(self.strategy.reads, start, stop), ids, shown, held_out
             )
             generating = time.time()
@@ -141,11 +141,11 @@ class Generate(Stage):
 
         return run
 
-    def _asked(
+    def _requests(
         self, corpus: pa.Table, start: bytes, shown: tuple[Exemplar, ...], held_out: set[str]
-    ) -> tuple[_Asked, tables.Rejected]:
-        """What to ask of the passages, and those that nothing is asked of. ``start`` is the first part of all ids."""
-        asked, rejected, rng, strategies = _Asked(), tables.Rejected(), LazyRandom(), self.strategy.members()
+    ) -> tuple[_Requests, tables.Rejected]:
+        """The requests for passages, and the rejected passages. ``start`` is the first part of all ids."""
+        requests, rejected, rng, strategies = _Requests(), tables.Rejected(), LazyRandom(), self.strategy.members()
         apart = any(strategy.per_sample() for strategy in strategies)
         plain = (
             partial(special_tokens.escape_special_tokens, own=self.engine.special_tokens())
@@ -163,43 +163,43 @@ class Generate(Stage):
                 continue
             content = start + tables.encode_id_part(doc_id)
             seed = tables.seed_for(content)
-            asked.ids.append(doc_id)
-            asked.contents.append(content)
-            asked.seeds.append(seed)
+            requests.ids.append(doc_id)
+            requests.contents.append(content)
+            requests.seeds.append(seed)
             passage = Passage(doc_id, title or "", text, *more)
             if plain:
                 passage = Passage(doc_id, *(plain(each or "") for each in passage[1:]))
             # prompts of a passage are adjacent, so that their common prefix is still in the engine's cache
             if apart:
                 each = enumerate(strategies_of_samples(strategies, rng, seed, self.samples))
-                asked.prompts += [one.prompt(passage, shown, rng.seeded(seed + i)) for i, one in each]
+                requests.prompts += [one.prompt(passage, shown, rng.seeded(seed + i)) for i, one in each]
             else:
-                asked.prompts += [strategy.prompt(passage, shown, rng.seeded(seed)) for strategy in strategies]
-        return asked, rejected
+                requests.prompts += [strategy.prompt(passage, shown, rng.seeded(seed)) for strategy in strategies]
+        return requests, rejected
 
-    def _seeds(self, asked: _Asked) -> list[int]:
+    def _seeds(self, requests: _Requests) -> list[int]:
         """The seed of each prompt's first sample."""
         firsts = range(0, self.per_passage(), self.per_request())
-        return [seed + first for seed in asked.seeds for first in firsts]
+        return [seed + first for seed in requests.seeds for first in firsts]
 
-    def _generations(self, asked: _Asked, answers: list[list[Completion]]) -> pa.Table:
+    def _generations(self, requests: _Requests, answers: list[list[Completion]]) -> pa.Table:
         """The rows of the table, samples of a passage adjacent. As columns: a dict per row takes 8 times as long."""
-        prompts = len(asked.prompts)
+        prompts = len(requests.prompts)
         assert len(answers) == prompts, f"{self.engine.type} answered {len(answers)} of {prompts} prompts"
         numbers_range, per_request = range(self.per_passage()), self.per_request()
         for answer in answers:
             assert len(answer) == per_request, f"{self.engine.type} gave {len(answer)} of {per_request}"
         numbers = [tables.encode_id_part(i) for i in numbers_range]
-        shas = [tables.prompt_sha(prompt.text) for prompt in asked.prompts]
+        shas = [tables.prompt_sha(prompt.text) for prompt in requests.prompts]
         completions = [completion for answer in answers for completion in answer]
         clean = tables.clean
         return tables.columns(
             "generations",
             len(completions),
-            gen_id=[tables.hash_id(content + number) for content in asked.contents for number in numbers],
-            source_id=[doc_id for doc_id in asked.ids for _ in numbers_range],
-            sample=[i for _ in asked.ids for i in numbers_range],
-            seed=[seed + i for seed in asked.seeds for i in numbers_range],
+            gen_id=[tables.hash_id(content + number) for content in requests.contents for number in numbers],
+            source_id=[doc_id for doc_id in requests.ids for _ in numbers_range],
+            sample=[i for _ in requests.ids for i in numbers_range],
+            seed=[seed + i for seed in requests.seeds for i in numbers_range],
             prompt_sha=[sha for sha in shas for _ in range(per_request)],
             truncated=[c.truncated for c in completions],
             raw=[None if c.raw is None else clean(c.raw) for c in completions],
@@ -219,8 +219,8 @@ def strategies_of_samples(strategies: Sequence[Strategy], rng: LazyRandom, seed:
 
 
 @dataclass
-class _Asked:
-    """The passages of a shard that something is asked of: column by column, in order."""
+class _Requests:
+    """The requests for the passages of a shard: column by column, in order."""
 
     ids: list[str] = field(default_factory=list)
     contents: list[bytes] = field(default_factory=list)  # first parts of the completions' ids

@@ -96,7 +96,7 @@ class MixExamples(Stage):
         return f"{len(self.examples)}sources-{self.n or 'all'}"
 
     def shares(self, sizes: Sequence[int]) -> list[int]:
-        """Examples to take of each source, of which sizes are so many.
+        """The number of examples from each source, for sources of these ``sizes``.
 
         >>> from dagr_ray.stages.pairs import Topics
         >>> two = (Topics(n=1), Topics(n=2))
@@ -169,7 +169,7 @@ def apportion(weights: Sequence[float], total: int) -> list[int]:
 
 
 def _most(weights: Sequence[float], there: Sequence[int]) -> int:
-    """How many there are in all if no source of so many gives more than it has."""
+    """The largest total for which no source contributes more than it has."""
     return int(
         min(count * sum(weights) / weight for count, weight in zip(there, weights, strict=True) if weight) + 1e-9
     )
@@ -247,7 +247,7 @@ class MixQueries(Stage):
         return super().identity() | ({"version": 1} if self.n is None and self.weights is None else {})
 
     def shares(self, sizes: Sequence[int]) -> list[int]:
-        """Queries to take of each arm, of which sizes are so many.
+        """The number of queries from each arm, for arms of these ``sizes``.
 
         >>> from dagr_ray.stages.pairs import Topics
         >>> two = (Topics(n=1), Topics(n=2))

@@ -90,7 +90,7 @@ class CritiquedPairs(Stage):
 
     @property
     def generate(self) -> Generate:
-        """The stage that asked for the critiques."""
+        """The stage that generated the critiques."""
         return cast("Generate", self.critiques)
 
     @model_validator(mode="after")

@@ -59,8 +59,8 @@ class Rewrite(Stage):
         identity = super().identity() | {"parse_version": self.generate.strategy.parse_version}
         return identity | ({"check_version": Controls.check_version} if controls_of(self.generate.strategy) else {})
 
-    @derived("asked")
-    def _asked(self) -> Stage:
+    @derived("sources")
+    def _sources(self) -> Stage:
         """The pairs or topics of the prompts are read again."""
         return self.generate.corpus
 
@@ -78,7 +78,9 @@ class Rewrite(Stage):
 
         def run(start: int, stop: int) -> Output:
             answers = inputs["generations"].slice("generations", start, stop, ["gen_id", "source_id", "raw", "error"])
-            rows = inputs["asked"].slice(strategy.reads, *inputs["generations"].source_rows("generations", start, stop))
+            rows = inputs["sources"].slice(
+                strategy.reads, *inputs["generations"].source_rows("generations", start, stop)
+            )
             pair_of = dict(zip(rows["doc_id"].to_pylist(), rows.to_pylist(), strict=True))
             passage_of = {
                 row[0]: Passage(*row)

@@ -188,12 +188,12 @@ class Train(Stage):
         if by is None:
             return
         for part in texts.ranges(examples, "examples", ["negative_ids", "positive_score", "negative_scores"]):
-            asked, given = (pc.list_value_length(part[c]) for c in ("negative_ids", "negative_scores"))
-            if pc.any(pc.equal(asked, 0)).as_py():
+            negatives, scores = (pc.list_value_length(part[c]) for c in ("negative_ids", "negative_scores"))
+            if pc.any(pc.equal(negatives, 0)).as_py():
                 raise ConfigError(
                     f"train: {by} compares scores, but examples = {name!r} has rows without negatives; mine some"
                 )
-            short = pc.any(pc.not_equal(asked, pc.fill_null(given, -1))).as_py()
+            short = pc.any(pc.not_equal(negatives, pc.fill_null(scores, -1))).as_py()
             flat = pc.list_flatten(part["negative_scores"])
             if short or part["positive_score"].null_count or flat.null_count:
                 raise ConfigError(
