@@ -1,4 +1,4 @@
-"""A generator that learns from people's queries how people ask."""
+"""Tunes a generator on human queries."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ from dagr_ray.training.settings import GeneratorSettings
 class TuneGenerator(Stage):
     """The model of ``engine`` tuned on pairs of a passage and a query that a person wrote for it.
 
-    The pairs are those of ``data`` that are judged relevant in ``split``, up to ``n`` of them, drawn by hash, so that fewer
-    lie inside more. Prompts are those of ``strategy``, as ``Generate`` asks them; the loss is on the query alone. Sources:
+    The pairs are the relevant ones of ``data``'s split ``split``, at most ``n`` of them, drawn by hash, so that a smaller
+    draw is part of a larger one. Prompts are the strategy's, as in ``Generate``; the loss covers only the query. Sources:
     doc2query (arXiv 1904.08375), and SPTAR (arXiv 2307.08303) for tuning on few pairs. Give the stage to ``Generate`` as
     ``tuned``, with the same engine and strategy.
 
-    ``exemplars`` holds the pairs that were learnt from. If they come from the collection that is judged, give this stage as
-    ``exclude`` to what samples passages and to what judges: a generator may have memorised its pairs.
+    ``exemplars`` holds the training pairs. If they come from the evaluated collection, give this stage as ``exclude`` to
+    the stages that sample passages and evaluate, because a generator may have memorised its pairs.
 
-    ``lora`` trains adapters in place of the weights; they are merged into what is saved. ``model/`` is a plain folder in
-    the type of the model's own weights, which every engine reads. Metrics: ``loss@<step>``, per token of a query.
+    ``lora`` trains adapters instead of the weights; they are merged before saving. ``model/`` is a plain folder in the
+    type of the model's own weights, which every engine reads. Metrics: ``loss@<step>``, per token of a query.
     """
 
     abstract: ClassVar[bool] = False
