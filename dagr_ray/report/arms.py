@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from dagr_ray.core.artifact import Json
+from dagr_ray.core.artifact import Artifact, Json
 from dagr_ray.core.config import digest
 from dagr_ray.core.paths import distinct_names
 from dagr_ray.report.lineage import ArmFolders, Folders
@@ -197,6 +197,7 @@ class TrialResult:
             "series": self.series(),
             "volume": self.params.get("volume"),
             "used": self.arm.used if arm else 0,
+            "model": self._model() if arm else None,
             "trained_on": "pairs" if arm and self.arm.has_human_pairs else "queries",
             "frozen": frozen.id if frozen else None,
             "bm25": bm25.id if bm25 else None,
@@ -207,6 +208,13 @@ class TrialResult:
                 for row in self.trials or [self]
             ],
         }
+
+    def _model(self) -> str | None:
+        """The folder of the trained model, which sentence-transformers opens; None if nothing was trained."""
+        if self.arm.train is None:
+            return None
+        folder = Artifact(self.folders.runs, self.arm.train)
+        return f"{folder.path if folder.local else f'{folder.runs}/{folder.name}'}/model"
 
     @property
     def means(self) -> dict[str, dict[str, float]]:

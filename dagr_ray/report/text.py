@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dagr_ray.core.artifact import Json
 from dagr_ray.core.markdown import code, markdown
-from dagr_ray.report.verdict import dollars, duration, is_gain, is_loss, p_text, signed
+from dagr_ray.report.verdict import best_arm, dollars, duration, is_gain, is_loss, p_text, signed
 
 
 def terminal_table(summary: Json) -> str:
@@ -33,8 +33,31 @@ def terminal_table(summary: Json) -> str:
     verdict = summary["verdict"]
     notes = [f"note: {warning}" for warning in [*summary["warnings"], *_analyzer_notes(summary)]]
     return "\n".join(
-        [*(line.rstrip() for line in table), "", verdict["headline"], *(f"* {s}" for s in verdict["sentences"]), *notes]
+        [
+            *(line.rstrip() for line in table),
+            "",
+            verdict["headline"],
+            *(f"* {s}" for s in verdict["sentences"]),
+            *notes,
+            *_model_lines(summary),
+        ]
     )
+
+
+def _model_lines(summary: Json) -> list[str]:
+    """The best trained model for each base, on the first data set, and how to load it."""
+    lines = []
+    for base in dict.fromkeys(trial["base"] for trial in summary["trials"]):
+        arms = {t["trial"]: t for t in summary["trials"] if t["base"] == base and t.get("model")}
+        for data in summary["sets"][:1]:
+            scores = {n: t["scores"].get(data["name"], {}).get(summary["measure"], {}) for n, t in arms.items()}
+            scores = {name: score for name, score in scores.items() if "delta" in score}
+            if scores:
+                best = arms[best_arm(scores)]
+                lines.append(
+                    f"model, {base} with {best['used']:,} {best['label']}: SentenceTransformer({best['model']!r})"
+                )
+    return lines
 
 
 def _quality(trial: Json, name: str, measure: str) -> list[str]:
