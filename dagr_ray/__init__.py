@@ -5,7 +5,7 @@ from typing import Any
 
 from dagr_ray import moved
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 # The names that a recipe begins with, and their modules; each is imported when it is first asked for.
 _NAMES = {
     "BM25": "miners.bm25",
