@@ -19,6 +19,7 @@ from dagr_ray.leakage.joins import matching
 from dagr_ray.leakage.matching import FLOORS, MECHANISMS, HeldOut, Matches, WordInformation
 from dagr_ray.quickstart import pydocs
 from dagr_ray.quickstart.models import minilm
+from dagr_ray.report import page as pages
 from dagr_ray.retrieval.encoder import Encoder
 from dagr_ray.stages import leakage
 from dagr_ray.stages.evaluate import Evaluate, Scorecard
@@ -326,7 +327,7 @@ def test_the_page_shows_what_was_found_and_the_scores_without_it(tmp_path):
     touched = {r["held_out_id"] for r in rows if r["kind"] == "query-query"}
     left = [v for q, v in enumerate([0.9] * 30 + [0.5] * 30) if f"q{q}" not in touched]
     assert line["untouched"] == pytest.approx(sum(left) / len(left)) and line["touched"] == 60 - len(left)
-    page = report.page.render(summary, runs)
+    page = pages.render(summary, runs)
     assert "Does the training data contain the test?" in page and EVIL not in page
     assert any(step["step"] == "leaks" for g in summary["generators"] for step in g["rejected"]) == (
         found["dropped"] > 0
