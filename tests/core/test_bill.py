@@ -428,7 +428,7 @@ def test_page_and_terminal_show_cached_and_computed_tokens(tmp_path):
         assert f"{computed:,} computed, {cached:,} (33 %) from the engine&#39;s cache" in page.read().replace(
             "'", "&#39;"
         )
-    assert f"Of its {sum(prompts):,} prompt tokens 33% came from the engine's cache" in report.terminal_table(summary)
+    assert f"Of its {sum(prompts):,} prompt tokens, 33% came from the engine's cache" in report.terminal_table(summary)
     tokens = (2 * sum(prompts) + 8 * 5 * len(prompts)) / 1e6
     others = [line for line in summary["stages"] if not line["folder"].startswith("generate-")]
     assert generator["price_per_accepted"] * generator["accepted"] == pytest.approx(

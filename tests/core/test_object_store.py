@@ -15,7 +15,7 @@ from pathlib import Path
 import pyarrow.fs as pafs
 import pytest
 
-from dagr_ray.cli import inspect, main, run
+from dagr_ray.cli import inspect, main, results, run
 from dagr_ray.core.artifact import Artifact
 from dagr_ray.core.build import materialize
 from dagr_ray.core.config import ConfigError
@@ -234,7 +234,8 @@ def run_cli(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, 
     """A verb in this process, up to the point where the command line ends it."""
     args = main.parser().parse_args(words)
     try:
-        code = (getattr(run, args.verb, None) or getattr(inspect, args.verb))(args) or 0
+        home = next(module for module in (run, inspect, results) if hasattr(module, args.verb))
+        code = getattr(home, args.verb)(args) or 0
     except Exception as error:
         code = main._explain(error)
     out, err = capsys.readouterr()

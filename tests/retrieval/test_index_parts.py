@@ -13,9 +13,9 @@ from dagr_ray.core.placement import Placement, Pool
 from dagr_ray.core.ray_start import connect
 from dagr_ray.core.stage import Output, Stage, StageFailed
 from dagr_ray.core.tables import table
+from dagr_ray.miners import dense
 from dagr_ray.miners.bm25 import BM25
 from dagr_ray.miners.dense import Dense
-from dagr_ray.retrieval import encoder
 from dagr_ray.retrieval.approximate import Hnsw, IvfPq
 from dagr_ray.retrieval.encoder import Encoder
 from dagr_ray.stages import retrieve
@@ -157,7 +157,7 @@ def test_vectors_are_encoded_in_shards(tmp_path, whole, storage):
 
 
 def test_encoding_resumes_after_a_failure(tmp_path, whole, monkeypatch):
-    stage, real, asked = search(100, Dense(encoder=SMALL)), encoder.encode, []
+    stage, real, asked = search(100, Dense(encoder=SMALL)), dense.encode, []
 
     def failing(model, texts, *rest):
         asked.append(len(texts))
@@ -165,7 +165,7 @@ def test_encoding_resumes_after_a_failure(tmp_path, whole, monkeypatch):
             raise OSError("the machine goes away")
         return real(model, texts, *rest)
 
-    monkeypatch.setattr(encoder, "encode", failing)
+    monkeypatch.setattr(dense, "encode", failing)
     with pytest.raises(StageFailed, match="goes away"):
         materialize(stage.index, str(tmp_path), here(1))
     folder = stage.index.folder(str(tmp_path))

@@ -227,7 +227,7 @@ def test_a_corpus_is_read_in_ranges_without_missing_passages(tmp_path, monkeypat
     assert {positive for _, positive, _ in read(data)} == said
     data.remove()
     other = materialize(Toy(n=30), str(tmp_path))
-    with pytest.raises(AssertionError, match="rows of the examples are not in corpus"):
+    with pytest.raises(AssertionError, match="10 ids of the examples are not in corpus"):
         texts.fetch(folder, folder, other)
 
 
