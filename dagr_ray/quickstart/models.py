@@ -173,6 +173,9 @@ def _unpack(source: Path, folder: Path) -> None:
         )  # fmt: skip
         model.save_pretrained(temporary)
         AutoTokenizer.from_pretrained(directory, gguf_file=name).save_pretrained(temporary)
+        # it records whether the hub was switched off, by the environment, when it was read
+        settings = temporary / "tokenizer_config.json"
+        settings.write_text(settings.read_text().replace('"local_files_only": true', '"local_files_only": false'))
         (temporary / MARKER).write_text(f"{SMOLLM2_SHA256}\n{content_hash(temporary)}\n", encoding="utf-8")
         # mkdtemp and safetensors create files for the owner only, but one user may build an image and another run it
         temporary.chmod(0o755)

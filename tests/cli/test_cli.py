@@ -241,7 +241,7 @@ def test_a_missing_import_of_a_job_names_the_install_command(tmp_path) -> None:
             "import no_such_package.inner",
             f"{job} imports 'no_such_package', which is neither installed nor a file in the job's folder; ",
         ),
-        ("import dagr_ray.nothing", f"{job}: No module named 'dagr_ray.nothing'; mend the job file"),
+        ("import dagr_ray.nothing", f"{job}: No module named 'dagr_ray.nothing'; correct the job file"),
     ]:
         job.write_text(text)
         with pytest.raises(ConfigError, match=re.escape(said)):

@@ -53,9 +53,9 @@ def half(body, nth):
 def metrics(tmp_path):
     """The page of metrics once it holds the last shard, and the names of a stage on Ray and of one in the driver."""
     tiny_beir(tmp_path / "set", docs=60)
-    from tests.study.test_study import _free_ports
+    from tests.support.ray_head import free_ports
 
-    [port] = _free_ports(1)
+    [port] = free_ports(1)
     env = os.environ | {"RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "1"}
     with served(half) as server:
         words = [sys.executable, "-c", CODE, str(tmp_path), str(port), server.url]

@@ -117,7 +117,7 @@ def test_signals_end_the_verbs_that_look_at_results():
     """Each waits for ever for a store that takes a connection and is silent."""
     keys = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_EC2_METADATA_DISABLED": "true"}
     waiting = []
-    for number, code, said_first in ((signal.SIGTERM, 143, "told to stop"), (signal.SIGINT, 130, "interrupted")):
+    for number, code, said_first in ((signal.SIGTERM, 143, "stopped by SIGTERM"), (signal.SIGINT, 130, "interrupted")):
         for words in (("report",), ("annotate", "export", "beir-set", "to-rate")):
             store = socket.create_server(("127.0.0.1", 0))
             store.settimeout(60)

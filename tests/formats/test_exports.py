@@ -182,7 +182,8 @@ def test_a_reports_names_are_text():
     trial = {"base": HOSTILE, "label": HOSTILE, "used": 1, "scores": {"in": {"nDCG@10": score}}, "cost": None}
     trial |= {"seeds": [], "state": "done"}
     summary = {
-        "measure": "nDCG@10", "verdict": {"headline": HOSTILE, "sentences": [HOSTILE]}, "trials": [trial], "averages": [],
+        "measure": "nDCG@10", "interval": "95 % CI", "verdict": {"headline": HOSTILE, "sentences": [HOSTILE]},
+        "trials": [trial], "averages": [],
         "sets": [{"name": "in", "role": "in", "queries": 1, "measures": ["nDCG@10"]}], "warnings": [HOSTILE], "lexical": [],
     }  # fmt: skip
     lines = markdown_table(summary).split("\n")

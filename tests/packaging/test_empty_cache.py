@@ -65,6 +65,7 @@ def test_the_recorded_identity_is_that_of_the_unpacked_model(tmp_path: Path, mon
 
 def test_an_engine_unpacks_its_model_as_it_opens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DAGR_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # which transformers writes into the folder
     folder = models.unpacked(models.SMOLLM2)
     assert folder == tmp_path / models.SMOLLM2_FOLDER and content_hash(folder) == models.SMOLLM2_CONTENT
     assert (folder / models.MARKER).read_text().split() == [models.SMOLLM2_SHA256, models.SMOLLM2_CONTENT]

@@ -54,7 +54,8 @@ def test_an_engine_without_a_model_answers_what_needs_none():
         prompt = lookup(name, Strategy)().prompt(passage, (), random.Random(0))
         [[answer]] = sessions.generate([prompt], [0], Sampling(), 1)
         assert answer.raw and answer.completion_tokens == 0 and not engine.has_model
-    assert {name for name, engine in plugins(Engine).items() if not engine.has_model} == {
+    shipped = [engine for engine in plugins(Engine).values() if engine.__module__.startswith("dagr_ray.")]
+    assert {engine.type for engine in shipped if not engine.has_model} == {
         "crop-engine",
         "keyboard-engine",
     }

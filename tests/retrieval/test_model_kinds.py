@@ -94,7 +94,7 @@ def test_training_reads_and_saves_like_the_library(base, tmp_path):
     ):
         said = list(asked.values()) if task == "query" else [text_of[i] for i in ids]
         theirs = encode(said, normalize_embeddings=True)
-        np.testing.assert_allclose(encode(served, said, prompt, "float32", task), theirs, atol=1e-3)
+        np.testing.assert_allclose(encoders.encode(served, said, prompt, "float32", task), theirs, atol=1e-3)
         assert np.abs(theirs - old).max() > 1e-4, "nothing was learnt"
         assert after.prompts[task] == prompt
 

@@ -40,7 +40,7 @@ class Head(NamedTuple):
 @contextlib.contextmanager
 def local_head(**environment: str) -> Iterator[Head]:
     """A head with two cores, its token and ``environment``."""
-    dashboard, gcs, client, agent = _free_ports(4)
+    dashboard, gcs, client, agent = free_ports(4)
     # sockets below it have long names, and the system allows 107 bytes
     place = tempfile.mkdtemp(prefix="dagr-ray-", dir="/tmp")
     env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "1"}
@@ -64,7 +64,7 @@ def local_head(**environment: str) -> Iterator[Head]:
         shutil.rmtree(place, ignore_errors=True)
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Ports above the ports that Ray gives to its workers."""
     ports: list[int] = []
     for port in range(20_500, 30_000):

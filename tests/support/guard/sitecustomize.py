@@ -16,7 +16,7 @@ PROGRAMS = dict.fromkeys(("gcs_server", "raylet"), "cluster") | dict.fromkeys(
 
 
 class NotMarked(RuntimeError):
-    """A test starts what it has no mark for."""
+    """A test starts what it has no mark for. A process may hold this file as two modules, and two classes of this name."""
 
 
 def refused() -> set[str]:
