@@ -19,7 +19,7 @@ pytestmark = pytest.mark.cluster
 CODE = """
 import sys, time
 import ray
-from dagr_ray import study
+from dagr_ray.study import run as study
 from dagr_ray.core.placement import Placement, Pool
 from dagr_ray.engines.openai import OpenAIServer
 from dagr_ray.core.build import materialize

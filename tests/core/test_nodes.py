@@ -28,7 +28,7 @@ pytestmark = pytest.mark.cluster
 
 ROOT = Path(__file__).parents[2]
 DOCS = 1500
-# A driver that joins the cluster of RAY_ADDRESS, as `dagr run` does: `python -c DRIVER data log runs`.
+# A driver that joins the cluster of RAY_ADDRESS, as `dagr run` does: `python -c DRIVER data runs`.
 DRIVER = """
 import sys
 from dagr_ray.core.placement import Placement, Pool
@@ -36,15 +36,15 @@ from dagr_ray.core.ray_start import connect
 from dagr_ray.core.build import materialize
 from tests.core.test_nodes import parsed
 
-data, log, runs = sys.argv[1:]
+data, runs = sys.argv[1:]
 connect()
-materialize(parsed(data, log), runs, Placement(generate=Pool(workers=3, cpus=1, shard_rows=10)))
+materialize(parsed(data), runs, Placement(generate=Pool(workers=3, cpus=1, shard_rows=10)))
 """
 
 
-def parsed(data: str, log: str) -> Parse:
+def parsed(data: str) -> Parse:
     corpus = Beir(path=data)
-    engine = SlowCrop(pause_s=0.02, log=log)
+    engine = SlowCrop(pause_s=0.02)
     return Parse(generations=Generate(corpus=corpus, strategy=Crop(), engine=engine, samples=2), corpus=corpus)
 
 
@@ -117,11 +117,11 @@ def test_a_node_goes_and_another_comes(tmp_path: Path) -> None:
 
 
 def a_node_goes_and_another_comes(tmp_path: Path) -> None:
-    data, log = str(tiny_beir(tmp_path / "set", docs=DOCS)), str(tmp_path / "log")
-    stage = parsed(data, log)
+    data = str(tiny_beir(tmp_path / "set", docs=DOCS))
+    stage = parsed(data)
     folder = stage.generations.folder(str(tmp_path / "spread"))
     with three_nodes() as cluster:
-        words, errors = (data, log, str(tmp_path / "spread")), tmp_path / "errors"
+        words, errors = (data, str(tmp_path / "spread")), tmp_path / "errors"
         with joined(cluster, DRIVER, words, errors) as driver:
             wait_for(lambda: len(at_work(folder)) == 3, driver, "all three nodes had worked")
             three = {node.node_id for node in cluster.list_all_nodes()}
@@ -140,7 +140,7 @@ def a_node_goes_and_another_comes(tmp_path: Path) -> None:
     assert folder.damaged(deep=True) == {}
     here = Placement(generate=Pool(workers=0, shard_rows=DOCS))
     quick = stage.model_copy(
-        update={"generations": stage.generations.model_copy(update={"engine": SlowCrop(pause_s=0, log=log)})}
+        update={"generations": stage.generations.model_copy(update={"engine": SlowCrop(pause_s=0)})}
     )
     alone = materialize(quick, str(tmp_path / "alone"), here)
     for table in ("queries", "qrels", "lineage", "rejected"):

@@ -131,7 +131,7 @@ def test_signals_end_the_verbs_that_look_at_results():
         _, errors = process.communicate(timeout=30)
         assert process.returncode == code, errors
         [line] = errors.decode().strip().splitlines()
-        assert line.startswith(f"{said_first}; what is finished is kept. Resume with: dagr {' '.join(words)} ")
+        assert line.startswith(f"{said_first}; finished work is kept. Resume with: dagr {' '.join(words)} ")
     for connection, _ in connected:
         connection.close()
 
