@@ -19,6 +19,7 @@ UNSPACED = (
     "\u3005-\u3007\u3040-\u312f\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U0001b000-\U0001b16f"
     "\U00020000-\U000323af"
 )
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _UNSPACED = re.compile(f"[{UNSPACED}]")
 _RUN = re.compile(f"(?:[{UNSPACED}][\u0300-\u036f\u3099\u309a]*)+")
 _SYLLABIC = re.compile(f"[{UNSPACED}\u1200-\u137f\uac00-\ud7a3]")
@@ -176,7 +177,7 @@ def spaced(text: str) -> str:
     >>> spaced("ข้าวหอมมะลิ rice")
     'ข้าว หอม มะลิ rice'
     """
-    return _RUN.sub(lambda run: " ".join(_breaker()(run.group(), "en")), text) if unspaced(text) else text
+    return _RUN.sub(lambda run: " ".join(_broken(run.group())), text) if unspaced(text) else text
 
 
 def long(word: str) -> bool:
@@ -271,14 +272,22 @@ def _breaker() -> Any:
     return WordBreaker
 
 
+def _broken(text: str) -> Iterator[str]:
+    """The text between the boundaries of its words. ICU takes no lone surrogate, which a model may write."""
+    start = 0
+    for segment in _breaker()(_SURROGATE.sub("\ufffd", text), "en"):
+        yield text[start : start + len(segment)]
+        start += len(segment)
+
+
 def _segments(run: str) -> Iterator[str]:
-    return iter(_breaker()(run, "en")) if _UNSPACED.search(run) else iter((run,))
+    return _broken(run) if _UNSPACED.search(run) else iter((run,))
 
 
 def _with_signs(part: str) -> Iterator[str]:
     """The words of a part without spaces, each with the signs after it; an opening sign goes to the word after it."""
     piece, has_word = "", False
-    for segment in _breaker()(part, "en"):
+    for segment in _broken(part):
         is_word = _word().match(segment) is not None
         opens = not is_word and unicodedata.category(segment[0]) in ("Ps", "Pi")
         if has_word and (is_word or opens):

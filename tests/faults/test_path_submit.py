@@ -10,6 +10,7 @@ from tests.conftest import tiny_beir
 from tests.faults.test_path_verbs import JOB, TABLE, laid_out, shm  # noqa: F401  a fixture
 from tests.support.ray_head import Head, local_head
 
+pytestmark = pytest.mark.cluster
 ROOT = Path(__file__).parents[2]
 SUBMITTED = """
 import json, os

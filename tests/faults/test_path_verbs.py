@@ -13,6 +13,7 @@ from dagr_ray.cli import main, results, run
 from dagr_ray.study import mlflow_mirror
 from tests.conftest import tiny_beir
 
+pytestmark = pytest.mark.cluster
 ROOT = Path(__file__).parents[2]
 NOBODY = 65534
 # A study of two retrievers that start at once: paths are what is tried here.

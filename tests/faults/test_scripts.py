@@ -358,3 +358,10 @@ def test_a_wrong_language_and_empty_results_are_reported(tmp_path: Path, caplog)
     assert "the passages are in 'lo'" in caplog.text and "GermanAnalyzer" in caplog.text
     with pytest.raises((ConfigError, ValueError), match="'xx' is not a known ISO"):
         Beir(path=path, language="xx")
+
+
+@pytest.mark.parametrize("text", ["\ud800𠀀", "好\udfff吗", "\ud800", "ไทย\ud83dภาษา x", "𠀀\ud800𠀀 好"])
+def test_lone_surrogates_are_counted_and_kept(text):
+    """A model may write half of a character; ICU takes none."""
+    assert "".join(pieces(text)).replace(" ", "") == text.replace(" ", "")
+    assert word_count(text) >= 1 and sentences(text) and isinstance(words(text), list)
