@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.support.guard import sitecustomize as guard
 
@@ -18,6 +19,9 @@ SLOW = (
 
 
 def pytest_configure() -> None:
+    # files run side by side on machines of any speed: how long an example takes says nothing
+    settings.register_profile("tests", deadline=None)
+    settings.load_profile("tests")
     # Ray workers and the JVM in one process: both handle SIGSEGV.
     os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
     # Test files run side by side: threads that wait for a core which another file keeps busy make a step ten times as long.
