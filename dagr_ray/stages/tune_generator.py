@@ -14,6 +14,7 @@ from pydantic import Field
 from dagr_ray.core import tables
 from dagr_ray.core.artifact import Artifact
 from dagr_ray.core.config import ConfigError
+from dagr_ray.core.joins import rows_with
 from dagr_ray.core.placement import Pool
 from dagr_ray.core.ray_train import TrainWorker, fit, model_files, model_folder
 from dagr_ray.core.stage import Inputs, Output, Run, Stage
@@ -102,10 +103,8 @@ class TuneGenerator(Stage):
         relevant.sort(key=lambda row: tables.unit_of("tune-generator", self.seed, row["query_id"], row["doc_id"]))
         relevant = relevant[: self.n]
         query_of = tables.texts_of(data.read("queries"))
-        wanted = {row["doc_id"] for row in relevant}
-        passage_of = {
-            row["doc_id"]: row for part in data.scan("corpus") for row in part.to_pylist() if row["doc_id"] in wanted
-        }
+        passages = rows_with(data, "corpus", "doc_id", {row["doc_id"] for row in relevant})
+        passage_of = {row["doc_id"]: row for row in passages.to_pylist()}
         rows = []
         for row in relevant:
             passage, query = passage_of.get(row["doc_id"]), query_of.get(row["query_id"], "").strip()

@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, T
 
 from dagr_ray.core.config import ConfigError
 from dagr_ray.training.checkpoints import Checkpoints
-from dagr_ray.training.loop import _curve, _Saver
-from dagr_ray.training.lora import LoRA
+from dagr_ray.training.loop import CheckpointSaver, loss_curve
+from dagr_ray.training.lora import with_adapters
 from dagr_ray.training.settings import GeneratorSettings
 
 log = logging.getLogger("dagr")
@@ -147,7 +147,7 @@ def tune(
     stored = model.dtype
     model = model.float()
     if settings.lora is not None:
-        model = _adapted(model, settings.lora)
+        model = with_adapters(model, settings.lora, "CAUSAL_LM")
     rows, cut = encoded(pairs, tokenizer, settings.max_length, settings.max_answer)
     rng = np.random.default_rng(settings.seed)
     batches = [
@@ -172,7 +172,7 @@ def tune(
         trainer.remove_callback(PrinterCallback)
         resume = None
         if checkpoints is not None:
-            trainer.add_callback(_Saver(checkpoints))
+            trainer.add_callback(CheckpointSaver(checkpoints))
             place = Path(scratch) / "last"
             resume = str(place) if checkpoints.last(place) is not None else None
         started = time.time()
@@ -184,21 +184,7 @@ def tune(
     if rank == 0:
         _save(model, tokenizer, stored, target)
     losses = [float(loss) for loss in trainer.losses]
-    return Tuned(_curve(losses), len(batches), int(tokens), cut, seconds)
-
-
-def _adapted(model: Any, lora: LoRA) -> Any:
-    """The model with adapters; ``merge_and_unload`` puts them into the weights when it is saved."""
-    import peft
-
-    options = peft.LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, task_type=peft.TaskType.CAUSAL_LM,  # type: ignore[arg-type]
-        target_modules=list(lora.targets) or "all-linear",
-    )  # fmt: skip
-    try:
-        return peft.get_peft_model(model, options)
-    except ValueError as error:
-        raise ConfigError(f"lora: targets = {lora.targets}: {' '.join(str(error).split())[:200]}") from error
+    return Tuned(loss_curve(losses), len(batches), int(tokens), cut, seconds)
 
 
 def _save(model: Any, tokenizer: Any, dtype: torch.dtype, target: Path) -> None:

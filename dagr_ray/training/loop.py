@@ -112,7 +112,7 @@ def fit(
         if dev is not None:
             trainer.add_callback(_Evaluator(trainer, dev, lengths, settings, len(batches)))
         if checkpoints is not None:
-            trainer.add_callback(_Saver(checkpoints))
+            trainer.add_callback(CheckpointSaver(checkpoints))
         for callback in callbacks:
             trainer.add_callback(callback)
         resume = None
@@ -137,7 +137,7 @@ def fit(
     steps = len(progress.losses)
     return TrainingResult(
         weights=weights,
-        losses=_curve([float(loss) for loss in progress.losses]),
+        losses=loss_curve([float(loss) for loss in progress.losses]),
         dev=progress.dev,
         best_step=max(progress.dev, key=lambda score: (score[1], -score[0]))[0] if progress.dev else steps,
         counts={
@@ -254,7 +254,7 @@ class _Trainer(SentenceTransformerTrainer):
             self.model.load_state_dict(weights, strict=False)
 
 
-class _Saver(TrainerCallback):
+class CheckpointSaver(TrainerCallback):
     """Copies the library's checkpoints to the stage's folder, which outlives this machine."""
 
     def __init__(self, checkpoints: Checkpoints) -> None:
@@ -427,7 +427,7 @@ def _sum_over_workers(tally: Counter[str], device: torch.device) -> Counter[str]
     return Counter(dict(zip(names, values.tolist(), strict=True)))
 
 
-def _curve(losses: Sequence[float]) -> list[tuple[int, float]]:
+def loss_curve(losses: Sequence[float]) -> list[tuple[int, float]]:
     """(step, mean loss since the last entry) every few steps and at the end."""
     ends = [*range(LOG_EVERY, len(losses), LOG_EVERY), len(losses)] if losses else []
     starts = [0, *ends]

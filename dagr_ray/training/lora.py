@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 
@@ -36,22 +36,28 @@ class LoRA(Config):
 
 def adapt(model: SentenceTransformer, lora: LoRA, seed: int) -> None:
     """Adds adapters to the transformer and freezes all other weights, in place."""
-    import peft
     import torch
 
     torch.manual_seed(seed)  # the same adapters on every worker and after a restart
+    for transformer in transformers(model):
+        transformer.model = with_adapters(transformer.auto_model, lora, "FEATURE_EXTRACTION")
+
+
+def with_adapters(model: Any, lora: LoRA, task: str) -> Any:
+    """A model of transformers with adapters for a task of peft. Raises ConfigError if no layer has a name of ``targets``."""
+    import peft
+
     options = peft.LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # it scales by a number
         lora_dropout=lora.dropout,
         target_modules=list(lora.targets) or "all-linear",
-        task_type=peft.TaskType.FEATURE_EXTRACTION,
+        task_type=peft.TaskType[task],
     )
-    for transformer in transformers(model):
-        try:
-            transformer.model = peft.get_peft_model(transformer.auto_model, options)
-        except ValueError as error:
-            raise ConfigError(f"lora: targets = {lora.targets}: {' '.join(str(error).split())[:200]}") from error
+    try:
+        return peft.get_peft_model(model, options)
+    except ValueError as error:
+        raise ConfigError(f"lora: targets = {lora.targets}: {' '.join(str(error).split())[:200]}") from error
 
 
 def merge(model: SentenceTransformer) -> None:
