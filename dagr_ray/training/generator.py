@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 import tempfile
@@ -19,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, T
 
 from dagr_ray.core.config import ConfigError
 from dagr_ray.training.checkpoints import Checkpoints
-from dagr_ray.training.loop import CheckpointSaver, loss_curve
+from dagr_ray.training.loop import PROGRESS, CheckpointSaver, loss_curve
 from dagr_ray.training.lora import with_adapters
 from dagr_ray.training.settings import GeneratorSettings
 
@@ -99,6 +100,17 @@ class _Trainer(Trainer):
         super().__init__(**options)
         self.workers, self.losses = workers, list[torch.Tensor]()
 
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        kept = {"losses": [float(loss) for loss in self.losses], "tokens": self.data_collator.tokens}
+        (Path(output_dir or self.args.output_dir) / PROGRESS).write_text(json.dumps(kept))
+
+    def restore(self, folder: Path) -> None:
+        """Reads back what the library does not know of."""
+        kept = json.loads((folder / PROGRESS).read_text())
+        self.losses = [torch.tensor(loss) for loss in kept["losses"]]
+        self.data_collator.tokens = kept["tokens"]  # the first worker's, whose share is about that of any other
+
     def get_train_dataloader(self) -> DataLoader:
         collator = self.data_collator
         return DataLoader(self.train_dataset, batch_size=1, collate_fn=lambda items: collator(items[0]))
@@ -174,7 +186,9 @@ def tune(
         if checkpoints is not None:
             trainer.add_callback(CheckpointSaver(checkpoints))
             place = Path(scratch) / "last"
-            resume = str(place) if checkpoints.last(place) is not None else None
+            if checkpoints.last(place) is not None:
+                resume = str(place)
+                trainer.restore(place)
         started = time.time()
         trainer.train(resume_from_checkpoint=resume)
         seconds = time.time() - started

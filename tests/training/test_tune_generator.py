@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from dagr_ray.core.artifact import Artifact
 from dagr_ray.core.build import materialize
 from dagr_ray.core.config import ConfigError
 from dagr_ray.core.placement import Placement, Pool
@@ -20,6 +21,7 @@ from dagr_ray.stages.generate import Generate
 from dagr_ray.stages.sources import Beir, Sample
 from dagr_ray.stages.tune_generator import TuneGenerator
 from dagr_ray.strategies.doc2query import Doc2Query
+from dagr_ray.training.checkpoints import Checkpoints
 from dagr_ray.training.generator import IGNORED, _Collator, encoded, tune
 from dagr_ray.training.lora import LoRA
 from dagr_ray.training.settings import GeneratorSettings
@@ -130,6 +132,29 @@ def test_a_long_prompt_loses_its_beginning_and_is_counted(model):
     rows, cut = encoded(long, tokenizer, 64, 8)
     assert cut == 1 and len(rows[0][0]) + len(rows[0][1]) == 64
     assert rows[0][0][-3:] == tokenizer("\nQuery:")["input_ids"][-3:]
+
+
+def test_what_was_broken_off_is_what_was_not(model, tmp_path, monkeypatch):
+    """From the last checkpoint on: the same weights, and the curve of all steps."""
+    few = settings(epochs=3, checkpoint_every=2)
+    whole = tune(model, PAIRS, few, tmp_path / "whole", device="cpu")
+    folder = Artifact(str(tmp_path), "tune-generator-000000000000")
+    real, calls = _Collator.__call__, []
+
+    def failing(self, batch):
+        calls.append(batch)
+        if len(calls) == 6:
+            raise OSError("the machine goes away")
+        return real(self, batch)
+
+    monkeypatch.setattr(_Collator, "__call__", failing)
+    with pytest.raises(OSError, match="goes away"):
+        tune(model, PAIRS, few, tmp_path / "again", device="cpu", checkpoints=Checkpoints(folder, "a"))
+    again = tune(model, PAIRS, few, tmp_path / "again", device="cpu", checkpoints=Checkpoints(folder, "b"))
+    assert len(calls) < 6 + 9 and again.steps == whole.steps == 9
+    np.testing.assert_allclose(again.losses, whole.losses, atol=1e-5)
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "again"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.fixture(scope="module")
